@@ -1,0 +1,45 @@
+# make demo   set up a virtual environment and explain three tweets (no network beyond the package index)
+# make test   set up and run the tests and the notebook
+# make quality / make style   check / mend formatting and lint
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test quality style clean
+
+demo: $(VENV)/.demo
+	$(BIN)/msif demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/.quality
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.quality
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs
+
+# What is installed is remembered by a stamp a set of extras, and renewed when the metadata changes.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing hf_msif and what it needs into $(VENV) (a few minutes the first time)"
+	$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.test: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing hf_msif with its test extras into $(VENV) (a few minutes the first time)"
+	$(PIP) --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+$(VENV)/.quality: constraints.txt | $(BIN)/python
+	$(PIP) --constraint constraints.txt ruff
+	@touch $@

@@ -1,0 +1,227 @@
+"""What derivatives cost in units of the plain forward pass (F), measured side by side in one run.
+
+    python benchmarks/scoring.py --threads 1                      # the table; some five minutes on one laptop core
+    python benchmarks/scoring.py --check                          # exit code 1 if a bar is missed
+    python benchmarks/scoring.py --device cuda --sentences 4096 --json
+
+F is the user's model as it was loaded (with its own attention kernels), under `no_grad`, with the objective's losses;
+the head runs on the masked positions alone on both sides. On every batch all things are measured in turn, so that a
+drift of the machine's speed hits all alike. A ratio is the time of a whole pass by the time of F over the same
+batches; the table shows its median over repeats, the smallest and the largest. The model is the BERT of
+recipes/bert_gop_debate with random weights; sentences are random words, 28 tokens in the mean with log-normal
+lengths, batched by length as the library does. Nothing is downloaded.
+
+Bars: one query is scored at no more than 3.4 F, a product with the Hessian at no more than 7.5 F.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+from hf_msif import objectives
+from hf_msif.adapters import FunctionalModel, forward, split
+from hf_msif.autodiff import Evaluation, directional, gauss_newton_product, gradient, hessian_product
+from hf_msif.models import FeedForwardClassifier
+from hf_msif.vectors import Block, column
+
+BARS = {"scoring, 1 query": 3.4, "Hessian product": 7.5}
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY, LONGEST, MEAN_LENGTH, SPREAD = 30522, 128, 28, 0.5
+
+
+@dataclass
+class Task:
+    """Something to measure on a batch, and the task whose time is the unit of its ratio."""
+
+    name: str
+    unit: str
+    batches: list[dict]
+    run: Callable[[dict], object]
+
+
+def main(given: list[str] | None = None) -> int:
+    settings = arguments(given)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    found, tasks = tasks_of(settings), {}
+    seconds = measure(found, settings)
+    for task in found:
+        unit = seconds[task.unit]
+        ratios = [mine / its for mine, its in zip(seconds[task.name], unit, strict=True)]
+        tasks[task.name] = report = {
+            "unit": task.unit,
+            "ratio": statistics.median(ratios),
+            "smallest": min(ratios),
+            "largest": max(ratios),
+            "seconds_per_sentence": statistics.median(seconds[task.name]) / settings.sentences,
+        }
+        if task.name in BARS:
+            report |= {"bar": BARS[task.name], "met": report["ratio"] <= BARS[task.name]}
+    met = all(report.get("met", True) for report in tasks.values())
+    setting = vars(settings) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    setting["device_name"] = torch.cuda.get_device_name() if settings.device.startswith("cuda") else "CPU"
+    tokens = [int(batch["attention_mask"].sum()) for batch in found[0].batches]
+    setting |= {"batches": len(tokens), "tokens_per_sentence": sum(tokens) / settings.sentences}
+    if settings.json:
+        print(json.dumps({"tasks": tasks, "met": met, "settings": setting}))
+    else:
+        print(table(tasks))
+        print(
+            f"{settings.sentences} sentences of {setting['tokens_per_sentence']:.1f} tokens in batches of "
+            f"{settings.batch_size}, {settings.repeats} repeats; {settings.dtype} on {setting['device_name']}, "
+            f"{setting['threads']} thread(s), torch {torch.__version__}"
+        )
+    return 0 if met or not settings.check else 1
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
+    parser.add_argument("--batch-size", type=int, default=64, help="default: that of Stage")
+    parser.add_argument("--sentences", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
+    return parser.parse_args(given)
+
+
+def tasks_of(settings: argparse.Namespace) -> list[Task]:
+    """Everything that is measured, a unit before what is measured in it."""
+    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCABULARY))]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=LONGEST)
+    rows = sentences(words[len(SPECIAL) :], settings.sentences, settings.seed)
+    masked, labelled = objectives.MaskedLM(tokenizer), objectives.SequenceClassification(tokenizer)
+    masked_batches, labelled_batches = (batches(rows, objective, settings) for objective in (masked, labelled))
+
+    encoder, classifier = models(settings)
+    pretraining, finetuning = FunctionalModel(encoder, settings.device), FunctionalModel(classifier, settings.device)
+    all_names = split("pretraining", encoder).trained
+    roles = split("finetuning", classifier, encoder, "head")
+    v, head = (
+        direction(pretraining, all_names, 3, settings.seed),
+        direction(finetuning, roles.trained, 1, settings.seed),
+    )
+    first = {name: t[:1] for name, t in v.items()}
+
+    def derivative(model: FunctionalModel, objective, function: Callable[[Evaluation], object]):
+        def run(batch: dict) -> object:
+            with model.evaluating():
+                return function(Evaluation(model, objective, batch))
+
+        return run
+
+    unit = "forward pass (F)"
+    found = [Task(unit, unit, masked_batches, lambda batch: plain(encoder, masked, batch))]
+    for name, function in (
+        ("scoring, 1 query", lambda e: directional(e, column(v, 0))),
+        ("scoring, 3 queries", lambda e: [directional(e, column(v, q)) for q in range(3)]),
+        ("gradient", lambda e: gradient(e, all_names)),
+        ("Gauss-Newton product", lambda e: gauss_newton_product(e, first)),
+        ("Hessian product", lambda e: hessian_product(e, first, all_names)),
+    ):
+        found.append(Task(name, unit, masked_batches, derivative(pretraining, masked, function)))
+    unit = "forward pass of a classifier"
+    found.append(Task(unit, unit, labelled_batches, lambda batch: plain(classifier, labelled, batch)))
+    mixed = derivative(finetuning, labelled, lambda e: hessian_product(e, head, roles.frozen))
+    return [*found, Task("its mixed product, head to encoder", unit, labelled_batches, mixed)]
+
+
+def sentences(words: list[str], number: int, seed: int) -> list[dict]:
+    """Rows of words whose frequency falls as 1/rank."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.lognormal(np.log(MEAN_LENGTH - 2) - SPREAD**2 / 2, SPREAD, number)
+    lengths = lengths.round().clip(1, LONGEST - 2).astype(int)
+    weights = 1 / np.arange(1, len(words) + 1)
+    drawn = generator.choice(words, size=lengths.sum(), p=weights / weights.sum())
+    pieces = np.split(drawn, np.cumsum(lengths)[:-1])
+    return [{"example_id": i, "text": " ".join(piece), "label": i % 2} for i, piece in enumerate(pieces)]
+
+
+def batches(rows: list[dict], objective, settings: argparse.Namespace) -> list[dict]:
+    """As `Engine.batches` makes them: longest first."""
+    rows, size = sorted(rows, key=lambda row: len(row["text"]), reverse=True), settings.batch_size
+    made = [objective.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [{key: value.to(settings.device) for key, value in batch.items()} for batch in made]
+
+
+def models(settings: argparse.Namespace) -> tuple[BertForMaskedLM, FeedForwardClassifier]:
+    torch.manual_seed(settings.seed)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        max_position_embeddings=LONGEST,
+    )
+    pretrained = BertForMaskedLM(config)
+    classifier = FeedForwardClassifier.from_encoder(pretrained, 64, num_labels=2)
+    dtype = getattr(torch, settings.dtype)
+    return pretrained.eval().to(settings.device, dtype), classifier.eval().to(settings.device, dtype)
+
+
+def direction(model: FunctionalModel, names: tuple[str, ...], columns: int, seed: int) -> Block:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: (columns, *model.parameters[name].shape) for name in names}
+    return {n: torch.randn(shape, generator=generator).to(model.parameters[n]) for n, shape in shapes.items()}
+
+
+def plain(model: torch.nn.Module, objective, batch: dict) -> object:
+    """The forward pass that a user would run: the module itself, no kernel ruled out."""
+
+    def call(positions=None, **inputs):
+        return forward(model, lambda given: model(**given), positions, inputs)
+
+    with torch.no_grad():
+        return objective.losses(call, batch)
+
+
+def measure(tasks: list[Task], settings: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a whole pass, task → one number a repeat."""
+    cuda = settings.device.startswith("cuda")
+    seconds = {task.name: [0.0] * settings.repeats for task in tasks}
+    for repeat in range(-1, settings.repeats):  # the first round warms up and counts for nothing
+        for i in range(len(tasks[0].batches) if repeat >= 0 else 1):
+            for task in tasks:
+                if cuda:
+                    torch.cuda.synchronize()
+                started = time.perf_counter()
+                task.run(task.batches[i])
+                if cuda:
+                    torch.cuda.synchronize()
+                if repeat >= 0:
+                    seconds[task.name][repeat] += time.perf_counter() - started
+    return seconds
+
+
+def table(tasks: dict[str, dict]) -> str:
+    rows = [
+        {
+            "": name,
+            "ratio": f"{report['ratio']:.2f}",
+            "min–max": f"{report['smallest']:.2f}–{report['largest']:.2f}",
+            "ms a sentence": f"{1e3 * report['seconds_per_sentence']:.2f}",
+            "bar": f"≤ {report['bar']}" if "bar" in report else "",
+            "met": {True: "yes", False: "NO"}.get(report.get("met"), ""),
+        }
+        for name, report in tasks.items()
+    ]
+    return tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

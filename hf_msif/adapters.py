@@ -1,0 +1,379 @@
+"""Splits a `PreTrainedModel` into shared encoder W, pretraining head U and finetuning head Θ, and runs it as a pure
+function.
+
+`split` decides by name and shape which tensors a stage inherited from the stage before, which it trained, and which
+are left out; `FunctionalModel` evaluates the user's model at any parameters without changing it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import InputError
+
+# A tensor that only one of two otherwise equal base models has: BertModel has a pooler, the base of BertForMaskedLM
+# has none.
+OPTIONAL_MODULE = "pooler"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Roles of the parameters of one stage (W, U and Θ of the paper, §3.1), by name.
+
+    Attributes:
+        shapes: every parameter of the model; tied tensors appear once.
+        inherited: encoder tensors W: own name → name in the model of the stage before.
+        trained: tensors that the stage optimises.
+        resized: inherited tensors with more rows than before: name → number of inherited (leading) rows.
+        left_out: tensors that are neither inherited nor trained: name → why.
+    """
+
+    stage: str
+    shapes: dict[str, torch.Size]
+    inherited: dict[str, str]
+    trained: tuple[str, ...]
+    resized: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Inherited and not trained: Case 1, eq. (2)."""
+        trained = set(self.trained)
+        return tuple(name for name in self.inherited if name not in trained)
+
+    @property
+    def proximal(self) -> tuple[str, ...]:
+        """Inherited and trained: Case 2, eq. (12)."""
+        return tuple(name for name in self.trained if name in self.inherited)
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Trained and not inherited: U in pretraining, Θ in finetuning."""
+        return tuple(name for name in self.trained if name not in self.inherited)
+
+    def count(self, names: Sequence[str]) -> int:
+        """Number of scalars in `names`."""
+        return sum(self.shapes[name].numel() for name in names)
+
+    def role(self, name: str) -> str:
+        """One of "frozen", "proximal", "head", "left out"."""
+        if name in self.inherited:
+            return "proximal" if name in set(self.trained) else "frozen"
+        return "head" if name in set(self.trained) else "left out"
+
+    def table(self) -> list[dict]:
+        """One row a tensor: name, shape, parameters, role, note."""
+        rows = []
+        for name, shape in self.shapes.items():
+            note = self.left_out.get(name, "")
+            if name in self.inherited and self.inherited[name] != name:
+                note = f"from {self.inherited[name]}"
+            if name in self.resized:
+                fate = "trained" if name in self.trained else "held constant"
+                note = f"first {self.resized[name]} of {shape[0]} rows inherited, the others {fate}"
+            rows.append(
+                {
+                    "tensor": name,
+                    "shape": tuple(shape),
+                    "parameters": shape.numel(),
+                    "role": self.role(name),
+                    "note": note,
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        groups = [
+            ("inherited, frozen (W)", self.frozen),
+            ("inherited, trained (W, proximal)", self.proximal),
+            ("trained, own (U or Θ)", self.head),
+            ("left out", tuple(self.left_out)),
+        ]
+        lines = [f"stage {self.stage!r}: {self.count(tuple(self.shapes)):,} parameters in {len(self.shapes)} tensors"]
+        lines += [f"  {label:34} {self.count(names):>13,} in {len(names)} tensors" for label, names in groups if names]
+        lines += [f"    {name}: {why}" for name, why in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def _encoder_names(model: nn.Module) -> dict[str, str]:
+    """Names inside the base model → names in the whole model, matched by identity so that ties do not matter."""
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    return {name: canonical[id(p)] for name, p in model.base_model.named_parameters()}
+
+
+def split(
+    stage: str,
+    model: nn.Module,
+    previous: nn.Module | None = None,
+    trainable: str | Sequence[str] = "all",
+    resized: bool = False,
+    previous_stage: str = "the stage before",
+) -> Split:
+    """Assigns every parameter of `model` its role.
+
+    W is what the two *base* models share by name and shape; a pooler that only one of them has belongs to its head.
+
+    Args:
+        stage: name used in messages.
+        model: the stage's model.
+        previous: the model of the stage before, or None for the first stage (nothing is inherited).
+        trainable: "all"; "head" (everything that is not inherited); or name patterns (`fnmatch`, e.g.
+            `"*.layer.3.*"`).
+        resized: accept tensors that differ from `previous` only in a larger number of rows (`resize_token_embeddings`
+            after tokens were added): the leading rows are inherited, the new ones are not.
+
+    Raises:
+        InputError: the base models do not match (the first differing tensor is named), a pattern matches nothing, or
+            nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in parameters.items()}
+    inherited, grown = _match(stage, model, previous, resized, previous_stage) if previous is not None else ({}, {})
+    trained, left_out = _trained(stage, list(shapes), inherited, trainable)
+    return Split(stage, shapes, inherited, trained, grown, left_out)
+
+
+def _match(
+    stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str
+) -> tuple[dict[str, str], dict[str, int]]:
+    own, other = _encoder_names(model), _encoder_names(previous)
+    own_shape = {base: model.get_parameter(name).shape for base, name in own.items()}
+    other_shape = {base: previous.get_parameter(name).shape for base, name in other.items()}
+    pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
+    way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
+
+    # A head of its own hides inside the base model only where there is no base-model attribute: then names alone
+    # decide.
+    whole = model.base_model is model or previous.base_model is previous
+    shared = [base for base in own if base in other]
+    if not shared:
+        raise InputError(
+            f"{pair} share no tensor: the first of the one is {next(iter(own))!r}, of the other "
+            f"{next(iter(other))!r}{way_out}."
+        )
+    for base in [*own, *other]:
+        if (base in own) != (base in other) and OPTIONAL_MODULE not in base.split(".") and not whole:
+            has, lacks = (stage, previous_stage) if base in own else (previous_stage, stage)
+            raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
+    grown = {}
+    for base in shared:
+        mine, theirs = own_shape[base], other_shape[base]
+        if mine == theirs:
+            continue
+        if _is_embedding(model, own[base]) and mine[1:] == theirs[1:] and mine[0] > theirs[0]:
+            if resized:
+                grown[own[base]] = theirs[0]
+                continue
+            raise InputError(
+                f"{pair} do not match: tensor {base!r} is {tuple(mine)} in {stage!r} and {tuple(theirs)} in "
+                f"{previous_stage!r}; if {mine[0] - theirs[0]} tokens were added with resize_token_embeddings, pass "
+                "resized=True, otherwise pair the model with the checkpoint that it was finetuned from."
+            )
+        raise InputError(
+            f"{pair} do not match: tensor {base!r} is {tuple(mine)} in {stage!r} and {tuple(theirs)} in "
+            f"{previous_stage!r}{way_out}."
+        )
+    return {own[base]: other[base] for base in shared}, grown
+
+
+def _is_embedding(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+
+
+def _trained(
+    stage: str, names: list[str], inherited: Mapping[str, str], trainable: str | Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    if trainable == "all":
+        return tuple(names), {}
+    if trainable == "head":
+        head = tuple(name for name in names if name not in inherited)
+        if not head:
+            raise InputError(
+                f"stage {stage!r} has trainable='head', but its model has no parameter of its own beside the "
+                "inherited encoder; pass the model with its task head (AutoModelFor...), or trainable='all'."
+            )
+        return head, {}
+    if isinstance(trainable, str):
+        raise InputError(
+            f"stage {stage!r}: trainable is {trainable!r}; expected 'head', 'all' or a list of name patterns."
+        )
+    for pattern in trainable:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"stage {stage!r}: the trainable pattern {pattern!r} matches no parameter; names look like "
+                f"{names[0]!r} and {names[-1]!r}, and * matches any part of a name."
+            )
+    trained = tuple(name for name in names if any(fnmatch.fnmatchcase(name, p) for p in trainable))
+    left_out = {
+        name: "matched by no pattern in trainable, and not inherited: held constant"
+        for name in names
+        if name not in inherited and name not in set(trained)
+    }
+    return trained, left_out
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """Parameters that weight decay acts on: all but biases and normalisation layers, as in Hugging Face's
+    `Trainer`."""
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    return set(get_parameter_names(model, [nn.LayerNorm], forbidden))
+
+
+class FunctionalModel:
+    """The user's model as a pure function of its parameters; nothing about the model is changed for good.
+
+    Parameters and buffers are held detached on `device`, in float32 at least (a bf16 checkpoint is raised, float64 is
+    kept).
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
+        self.model = model
+        self.parameters = {n: self._raise(p.detach(), device) for n, p in model.named_parameters()}
+        self.buffers = {n: self._raise(b.detach(), device) for n, b in model.named_buffers()}
+
+    @staticmethod
+    def _raise(tensor: Tensor, device: torch.device | str) -> Tensor:
+        low = tensor.dtype in (torch.float16, torch.bfloat16)
+        return tensor.to(device=device, dtype=torch.float32 if low else tensor.dtype)
+
+    def bind(self, parameters: Mapping[str, Tensor], memo: dict | None = None) -> Callable:
+        """`call(**inputs)`: the model at `parameters` (names that are missing keep their value).
+
+        With `positions=(rows, columns)` the head runs only at those token positions, see `forward`.
+        `memo` keeps the outputs of encoder modules that do not depend on `parameters`, so that repeated passes over
+        the same batch do not pay for a frozen encoder again.
+        """
+        varying = set(parameters)
+        state = {**self.parameters, **parameters, **self.buffers}
+
+        def call(positions: tuple[Tensor, Tensor] | None = None, **inputs):
+            with _memoised(self.model, varying, memo) if memo is not None else nullcontext():
+                return forward(
+                    self.model,
+                    lambda kwargs: torch.func.functional_call(self.model, state, kwargs=kwargs),
+                    positions,
+                    inputs,
+                )
+
+        return call
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode and attention kernels that have forward-mode and second derivatives; restored on leaving."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        training = {module: module.training for module in self.model.modules()}
+        config = getattr(self.model, "config", None)
+        attention = getattr(config, "_attn_implementation", None)
+        swap = attention not in (None, "eager", "sdpa")
+        try:
+            self.model.eval()
+            if swap:
+                self.model.set_attn_implementation("eager")
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            if swap:
+                self.model.set_attn_implementation(attention)
+
+
+def forward(
+    model: nn.Module, run: Callable[[dict], Any], positions: tuple[Tensor, Tensor] | None, inputs: dict[str, Any]
+) -> Any:
+    """`run(inputs)` of a model whose head is wanted only at the token `positions` (rows, columns), or everywhere if
+    None.
+
+    With positions the logits have shape (M, V): the encoder's output is gathered before the head, since a masked-LM
+    head over a large vocabulary is most of a small model's work and only about 15 % of the tokens are masked.
+    """
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs = {"use_cache": False, **inputs}
+    if positions is None:
+        return run(inputs)
+    base = model.base_model
+    with _gathered(base, positions) if base is not model else nullcontext():
+        output = run(inputs)
+    if getattr(output, "logits", None) is not None:  # a model without a head is the objective's to refuse
+        output.logits = output.logits[0] if base is not model else output.logits[positions]
+    return output
+
+
+@contextmanager
+def _gathered(base: nn.Module, positions: tuple[Tensor, Tensor]) -> Iterator[None]:
+    def hook(_module, _args, output):
+        # One row of M tokens: heads are position-wise and keep their three-dimensional view.
+        if isinstance(output, tuple):
+            return (output[0][positions].unsqueeze(0), *output[1:])
+        output.last_hidden_state = output.last_hidden_state[positions].unsqueeze(0)
+        return output
+
+    handle = base.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _memoised(model: nn.Module, varying: set[str], memo: dict) -> Iterator[None]:
+    """Replays the outputs of the base model's constant parts from `memo`, and records them where it is empty.
+
+    Constant: the whole base model, or those of its children whose parameters and tensor inputs do not vary.
+    """
+    patched = []
+    for name, module in _constant_modules(model, varying):
+
+        def forward(*args, _name=name, _forward=module.forward, **kwargs):
+            if _name not in memo:
+                output = _forward(*args, **kwargs)
+                inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+                if any(
+                    t.requires_grad or torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in inputs
+                ):
+                    return output
+                memo[_name] = output
+            return tree_map(lambda x: x, memo[_name])
+
+        # Accelerate's device hooks are such an attribute too, which must outlive ours.
+        patched.append((module, vars(module).get("forward")))
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in patched:
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
+def _constant_modules(model: nn.Module, varying: set[str]) -> list[tuple[str, nn.Module]]:
+    varied = {id(p) for name, p in model.named_parameters() if name in varying}
+
+    def constant(module: nn.Module) -> bool:
+        parameters = list(module.parameters())
+        return bool(parameters) and not any(id(p) in varied for p in parameters)
+
+    base = model.base_model
+    if base is not model and constant(base):
+        return [("base_model", base)]
+    # A ModuleList has no forward of its own to replay.
+    children = [(n, m) for n, m in base.named_children() if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
+    return [(n, m) for n, m in children if base is not model and constant(m)]
+
+
+def memo_bytes(memo: dict) -> int:
+    """Memory held by a memo of `FunctionalModel.bind`."""
+    return sum(t.numel() * t.element_size() for t in tree_leaves(memo) if isinstance(t, Tensor))

@@ -1,0 +1,7 @@
+"""Curvature of a stage's objective as a linear operator: exact Hessian and Gauss-Newton."""
+
+from ._operator import Curvature
+from .gauss_newton import GaussNewton
+from .hessian import Hessian
+
+__all__ = ["Curvature", "GaussNewton", "Hessian"]

@@ -1,0 +1,109 @@
+"""What all curvature operators share: fixed batches, one division by N, the regularisers, the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..adapters import FunctionalModel, memo_bytes
+from ..autodiff import Evaluation, hessian_product
+from ..engine import Engine
+from ..vectors import Block
+
+TRACE_PROBES = 4
+MEMO_BYTES = 2 * 2**30
+
+
+class Curvature:
+    """A symmetric operator  v ↦ (1/N) Σ_i C_i v + ridge ∘ v  on the trained parameters of a stage.
+
+    C_i is the curvature of example i's loss (`_product` of the subclass, summed over a batch); `ridge` holds the
+    diagonal of the
+    quadratic terms: weight decay, and 2α where a parameter is tied to the stage before, eq. (12). The examples and
+        their masks
+    are collated once: every product sees the same numbers, without which the operator would not be linear.
+
+    Args:
+        model, objective: what is differentiated.
+        rows: the examples; each process holds its shard.
+        names: trained parameters, the operator's space.
+        ridge: name → number or tensor that broadcasts to the parameter.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        objective: Any,
+        rows: list[dict],
+        names: tuple[str, ...],
+        engine: Engine,
+        batch_size: int,
+        ridge: Mapping[str, float | Tensor] | None = None,
+    ):
+        self.model, self.engine = model, engine
+        self.parameters = {name: model.parameters[name] for name in names}
+        self.ridge = dict(ridge or {})
+        self.examples = len(rows)
+        self.evaluations = [
+            Evaluation(model, objective, batch, memo={})
+            for _, batch in engine.batches(rows, objective.collate, batch_size)
+        ]
+
+    @cached_property
+    def count(self) -> float:
+        """N: the number of counted terms of all examples."""
+        with torch.no_grad(), self.model.evaluating():
+            mine = sum((float(_counts(e).double().sum()) for e in self.evaluations), 0.0)
+        return sum(self.engine.gather([mine]))
+
+    def _product(self, evaluation: Evaluation, v: Block) -> Block:
+        raise NotImplementedError
+
+    def matvec(self, v: Block) -> Block:
+        """One product a column of v: one pass over the data, one reduction."""
+        with self.model.evaluating():
+            total = self.engine.sum(v, (self._product(e, v) for e in self._passing()))
+        product = {name: t / self.count for name, t in total.items()}
+        for name, strength in self.ridge.items():
+            product[name] = product[name] + strength * v[name]
+        return product
+
+    def mixed(self, v: Block, names: tuple[str, ...]) -> Block:
+        """∂/∂names ⟨∇_trained F, v⟩ for every column: the mixed second derivative of eqs. (10) and (11), always exact.
+
+        The quadratic terms tie no trained parameter to a frozen one, so they do not appear.
+        """
+        width = vectors.columns(v)
+        like = {n: self.model.parameters[n].expand(width, *self.model.parameters[n].shape) for n in names}
+        with self.model.evaluating():
+            parts = (hessian_product(e, v, names) for e in self.engine.bar(self.evaluations, desc="mixed derivative"))
+            total = self.engine.sum(like, parts)
+        return {name: t / self.count for name, t in total.items()}
+
+    @cached_property
+    def _trace(self) -> float:
+        probes = vectors.rademacher(self.parameters, TRACE_PROBES, seed=0)
+        return float(vectors.dot(probes, self.matvec(probes)).mean())
+
+    def trace(self) -> float:
+        """Hutchinson's estimate of the trace, E[zᵀAz] with z = ±1, from a fixed set of probes."""
+        return self._trace
+
+    def _passing(self):
+        """The evaluations of a pass; outputs of frozen encoders are kept between passes while they fit in memory."""
+        held = 0
+        for evaluation in self.evaluations:
+            yield evaluation
+            held += memo_bytes(evaluation.memo or {})
+            if held > MEMO_BYTES:
+                evaluation.memo = None
+
+
+def _counts(evaluation: Evaluation) -> Tensor:
+    counts = getattr(evaluation.objective, "counts", None)
+    return counts(evaluation.batch) if counts is not None else evaluation.losses({})[1]

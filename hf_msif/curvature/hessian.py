@@ -1,0 +1,15 @@
+"""The exact Hessian of a stage's objective, by double backward."""
+
+from __future__ import annotations
+
+from ..autodiff import Evaluation, hessian_product
+from ..vectors import Block
+from ._operator import Curvature
+
+
+class Hessian(Curvature):
+    """∂²F/∂trained², eqs. (9), (10), (14), (15): indefinite unless the stage sits at a minimum. For small, polished
+    models."""
+
+    def _product(self, evaluation: Evaluation, v: Block) -> Block:
+        return hessian_product(evaluation, v, tuple(v))

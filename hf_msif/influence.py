@@ -1,0 +1,111 @@
+"""The method on one screen: gradient of the test measurement, one pull-back a stage, the query that results.
+
+start   a = ∇f(φ_K)                                         the test examples' loss gradients
+for k = K … 1:
+    u_k = (∂²F_k/∂trained² + 2α P_prox + λ)⁻¹ a_trained     one inverse-curvature-vector product a stage
+    b   = a_frozen − ∂/∂frozen ⟨∇_trained F_k, u_k⟩         on frozen names: eq. (11)
+    b   = 2α u_k                                            on proximal names: eqs. (13)–(15)
+    a   = b, carried to the parameters of stage k − 1
+influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x⟩, eq. (6); positive: more of x raises the test loss
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from . import vectors
+from .autodiff import Evaluation, example_gradients
+from .engine import Engine, as_rows
+from .errors import InputError
+from .query import Query
+from .solvers import Certificate, solve
+from .stages import Link, Stage, bind
+from .vectors import Block
+
+
+def pull_back(link: Link, adjoint: Block, solver: Any = None) -> tuple[Block, Block, Certificate]:
+    """One stage of the chain: (u_k, the adjoint on the inherited names, the certificate of the solve)."""
+    solver = solver or link.stage.solver
+    with link.engine.solver_bar(f"{link.stage.name}: inverse curvature", solver) as progress:
+        trained = vectors.select(adjoint, link.split.trained)
+        solution = solve(link.operator, trained, solver, link.solver_state(solver), progress)
+    u = solution.value
+    inherited: Block = {}
+    if link.split.frozen:
+        mixed = link.operator.mixed(u, link.split.frozen)
+        inherited |= {name: adjoint[name] - mixed[name] for name in link.split.frozen}
+    inherited |= {name: link.tie(name) * u[name] for name in link.split.proximal}
+    return u, inherited, solution.certificate
+
+
+class MultiStageInfluence:
+    """Multi-stage influence functions (Chen et al., NeurIPS 2020) through any number of stages.
+
+    Args:
+        stages: first (pretraining) to last (the finetuning whose predictions are explained).
+        accelerator: an `accelerate.Accelerator`; made when none is given.
+        progress: show progress bars.
+
+    Raises:
+        InputError: the stages do not fit together; the message names the first tensor that differs.
+    """
+
+    def __init__(self, stages: Sequence[Stage], accelerator=None, progress: bool = True):
+        self.engine = Engine(accelerator, progress)
+        self.links = bind(stages, self.engine)
+
+    def link(self, stage: str | None = None) -> Link:
+        """The bound stage of that name; the first one by default."""
+        if stage is None:
+            return self.links[0]
+        found = {link.stage.name: link for link in self.links}
+        if stage not in found:
+            raise InputError(f"there is no stage {stage!r}; the stages are {list(found)}.")
+        return found[stage]
+
+    def query(self, tests, aggregate: str | None = None) -> Query:
+        """Pulls the loss of test examples back through all stages: one IHVP a stage, whatever the size of the corpus.
+
+        Args:
+            tests: examples of the last stage (rows as its objective reads them).
+            aggregate: None: one column a test example; "sum" or "mean": one column for the group, eq. (8).
+
+        Returns:
+            `Query`: u_k of every stage with the certificates. A solve that did not converge is warned about; one that
+            met negative curvature is refused, since its result would mean nothing.
+        """
+        rows = as_rows(tests, "the test examples")
+        adjoint, losses = self.measurement(rows, aggregate)
+        solutions, certificates = {}, {}
+        for link in reversed(self.links):
+            u, inherited, certificate = pull_back(link, adjoint)
+            _judge(link.stage.name, certificate)
+            solutions[link.stage.name], certificates[link.stage.name] = u, certificate
+            if link.before is not None:
+                adjoint = link.carry(inherited)
+        return Query(solutions, certificates, rows, losses, aggregate, self)
+
+    def measurement(self, rows: list[dict], aggregate: str | None = None) -> tuple[Block, list[float]]:
+        """∇f at the final parameters, one column a test example (or one for the group), and the test losses f."""
+        if aggregate not in (None, "sum", "mean"):
+            raise InputError(f"aggregate is {aggregate!r}; expected None, 'sum' or 'mean'.")
+        last = self.links[-1]
+        evaluation = Evaluation(last.model, last.stage.objective, last.collate(rows))
+        names = (*last.split.trained, *last.split.frozen)
+        with last.model.evaluating():
+            adjoint = example_gradients(evaluation, names)
+            losses = evaluation.losses({})[0].tolist()
+        if aggregate is not None:
+            share = 1.0 if aggregate == "sum" else 1.0 / len(rows)
+            adjoint = {name: share * t.sum(0, keepdim=True) for name, t in adjoint.items()}
+        return adjoint, losses
+
+
+def _judge(stage: str, certificate: Certificate) -> None:
+    # The flag `negative_curvature` also informs about an indefinite operator, which MINRES may face and CG may not.
+    if "negative_curvature" in certificate.status:
+        raise InputError(f"stage {stage!r}: the inverse-curvature-vector product has no meaning. {certificate}")
+    if not all(certificate.converged):
+        warnings.warn(f"stage {stage!r}: not solved to tolerance. {certificate}", stacklevel=3)

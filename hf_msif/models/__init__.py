@@ -1,0 +1,5 @@
+"""Models that transformers lacks."""
+
+from .classifier import FeedForwardClassifier, FeedForwardClassifierConfig
+
+__all__ = ["FeedForwardClassifier", "FeedForwardClassifierConfig"]

@@ -1,0 +1,69 @@
+"""A feed-forward classifier on the mean embedding of any encoder: the finetuning model of the paper's §4.5."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class FeedForwardClassifierConfig(PretrainedConfig):
+    """Configuration of `FeedForwardClassifier`.
+
+    Args:
+        encoder: configuration of the encoder (a `PretrainedConfig` or its dict).
+        hidden_size: units of the hidden layer; the paper uses 64.
+        num_labels and others: as in every `PretrainedConfig`.
+    """
+
+    model_type = "feed_forward_classifier"
+    sub_configs = {"encoder": AutoConfig}  # noqa: RUF012  (transformers' own convention)
+
+    def __init__(self, encoder: PretrainedConfig | dict | None = None, hidden_size: int = 64, **kwargs):
+        if isinstance(encoder, dict):
+            settings = dict(encoder)
+            encoder = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        self.encoder = encoder
+        self.hidden_size = hidden_size
+        super().__init__(**kwargs)
+
+
+class FeedForwardClassifier(PreTrainedModel):
+    """logits = W₂ tanh(W₁ h + b₁) + b₂ with h the mean of the encoder's last hidden states over the real tokens."""
+
+    config_class = FeedForwardClassifierConfig
+    base_model_prefix = "encoder"
+    _supports_sdpa = True
+
+    def __init__(self, config: FeedForwardClassifierConfig):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder)
+        if getattr(self.encoder, "pooler", None) is not None:  # unused by a mean, so it would never be trained
+            self.encoder.pooler = None
+        self.hidden = nn.Linear(config.encoder.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_encoder(cls, pretrained: PreTrainedModel, hidden_size: int = 64, **settings) -> FeedForwardClassifier:
+        """A new head on a copy of the encoder of `pretrained`, e.g. of a masked LM."""
+        model = cls(FeedForwardClassifierConfig(pretrained.config, hidden_size, **settings))
+        missing, _ = model.encoder.load_state_dict(pretrained.base_model.state_dict(), strict=False)
+        if missing:
+            raise ValueError(f"the encoder of {type(pretrained).__name__} has no tensor {missing[0]!r}.")
+        return model.eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> SequenceClassifierOutput:
+        if "token_type_ids" not in inspect.signature(self.encoder.forward).parameters:
+            inputs.pop("token_type_ids", None)
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        weights = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(states).unsqueeze(-1)
+        mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return SequenceClassifierOutput(logits=self.classifier(torch.tanh(self.hidden(mean))))
+
+
+AutoConfig.register(FeedForwardClassifierConfig.model_type, FeedForwardClassifierConfig)
+AutoModelForSequenceClassification.register(FeedForwardClassifierConfig, FeedForwardClassifier)

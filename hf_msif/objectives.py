@@ -1,0 +1,275 @@
+"""A task's per-example losses: masked LM, causal LM, sequence classification.
+
+An objective is any object with two methods: `collate(rows) -> batch`, where rows are dicts that carry `example_id`
+and a batch is a dict of tensors, and `losses(call, batch) -> (sums, counts)`, both of shape (B,), where
+`call(**inputs)` runs the model with the parameters under study. ℓ_i is the *sum* over the counted terms of example i,
+so that the stage's objective is Σ ℓ_i /
+Σ counts: one division at the end, never a mean of batch means. `counts(batch)` is optional and spares a forward pass
+where only N is wanted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .errors import InputError
+
+Batch = dict[str, Any]
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _texts(rows: Rows, column: str) -> list[str]:
+    if column not in rows[0]:
+        raise InputError(f"the rows have no column {column!r}; they have {sorted(rows[0])}: name the text column.")
+    texts = [row[column] for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        if not isinstance(text, str):
+            raise InputError(
+                f"row {row.get('example_id')!r} has {text!r} in column {column!r}; expected a string: drop or fill "
+                "such rows."
+            )
+    return texts
+
+
+def _tokenize(tokenizer, texts: list[str], max_length: int | None) -> tuple[Batch, Tensor]:
+    """Right-padded token ids (left padding would shift absolute positions by the padding partner) and which rows were
+    cut."""
+    limit = max_length or tokenizer.model_max_length
+    encoded = tokenizer(texts, truncation=False, padding=False, verbose=False)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    truncated = torch.tensor([n > limit for n in lengths])
+    if truncated.any():
+        encoded = tokenizer(texts, truncation=True, max_length=limit, padding=False)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id or 0
+    width = max(1, max(len(ids) for ids in encoded["input_ids"]))
+    batch = {}
+    for key, fill in (("input_ids", pad), ("attention_mask", 0), ("token_type_ids", 0)):
+        if key in encoded:
+            batch[key] = torch.tensor([list(ids) + [fill] * (width - len(ids)) for ids in encoded[key]])
+    return batch, truncated
+
+
+def _reduce(sums: Tensor, counts: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """ "token" keeps sums and counts; "example" turns each example into its mean with weight one."""
+    if reduction == "example":
+        return sums / counts.clamp(min=1), (counts > 0).to(counts)
+    return sums, counts
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("token", "example"):
+        raise InputError(
+            f"reduction is {reduction!r}; expected 'token' (one weight a token) or 'example' (one an example)."
+        )
+
+
+def _logits(output, objective: str, dimensions: int) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise InputError(
+            f"{objective} needs a model with its head, but the model returned {type(output).__name__} without "
+            "logits: load it with the AutoModelFor... class of the task."
+        )
+    if logits.dim() != dimensions:
+        raise InputError(
+            f"{objective} expects logits with {dimensions} dimensions, but the model returned shape "
+            f"{tuple(logits.shape)}: its head is that of another task."
+        )
+    return logits
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """Masked language modelling with masks that are a pure function of (seed, example id, draw).
+
+    ℓ_i = (1/D) Σ_draws Σ_masked −log p(token | masked sentence). Of a sentence's n ordinary tokens, max(1,
+    round(p·n)) are
+    chosen; of these 80 % become `[MASK]`, 10 % a random token, 10 % stay (Devlin et al., 2019). The head runs on them
+    only.
+
+    Args:
+        tokenizer: a tokenizer with a mask token.
+        seed: of the masks.
+        mask_probability: p.
+        draws: D, masks a sentence whose losses are averaged (variance of the score falls as 1/D, cost grows as D).
+        first_draw: number of the first draw; training counts it up with the epochs.
+        max_length: longer sentences are cut (and counted); default: the tokenizer's limit.
+        reduction: "token" (N counts masked tokens, as Hugging Face trains) or "example".
+        text_column: where the sentence is.
+    """
+
+    tokenizer: Any
+    seed: int = 0
+    mask_probability: float = 0.15
+    draws: int = 1
+    first_draw: int = 0
+    max_length: int | None = None
+    reduction: str = "token"
+    text_column: str = "text"
+
+    def __post_init__(self):
+        _check_reduction(self.reduction)
+        if self.tokenizer.mask_token_id is None:
+            raise InputError(
+                "MaskedLM needs a tokenizer with a mask token; this one has none: use CausalLM for this model."
+            )
+        if not 0 < self.mask_probability <= 1 or self.draws < 1:
+            raise InputError(
+                f"MaskedLM got mask_probability={self.mask_probability} and draws={self.draws}; expected a "
+                "probability in (0, 1] and at least one draw."
+            )
+
+    def _generator(self, example_id: Any, draw: int) -> np.random.Generator:
+        digest = hashlib.sha256(f"{self.seed}\x1f{example_id}\x1f{draw}".encode()).digest()
+        return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+
+    def collate(self, rows: Rows) -> Batch:
+        encoded, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
+        ids = encoded["input_ids"].numpy()
+        special = np.isin(ids, np.array(self.tokenizer.all_special_ids, dtype=ids.dtype))
+        ordinary = ~special & encoded["attention_mask"].numpy().astype(bool)
+        # The vocabulary's own [UNK] is a token of the sentence like any other: it is predicted too.
+        if self.tokenizer.unk_token_id is not None:
+            ordinary |= (ids == self.tokenizer.unk_token_id) & encoded["attention_mask"].numpy().astype(bool)
+        inputs = np.repeat(ids, self.draws, axis=0)
+        where, labels = [], []
+        for i, row in enumerate(rows):
+            (candidates,) = np.nonzero(ordinary[i])
+            if len(candidates) == 0:
+                continue
+            number = max(1, round(self.mask_probability * len(candidates)))
+            for d in range(self.draws):
+                generator = self._generator(row["example_id"], self.first_draw + d)
+                chosen = np.sort(generator.choice(candidates, size=number, replace=False))
+                action = generator.random(number)
+                substitute = generator.integers(len(self.tokenizer), size=number)
+                line = i * self.draws + d
+                labels.append(ids[i, chosen])
+                where.append(np.stack([np.full(number, line), chosen]))
+                inputs[line, chosen] = np.where(
+                    action < 0.8, self.tokenizer.mask_token_id, np.where(action < 0.9, substitute, ids[i, chosen])
+                )
+        where = np.concatenate(where, axis=1) if where else np.zeros((2, 0), dtype=np.int64)
+        labels = np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64)
+        batch = {key: value.repeat_interleave(self.draws, dim=0) for key, value in encoded.items()}
+        batch["input_ids"] = torch.from_numpy(inputs)
+        batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
+        return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
+
+    def _raw_counts(self, batch: Batch) -> Tensor:
+        size = batch["input_ids"].shape[0]
+        counted = torch.bincount(batch["rows"], minlength=size).to(torch.get_default_dtype())
+        return counted.view(-1, self.draws).mean(1)
+
+    def counts(self, batch: Batch) -> Tensor:
+        counts = self._raw_counts(batch)
+        return _reduce(torch.zeros_like(counts), counts, self.reduction)[1]
+
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
+        logits = _logits(call(**inputs, positions=(batch["rows"], batch["columns"])), "MaskedLM", 2)
+        terms = cross_entropy(logits, batch["labels"], reduction="none")
+        sums = terms.new_zeros(batch["input_ids"].shape[0]).index_add(0, batch["rows"], terms)
+        counts = self._raw_counts(batch).to(sums.dtype)
+        return _reduce(sums.view(-1, self.draws).mean(1), counts, self.reduction)
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction: ℓ_i = Σ_t −log p(token_t | tokens before it), over the real tokens after the first.
+
+    Arguments as in `MaskedLM`.
+    """
+
+    tokenizer: Any
+    max_length: int | None = None
+    reduction: str = "token"
+    text_column: str = "text"
+
+    def __post_init__(self):
+        _check_reduction(self.reduction)
+
+    def collate(self, rows: Rows) -> Batch:
+        batch, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
+        if batch["input_ids"].dtype != torch.long:  # only empty sentences
+            batch = {key: value.long() for key, value in batch.items()}
+        return batch | {"truncated": truncated}
+
+    def counts(self, batch: Batch) -> Tensor:
+        counts = batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
+        return _reduce(torch.zeros_like(counts), counts, self.reduction)[1]
+
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits = _logits(call(input_ids=ids, attention_mask=mask), "CausalLM", 3)
+        terms = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        sums = (terms * mask[:, 1:]).sum(1)
+        return _reduce(sums, mask[:, 1:].sum(1).to(sums.dtype), self.reduction)
+
+
+@dataclass(frozen=True)
+class SequenceClassification:
+    """Classification of a whole text: ℓ_i = −log p(label | text), count one.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        label_column: where the label is: an integer, or a string that `labels` lists.
+        labels: names of the classes in the order of the logits; needed for string labels.
+        max_length, text_column: as in `MaskedLM`.
+    """
+
+    tokenizer: Any
+    label_column: str = "label"
+    labels: tuple[str, ...] | None = None
+    max_length: int | None = None
+    text_column: str = "text"
+
+    def _label(self, row: Mapping[str, Any]) -> int:
+        if self.label_column not in row:
+            raise InputError(
+                f"the rows have no label column {self.label_column!r}; they have {sorted(row)}: pass label_column=."
+            )
+        value = row[self.label_column]
+        if isinstance(value, str) and self.labels and value in self.labels:
+            return list(self.labels).index(value)
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            return int(value)
+        raise InputError(
+            f"row {row.get('example_id')!r} has the label {value!r}; expected an integer or one of "
+            f"{list(self.labels or [])}: pass labels=[...] in the order of the model's classes."
+        )
+
+    def collate(self, rows: Rows) -> Batch:
+        labels = torch.tensor([self._label(row) for row in rows])
+        batch, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
+        return batch | {"labels": labels, "truncated": truncated}
+
+    def counts(self, batch: Batch) -> Tensor:
+        return torch.ones(batch["labels"].shape[0])
+
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
+        logits = _logits(call(**inputs), "SequenceClassification", 2)
+        classes = logits.shape[1]
+        if batch["labels"].max() >= classes or batch["labels"].min() < 0:
+            raise InputError(
+                f"labels run from {int(batch['labels'].min())} to {int(batch['labels'].max())}, but the model has "
+                f"{classes} classes: set num_labels when loading it, or renumber the labels from 0."
+            )
+        sums = cross_entropy(logits, batch["labels"], reduction="none")
+        return sums, torch.ones_like(sums)
+
+    def predictions(self, call: Callable, batch: Batch) -> Tensor:
+        """The class with the largest logit, (B,)."""
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
+        return call(**inputs).logits.argmax(1)

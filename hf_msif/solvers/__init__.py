@@ -1,0 +1,10 @@
+"""Inverse-curvature-vector products: `solve(operator, b, solver) -> Solution(value, certificate)`."""
+
+from ._solve import Certificate, Solution, solve
+from .cg import CG
+from .dense import Dense
+from .identity import Identity
+from .minres import MinRes
+from .squared_cg import SquaredCG
+
+__all__ = ["CG", "Certificate", "Dense", "Identity", "MinRes", "Solution", "SquaredCG", "solve"]

@@ -1,0 +1,140 @@
+"""The nouns and the verb: an operator, a solver, a `Solution` with its `Certificate`, and `solve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from .. import vectors
+from ..vectors import Block
+from ._operator import Operator, check_finite
+
+Progress = Callable[[int, float], None]
+
+
+class Solver(Protocol):
+    """Settings that define a linear system and how it is solved."""
+
+    def init(self, operator: Operator) -> Any:
+        """What is paid once an operator: the value of damping="auto", a factorisation."""
+        ...
+
+    def compute(self, operator: Operator, b: Block, state: Any, progress: Progress | None) -> Solution:
+        """What is paid once a right-hand side."""
+        ...
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known about a solution; lists have one entry a column.
+
+    - `solver`, `damping` (λ, in units of the system solved), `tol`: the settings in force.
+    - `iterations`; `matvecs`: products with the operator, the check of the residual included, `Solver.init` excluded.
+    - `residual`: the *true* relative residual ‖Su − c‖/‖c‖ of the system Su = c that the solver defines, recomputed
+      from the returned u with a fresh product; 0 where c = 0. `converged`: residual ≤ tol.
+    - `status`: why the column ended: "converged", "max_iter", "stalled" or "negative_curvature".
+    - `negative_curvature`: S was seen not to be positive definite. It stops CG and only informs elsewhere.
+    - `smallest_ritz`, `largest_ritz`: extreme eigenvalue estimates of the operator *without* damping (of H² for
+      SquaredCG; exact for Dense), None where the solver has none.
+    - `mean_eigenvalue`: trace/P, known where damping="auto" needed it (of H² for SquaredCG).
+    - `residual_unsquared`: ‖Hu − b‖/‖b‖ for SquaredCG, None elsewhere.
+    """
+
+    solver: str
+    damping: float
+    tol: float
+    iterations: list[int]
+    matvecs: list[int]
+    residual: list[float]
+    converged: list[bool]
+    status: list[str]
+    negative_curvature: list[bool]
+    smallest_ritz: list[float | None]
+    largest_ritz: list[float | None]
+    mean_eigenvalue: float | None = None
+    residual_unsquared: list[float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
+        """Inverse of `to_dict`."""
+        return cls(**values)
+
+    def __str__(self) -> str:
+        return "\n".join(self._line(q) for q in range(len(self.status)))
+
+    def _line(self, q: int) -> str:
+        n = self.iterations[q]
+        prose = {
+            "converged": f"converged in {n} iterations" if n else "solved without iterations",
+            "max_iter": f"stopped at {n} iterations, not converged",
+            "stalled": (f"stalled after {n} iterations" if n else "not solved")
+            + ": singular, or too ill-conditioned for its precision",
+            "negative_curvature": f"negative curvature met at iteration {n}: the operator is not positive definite, "
+            "use MinRes or curvature='gauss_newton' or more damping",
+        }[self.status[q]]
+        line = f"{self.solver}, column {q}: {prose}; residual {self.residual[q]:.1e} (tol {self.tol:.0e})"
+        if self.residual_unsquared is not None:
+            line += f", of Hu = b {self.residual_unsquared[q]:.1e}"
+        line += f", {self.matvecs[q]} products, damping {self.damping:.3g}"
+        if self.smallest_ritz[q] is not None:
+            line += f", eigenvalues {self.smallest_ritz[q]:.2g} to {self.largest_ritz[q]:.2g}"
+        return line
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`value`: the block u, shaped like the right-hand sides; `certificate`: how far it can be trusted."""
+
+    value: Block
+    certificate: Certificate
+
+
+def solve(
+    operator: Operator, b: Block, solver: Solver, state: Any = None, progress: Progress | None = None
+) -> Solution:
+    """Solves the system that `solver` defines, (A + λI)u = b for most, for each of the Q columns of `b` independently.
+
+    Args:
+        operator: any object with `matvec(block) -> block`, linear and symmetric, and `parameters: dict[str, Tensor]`.
+        b: Q right-hand sides, `dict[str, Tensor]` of shapes (Q, *parameter.shape), dtype and device of the parameters.
+        solver: `CG(...)`, `SquaredCG(...)`, `MinRes(...)`, `Identity()` or `Dense(...)`.
+        state: `solver.init(operator)`, when several blocks are solved with the same operator and solver.
+        progress: called as `progress(iteration, residual)` once an iteration, with the largest relative residual
+            (as the recurrence estimates it) among the columns that were still running.
+
+    Returns:
+        `Solution(value, certificate)`. A column that did not converge is *reported* in the certificate, never raised.
+
+    Raises:
+        ValueError: on NaN or inf in `b` or in a product, and when `b` and `operator.parameters` disagree.
+
+    >>> import torch
+    >>> class Diagonal:
+    ...     parameters = {"w": torch.zeros(2, dtype=torch.float64)}
+    ...     def matvec(self, v):
+    ...         return {"w": v["w"] * torch.tensor([1.0, 4.0], dtype=torch.float64)}
+    >>> from hf_msif.solvers import CG
+    >>> b = {"w": torch.tensor([[1.0, 2.0]], dtype=torch.float64)}
+    >>> solution = solve(Diagonal(), b, CG(damping=0.0))
+    >>> solution.value["w"].round(decimals=6).tolist()
+    [[1.0, 0.5]]
+    >>> solution.certificate.converged, solution.certificate.iterations
+    ([True], [2])
+    """
+    parameters = operator.parameters
+    if set(b) != set(parameters) or not b:
+        odd = sorted(set(b) ^ set(parameters))
+        raise ValueError(f"b and operator.parameters must name the same parameters, but differ in {odd[:5]}.")
+    count = vectors.columns(b)
+    for name, p in parameters.items():
+        expected, found = ((count, *p.shape), p.dtype, p.device), (tuple(b[name].shape), b[name].dtype, b[name].device)
+        if expected != found:
+            raise ValueError(f"b[{name!r}] has shape, dtype and device {found}, the operator expects {expected}.")
+    b = {name: b[name].detach() for name in parameters}
+    check_finite(b, "b")
+    return solver.compute(operator, b, solver.init(operator) if state is None else state, progress)

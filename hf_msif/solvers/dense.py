@@ -1,0 +1,117 @@
+"""The whole matrix, for small models and for tests: (A + λI)u = b by an eigendecomposition in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..errors import InputError
+from ..vectors import Block
+from ._operator import Counted, Damping, Operator, check_settings, damping, dimension, eps
+from ._solve import Certificate, Progress, Solution
+
+
+class Factorisation(NamedTuple):
+    """A = V diag(e) Vᵀ in float64, e ascending, shapes (P,) and (P, P)."""
+
+    damping: Damping
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """(A + λI)u = b with A written out from P products with unit vectors, symmetrised, and decomposed in float64.
+
+    One eigendecomposition serves definite, indefinite and singular A (there u is the least-squares solution of
+    least norm) and shows the exact spectrum. It costs P products, 16 P² bytes and time P³: an oracle for small models.
+
+    Args:
+        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × trace(A)/P.
+        tol: a column counts as converged when ‖(A + λI)u − b‖ ≤ tol ‖b‖, with a fresh product.
+        max_parameters: refuse larger P.
+        chunk: unit vectors a product.
+        damping_fraction: used by damping="auto" alone.
+
+    Raises:
+        ValueError: when P > max_parameters, when A is not symmetric beyond rounding, and on settings out of range.
+
+    >>> from hf_msif.solvers import solve
+    >>> class Diagonal:
+    ...     parameters = {"w": torch.zeros(2, dtype=torch.float64)}
+    ...     def matvec(self, v):
+    ...         return {"w": v["w"] * torch.tensor([1.0, -2.0], dtype=torch.float64)}
+    >>> b = {"w": torch.tensor([[3.0, 6.0]], dtype=torch.float64)}
+    >>> solution = solve(Diagonal(), b, Dense())
+    >>> solution.value["w"].tolist(), solution.certificate.smallest_ritz
+    ([[3.0, -3.0]], [-2.0])
+    """
+
+    damping: float | str = 0.0
+    tol: float = 1e-3
+    max_parameters: int = 8192
+    chunk: int = 64
+    damping_fraction: float = 10.0
+
+    def __post_init__(self):
+        check_settings(self, counts=("max_parameters", "chunk"))
+
+    def init(self, operator: Operator) -> Factorisation:
+        """The factorisation of A, P products; λ is not in it."""
+        size = dimension(operator)
+        if size > self.max_parameters:
+            raise InputError(
+                f"Dense would write out a {size} × {size} matrix; its limit is max_parameters={self.max_parameters}: "
+                "use CG or MinRes, restrict the trainable parameters, or raise the limit."
+            )
+        like = vectors.stack([operator.parameters])
+        device = vectors.flatten(like).device
+        rows = []
+        for index in torch.arange(size, device=device).split(self.chunk):
+            units = torch.zeros(len(index), size, device=device).scatter_(1, index[:, None], 1.0)
+            block = vectors.unflatten(units, like)
+            rows.append(vectors.flatten(Counted(operator, block)(block, index - index[0])).double())
+        matrix = torch.cat(rows)
+        asymmetry = ((matrix - matrix.T).norm() / matrix.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
+        if asymmetry > eps(like) ** 0.5:
+            raise InputError(
+                f"The operator is not symmetric: ‖A − Aᵀ‖/‖A‖ = {asymmetry:.1e}, beyond rounding. Does every product "
+                "see the same examples, with the same masks and without dropout?"
+            )
+        return Factorisation(damping(self, operator), *torch.linalg.eigh((matrix + matrix.T) / 2))
+
+    def compute(
+        self, operator: Operator, b: Block, state: Factorisation, progress: Progress | None = None
+    ) -> Solution:
+        """One block of right-hand sides, one product a column to check it; called by `solve`."""
+        shift, basis = state.damping.value, state.eigenvectors
+        eigenvalues = state.eigenvalues + shift
+        noise = 10 * eps(b) * eigenvalues.abs().max()
+        inverse = torch.where(eigenvalues.abs() > noise, 1 / eigenvalues, 0.0)
+        u = vectors.unflatten((vectors.flatten(b).double() @ basis * inverse) @ basis.T, b)
+
+        product, size = Counted(operator, b), vectors.norm(b)
+        residual, index = torch.zeros_like(size), size.nonzero().flatten()
+        some = vectors.take(u, index)
+        rest = vectors.add(vectors.take(b, index), vectors.add(product(some, index), some, shift), -1.0)
+        residual[index] = vectors.norm(rest) / size[index]
+        converged, count = (residual <= self.tol).tolist(), len(size)
+        certificate = Certificate(
+            "dense",
+            shift,
+            self.tol,
+            iterations=[0] * count,
+            matvecs=product.counts.tolist(),
+            residual=residual.tolist(),
+            converged=converged,
+            status=["converged" if ok else "stalled" for ok in converged],
+            negative_curvature=[bool(eigenvalues[0] < -noise)] * count,
+            smallest_ritz=[state.eigenvalues[0].item()] * count,
+            largest_ritz=[state.eigenvalues[-1].item()] * count,
+            mean_eigenvalue=state.damping.mean_eigenvalue,
+        )
+        return Solution(u, certificate)

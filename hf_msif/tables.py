@@ -1,0 +1,86 @@
+"""Tables that people read: the paper's Table 1, printed, as Markdown and as Parquet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .scores import Scores
+
+
+def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
+    """The paper's Table 1: for every test example the k rows of largest and of smallest absolute influence, with
+    their scores."""
+    import pandas as pd
+
+    rows = []
+    for q in range(scores.columns):
+        test = test_sentence(scores, q)
+        top, bottom = scores.top(k, query=q), scores.bottom(k, query=q)
+        rows += [
+            {
+                "test sentence": test,
+                "max |influence|": top.influence[i],
+                "sentence with it": top.text[i],
+                "min |influence|": bottom.influence[i],
+                "sentence with that": bottom.text[i],
+            }
+            for i in range(min(k, len(scores)))
+        ]
+    return pd.DataFrame(rows)
+
+
+def test_sentence(scores: Scores, query: int) -> str:
+    """The test example behind a query column."""
+    tests = scores.metadata["tests"]
+    if len(tests) == scores.columns:
+        return tests[query].get("text", str(tests[query].get("example_id")))
+    return f"{len(tests)} test examples together"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as GitHub Markdown; a bar inside a text is escaped."""
+    from tabulate import tabulate
+
+    safe = table.map(lambda x: x.replace("|", "\\|").replace("\n", " ") if isinstance(x, str) else x)
+    return tabulate(
+        safe, headers=[c.replace("|", "\\|") for c in table.columns], tablefmt="pipe", showindex=False, floatfmt=".4g"
+    )
+
+
+def plain(table: pd.DataFrame, width: int = 46) -> str:
+    """A table for the terminal, long texts wrapped."""
+    from tabulate import tabulate
+
+    widths = [width if table[column].map(lambda x: isinstance(x, str)).any() else None for column in table.columns]
+    return tabulate(
+        table, headers="keys", tablefmt="simple_grid", showindex=False, floatfmt=".3g", maxcolwidths=widths
+    )
+
+
+def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
+    """Writes `path`.md and `path`.parquet, each whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, write in (
+        (".md", lambda part: part.write_text(markdown(table) + "\n")),
+        (".parquet", lambda part: table.to_parquet(part, index=False)),
+    ):
+        part = path.with_name(path.name + suffix + ".part")
+        write(part)
+        os.replace(part, path.with_name(path.name + suffix))
+
+
+def training_line(report: dict) -> str:
+    """One line on what training a stage reached."""
+    parts = [f"{report['stage']}: trained in {report['seconds']} s"]
+    for side in ("train", "test"):
+        if side in report:
+            found = report[side]
+            accuracy = f", accuracy {found['accuracy']:.3f}" if "accuracy" in found else ""
+            parts.append(f"{side} loss {found['loss']:.3f}{accuracy} ({found['examples']:,} rows)")
+    return "; ".join(parts)

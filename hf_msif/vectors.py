@@ -1,0 +1,168 @@
+"""Algebra on parameter vectors: `dict[str, Tensor]` whose tensors carry a leading axis of columns.
+
+A *block* maps parameter names to tensors of shape `(Q, *parameter.shape)`: Q vectors of the same parameter space,
+one a query. All functions treat the Q columns independently, so a solver written with them runs Q systems in
+lock-step, and one pass over the data serves all columns. Inner products are accumulated in float64 whatever the
+dtype of the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Block = dict[str, Tensor]
+
+
+def columns(x: Mapping[str, Tensor]) -> int:
+    """Number of columns Q of a block."""
+    return next(iter(x.values())).shape[0]
+
+
+def numel(x: Mapping[str, Tensor]) -> int:
+    """Length P of one column: the number of scalars of a block divided by Q."""
+    return sum(math.prod(t.shape[1:]) for t in x.values())
+
+
+def _rows(t: Tensor) -> Tensor:
+    # `flatten(1)` refuses the one-dimensional tensors of a parameter without axes (a temperature, a mixing weight).
+    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
+
+
+def _as_column(scalars: Tensor | float, like: Tensor) -> Tensor | float:
+    if not isinstance(scalars, Tensor):
+        return scalars
+    return scalars.to(like).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def dot(x: Block, y: Block) -> Tensor:
+    """Inner products of matching columns, float64, shape (Q,).
+
+    >>> x = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    >>> dot(x, x)
+    tensor([ 5., 25.], dtype=torch.float64)
+    """
+    first = next(iter(x.values()))
+    total = torch.zeros(first.shape[0], dtype=torch.float64, device=first.device)
+    for name, t in x.items():
+        left = _rows(t).double()
+        right = left if y[name] is t else _rows(y[name]).double()
+        total += torch.linalg.vecdot(left, right)
+    return total
+
+
+def norm(x: Block) -> Tensor:
+    """Euclidean norms of the columns, float64, shape (Q,)."""
+    return dot(x, x).sqrt()
+
+
+def add(x: Block, y: Block, scale: Tensor | float = 1.0) -> Block:
+    """x + scale · y; `scale` is a number or one scalar a column, shape (Q,)."""
+    return {name: t + _as_column(scale, t) * y[name] for name, t in x.items()}
+
+
+def add_(x: Block, y: Block, scale: Tensor | float = 1.0) -> Block:
+    """x ← x + scale · y in place; returns x."""
+    for name, t in x.items():
+        t.add_(_as_column(scale, t) * y[name])
+    return x
+
+
+def scale(x: Block, by: Tensor | float) -> Block:
+    """by · x; `by` is a number or one scalar a column, shape (Q,)."""
+    return {name: _as_column(by, t) * t for name, t in x.items()}
+
+
+def where(keep: Tensor, x: Block, y: Block) -> Block:
+    """Columns of x where `keep` (bool, shape (Q,)) holds, of y elsewhere."""
+    return {name: torch.where(keep.reshape(-1, *[1] * (t.dim() - 1)), t, y[name]) for name, t in x.items()}
+
+
+def clone(x: Block) -> Block:
+    return {name: t.clone() for name, t in x.items()}
+
+
+def zeros_like(x: Block) -> Block:
+    return {name: torch.zeros_like(t) for name, t in x.items()}
+
+
+def select(x: Mapping[str, Tensor], names: Iterable[str]) -> Block:
+    """The block restricted to `names`, in their order."""
+    return {name: x[name] for name in names}
+
+
+def stack(vectors: list[Mapping[str, Tensor]]) -> Block:
+    """Puts Q plain vectors (no column axis) side by side as one block."""
+    return {name: torch.stack([v[name] for v in vectors]) for name in vectors[0]}
+
+
+def column(x: Block, index: int) -> dict[str, Tensor]:
+    """One column as a plain vector (no column axis)."""
+    return {name: t[index] for name, t in x.items()}
+
+
+def take(x: Block, index: Tensor) -> Block:
+    """Copies of the columns that `index` names (integers, or bool of shape (Q,)), as a smaller block."""
+    return {name: t[index] for name, t in x.items()}
+
+
+def put_(x: Block, index: Tensor, y: Block) -> Block:
+    """Writes the columns of y over the columns `index` of x, in place; the inverse of `take`; returns x."""
+    for name, t in x.items():
+        t[index] = y[name]
+    return x
+
+
+def rademacher(parameters: Mapping[str, Tensor], columns: int, seed: int) -> Block:
+    """A block of independent ±1 entries shaped like `parameters`, the same for the same seed on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator) * 2 - 1).to(p)
+        for name, p in parameters.items()
+    }
+
+
+def flatten(x: Block) -> Tensor:
+    """The block as a matrix of shape (Q, P), parameters in the block's order."""
+    return torch.cat([_rows(t) for t in x.values()], dim=1)
+
+
+def unflatten(matrix: Tensor, like: Mapping[str, Tensor]) -> Block:
+    """Inverse of `flatten`; `like` is a block that gives names, shapes and dtypes (its Q is ignored)."""
+    sizes = [math.prod(t.shape[1:]) for t in like.values()]
+    return {
+        name: part.reshape(matrix.shape[0], *t.shape[1:]).to(t)
+        for (name, t), part in zip(like.items(), matrix.split(sizes, dim=1), strict=True)
+    }
+
+
+def save(x: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict | None = None) -> None:
+    """Writes a block as safetensors, whole or not at all; `metadata` (JSON-able) travels in the header."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in x.items()}
+    # safetensors sorts the names; `flatten` depends on their order, so the order is kept beside them.
+    header = {"hf_msif": json.dumps(metadata or {}), "names": json.dumps(list(tensors))}
+    try:
+        save_file(tensors, part, metadata=header)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """Reads what `save` wrote: the tensors, in the order they were saved in, and the metadata."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        names = json.loads(header["names"]) if "names" in header else list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, json.loads(header.get("hf_msif", "{}"))

@@ -1,0 +1,159 @@
+"""The pull-back against re-solving the whole chain with perturbed example weights."""
+
+import fnmatch
+
+import pytest
+import torch
+from toy import ToyObjective, example_losses, minimise, toy, toy_rows
+
+from hf_msif import MultiStageInfluence, Stage, solvers
+
+# Three stages: everything trained; lower block and shift frozen, upper and gain proximal, new head; the same
+# without the gain.
+DECAY = [0.05, 0.02, 0.03]
+ALPHA = [None, 0.3, 0.2]
+TRAINABLE = ["all", ["encoder.upper.*", "encoder.gain", "head.*"], ["encoder.upper.*", "head.*"]]
+SIZES = [24, 18, 16]
+
+
+def decayed(name):
+    return "bias" not in name
+
+
+class Chain:
+    """Three toy stages whose parameters solve their objectives exactly, with weights on every example."""
+
+    def __init__(self):
+        self.rows = [toy_rows(seed, size) for seed, size in zip((1, 2, 3), SIZES, strict=True)]
+        self.tests = toy_rows(9, 2)
+        self.models = [toy(seed) for seed in (0, 1, 2)]
+        self.starts = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in self.models]
+        self.names = [
+            list(start) if t == "all" else [n for n in start if any(fnmatch.fnmatchcase(n, p) for p in t)]
+            for start, t in zip(self.starts, TRAINABLE, strict=True)
+        ]
+        self.optima = self.solve()
+        self.starts = self.optima  # re-solving starts at the optimum and so stays in its basin
+
+    def solve(self, weights=None):
+        """Parameters of all stages; `weights` = (stage, example index, ε) adds ε ℓ to that stage's objective."""
+        optima = []
+        for k, start in enumerate(self.starts):
+            begin = dict(start)
+            if k:
+                inherited = {n: optima[-1][n] for n in begin if n.startswith("encoder.")}
+                frozen = {n: p for n, p in inherited.items() if n not in self.names[k]}
+                begin |= frozen if weights is not None or optima else {}
+                tied = {n: p for n, p in inherited.items() if n in self.names[k]}
+            else:
+                tied = {}
+
+            def objective(parameters, k=k, tied=tied):
+                sums, counts = example_losses(self.models[k], parameters, self.rows[k])
+                total = sums.sum() / counts.sum()
+                total = total + DECAY[k] / 2 * sum((parameters[n] ** 2).sum() for n in self.names[k] if decayed(n))
+                for n, p in tied.items():
+                    total = total + ALPHA[k] * ((parameters[n] - p) ** 2).sum()
+                if weights is not None and weights[0] == k:
+                    total = total + weights[2] * sums[weights[1]]
+                return total
+
+            optima.append(minimise(objective, begin, self.names[k]))
+        return optima
+
+    def test_losses(self, optima):
+        return example_losses(self.models[-1], optima[-1], self.tests)[0].detach()
+
+    def stages(self, **settings):
+        for model, optimum in zip(self.models, self.optima, strict=True):
+            model.load_state_dict(optimum, strict=False)
+        settings = {"curvature": "hessian", "solver": solvers.Dense(), **settings}
+        return [
+            Stage(
+                f"stage{k}", self.models[k], ToyObjective(), self.rows[k], TRAINABLE[k], DECAY[k], ALPHA[k], **settings
+            )
+            for k in range(3)
+        ]
+
+
+@pytest.fixture(scope="module")
+def chain():
+    return Chain()
+
+
+@pytest.fixture(scope="module")
+def query(chain):
+    return MultiStageInfluence(chain.stages(), progress=False).query(chain.tests)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_influence_equals_resolving_the_chain(chain, query, stage):
+    scores = query.score(chain.rows[stage], stage=f"stage{stage}")
+    step = 1e-4
+    for index in (0, 3, 7):
+        up, down = (chain.test_losses(chain.solve((stage, index, sign * step))) for sign in (1, -1))
+        expected = (up - down) / (2 * step)
+        found = torch.tensor([scores.influence(q)[index] for q in range(2)])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_roles(chain):
+    split = MultiStageInfluence(chain.stages(), progress=False).link("stage1").split
+    assert set(split.frozen) == {"encoder.lower.weight", "encoder.lower.bias", "encoder.shift"}
+    assert set(split.proximal) == {"encoder.upper.weight", "encoder.upper.bias", "encoder.gain"}
+    assert split.head == ("head.weight", "head.bias")
+
+
+@pytest.mark.parametrize(
+    "solver", [solvers.MinRes(tol=1e-10, max_iter=500), solvers.CG(damping=0.0, tol=1e-10, max_iter=500)]
+)
+def test_krylov_solvers_give_the_dense_answer(chain, query, solver):
+    found = MultiStageInfluence(chain.stages(solver=solver), progress=False).query(chain.tests)
+    for stage, u in query.solutions.items():
+        for name, t in u.items():
+            torch.testing.assert_close(found.solutions[stage][name], t, rtol=1e-6, atol=1e-8)
+    assert all(c.converged == [True, True] for c in found.certificates.values())
+
+
+def test_a_group_is_the_sum_of_its_members(chain, query):
+    msif = MultiStageInfluence(chain.stages(), progress=False)
+    single = query.score(chain.rows[0])
+    for aggregate, share in (("sum", 1.0), ("mean", 0.5)):
+        group = msif.query(chain.tests, aggregate=aggregate).score(chain.rows[0])
+        expected = share * (single.influence(0) + single.influence(1))
+        torch.testing.assert_close(torch.tensor(group.influence()), torch.tensor(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_removal_effect_predicts_removal(chain, query):
+    """First order in 1/N: the sign and most of the size; N stays the full count, as when ε = −1/N."""
+    scores = query.score(chain.rows[0])
+    count = float(example_losses(chain.models[0], chain.optima[0], chain.rows[0])[1].sum())
+    before = chain.test_losses(chain.optima)
+    predicted, actual = [], []
+    for index in range(0, SIZES[0], 3):
+        predicted.append(scores.frame["removal_effect_0"][index])
+        actual.append(float((chain.test_losses(chain.solve((0, index, -1 / count))) - before)[0]))
+    assert torch.corrcoef(torch.tensor([predicted, actual]))[0, 1] > 0.97
+
+
+def test_sign_a_mislabelled_example_is_harmful():
+    """One stage, separable classes, one wrong label: it alone raises the loss of a correctly labelled neighbour."""
+    rows = toy_rows(5, 30)
+    for row in rows:
+        row["label"] = int(row["x"][0] > 0)
+    wrong = max(rows, key=lambda row: abs(row["x"][0]))
+    test = {**wrong, "example_id": 99}
+    wrong["label"] = 1 - wrong["label"]
+    model = toy(3, classes=2)
+
+    def objective(parameters):
+        sums, counts = example_losses(model, parameters, rows)
+        return sums.sum() / counts.sum() + 0.005 * sum((p**2).sum() for n, p in parameters.items() if decayed(n))
+
+    start = {n: p.detach() for n, p in model.named_parameters()}
+    model.load_state_dict(minimise(objective, start, list(start)), strict=False)
+    stage = Stage("only", model, ToyObjective(), rows, weight_decay=0.01, curvature="hessian", solver=solvers.Dense())
+    top = MultiStageInfluence([stage], progress=False).query([test]).score(rows).top(1, by="harmful")
+    assert top.example_id[0] == wrong["example_id"]
+    assert top.influence[0] > 0
+    assert top.removal_effect[0] < 0

@@ -1,0 +1,541 @@
+"""Every solver against dense NumPy, by property over one list: a new solver is one line in CASES."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from hf_msif import vectors
+from hf_msif.solvers import CG, Certificate, Dense, Identity, MinRes, SquaredCG, solve
+from hf_msif.solvers.cg import ConjugateGradients
+
+SHAPES = {"weight": (3, 4), "bias": (5,), "temperature": ()}
+P = 18
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other on matrices this small take minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Case(NamedTuple):
+    solver: Any
+    system: Callable  # (A, λ) → (S, C) of the system Su = Cb that the solver defines
+    indefinite: bool = True  # solves indefinite systems
+    passes: int = 1  # products an iteration, and a check
+
+
+def shifted(a, damping):
+    return a + damping * np.eye(len(a)), np.eye(len(a))
+
+
+CASES = [
+    Case(CG(damping=0.3, tol=1e-10), shifted, indefinite=False),
+    Case(SquaredCG(damping=0.3, tol=1e-10), lambda a, damping: (a @ a + damping * np.eye(len(a)), a), passes=2),
+    Case(MinRes(damping=0.3, tol=1e-10), shifted),
+    Case(Dense(damping=0.3, tol=1e-10, chunk=5), shifted),
+    Case(Identity(), lambda a, damping: (np.eye(len(a)), np.eye(len(a)))),
+]
+KRYLOV = [case for case in CASES if hasattr(case.solver, "max_iter")]
+DAMPED = [case for case in CASES if hasattr(case.solver, "damping")]
+
+
+def over(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: type(case.solver).__name__)
+
+
+class Matrix:
+    """A symmetric matrix as an operator that remembers how many columns each product had."""
+
+    def __init__(self, matrix, dtype=torch.float64, shapes=SHAPES):
+        self.matrix = torch.tensor(matrix, dtype=dtype)
+        self.parameters = {name: torch.ones(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
+        self.widths = []
+
+    def matvec(self, v):
+        self.widths.append(vectors.columns(v))
+        return vectors.unflatten(vectors.flatten(v) @ self.matrix, v)
+
+    def block(self, b):
+        like = vectors.stack([{name: p.detach() for name, p in self.parameters.items()}])
+        return vectors.unflatten(torch.as_tensor(b).to(self.matrix.dtype), like)
+
+
+def symmetric(eigenvalues, seed=0):
+    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((len(eigenvalues), len(eigenvalues))))
+    a = q * eigenvalues @ q.T
+    return (a + a.T) / 2
+
+
+def right_hand_sides(q=3, size=P, seed=1):
+    return np.random.default_rng(seed).standard_normal((q, size))
+
+
+def run(a, b, solver, dtype=torch.float64, **options):
+    """Solves on a flat parameter space; returns u as float64 NumPy, the certificate and the operator."""
+    shapes = SHAPES if len(a) == P else {"w": (len(a),)}
+    operator = Matrix(a, dtype, shapes)
+    solution = solve(operator, operator.block(b), solver, **options)
+    return vectors.flatten(solution.value).double().numpy(), solution.certificate, operator
+
+
+def residuals(a, b, u, case, certificate):
+    s, c = case.system(a, certificate.damping)
+    rhs = b @ c
+    return np.linalg.norm(u @ s - rhs, axis=1) / np.linalg.norm(rhs, axis=1)
+
+
+DEFINITE = symmetric(np.geomspace(0.1, 10, P))
+INDEFINITE = symmetric(np.concatenate([-np.geomspace(0.7, 4, 6), np.geomspace(0.5, 10, P - 6)]))
+
+
+@over(CASES)
+def test_agrees_with_numpy(case):
+    b = right_hand_sides()
+    u, certificate, _ = run(DEFINITE, b, case.solver)
+    s, c = case.system(DEFINITE, certificate.damping)
+    np.testing.assert_allclose(u, np.linalg.solve(s, c @ b.T).T, rtol=1e-7, atol=1e-9)
+    assert certificate.converged == [True] * 3
+    assert certificate.status == ["converged"] * 3
+    assert certificate.negative_curvature == [False] * 3
+
+
+@over([case for case in CASES if case.indefinite])
+def test_solves_indefinite_systems(case):
+    b = right_hand_sides()
+    u, certificate, _ = run(INDEFINITE, b, case.solver)
+    s, c = case.system(INDEFINITE, certificate.damping)
+    np.testing.assert_allclose(u, np.linalg.solve(s, c @ b.T).T, rtol=1e-6, atol=1e-8)
+    assert all(certificate.converged)
+    indefinite = np.linalg.eigvalsh(s)[0] < 0
+    assert certificate.negative_curvature == [indefinite] * 3
+
+
+@over([case for case in CASES if not case.indefinite])
+def test_reports_indefinite_systems(case):
+    u, certificate, _ = run(INDEFINITE, right_hand_sides(), case.solver)
+    assert certificate.negative_curvature == [True] * 3
+    assert certificate.converged == [False] * 3
+    assert certificate.status == ["negative_curvature"] * 3
+    assert all(e < -0.3 for e in certificate.smallest_ritz)
+    assert np.isfinite(u).all()
+    assert "use MinRes" in str(certificate)
+
+
+def test_cg_keeps_the_iterate_before_the_direction_of_negative_curvature():
+    # b = (1, 1), A = diag(3, -1): the first step goes to u = b, the second meets negative curvature.
+    u, certificate, _ = run(np.diag([3.0, -1.0]), np.ones((1, 2)), CG(damping=0.0))
+    np.testing.assert_allclose(u, [[1.0, 1.0]])
+    assert certificate.iterations == [2]
+    u, certificate, _ = run(np.diag([1.0, -3.0]), np.ones((1, 2)), CG(damping=0.0))
+    np.testing.assert_array_equal(u, [[0.0, 0.0]])
+    assert certificate.iterations == [1]
+    assert certificate.residual == [1.0]
+
+
+def test_zero_curvature_is_not_called_negative():
+    _, certificate, _ = run(np.diag([1.0, 0.0]), np.ones((1, 2)), CG(damping=0.0))
+    assert certificate.status == ["stalled"]
+    assert certificate.negative_curvature == [False]
+
+
+@over(CASES)
+def test_solving_twice_gives_the_same(case):
+    operator = Matrix(DEFINITE)
+    b, before = operator.block(right_hand_sides()), operator.block(right_hand_sides())
+    for solver in {case.solver, _auto(case.solver)}:
+        state = solver.init(operator)
+        first, second, fresh = (solve(operator, b, solver, given) for given in (state, state, None))
+        for again in (second, fresh):
+            assert again.certificate == first.certificate
+            assert all(torch.equal(again.value[name], first.value[name]) for name in b)
+    assert all(torch.equal(b[name], before[name]) for name in b)
+    assert torch.equal(operator.matrix, torch.as_tensor(DEFINITE))
+
+
+def _auto(solver):
+    return dataclasses.replace(solver, damping="auto") if hasattr(solver, "damping") else solver
+
+
+@over(CASES)
+def test_linear_in_the_right_hand_side(case):
+    x, y = right_hand_sides(2)
+    u, _, _ = run(DEFINITE, np.stack([x, y, 2 * x - 3 * y]), case.solver)
+    np.testing.assert_allclose(u[2], 2 * u[0] - 3 * u[1], atol=1e-7)
+
+
+@over(CASES)
+def test_a_block_equals_its_columns_one_by_one(case):
+    b = np.stack(
+        [right_hand_sides(1)[0], np.zeros(P), np.linalg.eigh(DEFINITE)[1][:, 4], right_hand_sides(1, seed=5)[0]]
+    )
+    u, certificate, _ = run(DEFINITE, b, case.solver)
+    assert not u[1].any()
+    if case in KRYLOV:
+        assert certificate.iterations[1:3] == [0, 1]
+        assert certificate.iterations[0] > 5
+    for q, column in enumerate(b):
+        alone, single, _ = run(DEFINITE, column[None], case.solver)
+        np.testing.assert_allclose(u[q], alone[0], atol=1e-11)
+        assert certificate.iterations[q] == single.iterations[0]
+        assert certificate.matvecs[q] == single.matvecs[0]
+        assert certificate.residual[q] == pytest.approx(single.residual[0], rel=1e-2, abs=1e-14)
+
+
+@over(DAMPED)
+def test_finished_columns_cost_nothing(case):
+    eigenvectors = np.linalg.eigh(DEFINITE)[1].T
+    b = np.stack([right_hand_sides(1)[0], np.zeros(P), eigenvectors[4], eigenvectors[2] + eigenvectors[9]])
+    operator = Matrix(DEFINITE)
+    state = case.solver.init(operator)
+    operator.widths.clear()
+    certificate = solve(operator, operator.block(b), case.solver, state).certificate
+    assert sum(operator.widths) == sum(certificate.matvecs)
+    assert certificate.matvecs[1] == 0
+    if case in KRYLOV:
+        assert certificate.iterations[1:] == [0, 1, 2]
+        setup = case.passes - 1  # Hb of the squared system
+        assert certificate.matvecs[2:] == [setup + case.passes * (k + 1) for k in (1, 2)]
+        assert (
+            operator.widths[: setup + 3 * case.passes]
+            == [3] * (setup + case.passes) + [2] * case.passes + [1] * case.passes
+        )
+
+
+@over(CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_certificate_tells_the_true_residual(case, dtype):
+    a = torch.as_tensor(DEFINITE).to(dtype).double().numpy()  # the operator as it is after rounding
+    b = torch.as_tensor(right_hand_sides()).to(dtype).double().numpy()
+    solver = dataclasses.replace(case.solver, tol=1e-3) if hasattr(case.solver, "tol") else case.solver
+    u, certificate, _ = run(a, b, solver, dtype)
+    rounding = 1e-12 if dtype == torch.float64 else 1e-5
+    np.testing.assert_allclose(certificate.residual, residuals(a, b, u, case, certificate), rtol=1e-2, atol=rounding)
+    if type(solver) is SquaredCG:
+        plain = np.linalg.norm(u @ a - b, axis=1) / np.linalg.norm(b, axis=1)
+        np.testing.assert_allclose(certificate.residual_unsquared, plain, rtol=1e-4)
+    else:
+        assert certificate.residual_unsquared is None
+
+
+@over(CASES)
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e7])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_float32_reaches_the_tolerance_or_says_not(case, condition, sign):
+    signs = np.where(np.arange(60) % 3 == 0, sign, 1)
+    a = symmetric(np.geomspace(1 / condition, 1, 60) * signs).astype(np.float32).astype(float)
+    b = right_hand_sides(2, 60).astype(np.float32).astype(float)
+    u, certificate, _ = run(a, b, _set(case.solver, damping=0.0, tol=1e-4, max_iter=200), torch.float32)
+    true = residuals(a, b, u, case, certificate)
+    for converged, residual, claimed in zip(certificate.converged, true, certificate.residual, strict=True):
+        assert converged == (claimed <= certificate.tol)
+        assert residual < 2e-4 or not converged
+    if condition == 1e2 and sign == 1 and case.passes == 1:
+        assert all(certificate.converged)
+    if type(case.solver) is MinRes:
+        assert (true < 1).all()  # minimal over the Krylov space: worse than u = 0 would be rounding
+
+
+def _set(solver, **settings):
+    known = {field.name for field in dataclasses.fields(solver)}
+    return dataclasses.replace(solver, **{name: value for name, value in settings.items() if name in known})
+
+
+@over(KRYLOV)
+def test_restarts_until_the_true_residual_agrees(case):
+    a = symmetric(np.geomspace(1e-2, 1, 100))
+    seen = []
+    solver = _set(case.solver, damping=0.1, tol=1.5e-7, max_iter=500)
+    _, certificate, _ = run(
+        a, right_hand_sides(1, 100), solver, torch.float32, progress=lambda iteration, residual: seen.append(residual)
+    )
+    assert min(seen) <= solver.tol
+    if certificate.converged[0]:
+        assert certificate.residual[0] <= solver.tol
+    else:
+        assert certificate.status == ["stalled"]
+        assert "stalled" in str(certificate)
+    restarts = sum(later > 3 * earlier for earlier, later in itertools.pairwise(seen))
+    assert certificate.matvecs[0] == case.passes * (certificate.iterations[0] + 1 + restarts) + case.passes - 1
+
+
+def test_restarts_mend_what_the_recurrence_missed():
+    a = symmetric(np.geomspace(1e-3, 1, 100)).astype(np.float32).astype(float)
+    b = right_hand_sides(1, 100).astype(np.float32).astype(float)
+    operator = Matrix(a, torch.float32, {"w": (100,)})
+    state = ConjugateGradients.start(operator.block(b / np.linalg.norm(b)))
+    while state.error > 1e-6:
+        state = state.step(operator.matvec)
+    believed = vectors.flatten(state.x).double().numpy() * np.linalg.norm(b)
+    drifted = np.linalg.norm(believed @ a - b) / np.linalg.norm(b)
+    u, certificate, _ = run(a, b, CG(damping=0.0, tol=1e-6, max_iter=1000), torch.float32)
+    assert drifted > 1e-5
+    assert np.linalg.norm(u @ a - b) / np.linalg.norm(b) < 0.5 * drifted
+    assert certificate.status == ["stalled"]  # float32 has no u that is good to 1e-6 here
+
+
+@over(KRYLOV)
+def test_stops_at_max_iter(case):
+    _, certificate, _ = run(DEFINITE, right_hand_sides(), _set(case.solver, max_iter=3))
+    assert certificate.iterations == [3] * 3
+    assert certificate.status == ["max_iter"] * 3
+    assert certificate.converged == [False] * 3
+    assert str(certificate).count("stopped at 3 iterations, not converged; residual ") == 3
+
+
+@over(KRYLOV)
+def test_tolerance_zero_ends(case):
+    _, certificate, _ = run(DEFINITE, right_hand_sides(), _set(case.solver, tol=0.0, max_iter=1000))
+    assert max(certificate.residual) < 1e-12
+    assert max(certificate.iterations) < 200
+
+
+@over(KRYLOV)
+def test_the_scale_of_the_right_hand_side_does_not_matter(case):
+    b = right_hand_sides(2)
+    u, certificate, _ = run(DEFINITE, b, _set(case.solver, tol=1e-4), torch.float32)
+    tiny, other, _ = run(DEFINITE, b * 2.0**-100, _set(case.solver, tol=1e-4), torch.float32)
+    np.testing.assert_array_equal(tiny * 2.0**100, u)
+    assert other.iterations == certificate.iterations
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_iterates_are_optimal_over_the_krylov_space(steps):
+    b = right_hand_sides(1)
+    powers = np.stack([np.linalg.matrix_power(INDEFINITE, k) @ b[0] for k in range(steps)])
+    basis, _ = np.linalg.qr(powers.T)
+    best = np.linalg.lstsq(INDEFINITE @ basis, b[0], rcond=None)[0]
+    u, _, _ = run(INDEFINITE, b, MinRes(tol=0.0, max_iter=steps))
+    np.testing.assert_allclose(u[0], basis @ best, atol=1e-9)
+
+    powers = np.stack([np.linalg.matrix_power(DEFINITE, k) @ b[0] for k in range(steps)])
+    basis, _ = np.linalg.qr(powers.T)
+    best = np.linalg.solve(basis.T @ DEFINITE @ basis, basis.T @ b[0])
+    u, _, _ = run(DEFINITE, b, CG(damping=0.0, tol=0.0, max_iter=steps))
+    np.testing.assert_allclose(u[0], basis @ best, atol=1e-9)
+
+
+def test_minres_on_singular_systems():
+    eigenvalues = np.concatenate([np.zeros(4), -np.geomspace(0.1, 2, 6), np.geomspace(0.1, 5, P - 10)])
+    a, b = symmetric(eigenvalues), right_hand_sides(2)
+    consistent = b @ a
+    u, certificate, _ = run(a, consistent, MinRes(tol=1e-10))
+    assert certificate.converged == [True, True]
+    np.testing.assert_allclose(u, consistent @ np.linalg.pinv(a), atol=1e-7)  # started at 0: the shortest solution
+
+    u, certificate, _ = run(a, b, MinRes(tol=1e-10))
+    least = np.linalg.norm(b - b @ np.linalg.pinv(a) @ a, axis=1) / np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(certificate.residual, least, rtol=1e-6)
+    assert certificate.status == ["stalled", "stalled"]
+    assert np.linalg.norm(u) < 1e4
+
+    u, certificate, _ = run(a, b, Dense())
+    np.testing.assert_allclose(u, b @ np.linalg.pinv(a), atol=1e-9)
+    assert certificate.status == ["stalled", "stalled"]
+
+    # Nearly consistent: the residual falls far, but restarting on what is left would only chase rounding.
+    nearly = consistent + 1e-3 * b
+    u, certificate, _ = run(a, nearly, MinRes(tol=1e-10, max_iter=1000))
+    least = np.linalg.norm(nearly - nearly @ np.linalg.pinv(a) @ a, axis=1) / np.linalg.norm(nearly, axis=1)
+    np.testing.assert_allclose(certificate.residual, least, rtol=1e-4)
+    assert certificate.status == ["stalled", "stalled"]
+
+
+@pytest.mark.parametrize("solver", [MinRes(tol=1e-12), MinRes(tol=1e-3), Dense()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_singular_is_not_indefinite(solver, dtype):
+    for seed in range(5):
+        a = symmetric(np.concatenate([np.zeros(6), np.geomspace(0.1, 5, P - 6)]), seed)
+        _, certificate, _ = run(a, right_hand_sides(4, seed=seed), solver, dtype)
+        assert certificate.negative_curvature == [False] * 4
+
+
+def test_squared_cg_when_the_right_hand_side_vanishes_under_h():
+    u, certificate, _ = run(np.diag([1.0, 0.0]), np.array([[0.0, 2.0]]), SquaredCG())
+    assert not u.any()
+    assert (certificate.residual, certificate.residual_unsquared) == ([0.0], [1.0])
+
+
+@over(KRYLOV)
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_ritz_values_are_those_of_the_undamped_operator(case, damping):
+    _, certificate, _ = run(DEFINITE, right_hand_sides(2), _set(case.solver, damping=damping, tol=1e-11))
+    power = case.passes
+    np.testing.assert_allclose(certificate.smallest_ritz, 0.1**power, rtol=1e-5)
+    np.testing.assert_allclose(certificate.largest_ritz, 10**power, rtol=1e-5)
+
+
+@over(DAMPED)
+def test_auto_damping_is_a_fraction_of_the_mean_eigenvalue(case):
+    # On a diagonal operator the Rademacher estimate is exact.
+    diagonal = np.geomspace(0.2, 5, P)
+    expected = (diagonal**case.passes).mean()
+    _, certificate, operator = run(
+        np.diag(diagonal), right_hand_sides(), _set(_auto(case.solver), damping_fraction=0.25)
+    )
+    assert certificate.mean_eigenvalue == pytest.approx(expected)
+    assert certificate.damping == pytest.approx(0.25 * expected)
+    assert 4 in operator.widths
+
+
+def test_auto_damping_asks_the_operator_for_its_trace():
+    operator = Matrix(DEFINITE)
+    operator.trace = lambda: 36.0
+    assert CG(damping_fraction=0.5).init(operator) == (1.0, 2.0)
+    assert operator.widths == []
+
+
+@over(CASES)
+def test_products_are_never_written_to(case):
+    """An operator may keep the tensors it hands out, or hand out its argument."""
+
+    class Keeping(Matrix):
+        kept = ()
+
+        def matvec(self, v):
+            product = super().matvec(v)
+            self.kept = (*self.kept, (product, vectors.clone(product)))
+            return product
+
+    operator = Keeping(DEFINITE)
+    for damping in (0.3, 0.0):
+        solve(operator, operator.block(right_hand_sides()), _set(case.solver, damping=damping))
+    for handed_out, copy in operator.kept:
+        assert all(torch.equal(handed_out[name], copy[name]) for name in copy)
+
+    operator.matvec = lambda v: v
+    b = operator.block(right_hand_sides())
+    value = solve(operator, b, case.solver).value
+    factor = 1.0 if type(case.solver) is Identity else 1.3
+    np.testing.assert_allclose(vectors.flatten(value), right_hand_sides() / factor)
+    np.testing.assert_array_equal(vectors.flatten(b), right_hand_sides())
+
+
+@over(CASES)
+def test_values_carry_no_graph_and_keep_their_names_shapes_and_dtype(case):
+    operator = Matrix(DEFINITE, torch.float32)
+    operator.matrix.requires_grad_()
+    b = operator.block(right_hand_sides())
+    shuffled = {name: b[name].requires_grad_() for name in reversed(list(b))}
+    value = solve(operator, shuffled, case.solver).value
+    assert list(value) == list(operator.parameters)
+    assert all(value[name].shape == b[name].shape and value[name].dtype == torch.float32 for name in b)
+    assert not any(t.requires_grad for t in value.values())
+
+
+@over(KRYLOV)
+def test_progress_is_told_once_an_iteration(case):
+    seen = []
+    _, certificate, _ = run(DEFINITE, right_hand_sides(), case.solver, progress=lambda *told: seen.append(told))
+    assert [iteration for iteration, _ in seen] == list(range(1, max(certificate.iterations) + 1))
+    assert seen[-1][1] <= case.solver.tol
+
+
+@over(CASES)
+def test_no_columns(case):
+    u, certificate, _ = run(DEFINITE, np.zeros((0, P)), case.solver)
+    assert u.shape == (0, P)
+    assert certificate.converged == []
+
+
+@over(CASES)
+@pytest.mark.parametrize("a", [DEFINITE, INDEFINITE], ids=["definite", "indefinite"])
+def test_certificate_survives_json(case, a):
+    _, certificate, _ = run(a, np.vstack([right_hand_sides(), np.zeros(P)]), case.solver)
+    text = json.dumps(certificate.to_dict(), allow_nan=False)
+    assert Certificate.from_dict(json.loads(text)) == certificate
+    lines = str(certificate).splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(f"{certificate.solver}, column {q}: ") for q, line in enumerate(lines))
+
+
+@over(CASES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_refuses_what_is_not_finite(case, bad):
+    operator = Matrix(DEFINITE)
+    b = operator.block(right_hand_sides())
+    b["bias"][1, 2] = bad
+    with pytest.raises(ValueError, match="b holds NaN or inf in parameter 'bias'"):
+        solve(operator, b, case.solver)
+    if type(case.solver) is not Identity:
+        operator = Matrix(DEFINITE)
+        operator.matrix[0, 0] = bad
+        with pytest.raises(ValueError, match=r"a product of the operator .* NaN or inf in parameter 'weight'"):
+            solve(operator, operator.block(right_hand_sides()), case.solver)
+
+
+def test_refuses_a_right_hand_side_from_another_space():
+    operator = Matrix(DEFINITE)
+    b = operator.block(right_hand_sides())
+    for wrong, message in [
+        ({name: t for name, t in b.items() if name != "bias"}, r"differ in \['bias'\]"),
+        ({**b, "extra": b["bias"]}, r"differ in \['extra'\]"),
+        ({**b, "bias": b["bias"][:2]}, r"b\['bias'\] has shape"),
+        ({**b, "bias": b["bias"][0]}, r"b\['bias'\] has shape"),
+        ({**b, "bias": b["bias"].float()}, r"b\['bias'\] has shape, dtype"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            solve(operator, wrong, CG())
+    with pytest.raises(ValueError, match="same parameters"):
+        solve(operator, {}, CG())
+
+
+@over(DAMPED)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"damping": "automatic"},
+        {"damping": -0.1},
+        {"damping": float("nan")},
+        {"damping": None},
+        {"damping_fraction": 0.0},
+        {"tol": -1e-3},
+        {"tol": float("nan")},
+        {"tol": "small"},
+        {"max_iter": 0},
+        {"max_iter": 2.5},
+        {"max_parameters": 0},
+        {"chunk": 0},
+    ],
+    ids=str,
+)
+def test_refuses_bad_settings(case, settings):
+    (name,) = settings
+    if hasattr(case.solver, name):
+        with pytest.raises(ValueError, match=rf"{type(case.solver).__name__}\({name}=.*: expected a"):
+            dataclasses.replace(case.solver, **settings)
+
+
+@over([case for case in DAMPED if case.passes == 1])
+def test_refuses_auto_damping_without_a_positive_trace(case):
+    operator = Matrix(-DEFINITE)
+    with pytest.raises(ValueError, match=r"damping='auto' needs a positive mean eigenvalue.*MinRes\(damping=0.0\)"):
+        solve(operator, operator.block(right_hand_sides()), _auto(case.solver))
+
+
+def test_dense_refuses_what_is_too_large_or_not_symmetric():
+    operator = Matrix(DEFINITE)
+    with pytest.raises(ValueError, match=r"18 × 18 matrix; its limit is max_parameters=17: use CG or MinRes"):
+        Dense(max_parameters=17).init(operator)
+    operator.matrix[0, 1] += 1e-3
+    with pytest.raises(ValueError, match="not symmetric"):
+        Dense().init(operator)
+    slightly = Matrix(DEFINITE, torch.float32)
+    slightly.matrix[0, 1] *= 1 + 1e-6
+    Dense().init(slightly)
+
+
+def test_dense_symmetrises_rounding():
+    a = DEFINITE.copy()
+    a[0, 1] += 1e-8
+    operator = Matrix(a)
+    np.testing.assert_allclose(Dense().init(operator).eigenvalues, np.linalg.eigvalsh((a + a.T) / 2), rtol=1e-12)

@@ -1,0 +1,123 @@
+"""A small smooth model and an independent dense oracle for it: chains solved to stationarity by Newton's method in
+float64."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+INPUTS = 3
+
+
+class ToyConfig(PretrainedConfig):
+    model_type = "toy"
+
+    def __init__(self, width=3, classes=3, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.classes = width, classes
+
+
+class ToyBase(PreTrainedModel):
+    config_class = ToyConfig
+    base_model_prefix = "encoder"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lower = torch.nn.Linear(INPUTS, config.width)
+        # An affine layer norm whose gain is decayed: undecayed it would grow for ever against the decayed `upper`.
+        self.gain = torch.nn.Parameter(torch.ones(config.width))
+        self.shift = torch.nn.Parameter(torch.zeros(config.width))
+        self.upper = torch.nn.Linear(config.width, config.width)
+        self.post_init()
+
+    def forward(self, x):
+        hidden = torch.nn.functional.layer_norm(torch.tanh(self.lower(x)), (self.config.width,), self.gain, self.shift)
+        return torch.tanh(self.upper(hidden))
+
+
+class ToyModel(PreTrainedModel):
+    config_class = ToyConfig
+    base_model_prefix = "encoder"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = ToyBase(config)
+        self.head = torch.nn.Linear(config.width, config.classes)
+        self.post_init()
+
+    def forward(self, x):
+        return SequenceClassifierOutput(logits=self.head(self.encoder(x)))
+
+
+def toy(seed, **config):
+    torch.manual_seed(seed)
+    model = ToyModel(ToyConfig(**config)).double().eval()
+    for p in model.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    return model
+
+
+def toy_rows(seed, size, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, INPUTS, generator=generator, dtype=torch.float64)
+    y = torch.randint(classes, (size,), generator=generator)
+    return [{"example_id": i, "x": x[i].tolist(), "label": int(y[i])} for i in range(size)]
+
+
+@dataclass(frozen=True)
+class ToyObjective:
+    """Cross-entropy; an example counts as often as its number of terms says, so that sums and means differ."""
+
+    def collate(self, rows):
+        return {
+            "x": torch.tensor([row["x"] for row in rows], dtype=torch.float64),
+            "labels": torch.tensor([row["label"] for row in rows]),
+            "terms": torch.tensor([1.0 + row["example_id"] % 2 for row in rows], dtype=torch.float64),
+        }
+
+    def losses(self, call, batch):
+        logits = call(x=batch["x"]).logits
+        sums = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none") * batch["terms"]
+        return sums, batch["terms"]
+
+
+def example_losses(model, parameters, rows):
+    batch = ToyObjective().collate(rows)
+    return ToyObjective().losses(lambda **kw: torch.func.functional_call(model, parameters, kwargs=kw), batch)
+
+
+def flat(parameters, names):
+    return torch.cat([parameters[n].reshape(-1) for n in names])
+
+
+def unflat(vector, parameters, names):
+    pieces = vector.split([parameters[n].numel() for n in names])
+    return {n: piece.view_as(parameters[n]) for n, piece in zip(names, pieces, strict=True)}
+
+
+def minimise(objective, start, names):
+    """Damped Newton to ‖gradient‖ < 1e-12 with the dense double-backward Hessian; returns the parameters."""
+    parameters = {n: p.detach().clone() for n, p in start.items()}
+    fixed = {n: p for n, p in parameters.items() if n not in names}
+
+    def f(vector):
+        return objective({**fixed, **unflat(vector, parameters, names)})
+
+    x = flat(parameters, names)
+    for _ in range(200):
+        leaf = x.clone().requires_grad_()
+        value = f(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        if gradient.norm() < 1e-12:
+            break
+        hessian = torch.autograd.functional.hessian(f, x)
+        values, vectors = torch.linalg.eigh(hessian)
+        step = -(vectors @ ((vectors.T @ gradient) / values.abs().clamp(min=1e-8)))
+        size = 1.0
+        with torch.no_grad():
+            while f(x + size * step) > value + 1e-12 * value.abs() and size > 1e-10:
+                size /= 2
+        x = x + size * step
+    assert gradient.norm() < 1e-9, f"Newton stopped at gradient norm {gradient.norm():.1e}"
+    return {**fixed, **unflat(x, parameters, names)}
