@@ -368,7 +368,8 @@ def test_squared_cg_when_the_right_hand_side_vanishes_under_h():
 @over(KRYLOV)
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_ritz_values_are_those_of_the_undamped_operator(case, damping):
-    _, certificate, _ = run(DEFINITE, right_hand_sides(2), _set(case.solver, damping=damping, tol=1e-11))
+    # Squaring hides the smallest eigenvalue from the right-hand side (Hb): only late residuals resolve it.
+    _, certificate, _ = run(DEFINITE, right_hand_sides(2), _set(case.solver, damping=damping, tol=1e-14))
     power = case.passes
     np.testing.assert_allclose(certificate.smallest_ritz, 0.1**power, rtol=1e-5)
     np.testing.assert_allclose(certificate.largest_ritz, 10**power, rtol=1e-5)
