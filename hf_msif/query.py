@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from . import vectors
 from .errors import InputError
@@ -78,7 +74,7 @@ class Query:
                 "weight_decay": stage.weight_decay,
                 "alpha": stage.alpha,
                 "objective": describe(stage.objective),
-                "fingerprint": fingerprint(link.model.parameters),
+                "fingerprint": vectors.fingerprint(link.model.parameters),
             }
         return {"stages": stages, "aggregate": self.aggregate, "losses": self.losses}
 
@@ -119,7 +115,7 @@ class Query:
                 f"{folder} holds a query through the stages {list(state['stages'])}; this chain has {names}."
             )
         for link in chain.links:
-            if fingerprint(link.model.parameters) != state["stages"][link.stage.name]["fingerprint"]:
+            if vectors.fingerprint(link.model.parameters) != state["stages"][link.stage.name]["fingerprint"]:
                 raise InputError(
                     f"the model of stage {link.stage.name!r} is not the one that the query in {folder} was made "
                     "with: query again."
@@ -131,15 +127,6 @@ class Query:
             solutions[stage][name] = tensor.to(chain.engine.device)
         certificates = {name: Certificate.from_dict(state["stages"][name]["solve"]) for name in names}
         return cls(solutions, certificates, state["tests"], state["losses"], state["aggregate"], chain)
-
-
-def fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for name, p in parameters.items():
-        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def describe(settings) -> dict:
