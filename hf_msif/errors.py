@@ -1,5 +1,4 @@
-"""The one exception for what a user can mend: a clear sentence instead of a traceback on the command line (exit code
-2)."""
+"""The one exception for what a user can mend: on the command line one sentence and exit code 2, no traceback."""
 
 
 class InputError(ValueError):

@@ -119,7 +119,8 @@ def train(
         finally:
             watch.close()
         _check_finite(model, name, trainer.state.global_step)
-    return loss
+    # Each process adds up its own share of the steps after the last log.
+    return float(trainer.accelerator.gather(torch.tensor([loss], device=arguments.device)).mean())
 
 
 def evaluate(

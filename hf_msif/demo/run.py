@@ -1,5 +1,4 @@
-"""`msif demo`: the main job on embedded data. Trains, explains three tweets, counts hits, and retrains to check the
-prediction."""
+"""`msif demo`: the main job on embedded data. Trains, explains three tweets, counts hits, retrains to check."""
 
 from __future__ import annotations
 
@@ -24,9 +23,8 @@ from .grammar import World, vocabulary, world
 
 TOP = 10  # sentences a tweet whose kind is counted
 REMOVED = 30  # sentences left out for the check by retraining
-CONTINUED = (
-    400  # steps of pretraining without them, from the finished model: from scratch, chance would drown the difference
-)
+# Steps of pretraining without them, from the finished model: from scratch, chance would drown the difference.
+CONTINUED = 400
 MASKED = 0.25
 DRAWS = 4  # masks a sentence in the influence: one mask often misses the word that matters
 DAMPING = 0.1
@@ -85,8 +83,8 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     query.save_pretrained(folder / "query")
     scores = query.score(data.corpus)
     scores.to_parquet(folder / "scores.parquet")
-    for stage, certificate in query.certificates.items():
-        say(f"\n{stage}:\n{certificate}")
+    for stage, certificate in query.certificate()["stages"].items():
+        say(f"\n{stage}:\n{certificate['text']}")
     table = table_one(scores)
     write_table(table, folder / "table1")
     say("\nTable 1: sentences of largest and smallest absolute influence (positive raises the test loss: harmful)")
