@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with prose, _short_warnings():
             result = _run(given, rest)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"msif {given.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -231,7 +231,7 @@ def settings(kind: type, given: Mapping[str, Any], key: str, without: Sequence[s
     checked = {}
     for name, value in given.items():
         if name not in known:
-            raise InputError(_unknown(f"{key}.{name}", [f"{key}.{k}" for k in known]))
+            raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{k}" for k in known]))
         try:
             checked[name] = TypeAdapter(hints[name], config=RULES).validate_python(value)
         except ValidationError:
@@ -348,7 +348,7 @@ def _sentence(error: ValidationError, values: dict) -> str:
     known = dict(_keys(Config, "", [str(s) for s in stages] if isinstance(stages, dict) else []))
     path = [str(part) for part in found["loc"]]
     if found["type"] == "extra_forbidden":
-        return _unknown(".".join(path), list(known))
+        return unknown_key(".".join(path), list(known))
     while ".".join(path) not in known:  # beyond a key come indices and the members of a union
         path.pop()
     key, field = ".".join(path), known[".".join(path)]
@@ -361,7 +361,7 @@ def _sentence(error: ValidationError, values: dict) -> str:
     return f"{key} is {_shown(value)}; expected {expected}."
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def unknown_key(key: str, known: Sequence[str]) -> str:
     """Names the known key of the same section, else of any, that most resembles `key`; else all of the section."""
     section, _, name = key.rpartition(".")
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
@@ -371,7 +371,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(name, pool, n=1)
         if near:
             return f"unknown key {key!r}; the nearest known key is {pool[near[0]]!r}."
-    return f"unknown key {key!r}; expected one of {', '.join(siblings)}."
+    return f"unknown key {key!r}; expected {'one of ' + ', '.join(siblings) if siblings else 'none here'}."
 
 
 def _expected(kind: Any, rules: Sequence = ()) -> str:

@@ -68,18 +68,21 @@ def train(
     collator = _Collator(objective, frozenset(omit))
     arguments.remove_unused_columns = False
     arguments.disable_tqdm = True  # one bar, ours: Trainer's prints a dictionary a log entry beside it
+    watch = _Watch(collator, name, progress)
     trainer = _StageTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         data_collator=collator,
-        callbacks=[_Watch(collator, name, progress)],
+        callbacks=[watch],
         penalty=_penalty(model, previous, roles, weight_decay, alpha),
     )
     trainer.remove_callback(PrinterCallback)
     try:
         result = trainer.train(resume_from_checkpoint=_last_checkpoint(arguments))
     finally:
+        if watch.bar is not None:  # an error message must not follow a bar on its line
+            watch.bar.close()
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(before[parameter_name])
         model.eval()
@@ -120,10 +123,13 @@ def save(model: nn.Module, tokenizer: Any, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 class _Collator:
@@ -160,7 +166,7 @@ class _Watch(TrainerCallback):
         self.bar.close()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = round(state.epoch or 0)
+        self.collator.epoch = math.floor((state.epoch or 0) + 1e-6)  # a resumed epoch begins in its middle
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
