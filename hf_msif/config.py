@@ -253,15 +253,18 @@ def help_text(width: int = 100) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 1e-4 is a number; no, 007 and 2016-02-06 are words. A key that occurs twice is an error."""
+    """YAML 1.2's scalars: 1e-4 is a number; no, 007 and 2016-02-06 are words. Keys are words, and occur once."""
 
     yaml_implicit_resolvers: typing.ClassVar = {}
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} occurs twice", problem_mark=node.start_mark)
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                key.tag = "tag:yaml.org,2002:str"
+                if key.value in names:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} occurs twice", problem_mark=key.start_mark)
+                names.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -364,10 +367,10 @@ def _sentence(error: ValidationError, values: dict) -> str:
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """Names the known key of the same section, else of any, that most resembles `key`; else all of the section."""
     section, _, name = key.rpartition(".")
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
     same_stage_last = sorted(known, key=lambda k: k.split(".")[:2] == key.split(".")[:2])
     everywhere = {k.rpartition(".")[2]: k for k in same_stage_last}
-    for pool in ({k: everywhere[k] for k in siblings}, everywhere):
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    for pool in (siblings, everywhere):
         near = difflib.get_close_matches(name, pool, n=1)
         if near:
             return f"unknown key {key!r}; the nearest known key is {pool[near[0]]!r}."
