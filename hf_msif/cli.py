@@ -157,12 +157,19 @@ def _configured(given: argparse.Namespace, config) -> dict:
 def _top(given: argparse.Namespace) -> dict:
     from pathlib import Path
 
+    from .data import first_line
     from .scores import Scores
     from .tables import plain, test_sentence
 
     if given.k < 1:
         raise InputError(f"-k is {given.k}; expected at least 1.")
-    scores = Scores.from_parquet(Path(given.run) / "scores.parquet")
+    path = Path(given.run).expanduser() / "scores.parquet"
+    try:
+        scores = Scores.from_parquet(path)
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} holds no scores ({first_line(error)}); expected what msif score writes.") from error
     found = []
     for q in range(scores.columns):
         table = scores.top(given.k, given.by, q)

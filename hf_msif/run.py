@@ -243,7 +243,10 @@ class Run:
                 "settings of a new model."
             )
         config.update(classes)
-        model = self._auto(name).from_config(config)
+        try:
+            model = self._auto(name).from_config(config)
+        except Exception as error:
+            raise InputError(f"stages.{name}.model: cannot build it ({first_line(error)}).") from error
         if before is not None:
             model.base_model.load_state_dict(before.base_model.state_dict(), strict=False)  # poolers differ
             if type(model) is type(before) and not classes:  # the same task goes on with the same head
