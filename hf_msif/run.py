@@ -39,7 +39,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
         for name in self.names:
-            self._arguments(name)
+            self._training(name)
             self._new_config(name)
         self.solvers = {name: self._solver(name) for name in self.names}
         try:
@@ -52,19 +52,24 @@ class Run:
 
     # --- settings of other libraries, checked
 
+    def _training(self, name: str) -> dict[str, Any]:
+        from transformers import TrainingArguments
+
+        given, key = self.config.stages[name].training, f"stages.{name}.training"
+        return settings(TrainingArguments, given, key, without=["output_dir"])
+
     def _arguments(self, name: str):
+        """`TrainingArguments` refuse what this machine cannot do, which is no matter once the stage is trained."""
         import torch
         from transformers import TrainingArguments
 
-        key = f"stages.{name}.training"
-        given = settings(TrainingArguments, self.config.stages[name].training, key, without=["output_dir"])
         # The filter would print the loss before it became NaN; pinning warns where there is no accelerator.
         defaults = {"report_to": [], "save_strategy": "no", "seed": self.config.seed, "logging_nan_inf_filter": False}
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()
         try:
-            return TrainingArguments(str(self._checkpoints(name)), **{**defaults, **given})
+            return TrainingArguments(str(self._checkpoints(name)), **{**defaults, **self._training(name)})
         except (ValueError, TypeError, ImportError) as error:
-            raise InputError(f"{key}: {first_line(error)}.") from error
+            raise InputError(f"stages.{name}.training: {first_line(error)}.") from error
 
     def _solver(self, name: str):
         from . import solvers
@@ -186,6 +191,7 @@ class Run:
     def present_model(self, name: str):
         """The trained model, or an untrained one where training is still to come."""
         if name not in self._models and not self.is_trained(name):
+            self._arguments(name)
             self._models[name] = self.new_model(name)
         return self.model(name)
 
@@ -261,7 +267,10 @@ class Run:
         given = [name for name, s in self.config.stages.items() if s.model.path is not None and not s.training]
         for name in given:
             print(f"{name}: {self.config.stages[name].model.path} is taken as it is (no stages.{name}.training)")
-        return [name for name in self.names if name not in given]
+        names = [name for name in self.names if name not in given]
+        for name in names:  # before the first one is trained for hours
+            self._arguments(name)
+        return names
 
     def train(self, name: str) -> dict:
         """Trains one stage, writes `run_dir/<stage>` and `run_dir/<stage>.json` with losses and wall time.
@@ -273,6 +282,7 @@ class Run:
         from .adapters import split
 
         stage, index = self.stage_config(name), self.names.index(name)
+        arguments = self._arguments(name)
         previous = self.model(self.names[index - 1]) if index else None
         parts = {"train": self.rows(name)}
         if stage.data.test_fraction > 0:
@@ -292,7 +302,7 @@ class Run:
                 model,
                 objective,
                 parts["train"],
-                self._arguments(name),
+                arguments,
                 previous=previous,
                 trainable=stage.trainable,
                 weight_decay=stage.weight_decay,

@@ -132,6 +132,13 @@ def test_score_of_the_last_stage_and_of_a_group(copy):
     assert scores.frame.example_id.min() >= 100  # data.id_column
 
 
+def test_a_finished_training_may_have_needed_another_machine(copy):
+    options = ("--config", copy / "config.yaml", "--stages.pretraining.training.bf16", "true", "--json")
+    assert msif("score", *options) == 0
+    if not torch.cuda.is_available():
+        assert msif("train", *options) == 2
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_warnings_are_one_line(copy, capsys):
     path = copy / "config.yaml"
@@ -185,7 +192,18 @@ BAD = {
         ["pretraining.model: cannot build", "7"],
     ),
     "neither path nor config": (remove("pretraining"), f"plan {PRE}.model.config null", ["neither path nor config"]),
-    "bad training value": (None, f"plan {PRE}.training.save_strategy never", ["stages.pretraining.training", "never"]),
+    "bad training value": (
+        None,
+        f"train {FINE}.training.save_strategy never",
+        ["stages.finetuning.training: never"],
+    ),
+    "bad training value to plan": (
+        remove("pretraining"),
+        f"plan {PRE}.training.optim magic",
+        ["stages.pretraining.training: magic"],
+    ),
+    "bad training type": (None, f"score {PRE}.training.bf16 maybe", ["stages.pretraining.training.bf16 is maybe"]),
+    "a negative number": (None, f"plan {PRE}.solver.damping -1e-4", ["pretraining.solver.damping is -0.0001"]),
     "our training key": (None, f"plan {PRE}.training.output_dir x", ["stages.pretraining.training.output_dir"]),
     "bad objective": (None, f"plan {PRE}.objective.mask_probability 2", ["mask_probability=2.0", "(0, 1]"]),
     "setting of another solver": (
