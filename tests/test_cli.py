@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -311,6 +313,20 @@ def test_every_command_checks_every_setting_before_it_works(made, capsys, comman
     said = capsys.readouterr()
     assert said.out == ""
     assert f"unknown key {flag[2:]!r}; the nearest known key is {nearest!r}." in said.err
+
+
+def test_a_recipe_is_its_commands_one_after_another(tmp_path, capsys, monkeypatch):
+    (recipe,) = Path(__file__).parent.parent.glob("recipes/bert_gop_debate/run.py")
+    path = project(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(path), "--json"])
+    runpy.run_path(str(recipe), run_name="__main__")
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(key in report for key, report in zip(("text", "stages", "query", "scores"), found, strict=True))
+    assert (tmp_path / "run" / "table1.md").exists()
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(path), "--sed", "1"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(recipe), run_name="__main__")
+    assert end.value.code == 2
 
 
 def test_an_interruption_says_so(made, capsys, monkeypatch):
