@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad input: the message says what was given, what was expected, and the way out."""
+
+
+class DivergedError(InputError):
+    """A training whose loss or weights stopped being finite: nothing of it is worth keeping."""

@@ -110,7 +110,7 @@ class Link:
         self._solver_states: dict[Any, Any] = {}
         self.model = FunctionalModel(stage.model, engine.device)
         self.rows = as_rows(stage.data, f"the data of stage {stage.name!r}")
-        self.curvature_rows = self._subset(stage.curvature_samples)
+        self.curvature_rows = self.subset(stage.curvature_samples)
         self._check_finite()
         self._leave_out_what_the_loss_ignores()
         self._check_link()
@@ -167,16 +167,12 @@ class Link:
     @cached_property
     def operator(self) -> Curvature:
         """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
+        return self.curvature(self.curvature_rows)
+
+    def curvature(self, rows: list[dict]) -> Curvature:
+        """`operator` estimated on other rows."""
         stage, kind = self.stage, CURVATURES[self.stage.curvature]
-        return kind(
-            self.model,
-            stage.objective,
-            self.curvature_rows,
-            self.split.trained,
-            self.engine,
-            stage.batch_size,
-            self.ridge,
-        )
+        return kind(self.model, stage.objective, rows, self.split.trained, self.engine, stage.batch_size, self.ridge)
 
     def solver_state(self, solver: Any) -> Any:
         """What the solver pays once per operator (damping, factorisation), kept for later queries."""
@@ -206,7 +202,8 @@ class Link:
         rows = torch.arange(parameter.shape[0], device=parameter.device) < self.split.resized[name]
         return 2 * self.stage.alpha * rows.to(parameter).reshape(-1, *[1] * (parameter.dim() - 1))
 
-    def _subset(self, size: int | None) -> list[dict]:
+    def subset(self, size: int | None) -> list[dict]:
+        """So many random rows of the stage's data, the same for the same seed; None: all of them."""
         if size is None or size >= len(self.rows):
             return self.rows
         return random.Random(self.stage.seed).sample(self.rows, size)

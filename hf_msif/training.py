@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -24,7 +25,7 @@ from . import vectors
 from .adapters import FunctionalModel, Split, decayed_names, forward, split
 from .autodiff import Evaluation
 from .engine import Engine, as_rows
-from .errors import InputError
+from .errors import DivergedError, InputError
 from .query import describe
 
 # Arguments that decide the weights: only where they agree does a run go on from the checkpoint of another.
@@ -82,9 +83,10 @@ def train(
     and ends at the weights of a run that was not interrupted.
 
     Raises:
-        InputError: bad rows, ids to omit that no row has, arguments under which another F would be minimised,
-            checkpoints of another run in `output_dir`, or a loss or parameter that stops being finite (at the step
-            where it does; no checkpoint of it is written).
+        InputError: bad rows, ids to omit that no row has, arguments under which another F would be minimised, or
+            checkpoints of another run in `output_dir`.
+        DivergedError: a loss or parameter stopped being finite (at the step where it did; no checkpoint of it is
+            written).
     """
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
@@ -161,11 +163,14 @@ def save(model: nn.Module, tokenizer: Any, folder: str | os.PathLike) -> None:
     part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
+    try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -268,7 +273,7 @@ def _borrowed(model: nn.Module, trained: set[str]) -> Iterator[None]:
 def _check_finite(model: nn.Module, name: str, step: int) -> None:
     for parameter_name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise InputError(
+            raise DivergedError(
                 f"the parameter {parameter_name!r} of stage {name!r} is not finite after step {step}: lower the "
                 "learning rate."
             )
@@ -303,7 +308,7 @@ class _Watch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # The workers of a data loader are started after this. A run that goes on begins inside of an epoch.
-        self.collator.epoch = int(state.epoch or 0)
+        self.collator.epoch = math.floor((state.epoch or 0) + 1e-6)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.bar.update()
@@ -355,7 +360,7 @@ class _StageTrainer(Trainer):
         loss = self.args.world_size * (weights * sums).sum() / total
         loss = loss + self.penalty() / self.current_gradient_accumulation_steps
         if not loss.isfinite():
-            raise InputError(
+            raise DivergedError(
                 f"the loss of stage {self.name!r} is {loss.item()} at step {self.state.global_step + 1}: lower the "
                 "learning rate, or check the data."
             )

@@ -48,10 +48,10 @@ class Counted:
 
 
 def check_finite(x: Block, what: str) -> None:
-    """Raises ValueError when `what`, the block x, holds NaN or inf."""
+    """Raises InputError when `what`, the block x, holds NaN or inf."""
     for name, t in x.items():
         if not t.isfinite().all():
-            raise ValueError(f"{what} holds NaN or inf in parameter {name!r}.")
+            raise InputError(f"{what} holds NaN or inf in parameter {name!r}.")
 
 
 def dimension(operator: Operator) -> int:
