@@ -19,6 +19,9 @@ from .adapters import FunctionalModel, Split, decayed_names, forward, split
 from .autodiff import Evaluation
 from .engine import Engine, as_rows
 from .errors import InputError
+from .polishing import PolishReport, polish
+
+__all__ = ["PolishReport", "evaluate", "polish", "save", "train"]
 
 
 def train(
