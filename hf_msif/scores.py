@@ -62,12 +62,13 @@ class Scores:
         }
         frame = pd.DataFrame({**table, **columns})
         frame.insert(3, "duplicates", frame.groupby("text_sha256")["text_sha256"].transform("size"))
-        width = influence.shape[1]
+        width, pairs = influence.shape[1], {}
         for q in range(width):
             suffix = "" if width == 1 else f"_{q}"
-            frame[f"influence{suffix}"] = influence[:, q]
-            frame[f"removal_effect{suffix}"] = -influence[:, q] / count
-        return cls(frame, {**metadata, "columns": width})
+            pairs[f"influence{suffix}"] = influence[:, q]
+            pairs[f"removal_effect{suffix}"] = -influence[:, q] / count
+        # At once: pandas warns about a frame that grows by more than a hundred columns, one by one.
+        return cls(pd.concat([frame, pd.DataFrame(pairs)], axis=1), {**metadata, "columns": width})
 
     def __len__(self) -> int:
         return len(self.frame)
