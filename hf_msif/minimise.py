@@ -104,13 +104,17 @@ class Newton:
         self.smallest: float | None = None
         self.negative = False
 
+    def factorise(self) -> None:
+        """Writes the Hessian out where the point is, and preconditions with it from here on."""
+        self.preconditioner, self.since, self.radius = Preconditioner(self.target, self.dense_limit), 0, 1.0
+        self.smallest = float(self.preconditioner.eigenvalues[0])
+
     def step(self) -> bool:
         """One accepted step; False when rounding lets none through."""
         while True:
             if self.since > self.size / 4 and self.size <= self.dense_limit:
                 # P products of a block are cheaper than as many products one by one: more CG would not pay.
-                self.preconditioner, self.since, self.radius = Preconditioner(self.target, self.dense_limit), 0, 1.0
-                self.smallest = float(self.preconditioner.eigenvalues[0])
+                self.factorise()
             step, length, predicted = self._direction()
             trial = self.target.at(vectors.add(self.state.point, step))
             noise = 50 * torch.finfo(self.target.dtype).eps * max(1.0, abs(self.state.value))

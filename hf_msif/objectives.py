@@ -60,6 +60,11 @@ def _tokenize(tokenizer, texts: list[str], max_length: int | None) -> tuple[Batc
     return batch, truncated
 
 
+def tokenized(objective: Any, rows: Rows) -> Batch:
+    """The whole, unmasked texts of rows as a text objective's model reads them: token ids and their masks."""
+    return _tokenize(objective.tokenizer, _texts(rows, objective.text_column), objective.max_length)[0]
+
+
 def _reduce(sums: Tensor, counts: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """ "token" keeps sums and counts; "example" turns each example into its mean with weight one."""
     if reduction == "example":

@@ -70,11 +70,12 @@ class PolishReport:
         return {name: value for name, value in vars(self).items() if name != "preconditioner"}
 
     def __str__(self) -> str:
-        end = "reached" if self.reached else "NOT reached"
+        end = "" if self.reached else " NOT reached"
         ritz = "" if self.smallest_ritz is None else f", smallest curvature {self.smallest_ritz:.2g}"
+        before, after = self.gradient_norm_before, self.gradient_norm
         return (
-            f"{self.name}: ‖∇F‖ {self.gradient_norm_before:.1e} → {self.gradient_norm:.1e} (tol {self.tol:.0e} {end}), F "
-            f"{self.objective_before:.6g} → {self.objective:.6g}; {self.lbfgs_iterations} L-BFGS and "
+            f"{self.name}: ‖∇F‖ {before:.1e} → {after:.1e} (tol {self.tol:.0e}{end}), "
+            f"F {self.objective_before:.6g} → {self.objective:.6g}; {self.lbfgs_iterations} L-BFGS and "
             f"{self.newton_iterations} Newton steps, {self.products} Hessian products{ritz}; {self.seconds:.1f} s"
         )
 
@@ -95,6 +96,7 @@ def polish(
     max_iter: int = 50,
     cg_iter: int = 500,
     dense_limit: int = 2048,
+    factorise: bool = False,
     preconditioner: Preconditioner | None = None,
     batch_size: int = 64,
     engine: Engine | None = None,
@@ -123,6 +125,8 @@ def polish(
         max_iter: most Newton steps.
         cg_iter: most products a Newton step.
         dense_limit: most trained parameters for a written-out Hessian (P products, P² numbers).
+        factorise: write the Hessian out at the end (up to `dense_limit`): the report then has its smallest eigenvalue
+            and a preconditioner in any case.
         preconditioner: that of the report of a nearby F with the same trained parameters.
         batch_size: rows a batch of the full-batch passes.
         engine: made when none is given.
@@ -162,6 +166,8 @@ def polish(
             steps += 1
             bar.set_postfix(gradient=f"{search.state.norm:.1e}", refresh=False)
             bar.update()
+        if factorise and search.size <= dense_limit:
+            search.factorise()
     target.write(model)
     model.eval()
     report = PolishReport(
@@ -201,6 +207,11 @@ class _Target:
             raise InputError(
                 f"stage {roles.stage!r} trains {len(roles.proximal)} inherited tensors (first {roles.proximal[0]!r}): "
                 "give alpha, the α of eq. (12), or freeze them with trainable='head'."
+            )
+        if isinstance(alpha, str):
+            raise InputError(
+                f"stage {roles.stage!r}: alpha is {alpha!r}; a minimum needs the number itself, such as the estimate "
+                "that a chain reports for it."
             )
         self.engine, self.roles, self.evaluations, self.products = engine, roles, 0, 0
         self.model = FunctionalModel(model, engine.device)
