@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -77,9 +78,17 @@ def correlation(predicted, measured, resamples: int = 1000, level: float = 0.95,
         rows = generator.integers(len(x), size=(min(chunk, resamples - start), len(x)))
         drawn.append(statistics(x[rows], y[rows]))
     edges = [50 * (1 - level), 50 * (1 + level)]
-    pearson, spearman, slope = ((float(a), float(b)) for a, b in np.nanpercentile(np.hstack(drawn), edges, axis=1).T)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice")  # a constant measurement: NaN is the answer
+        ends = np.nanpercentile(np.hstack(drawn), edges, axis=1).T
+    pearson, spearman, slope = ((float(low), float(high)) for low, high in ends)
     return Correlation(
-        *(z for pair in zip(found.tolist(), (pearson, spearman, slope), strict=True) for z in pair),
+        pearson_r=float(found[0]),
+        pearson_interval=pearson,
+        spearman_r=float(found[1]),
+        spearman_interval=spearman,
+        slope=float(found[2]),
+        slope_interval=slope,
         n=len(x),
         columns=x.shape[1],
         level=level,
