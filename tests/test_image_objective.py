@@ -154,6 +154,15 @@ def test_an_influence_on_images_is_the_derivative_of_the_loss(make):
     np.testing.assert_allclose(found, [-float(gradients[0] @ g) for g in gradients], rtol=1e-9, atol=1e-12)
 
 
+def test_duplicates_of_images_are_counted():
+    model, rows = convnet(), images(4, channels=3)
+    rows[2] = {**rows[0], "example_id": 2}
+    stage = Stage("only", model, objectives.ImageClassification(), rows, solver=solvers.Identity())
+    frame = MultiStageInfluence([stage], progress=False).query(rows[:1]).score(rows).frame
+    assert frame["duplicates"].tolist() == [2, 1, 2, 1]
+    assert frame["text"].tolist() == [""] * 4
+
+
 def _inputs(objective, row):
     return {"pixel_values": objective.collate([row])["pixel_values"]}
 

@@ -20,10 +20,10 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training, validation
+from hf_msif.digests import digest
 from hf_msif.validation import BASELINES, Bank, FromScratch, Retrained, WarmStart, correlation
 from hf_msif.validation.baselines import TEXT, Case
 from hf_msif.validation.experiments import random_omissions
-from hf_msif.validation.retraining import digest
 
 RNG = np.random.default_rng(0)
 

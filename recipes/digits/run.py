@@ -1,9 +1,9 @@
 """The paper's retraining experiment (§4.1) on scikit-learn's digits: nothing to download, minutes on one core.
 
-    python recipes/digits/run.py                       # frozen encoder, eq. (11): Figure A and, as identity, Figure 2(c)
-    python recipes/digits/run.py --alpha 0.1           # encoder updated, eqs. (12)–(15): Figure 2(b)
-    python recipes/digits/run.py --subsets 50          # and the linear datamodelling score
-    python recipes/digits/run.py --mislabelled         # a tenth of the pretraining labels is wrong: are they found?
+    python recipes/digits/run.py                   # frozen encoder, eq. (11): Figure A and, as identity, Figure 2(c)
+    python recipes/digits/run.py --alpha 0.1       # encoder updated, eqs. (12)–(15): Figure 2(b)
+    python recipes/digits/run.py --subsets 50      # and the linear datamodelling score
+    python recipes/digits/run.py --mislabelled     # a tenth of the pretraining labels is wrong: are they found?
 
 A small smooth convolutional network is pretrained on all images of 0–3 and finetuned on 700 of 4–9, both to a
 stationary point in float64. Influences of the pretraining images on the loss of 377 test images of 4–9, summed, are
@@ -138,7 +138,7 @@ def experiment(settings: argparse.Namespace, folder: Path) -> dict:
 
 
 def mislabelled(settings: argparse.Namespace) -> dict:
-    """The area under the ROC curve of wrong labels, ranked by harm to the pretraining task and to the finetuned one."""
+    """Area under the ROC curve of wrong labels, ranked by harm to the pretraining task and to the finetuned one."""
     images, others = digits(range(4), settings.seed), digits(range(4, 10), settings.seed)
     generator = np.random.default_rng(settings.seed)
     pretraining, held_out = images[:600], images[600:]
