@@ -118,7 +118,9 @@ class Newton:
             step, length, predicted = self._direction()
             trial = self.target.at(vectors.add(self.state.point, step))
             noise = 50 * torch.finfo(self.target.dtype).eps * max(1.0, abs(self.state.value))
-            if predicted <= noise:  # F cannot tell any more; its gradient can
+            if not math.isfinite(trial.value):  # too far: overflow
+                ratio = -math.inf
+            elif predicted <= noise:  # F cannot tell any more; its gradient can
                 ratio = 1.0 if trial.norm < self.state.norm else 0.0
             else:
                 ratio = (self.state.value - trial.value) / predicted
@@ -144,15 +146,17 @@ class Newton:
         goal = min(0.1, math.sqrt(self.state.norm)) * math.sqrt(ry)
         zz, zd, dd, model = 0.0, 0.0, ry, 0.0  # squares and products in the norm of M; model: m(z) − m(0)
         rows: list[list[float]] = []
-        carry, largest = 0.0, 0.0
-        unit = torch.finfo(self.target.dtype).eps
+        carry = 0.0
+        unit = 10 * torch.finfo(self.target.dtype).eps
+        largest = float(self.preconditioner.eigenvalues.abs().max()) if self.preconditioner else 0.0
         self.negative = False
         for _ in range(self.cg_iter):
             product = self.target.matvec(d)
             self.since += 1
             curvature = _dot(d, product)
-            largest = max(largest, abs(curvature) / dd)
-            flat = abs(curvature) <= unit * largest * dd
+            length = _dot(d, d)
+            largest = max(largest, abs(curvature) / length)
+            flat = abs(curvature) <= unit * largest * length
             if flat and zz > 0:  # rounding has no sign to follow: the softmax's common shift of biases, for one
                 break
             alpha = ry / curvature if curvature > 0 else math.inf
@@ -160,7 +164,7 @@ class Newton:
                 self.negative = curvature < 0 and not flat
                 tau = (-zd + math.sqrt(max(zd**2 + dd * (self.radius**2 - zz), 0.0))) / dd
                 model += -tau * ry + 0.5 * tau**2 * curvature
-                self._note(rows, None if curvature > 0 else curvature / _dot(d, d))
+                self._note(rows, None if curvature > 0 else curvature / length)
                 return vectors.add(z, d, tau), self.radius, -model
             z, r = vectors.add(z, d, alpha), vectors.add(r, product, alpha)
             model -= 0.5 * alpha * ry

@@ -156,6 +156,8 @@ def polish(
     tol = TOLERANCE.get(target.dtype, 1e-4) if tol is None else tol
     with target.model.evaluating(), engine.bar(desc=f"polishing {name}", unit=" steps") as bar:
         state = before = target.at()
+        if not math.isfinite(state.value):
+            raise InputError(f"stage {name!r}: F is {state.value}; its training diverged, or the data are bad.")
         bar.set_postfix(gradient=f"{state.norm:.1e}")
         first = 0
         if state.norm > max(tol, HANDOVER) and preconditioner is None and lbfgs_iter:
@@ -277,8 +279,6 @@ class _Target:
         for strength, name, shift in self._quadratic():
             gradient[name] = gradient[name] + strength * shift
             value += 0.5 * float((strength * shift.double() ** 2).sum())
-        if not math.isfinite(value):
-            raise InputError(f"stage {self.roles.stage!r}: F is {value}; its training diverged, or the data are bad.")
         return State(point, value, gradient)
 
     def _losses(self, evaluation: Evaluation) -> Block:

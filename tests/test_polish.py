@@ -235,3 +235,19 @@ def test_nothing_changes_on_an_error():
 def test_messages(settings, message):
     with pytest.raises(InputError, match=message):
         training.polish(toy(1), ToyObjective(), ROWS, **settings)
+
+
+def test_every_retraining_nearby_arrives():
+    """The biases of a softmax have a common shift without curvature, which a preconditioner blows up: its rounding
+    must not pass for negative curvature."""
+    before, after = pair()
+    settings = {"previous": before, "trainable": "head", "weight_decay": 1e-4}
+    base = training.polish(after, ToyObjective(), MORE, factorise=True, **settings)
+    assert base.preconditioner is not None
+    assert abs(base.smallest_ritz) < 1e-12
+    for omitted in range(30):
+        model = copy.deepcopy(after)
+        settings |= {"omit": [omitted], "tol": 1e-12, "preconditioner": base.preconditioner}
+        report = training.polish(model, ToyObjective(), MORE, **settings)
+        assert report.reached
+        assert not report.negative_curvature
