@@ -12,7 +12,7 @@ _HOMES = {
     "Stage": ".stages",
     "InputError": ".errors",
 }
-_ROOMS = ("adapters", "curvature", "engine", "objectives", "solvers", "training", "vectors")
+_ROOMS = ("adapters", "curvature", "engine", "objectives", "solvers", "training", "validation", "vectors")
 
 __all__ = [*_HOMES, *_ROOMS]
 

@@ -1,4 +1,4 @@
-"""A task's per-example losses: masked LM, causal LM, sequence classification.
+"""A task's per-example losses: masked LM, causal LM, classification of texts and of images.
 
 An objective is any object with two methods: `collate(rows) -> batch`, where rows are dicts that carry `example_id`
 and a batch is a dict of tensors, and `losses(call, batch) -> (sums, counts)`, both of shape (B,), where
@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from . import pixels
 from .errors import InputError
 
 Batch = dict[str, Any]
@@ -58,6 +59,11 @@ def _tokenize(tokenizer, texts: list[str], max_length: int | None) -> tuple[Batc
         if key in encoded:
             batch[key] = torch.tensor([list(ids) + [fill] * (width - len(ids)) for ids in encoded[key]])
     return batch, truncated
+
+
+def tokenized(objective: Any, rows: Rows) -> Batch:
+    """The whole, unmasked texts of rows as a text objective's model reads them: token ids and their masks."""
+    return _tokenize(objective.tokenizer, _texts(rows, objective.text_column), objective.max_length)[0]
 
 
 def _reduce(sums: Tensor, counts: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -217,22 +223,11 @@ class CausalLM:
         return _reduce(sums, mask[:, 1:].sum(1).to(sums.dtype), self.reduction)
 
 
-@dataclass(frozen=True)
-class SequenceClassification:
-    """Classification of a whole text: ℓ_i = −log p(label | text), count one.
+class _Classification:
+    """What the classification of texts and of images share: one label an example, cross-entropy, count one."""
 
-    Args:
-        tokenizer: the model's tokenizer.
-        label_column: where the label is: an integer, or a string that `labels` lists.
-        labels: names of the classes in the order of the logits; needed for string labels.
-        max_length, text_column: as in `MaskedLM`.
-    """
-
-    tokenizer: Any
-    label_column: str = "label"
-    labels: tuple[str, ...] | None = None
-    max_length: int | None = None
-    text_column: str = "text"
+    def _labels(self, rows: Rows) -> Tensor:
+        return torch.tensor([self._label(row) for row in rows])
 
     def _label(self, row: Mapping[str, Any]) -> int:
         if self.label_column not in row:
@@ -249,17 +244,15 @@ class SequenceClassification:
             f"{list(self.labels or [])}: pass labels=[...] in the order of the model's classes."
         )
 
-    def collate(self, rows: Rows) -> Batch:
-        labels = torch.tensor([self._label(row) for row in rows])
-        batch, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
-        return batch | {"labels": labels, "truncated": truncated}
+    def _run(self, call: Callable, batch: Batch) -> Tensor:
+        inputs = {k: batch[k] for k in self.inputs if k in batch}
+        return _logits(call(**inputs), type(self).__name__, 2)
 
     def counts(self, batch: Batch) -> Tensor:
         return torch.ones(batch["labels"].shape[0])
 
     def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
-        logits = _logits(call(**inputs), "SequenceClassification", 2)
+        logits = self._run(call, batch)
         classes = logits.shape[1]
         if batch["labels"].max() >= classes or batch["labels"].min() < 0:
             raise InputError(
@@ -271,5 +264,106 @@ class SequenceClassification:
 
     def predictions(self, call: Callable, batch: Batch) -> Tensor:
         """The class with the largest logit, (B,)."""
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
-        return call(**inputs).logits.argmax(1)
+        return self._run(call, batch).argmax(1)
+
+
+@dataclass(frozen=True)
+class SequenceClassification(_Classification):
+    """Classification of a whole text: ℓ_i = −log p(label | text), count one.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        label_column: where the label is: an integer, or a string that `labels` lists.
+        labels: names of the classes in the order of the logits; needed for string labels.
+        max_length, text_column: as in `MaskedLM`.
+    """
+
+    tokenizer: Any
+    label_column: str = "label"
+    labels: tuple[str, ...] | None = None
+    max_length: int | None = None
+    text_column: str = "text"
+
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
+
+    def collate(self, rows: Rows) -> Batch:
+        labels = self._labels(rows)
+        batch, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
+        return batch | {"labels": labels, "truncated": truncated}
+
+
+@dataclass(frozen=True)
+class ImageClassification(_Classification):
+    """Classification of an image: ℓ_i = −log p(label | image), count one.
+
+    Images are PIL images, encoded bytes, arrays or nested lists of shape (H, W), (H, W, C) or (C, H, W). The batch
+    has `pixel_values` of shape (B, C, H, W), from `processor` where one is given, otherwise (scale · image − mean) /
+    std.
+
+    Args:
+        processor: a Hugging Face image processor (`AutoImageProcessor.from_pretrained(...)`); `scale`, `mean` and
+            `std` are then its own affair. Its own random augmentation, if it has any, must be switched off.
+        image_column: where the image is.
+        label_column, labels: as in `SequenceClassification`.
+        scale: factor of the raw numbers; 1/255 for bytes.
+        mean, std: a number, or one a channel.
+        mode: PIL mode to convert to ("RGB" also gives grey arrays three channels); None leaves images as they are.
+        dtype: of the pixels; "float64" for a model in float64 that does not convert its input.
+
+    >>> objective = ImageClassification(scale=0.5, mean=1.0, std=2.0)
+    >>> batch = objective.collate([{"example_id": 0, "image": [[0, 2], [4, 6]], "label": 1}])
+    >>> batch["pixel_values"].shape, batch["pixel_values"].flatten().tolist()
+    (torch.Size([1, 1, 2, 2]), [-0.5, 0.0, 0.5, 1.0])
+    """
+
+    processor: Any = None
+    image_column: str = "image"
+    label_column: str = "label"
+    labels: tuple[str, ...] | None = None
+    scale: float = 1 / 255
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    mode: str | None = None
+    dtype: str = "float32"
+
+    inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "float64"):
+            raise InputError(f"ImageClassification(dtype={self.dtype!r}): expected 'float32' or 'float64'.")
+        if np.any(np.asarray(self.std) <= 0) or not self.scale:
+            raise InputError(
+                f"ImageClassification got scale={self.scale} and std={self.std}; expected numbers other than 0, and "
+                "positive standard deviations."
+            )
+
+    def collate(self, rows: Rows) -> Batch:
+        labels = self._labels(rows)
+        if self.image_column not in rows[0]:
+            raise InputError(
+                f"the rows have no column {self.image_column!r}; they have {sorted(rows[0])}: pass image_column=."
+            )
+        ids = [row.get("example_id") for row in rows]
+        images = [pixels.decoded(row[self.image_column], self.mode, i) for row, i in zip(rows, ids, strict=True)]
+        if self.processor is not None:
+            values = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        else:
+            arrays = [self._normalised(pixels.channels_first(image, i)) for image, i in zip(images, ids, strict=True)]
+            for array, i in zip(arrays, ids, strict=True):
+                if array.shape != arrays[0].shape:
+                    raise InputError(
+                        f"row {i!r} has an image of (channels, height, width) {array.shape}, row {ids[0]!r} one of "
+                        f"{arrays[0].shape}: give a processor that resizes, or mode='RGB' where only channels differ."
+                    )
+            values = torch.from_numpy(np.stack(arrays))
+        return {"pixel_values": values.to(getattr(torch, self.dtype)), "labels": labels}
+
+    def _normalised(self, array: np.ndarray) -> np.ndarray:
+        mean, std = (np.reshape(np.asarray(x, dtype=np.float64), (-1, 1, 1)) for x in (self.mean, self.std))
+        for name, value in (("mean", mean), ("std", std)):
+            if len(value) not in (1, len(array)):
+                raise InputError(
+                    f"ImageClassification has {len(value)} values of {name}, but the images have {len(array)} "
+                    "channels: give one number, or one a channel."
+                )
+        return (self.scale * array - mean) / std

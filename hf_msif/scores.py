@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .digests import digest
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ METADATA_KEY = b"hf_msif"
 class Scores:
     """Influence of every scored row on the test loss.
 
-    Columns of `frame`: `example_id`, `text`, `text_sha256`, `duplicates` (rows with the same text, this one
-    included), `loss` (ℓ of the row, a sum), `terms` (how many it sums), then a pair a query column:
+    Columns of `frame`: `example_id`, `text` (empty for an image), `text_sha256` (of the text or the image),
+    `duplicates` (rows with the same one, this one included), `loss` (ℓ of the row, a sum), `terms` (how many it
+    sums), then a pair a query column:
 
     - `influence` = ∂f/∂ε for F + ε ℓ_x, eq. (6). Positive: more of x raises the test loss (harmful). Negative: it
       helps.
@@ -53,20 +55,25 @@ class Scores:
         """Assembles scores from rows in corpus order and an array of influences, shape (rows, Q)."""
         import pandas as pd
 
-        texts = [str(row.get(text_column, "")) for row in rows]
+        contents = [row.get(text_column, "") for row in rows]
+        texts = [value if isinstance(value, str) else "" for value in contents]  # an image has none
         table = {
             "example_id": [row["example_id"] for row in rows],
             "text": texts,
-            "text_sha256": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
+            "text_sha256": [
+                hashlib.sha256(value.encode()).hexdigest() if isinstance(value, str) else digest(value)
+                for value in contents
+            ],
         }
         frame = pd.DataFrame({**table, **columns})
         frame.insert(3, "duplicates", frame.groupby("text_sha256")["text_sha256"].transform("size"))
-        width = influence.shape[1]
+        width, pairs = influence.shape[1], {}
         for q in range(width):
             suffix = "" if width == 1 else f"_{q}"
-            frame[f"influence{suffix}"] = influence[:, q]
-            frame[f"removal_effect{suffix}"] = -influence[:, q] / count
-        return cls(frame, {**metadata, "columns": width})
+            pairs[f"influence{suffix}"] = influence[:, q]
+            pairs[f"removal_effect{suffix}"] = -influence[:, q] / count
+        # At once: pandas warns about a frame that grows by more than a hundred columns, one by one.
+        return cls(pd.concat([frame, pd.DataFrame(pairs)], axis=1), {**metadata, "columns": width})
 
     def __len__(self) -> int:
         return len(self.frame)

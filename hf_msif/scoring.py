@@ -51,7 +51,7 @@ def score(query: Query, corpus, stage: str | None = None, batch_size: int | None
         rows=[rows[index] for index, *_ in found],
         influence=np.array([row[1] for row in found]),
         count=link.count,
-        text_column=getattr(objective, "text_column", "text"),
+        text_column=getattr(objective, "text_column", getattr(objective, "image_column", "text")),
         columns={"loss": [row[2] for row in found], "terms": [row[3] for row in found]},
         metadata=metadata,
     )

@@ -26,7 +26,10 @@ from .adapters import FunctionalModel, Split, decayed_names, forward, split
 from .autodiff import Evaluation
 from .engine import Engine, as_rows
 from .errors import DivergedError, InputError
+from .polishing import PolishReport, polish
 from .query import describe
+
+__all__ = ["PolishReport", "evaluate", "polish", "save", "train"]
 
 # Arguments that decide the weights: only where they agree does a run go on from the checkpoint of another.
 DECISIVE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")

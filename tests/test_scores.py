@@ -1,6 +1,7 @@
 """Orders, columns, duplicates and Parquet of a result that is written out by hand."""
 
 import hashlib
+import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -132,3 +133,11 @@ def test_files_that_hold_no_scores(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(InputError, match="without scores' metadata; expected one that"):
         Scores.from_parquet(tmp_path / "other.parquet")
+
+
+def test_hundreds_of_columns_are_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = Scores.build(ROWS, np.tile(INFLUENCE, 100), 40.0, {}, METADATA)
+    assert scores.columns == 200
+    np.testing.assert_array_equal(scores.influence(199), INFLUENCE[:, 1])

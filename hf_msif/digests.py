@@ -1,0 +1,35 @@
+"""SHA-256 of what a row may hold: plain values, arrays, images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of rows of plain values, arrays and images."""
+    found = hashlib.sha256()
+    _update(found, value)
+    return found.hexdigest()
+
+
+def _update(found, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            found.update(f"\x1e{key}\x1f".encode())
+            _update(found, value[key])
+    elif isinstance(value, (list, tuple)) and not all(isinstance(x, (int, float, str)) for x in value):
+        found.update(f"\x1d{len(value)}".encode())
+        for item in value:
+            _update(found, item)
+    elif hasattr(value, "tobytes"):  # a NumPy array, or an image
+        shape = getattr(value, "shape", None) or (getattr(value, "size", None), getattr(value, "mode", None))
+        found.update(f"{shape}{getattr(value, 'dtype', '')}".encode())
+        found.update(np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else value.tobytes())
+    elif isinstance(value, bytes):
+        found.update(value)
+    else:
+        found.update(repr(value).encode())

@@ -1,0 +1,311 @@
+"""Brings a small model to a stationary point of its stage's F: L-BFGS, then trust-region Newton-CG.
+
+Influence functions and the truth they are compared with are derivatives of a *minimum*: a retraining that stops a
+gradient of 1e-4 short of it measures where training stopped, not what an example did.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import vectors
+from .adapters import FunctionalModel, Split, decayed_names, split
+from .autodiff import Evaluation
+from .curvature import Hessian
+from .engine import Engine, as_rows
+from .errors import InputError
+from .minimise import Newton, Preconditioner, State, lbfgs
+from .vectors import Block
+
+HANDOVER = 1e-3  # gradient norm at which L-BFGS hands over to Newton's method
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class PolishReport:
+    """What `polish` reached.
+
+    Attributes:
+        name: the stage's.
+        parameters: number of scalars that were trained.
+        objective, objective_before: F, and F before.
+        gradient_norm, gradient_norm_before: ‖∇F‖ over the trained parameters, and before.
+        tol, reached: whether gradient_norm ≤ tol.
+        lbfgs_iterations, newton_iterations: accepted steps of either.
+        evaluations: passes over the data for F and ∇F; products: Hessian products.
+        smallest_ritz: an upper bound of the Hessian's smallest eigenvalue (exact where it was written out), from the
+            last Newton steps; None where none was needed, or where a preconditioner was given.
+        negative_curvature: the last Newton step met a direction of negative curvature: no minimum.
+        seconds: wall time.
+        preconditioner: for `polish` of a nearby F; None where CG was short.
+    """
+
+    name: str
+    parameters: int
+    objective: float
+    objective_before: float
+    gradient_norm: float
+    gradient_norm_before: float
+    tol: float
+    reached: bool
+    lbfgs_iterations: int
+    newton_iterations: int
+    evaluations: int
+    products: int
+    smallest_ritz: float | None
+    negative_curvature: bool
+    seconds: float
+    preconditioner: Preconditioner | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "preconditioner"}
+
+    def __str__(self) -> str:
+        end = "" if self.reached else " NOT reached"
+        ritz = "" if self.smallest_ritz is None else f", smallest curvature {self.smallest_ritz:.2g}"
+        before, after = self.gradient_norm_before, self.gradient_norm
+        return (
+            f"{self.name}: ‖∇F‖ {before:.1e} → {after:.1e} (tol {self.tol:.0e}{end}), "
+            f"F {self.objective_before:.6g} → {self.objective:.6g}; {self.lbfgs_iterations} L-BFGS and "
+            f"{self.newton_iterations} Newton steps, {self.products} Hessian products{ritz}; {self.seconds:.1f} s"
+        )
+
+
+def polish(
+    model: nn.Module,
+    objective: Any,
+    data: Any,
+    *,
+    previous: nn.Module | None = None,
+    trainable: str | Sequence[str] = "all",
+    weight_decay: float = 0.0,
+    alpha: float | None = None,
+    resized: bool = False,
+    omit: Collection[Any] = (),
+    tol: float | None = None,
+    lbfgs_iter: int = 500,
+    max_iter: int = 50,
+    cg_iter: int = 500,
+    dense_limit: int = 2048,
+    factorise: bool = False,
+    preconditioner: Preconditioner | None = None,
+    batch_size: int = 64,
+    engine: Engine | None = None,
+    name: str = "stage",
+) -> PolishReport:
+    """Minimises F = (1/N) Σ ℓ_i + (weight_decay/2) ‖φ_decayed‖² [+ α ‖W − W_before‖², eq. (12)] in place,
+    to ‖∇F‖ ≤ tol.
+
+    F and its trained parameters are those of `Stage` with the same arguments, in the model's own dtype (float64 for a
+    truth that finite differences can see), in evaluation mode, full batch, masks those of the objective's first draws.
+    L-BFGS (strong Wolfe) goes first; the Newton steps are Steihaug's conjugate gradients in a trust region with exact
+    Hessian products, which use a direction of negative curvature instead of being stopped by it. Where CG would be
+    long and the model has at most `dense_limit` trained parameters, the Hessian is written out once and preconditions
+    all later CG; the report carries it, for retrainings nearby. Batches are collated once, outputs of frozen encoders
+    are computed once.
+
+    Args:
+        model: changed in place at the end (not on an exception), left in evaluation mode.
+        objective, data, previous, trainable, weight_decay, alpha: as in `train` and `Stage`.
+        resized: as in `Stage`.
+        omit: example ids whose losses are taken out of F. N stays that of all rows, which is ε = −1/N of eq. (4), the
+            removal that `removal_effect` predicts; dividing by the new N instead would scale the losses against the
+            quadratic terms, a shift common to all removals of one size.
+        tol: of ‖∇F‖; default 1e-9 in float64, 1e-4 in float32.
+        lbfgs_iter: most L-BFGS iterations; 0 skips them, as does a `preconditioner`.
+        max_iter: most Newton steps.
+        cg_iter: most products a Newton step.
+        dense_limit: most trained parameters for a written-out Hessian (P products, P² numbers).
+        factorise: write the Hessian out at the end (up to `dense_limit`): the report then has its smallest eigenvalue
+            and a preconditioner in any case.
+        preconditioner: that of the report of a nearby F with the same trained parameters.
+        batch_size: rows a batch of the full-batch passes.
+        engine: made when none is given.
+        name: the stage's, for messages.
+
+    Returns:
+        `PolishReport`. A tolerance that was not reached is warned about, never hidden.
+
+    Raises:
+        InputError: bad rows, nothing left after `omit`, ids in `omit` that no row has, or F not finite.
+
+    >>> from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
+    >>> from hf_msif.objectives import ImageClassification
+    >>> _ = torch.manual_seed(0)
+    >>> config = ConvNetConfig(image_size=2, channels=[1], kernel_size=1, dense=[], num_labels=2)
+    >>> model = ConvNetForImageClassification(config).double()
+    >>> rows = [{"image": [[0, 0], [0, 0]], "label": int(i % 4 == 0)} for i in range(8)]
+    >>> report = polish(model, ImageClassification(), rows, weight_decay=0.1)
+    >>> report.reached, round(report.objective, 4)  # black images: the entropy of 1/4, 0.5623, by the biases alone
+    (True, 0.5623)
+    """
+    started = time.perf_counter()
+    engine = engine or Engine(progress=False)
+    rows = as_rows(data, f"the data of stage {name!r}")
+    roles = split(name, model, previous, trainable, resized)
+    target = _Target(model, objective, rows, roles, previous, weight_decay, alpha, omit, batch_size, engine)
+    tol = TOLERANCE.get(target.dtype, 1e-4) if tol is None else tol
+    with target.model.evaluating(), engine.bar(desc=f"polishing {name}", unit=" steps") as bar:
+        state = before = target.at()
+        if not math.isfinite(state.value):
+            raise InputError(f"stage {name!r}: F is {state.value}; its training diverged, or the data are bad.")
+        bar.set_postfix(gradient=f"{state.norm:.1e}")
+        first = 0
+        if state.norm > max(tol, HANDOVER) and preconditioner is None and lbfgs_iter:
+            state, first = lbfgs(target, max(tol, HANDOVER), lbfgs_iter, bar)
+        search = Newton(target, state, preconditioner, cg_iter, dense_limit)
+        steps = 0
+        while search.state.norm > tol and steps < max_iter and search.step():
+            steps += 1
+            bar.set_postfix(gradient=f"{search.state.norm:.1e}", refresh=False)
+            bar.update()
+        if factorise and search.size <= dense_limit:
+            search.factorise()
+    target.write(model)
+    model.eval()
+    report = PolishReport(
+        name=name,
+        parameters=vectors.numel(before.gradient),
+        objective=search.state.value,
+        objective_before=before.value,
+        gradient_norm=search.state.norm,
+        gradient_norm_before=before.norm,
+        tol=tol,
+        reached=search.state.norm <= tol,
+        lbfgs_iterations=first,
+        newton_iterations=steps,
+        evaluations=target.evaluations,
+        products=target.products,
+        smallest_ritz=search.smallest,
+        negative_curvature=search.negative,
+        seconds=round(time.perf_counter() - started, 3),
+        preconditioner=search.preconditioner,
+    )
+    if not report.reached:
+        warnings.warn(f"not a stationary point. {report}", stacklevel=2)
+    return report
+
+
+class _Target:
+    """F of one stage without some of its examples: value, gradient, Hessian products; itself a solvers' operator."""
+
+    def __init__(self, model, objective, rows, roles: Split, previous, weight_decay, alpha, omit, batch_size, engine):
+        omit = set(omit)
+        kept = [row for row in rows if row["example_id"] not in omit]
+        unknown = omit - {row["example_id"] for row in rows}
+        if unknown or not kept:
+            what = f"ids that no row has, such as {next(iter(unknown))!r}" if unknown else "every row"
+            raise InputError(f"stage {roles.stage!r}: omit names {what}.")
+        if roles.proximal and not alpha:
+            raise InputError(
+                f"stage {roles.stage!r} trains {len(roles.proximal)} inherited tensors (first {roles.proximal[0]!r}): "
+                "give alpha, the α of eq. (12), or freeze them with trainable='head'."
+            )
+        if isinstance(alpha, str):
+            raise InputError(
+                f"stage {roles.stage!r}: alpha is {alpha!r}; a minimum needs the number itself, such as the estimate "
+                "that a chain reports for it."
+            )
+        self.engine, self.roles, self.evaluations, self.products = engine, roles, 0, 0
+        self.model = FunctionalModel(model, engine.device)
+        self.model.parameters |= {name: self.model.parameters[name].clone() for name in roles.trained}
+        names = self._used(objective, rows, roles.trained)
+        self.operator = Hessian(self.model, objective, kept, names, engine, batch_size)
+        self.parameters = self.operator.parameters
+        self.dtype = next(iter(self.parameters.values())).dtype
+        omitted = [row for row in rows if row["example_id"] in omit]
+        self.count = self.operator.count + self._count(objective, omitted, batch_size)
+        self._share = self.operator.count / self.count
+        self._decay = {name: weight_decay for name in names if weight_decay and name in decayed_names(model)}
+        self._tie = {name: self._tied(name, alpha) for name in roles.proximal if name in self.parameters}
+        self._anchor = {name: self._anchored(name, previous) for name in self._tie}
+
+    def _used(self, objective, rows, names) -> tuple[str, ...]:
+        """What the loss depends on; the rest is held constant, as `Stage` leaves it out."""
+        probe = Evaluation(self.model, objective, self._batch(objective, rows[:2]))
+        with self.model.evaluating():
+            leaves = probe.leaves(names)
+            total = probe.losses(leaves)[0].sum()
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return tuple(name for name, g in zip(leaves, found, strict=True) if g is not None)
+
+    def _batch(self, objective, rows) -> dict:
+        batch = objective.collate(rows)
+        return {k: v.to(self.engine.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _count(self, objective, rows, batch_size) -> float:
+        total = 0.0
+        for start in range(0, len(rows), batch_size):
+            evaluation = Evaluation(self.model, objective, self._batch(objective, rows[start : start + batch_size]))
+            with torch.no_grad(), self.model.evaluating():
+                total += float(evaluation.losses({})[1].double().sum())
+        return total
+
+    def _tied(self, name: str, alpha: float) -> float | Tensor:
+        """2α; per row, zero on rows that a resize added."""
+        if name not in self.roles.resized:
+            return 2 * alpha
+        parameter = self.parameters[name]
+        rows = torch.arange(len(parameter), device=parameter.device) < self.roles.resized[name]
+        return 2 * alpha * rows.to(parameter).reshape(-1, *[1] * (parameter.dim() - 1))
+
+    def _anchored(self, name: str, previous: nn.Module) -> Tensor:
+        source, parameter = previous.get_parameter(self.roles.inherited[name]).detach(), self.parameters[name]
+        anchor = parameter.clone()
+        anchor[: len(source)] = source.to(parameter)  # all rows, unless a resize added some
+        return anchor
+
+    def at(self, point: Block | None = None) -> State:
+        """F and ∇F at `point`, which becomes the present one; by default where the model is."""
+        if point is None:
+            point = {name: p.clone().unsqueeze(0) for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            p.copy_(point[name][0])
+        self.evaluations += 1
+        like = {name: p.unsqueeze(0) for name, p in self.parameters.items()}
+        like[""] = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
+        total = self.engine.sum(like, map(self._losses, self.operator._passing()))
+        value = float(total.pop("")) / self.count
+        gradient = {name: t / self.count for name, t in total.items()}
+        for strength, name, shift in self._quadratic():
+            gradient[name] = gradient[name] + strength * shift
+            value += 0.5 * float((strength * shift.double() ** 2).sum())
+        return State(point, value, gradient)
+
+    def _losses(self, evaluation: Evaluation) -> Block:
+        # With the gradient's graph even where a value would do: without one a memo cannot tell that a constant
+        # module's *input* varies.
+        leaves = evaluation.leaves(self.parameters)
+        total = evaluation.losses(leaves)[0].sum()
+        gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True, allow_unused=True)
+        parts = {name: g.unsqueeze(0) for name, g in zip(leaves, gradients, strict=True)}
+        return parts | {"": total.detach().reshape(1)}
+
+    def _quadratic(self):
+        for name, strength in self._decay.items():
+            yield strength, name, self.parameters[name].unsqueeze(0)
+        for name, strength in self._tie.items():
+            yield strength, name, (self.parameters[name] - self._anchor[name]).unsqueeze(0)
+
+    def matvec(self, v: Block) -> Block:
+        """∂²F v for every column, at the present point."""
+        self.products += vectors.columns(v)
+        product = vectors.scale(self.operator.matvec(v), self._share)
+        for terms in (self._decay, self._tie):
+            for name, strength in terms.items():
+                product[name] = product[name] + strength * v[name]
+        return product
+
+    def write(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                model.get_parameter(name).copy_(p)

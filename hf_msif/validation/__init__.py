@@ -1,0 +1,32 @@
+"""Proof by retraining: is the predicted effect of a removal what removal does? Leave-one-out, groups, LDS, baselines.
+
+    retrain = validation.WarmStart(stages, tests)        # or FromScratch, or a function (omit, seed) → losses
+    bank = validation.Bank(retrain, "runs/bank")         # cached, resumable, shared by all methods
+    scores = msif.query(tests).score(corpus)
+    result = validation.leave_one_out(bank, scores, baselines=validation.baselines(msif, tests, corpus))
+    print(result)                                        # r, slope, intervals, and the ceiling beside them
+
+Every number is a *removal effect*: the change of a test loss when training examples are removed and all stages are
+trained again; positive means that the examples helped.
+"""
+
+from .bank import Bank, Retrained
+from .baselines import BASELINES, baselines
+from .experiments import Validation, datamodelling_score, leave_one_out, remove_groups
+from .measures import Correlation, correlation
+from .retraining import FromScratch, WarmStart
+
+__all__ = [
+    "BASELINES",
+    "Bank",
+    "Correlation",
+    "FromScratch",
+    "Retrained",
+    "Validation",
+    "WarmStart",
+    "baselines",
+    "correlation",
+    "datamodelling_score",
+    "leave_one_out",
+    "remove_groups",
+]

@@ -1,0 +1,159 @@
+"""A bank of retrained chains: what every method is measured against, computed once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """One retraining: the test losses f after it, one a test example, and how it went.
+
+    Attributes:
+        losses: Q test losses.
+        reached: it came to the stationary point it was to come to.
+        notes: JSON-able details, e.g. the gradient norm of every stage.
+    """
+
+    losses: Sequence[float]
+    reached: bool = True
+    notes: dict = field(default_factory=dict)
+
+
+class Bank:
+    """Test losses after retraining without sets of examples, cached by (omitted ids, seed, settings).
+
+    Each retraining is one small JSON file, written whole and then renamed: a run that is killed goes on where it was,
+    several processes may fill the same folder, and all methods are compared with the same retrainings.
+
+    Args:
+        retrain: `retrain(omit, seed)` trains all stages without the examples whose ids are in `omit` (a frozenset, of
+            one stage) and returns the test losses, Q numbers or a `Retrained`. Its attribute `settings` (JSON-able),
+            where it has one, says what else the losses depend on; `WarmStart` and `FromScratch` have it.
+        folder: where retrainings are kept; None keeps them in memory alone.
+        settings: more of what the losses depend on; needed for a plain function with a folder.
+        progress: show a bar over the retrainings.
+
+    Raises:
+        InputError: a folder without settings.
+
+    >>> bank = Bank(lambda omit, seed: [2.0 - len(omit)], progress=False)
+    >>> bank.effects([{"a"}, {"a", "b"}]).tolist(), bank.computed
+    ([[-1.0], [-2.0]], 3)
+    >>> bank.effects([{"b", "a"}]).tolist(), bank.computed
+    ([[-2.0]], 3)
+    """
+
+    def __init__(
+        self,
+        retrain: Callable[[frozenset, int], Any],
+        folder: str | os.PathLike | None = None,
+        settings: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ):
+        own = getattr(retrain, "settings", None)
+        if folder is not None and own is None and settings is None:
+            raise InputError(
+                "a bank in a folder must know what its losses depend on, or another experiment would read them as its "
+                "own: pass settings={...}."
+            )
+        self.retrain, self.progress, self.computed = retrain, progress, 0
+        self.settings = {**(own or {}), **(settings or {})}
+        self.fingerprint = hashlib.sha256(_json(self.settings).encode()).hexdigest()
+        self.folder = None if folder is None else Path(folder)
+        self._held: dict[str, dict] = {}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / f"settings-{self.fingerprint[:12]}.json", self.settings)
+
+    def losses(self, omissions: Sequence[Collection], seed: int = 0) -> np.ndarray:
+        """Test losses after retraining without each of the sets of ids: shape (sets, Q)."""
+        return np.array([entry["losses"] for entry in self.entries(omissions, seed)])
+
+    def effects(self, omissions: Sequence[Collection], seeds: Sequence[int] = (0,)) -> np.ndarray:
+        """Measured removal effects, shape (sets, Q): the losses without a set minus those with all examples, under the
+        same seed; the mean over `seeds`."""
+        found = []
+        for seed in seeds:
+            losses = self.losses([(), *omissions], seed)
+            found.append(losses[1:] - losses[0])
+        return np.mean(found, axis=0)
+
+    def entries(self, omissions: Sequence[Collection], seed: int = 0) -> list[dict]:
+        """The records of the retrainings (losses, reached, notes, seconds), those that are missing being made now."""
+        sets = [_ordered(omission) for omission in omissions]
+        keys = [self._key(omitted, seed) for omitted in sets]
+        missing = {key: omitted for key, omitted in zip(keys, sets, strict=True) if self._read(key) is None}
+        with tqdm(
+            missing.items(), desc=f"retraining, seed {seed}", disable=not self.progress or not missing, leave=False
+        ) as bar:
+            for key, omitted in bar:
+                self._make(key, omitted, seed)
+        return [self._read(key) for key in keys]
+
+    def unreached(self, omissions: Sequence[Collection], seeds: Sequence[int]) -> int:
+        """How many of these retrainings missed their stationary point."""
+        return sum(not entry["reached"] for seed in seeds for entry in self.entries([(), *omissions], seed))
+
+    def _key(self, omitted: list, seed: int) -> str:
+        return hashlib.sha256(_json([self.fingerprint, omitted, seed]).encode()).hexdigest()[:32]
+
+    def _read(self, key: str) -> dict | None:
+        if key not in self._held and self.folder is not None and (path := self.folder / f"{key}.json").exists():
+            try:
+                entry = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path} is damaged ({error}): delete it, and it is made again.") from None
+            self._held[key] = entry
+        return self._held.get(key)
+
+    def _make(self, key: str, omitted: list, seed: int) -> None:
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            # Counted and reported as a whole: a warning a retraining would bury the bar.
+            warnings.filterwarnings("ignore", "not a stationary point")
+            found = self.retrain(frozenset(omitted), seed)
+        found = found if isinstance(found, Retrained) else Retrained(found)
+        losses = [float(x) for x in np.ravel(np.asarray(found.losses, dtype=np.float64))]
+        if not np.isfinite(losses).all():
+            raise InputError(
+                f"retraining without {omitted[:5]} under seed {seed} ended in losses that are not finite."
+            )
+        entry = {"omitted": omitted, "seed": seed, "fingerprint": self.fingerprint, "losses": losses}
+        entry |= {"reached": found.reached, "notes": found.notes, "seconds": round(time.perf_counter() - started, 3)}
+        self._held[key] = entry
+        self.computed += 1
+        if self.folder is not None:
+            _write(self.folder / f"{key}.json", entry)
+
+
+def _ordered(omission: Collection) -> list:
+    """The ids once each, in one order whatever the order they came in, as JSON reads them back."""
+    plain = {i.item() if isinstance(i, np.generic) else i for i in omission}
+    return sorted(plain, key=lambda i: (type(i).__name__, i))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+
+
+def _write(path: Path, value: Any) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(value, default=str, ensure_ascii=False))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
