@@ -1,5 +1,4 @@
-"""Splits a `PreTrainedModel` into shared encoder W, pretraining head U and finetuning head Θ, and runs it as a pure
-function.
+"""Splits a `PreTrainedModel` into shared encoder W and heads U and Θ, and runs it as a pure function.
 
 `split` decides by name and shape which tensors a stage inherited from the stage before, which it trained, and which
 are left out; `FunctionalModel` evaluates the user's model at any parameters without changing it.
@@ -8,6 +7,7 @@ are left out; `FunctionalModel` evaluates the user's model at any parameters wit
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PretrainedConfig
 
 from .errors import InputError
 
-# A tensor that only one of two otherwise equal base models has: BertModel has a pooler, the base of BertForMaskedLM
-# has none.
+# What only one of two otherwise equal base models has: BertModel has a pooler, the base of BertForMaskedLM has none.
 OPTIONAL_MODULE = "pooler"
 
 
@@ -126,14 +126,13 @@ def split(
         stage: name used in messages.
         model: the stage's model.
         previous: the model of the stage before, or None for the first stage (nothing is inherited).
-        trainable: "all"; "head" (everything that is not inherited); or name patterns (`fnmatch`, e.g.
-            `"*.layer.3.*"`).
+        trainable: "all"; "head" (all that is not inherited); or name patterns (`fnmatch`, e.g. `"*.layer.3.*"`).
         resized: accept tensors that differ from `previous` only in a larger number of rows (`resize_token_embeddings`
             after tokens were added): the leading rows are inherited, the new ones are not.
 
     Raises:
-        InputError: the base models do not match (the first differing tensor is named), a pattern matches nothing, or
-            nothing is left to train.
+        InputError: the base models do not match (the first tensor that differs is named), a pattern matches nothing,
+            or nothing is left to train.
     """
     parameters = dict(model.named_parameters())
     shapes = {name: p.shape for name, p in parameters.items()}
@@ -151,8 +150,7 @@ def _match(
     pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
     way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
 
-    # A head of its own hides inside the base model only where there is no base-model attribute: then names alone
-    # decide.
+    # A head hides inside the base model only where there is no base-model attribute: then names alone decide.
     whole = model.base_model is model or previous.base_model is previous
     shared = [base for base in own if base in other]
     if not shared:
@@ -222,8 +220,7 @@ def _trained(
 
 
 def decayed_names(model: nn.Module) -> set[str]:
-    """Parameters that weight decay acts on: all but biases and normalisation layers, as in Hugging Face's
-    `Trainer`."""
+    """Parameters that weight decay acts on: all but biases and normalisation layers, by the rule of `Trainer`."""
     from transformers.trainer_pt_utils import get_parameter_names
 
     forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -233,8 +230,8 @@ def decayed_names(model: nn.Module) -> set[str]:
 class FunctionalModel:
     """The user's model as a pure function of its parameters; nothing about the model is changed for good.
 
-    Parameters and buffers are held detached on `device`, in float32 at least (a bf16 checkpoint is raised, float64 is
-    kept).
+    Parameters and buffers are held detached on `device`, in float32 at least: a bfloat16 checkpoint is raised, float64
+    is kept. Where neither device nor dtype changes they are the model's own memory, not a copy.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
@@ -250,9 +247,9 @@ class FunctionalModel:
     def bind(self, parameters: Mapping[str, Tensor], memo: dict | None = None) -> Callable:
         """`call(**inputs)`: the model at `parameters` (names that are missing keep their value).
 
-        With `positions=(rows, columns)` the head runs only at those token positions, see `forward`.
-        `memo` keeps the outputs of encoder modules that do not depend on `parameters`, so that repeated passes over
-        the same batch do not pay for a frozen encoder again.
+        With `positions=(rows, columns)` the head runs only at those token positions, see `forward`. `memo` keeps the
+        outputs of encoder modules that do not depend on `parameters`, so that repeated passes over the same batch do
+        not pay for a frozen encoder again.
         """
         varying = set(parameters)
         state = {**self.parameters, **parameters, **self.buffers}
@@ -274,9 +271,9 @@ class FunctionalModel:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         training = {module: module.training for module in self.model.modules()}
-        config = getattr(self.model, "config", None)
-        attention = getattr(config, "_attn_implementation", None)
-        swap = attention not in (None, "eager", "sdpa")
+        # An encoder inside of a model may have a configuration, and so kernels, of its own.
+        attention = [(config, config._attn_implementation) for config in _configs(self.model)]
+        swap = any(kernel not in (None, "eager", "sdpa") for _, kernel in attention)
         try:
             self.model.eval()
             if swap:
@@ -287,14 +284,29 @@ class FunctionalModel:
             for module, mode in training.items():
                 module.training = mode
             if swap:
-                self.model.set_attn_implementation(attention)
+                for config, kernel in attention:
+                    config._attn_implementation = kernel
+
+
+def _configs(model: nn.Module) -> list[PretrainedConfig]:
+    """Every configuration that the model's modules hold, each once and before those nested in it."""
+    found: dict[int, PretrainedConfig] = {}
+
+    def visit(config: Any) -> None:
+        if isinstance(config, PretrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            for key in config.sub_configs:
+                visit(getattr(config, key, None))
+
+    for module in model.modules():
+        visit(getattr(module, "config", None))
+    return list(found.values())
 
 
 def forward(
     model: nn.Module, run: Callable[[dict], Any], positions: tuple[Tensor, Tensor] | None, inputs: dict[str, Any]
 ) -> Any:
-    """`run(inputs)` of a model whose head is wanted only at the token `positions` (rows, columns), or everywhere if
-    None.
+    """`run(inputs)` of a model whose head is wanted only at the token `positions` (rows, columns); None: at all.
 
     With positions the logits have shape (M, V): the encoder's output is gathered before the head, since a masked-LM
     head over a large vocabulary is most of a small model's work and only about 15 % of the tokens are masked.
@@ -335,7 +347,8 @@ def _memoised(model: nn.Module, varying: set[str], memo: dict) -> Iterator[None]
     """
     patched = []
     for name, module in _constant_modules(model, varying):
-
+        # Callers may ask the signature what the module takes.
+        @functools.wraps(module.forward)
         def forward(*args, _name=name, _forward=module.forward, **kwargs):
             if _name not in memo:
                 output = _forward(*args, **kwargs)

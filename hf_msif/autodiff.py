@@ -68,8 +68,7 @@ def directional(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tupl
 
 
 def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> Block:
-    """∂/∂names ⟨Σ_i ∇ℓ_i, v⟩ for every column of v: the Hessian product where `names` are v's own, the mixed one
-    otherwise.
+    """∂/∂names ⟨Σ_i ∇ℓ_i, v⟩ for every column of v: where `names` are v's own the Hessian product, else the mixed one.
 
     The gradient's graph is built once and shared by the columns: cost (3 + about 4 Q) F.
     """
@@ -86,8 +85,7 @@ def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> B
 
 
 def gauss_newton_product(evaluation: Evaluation, v: Block) -> Block:
-    """Jᵀ H_out J v for every column of v: J the Jacobian of the model's outputs, H_out the Hessian of the losses in
-    them.
+    """Jᵀ H_out J v for every column of v: J the Jacobian of the model's outputs, H_out the losses' Hessian in them.
 
     Works for any objective: the model's output is cut from the loss, J v is its forward-mode tangent, H_out is
     applied to it by double backward through the loss alone, and Jᵀ is one backward pass through the same evaluation.

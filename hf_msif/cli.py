@@ -1,13 +1,18 @@
-"""The command line: `msif demo | train | query | score | top | sweep | plan`."""
+"""The command line: `msif demo | plan | train | query | score | top | sweep`."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import difflib
 import json
+import math
+import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import __version__
-from .config import Entry, Parser, add_config, build, set_apart
 from .errors import InputError
 
 DESCRIPTION = "Which sentences of the pretraining corpus made this finetuned model say this about this tweet?"
@@ -20,133 +25,181 @@ CONFIGURED = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, and whose help lists the configuration only when it is asked
+    for."""
+
+    configured = False
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def format_help(self) -> str:
+        if not self.configured:
+            return super().format_help()
+        from .config import help_text
+
+        return (
+            f"{super().format_help()}\nsettings, in YAML files (--config FILE.yaml) or as flags, later ones win; "
+            f"NAME is a stage's name:\n{help_text(min(shutil.get_terminal_size((100, 24)).columns, 119))}\n"
+        )
+
+
 def parser() -> Parser:
-    """The command line's parser; cheap, so that `--help` answers at once."""
-    top = Parser(prog="msif", description=DESCRIPTION, version=__version__)
-    commands = top.add_subcommands(required=True, dest="command")
+    """The command line's parser; the configuration's own flags are left to `config.parse`."""
+    top = Parser(prog="msif", description=DESCRIPTION, allow_abbrev=False)
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND", title="commands")
 
-    def add(name: str, command: Parser, text: str) -> None:
-        commands.add_subcommand(name, command, help=text)
-        command.prog = f"{top.prog} {name}"  # jsonargparse would call it "msif [options] train"
+    def add(name: str, text: str, **settings) -> Parser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **settings)
+        command.add_argument("--json", action="store_true", help="print one JSON object, prose goes to stderr")
+        return command
 
-    demo = Parser()
+    demo = add("demo", "embedded data, no network: trains, explains three tweets, retrains to check")
     demo.add_argument("--output_dir", default="runs/demo", help="folder for models, scores and tables")
     demo.add_argument("--seed", type=int, default=0, help="of data, training and masks")
-    demo.add_argument("--json", action="store_true", help="print one JSON object instead of prose")
-    add("demo", demo, "embedded data, no network: trains, explains three tweets, retrains to check")
     for name, text in CONFIGURED.items():
-        command = Parser()
-        add_config(command)
+        stage = "[--stage NAME] " if name == "train" else ""
+        usage = f"msif {name} --config FILE.yaml [--section.key VALUE ...] {stage}[--json]"
+        command = add(name, text, usage=usage)
+        command.configured = True
         if name == "train":
-            command.add_argument("--stage", type=str, help="the stage to train; default: all, in order")
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-        add(name, command, text)
-    show = Parser()
-    show.add_argument("--run", required=True, help="run folder that holds scores.parquet")
+            command.add_argument("--stage", metavar="NAME", help="the stage to train; default: all, in order")
+    show = add("top", "the most influential rows of a finished run")
+    show.add_argument("--run", required=True, metavar="DIR", help="run folder that holds scores.parquet")
     show.add_argument("-k", type=int, default=10, help="rows a test example")
     show.add_argument("--by", default="absolute", help="absolute, harmful or helpful")
-    show.add_argument("--json", action="store_true", help="print one JSON object")
-    add("top", show, "the most influential rows of a finished run")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Exit code 0, or 2 with one clear sentence on stderr for what the user can mend."""
     reader = parser()
-    arguments, entries = set_apart(sys.argv[1:] if arguments is None else arguments)
-    given = reader.parse_args(arguments)
-    command, settings = given.command, given[given.command]
     try:
-        if command == "demo":
-            from .demo.run import demo
-
-            result = demo(settings.output_dir, settings.seed, quiet=settings.json)
-        elif command == "top":
-            result = _top(settings)
-        else:
-            result = _configured(command, settings, reader, entries)
-    except InputError as error:
-        print(f"msif {command}: error: {error}", file=sys.stderr)
+        given, rest = reader.parse_known_args(arguments)
+    except SystemExit as end:
+        return end.code
+    # With --json, stdout belongs to the one object.
+    prose = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
+    try:
+        with prose, _short_warnings():
+            result = _run(given, rest)
+    except (InputError, OSError) as error:
+        print(f"msif {given.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"msif {command}: interrupted; finished files are whole.", file=sys.stderr)
+        print(f"msif {given.command}: interrupted; finished files are whole.", file=sys.stderr)
         return 130
-    if settings.json:
-        print(json.dumps(result, default=_plain, ensure_ascii=False))
+    if given.json:
+        print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
     return 0
 
 
-def _configured(command: str, settings, reader: Parser, entries: Sequence[Entry]) -> object:
+def _run(given: argparse.Namespace, rest: list[str]) -> dict:
+    if given.command in CONFIGURED:
+        from . import config
+
+        return _configured(given, config.parse(rest))
+    if rest:
+        near = difflib.get_close_matches(rest[0], [f"--{name}" for name in vars(given)], n=1)
+        raise InputError(
+            f"unknown argument {rest[0]!r}; "
+            + (f"did you mean {near[0]}?" if near else f"see msif {given.command} -h.")
+        )
+    if given.command == "top":
+        return _top(given)
+    from .demo.run import demo
+
+    return demo(given.output_dir, given.seed, quiet=given.json)
+
+
+def _configured(given: argparse.Namespace, config) -> dict:
     """One of the commands that take a configuration."""
-    import contextlib
+    import transformers
 
-    subparser = reader._subcommands_action._name_parser_map[command]
-    config = build(subparser, settings, entries)
     from .run import Run
+    from .tables import plain, training_line
 
-    say = (lambda *words: None) if settings.json else print
-    # With --json, stdout belongs to the one object.
-    with contextlib.redirect_stdout(sys.stderr) if settings.json else contextlib.nullcontext():
-        run = Run(config, progress=True)
-        if command == "train":
-            from .tables import training_line
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    run = Run(config)
+    if given.command == "train":
+        reports = []
+        for name in run.to_train() if given.stage is None else [given.stage]:
+            reports.append(run.train(name))
+            print(training_line(reports[-1]))
+        return {"stages": reports}
+    if given.command == "plan":
+        from .plan import plan
 
-            reports = []
-            for name in [settings.stage] if settings.stage else run.names:
-                reports.append(run.train(name))
-                say(training_line(reports[-1]))
-            return reports
-        if command == "plan":
-            from .plan import plan
-
-            report = plan(run)
-            say(report["text"])
-            return report
-        if command == "query":
-            report = run.query()
-            for name, stage in report["stages"].items():
-                say(f"{name}: {stage['text']}")
-            say(f"query written to {report['query']} in {report['seconds']} s")
-            return report
-        from .tables import plain
-
-        if command == "sweep":
-            table = run.sweep()
-            say(plain(table))
-            return table
+        report = plan(run)
+        print(report["text"])
+    elif given.command == "query":
+        report = run.query()
+        for name, stage in report["stages"].items():
+            print(f"{name}: {stage['text']}")
+        print(f"query written to {report['query']} in {report['seconds']} s")
+    elif given.command == "score":
         report = run.score()
-        say(plain(report["table"]))
-        say(
+        print(plain(report["table"]))
+        print(
             f"{report['rows']:,} rows scored in {report['seconds']} s; {report['scores']}, table1.md and "
             "table1.parquet written"
         )
-        return report
+    else:
+        report = run.sweep()
+        print(plain(report["table"]))
+        print(f"{report['sweep']} and sweep.md written in {report['seconds']} s")
+    return report
 
 
-def _top(settings) -> list:
+def _top(given: argparse.Namespace) -> dict:
     from pathlib import Path
 
+    from .data import first_line
     from .scores import Scores
     from .tables import plain, test_sentence
 
-    if settings.k < 1:
-        raise InputError(f"-k is {settings.k}; expected at least 1.")
-    scores = Scores.from_parquet(Path(settings.run) / "scores.parquet")
+    if given.k < 1:
+        raise InputError(f"-k is {given.k}; expected at least 1.")
+    path = Path(given.run).expanduser() / "scores.parquet"
+    try:
+        scores = Scores.from_parquet(path)
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} holds no scores ({first_line(error)}); expected what msif score writes.") from error
     found = []
     for q in range(scores.columns):
-        table = scores.top(settings.k, settings.by, q)
-        if not settings.json:
-            print(f"\n{settings.by} influence on: {test_sentence(scores, q)}")
-            print(plain(table[["example_id", "influence", "removal_effect", "text"]], width=80))
+        table = scores.top(given.k, given.by, q)
         found.append({"test": test_sentence(scores, q), "top": table})
-    return found
+        print(f"\n{given.by} influence on: {found[-1]['test']}")
+        print(plain(table[["example_id", "influence", "removal_effect", "text"]], width=80))
+    return {"run": given.run, "by": given.by, "tests": found}
+
+
+@contextlib.contextmanager
+def _short_warnings():
+    """Warnings as one line each, without the source line that raised them."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _plain(value) -> object:
+    """As strict JSON has it: tables are lists of rows, a number that is not finite is null."""
     if hasattr(value, "to_dict"):
-        return value.to_dict(orient="records")
-    return str(value)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        value = value.to_dict(orient="records")
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, type(None))) else str(value)

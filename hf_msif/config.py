@@ -1,277 +1,417 @@
-"""Settings of a run: dataclasses ⇄ YAML ⇄ flags. Nothing here imports torch, so that help and errors are instant."""
+"""Settings of a run: YAML files and `--section.key value` flags into pydantic models. Nothing here imports torch, so
+that help and errors are instant."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import json
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union
 
-from jsonargparse import ArgumentParser
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from .errors import InputError
 
+RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, use_attribute_docstrings=True)
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Scalar = str | int | float | bool | None
 
-@dataclass
-class Data:
-    """Where rows come from and which of them are used.
 
-    Args:
-        path: a Hub dataset id, or a builder of `datasets` ("text", "csv", "json", "parquet") with `data_files`.
-        name: configuration of a Hub dataset.
-        data_files: local files or URLs for a builder.
-        split: split of the dataset.
-        text_column: column with the text.
-        label_column: column with the label, for classification.
-        id_column: column that names rows; default: the row's number in the file.
-        keep: column → admitted values; other rows are dropped and counted.
-        test_fraction: share of the *texts* (not rows: equal texts stay together) set aside for testing, by hash.
-        part: "all" rows, or the "train" or "test" side of that split.
-        max_rows: use the first so many rows.
-    """
+class Section(BaseModel):
+    """A section of the configuration; the sentence below a key is its line in `--help`."""
+
+    model_config = RULES
+
+
+class Data(Section):
+    """Where rows come from and which of them are used."""
 
     path: str
+    """a Hub dataset id, or a builder of `datasets` (text, csv, json, parquet) with data_files"""
     name: str | None = None
+    """configuration of a Hub dataset"""
     data_files: str | list[str] | None = None
+    """local files or URLs for a builder"""
     split: str = "train"
+    """split of the dataset"""
     text_column: str = "text"
+    """column with the text"""
     label_column: str | None = None
+    """column with the label, for classification"""
     id_column: str | None = None
-    keep: dict[str, list[str]] = field(default_factory=dict)
-    test_fraction: float = 0.0
-    part: Literal["all", "train", "test"] = "all"
-    max_rows: int | None = None
+    """column that names rows; null: the row's number in the file"""
+    keep: dict[str, list[Scalar]] = {}
+    """column → admitted values; other rows are dropped and counted"""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of the *texts* (not rows: equal texts stay together) set aside for testing, by hash"""
+    part: Literal["train", "test", "all"] = "train"
+    """which side of that split the stage is trained on"""
+    max_rows: Count | None = None
+    """use the first so many rows"""
 
 
-@dataclass
-class Model:
-    """The model of a stage.
-
-    Args:
-        path: Hub id or folder to load instead of training (or to start the first stage's training from).
-        config: settings of a new model, `model_type` among them, for a first stage trained from scratch.
-        head: "auto": the head of `AutoModelFor...`; "feed_forward": `hf_msif.models.FeedForwardClassifier` on the
-            mean embedding.
-        hidden_size: units of the feed-forward head.
-    """
+class Model(Section):
+    """The model of a stage; null in both path and config: a new head on the encoder of the stage before."""
 
     path: str | None = None
+    """Hub id or folder: loaded instead of training, or, where `training` has settings, to start training from"""
     config: dict[str, Any] | None = None
+    """settings of a new model, model_type among them, for a first stage trained from scratch"""
     head: Literal["auto", "feed_forward"] = "auto"
-    hidden_size: int = 64
+    """auto: the head of AutoModelFor...; feed_forward: `FeedForwardClassifier` on the mean embedding"""
+    hidden_size: Count = 64
+    """units of the feed-forward head"""
 
 
-@dataclass
-class Solver:
-    """Which solver, see `hf_msif.solvers`; settings left out keep the solver's default."""
+class Solver(Section):
+    """Which solver of `hf_msif.solvers`; null keeps the solver's own default."""
 
     name: Literal["cg", "squared_cg", "minres", "identity", "dense"] = "cg"
-    damping: float | Literal["auto"] | None = None
-    damping_fraction: float | None = None
-    tol: float | None = None
-    max_iter: int | None = None
+    """cg (positive definite), squared_cg (eq. (16)), minres (indefinite), dense (small models), identity (baseline)"""
+    damping: NonNegative | Literal["auto"] | None = None
+    """λ added to the curvature; auto: damping_fraction × its mean eigenvalue"""
+    damping_fraction: Positive | None = None
+    """used by damping: auto alone"""
+    tol: NonNegative | None = None
+    """relative residual at which a column is done"""
+    max_iter: Count | None = None
+    """most iterations a column"""
+    max_parameters: Count | None = None
+    """dense: refuse larger systems"""
 
 
-@dataclass
-class StageConfig:
-    """One stage: what is trained on what, and how it is differentiated (see `hf_msif.Stage`).
-
-    Args:
-        task: decides objective and model class.
-        data: the stage's training examples.
-        model: what is loaded or built.
-        objective: settings of the objective (`mask_probability`, `draws`, `max_length`, `labels`, ...).
-        training: Hugging Face's `TrainingArguments`, by name.
-        trainable, weight_decay, alpha, curvature, curvature_samples, solver, batch_size, resized: as in
-            `hf_msif.Stage`.
-    """
+class StageConfig(Section):
+    """One stage: what is trained on what, and how it is differentiated (see `hf_msif.Stage`)."""
 
     task: Literal["masked-lm", "causal-lm", "sequence-classification"]
+    """decides objective and model class"""
     data: Data
-    model: Model = field(default_factory=Model)
-    objective: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    model: Model = Model()
+    objective: dict[str, Any] = {}
+    """settings of the objective: mask_probability, draws, max_length, labels, ... (see `hf_msif.objectives`)"""
+    training: dict[str, Any] = {}
+    """Hugging Face's TrainingArguments, by name"""
     trainable: str | list[str] = "all"
-    weight_decay: float = 0.0
-    alpha: float | None = None
+    """all, head (everything not inherited), or a list of name patterns"""
+    weight_decay: NonNegative = 0.0
+    """λ of the penalty (λ/2)‖φ‖² that belongs to the objective"""
+    alpha: Positive | None = None
+    """α of eq. (12), which ties inherited, trained parameters to the stage before"""
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
-    curvature_samples: int | None = None
-    solver: Solver = field(default_factory=Solver)
-    batch_size: int = 64
+    """gauss_newton is positive semi-definite; the exact hessian is for models at a minimum"""
+    curvature_samples: Count | None = None
+    """random rows on which the curvature is estimated; null: all"""
+    solver: Solver = Solver()
+    batch_size: Count = 64
+    """rows a batch in passes over the data"""
     resized: bool = False
+    """accept embeddings that gained rows since the stage before"""
 
 
-@dataclass
-class Tests:
-    """Which predictions are asked about: rows of the last stage's test side.
+class Tests(Section):
+    """Which predictions are asked about: rows of the last stage's test side."""
 
-    Args:
-        number: so many random ones.
-        ids: or these example ids.
-        seed: of the choice.
-        aggregate: "none": one column a test example; "sum" or "mean": one for the group.
-    """
-
-    number: int = 3
-    ids: list[int] | None = None
+    number: Count = 3
+    """so many random ones"""
+    ids: Annotated[list[int | str], Field(min_length=1)] | None = None
+    """or these example ids"""
     seed: int = 0
+    """of the choice"""
     aggregate: Literal["none", "sum", "mean"] = "none"
+    """none: one column a test example; sum or mean: one for the group"""
 
 
-@dataclass
-class Corpus:
-    """Which rows are ranked.
-
-    Args:
-        stage: of which stage; default: the first.
-        sample: so many random rows of that stage's data; default: all.
-        seed: of the choice.
-    """
+class Corpus(Section):
+    """Which rows are ranked."""
 
     stage: str | None = None
-    sample: int | None = None
+    """of which stage; null: the first"""
+    sample: Count | None = None
+    """so many random rows of that stage's data; null: all"""
     seed: int = 0
+    """of the choice"""
 
 
-@dataclass
-class Config:
-    """A whole run.
-
-    Args:
-        run_dir: where everything is written.
-        tokenizer: Hub id or folder.
-        stages: name → stage, first to last.
-        test: which predictions are asked about.
-        corpus: which rows are ranked.
-        dampings: λ of `msif sweep`, for the ranked stage.
-        seed: of training and of the masks.
-    """
+class Config(Section):
+    """A whole run."""
 
     run_dir: str
+    """where everything is written"""
     tokenizer: str
-    stages: dict[str, StageConfig]
-    test: Tests = field(default_factory=Tests)
-    corpus: Corpus = field(default_factory=Corpus)
-    dampings: list[float] = field(default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0])
+    """Hub id or folder"""
+    stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
+    """name → stage, first to last"""
+    test: Tests = Tests()
+    corpus: Corpus = Corpus()
+    dampings: Annotated[list[Positive], Field(min_length=1)] = [1e-3, 1e-2, 1e-1, 1.0]
+    """λ of `msif sweep`, for the ranked stage"""
     seed: int = 0
+    """of training and of the masks"""
 
-
-class Parser(ArgumentParser):
-    """An argument parser whose complaints are one line, an unknown key with the nearest known one. Exit code 2."""
-
-    def error(self, message: str, ex: Exception | None = None):
-        if not self.exit_on_error:  # a parser inside a parser, which knows the key's section
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        self.exit(2, f"{parser.prog}: error: {_sentence(message, parser)}\n")
-
-
-def _sentence(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's message, several lines that speak of Python types, as one line in the words of the
-    configuration."""
-    text = " ".join(message.split())
-    stage = StageConfig.__name__ in text
-    text = re.sub(r"Parser key \"stages\": Problem with given class_path '\S+': ", "in a stage: ", text)
-    text = re.sub(r"Parser key \"([\w.]+)\": ", r"\1: ", text)
-    text = re.sub(r"Group '([\w.]+)' does not accept option '([\w.]+)'", r"unknown key '\1.\2'", text)
-    text = re.sub(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", r"unknown key '\1'", text)
-    text = re.sub(
-        r"Does not validate .*? Subtypes: \[(.*?)\] Errors: .* Given value: (.*)$", r"expected \1; got \2", text
-    )
-    text = re.sub(r"Expected a (.*?)\. Got value: (.*)$", r"expected \1; got \2", text)
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text).replace("typing.", "")
-    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace(", NoneType;", " or nothing;")
-    unknown = re.search(r"unknown key '([\w.]+)'|unrecognized arguments: --?([\w.]+)", text)
-    if unknown:
-        near = _nearest(unknown[1] or unknown[2], stage, parser)
-        return f"{text}." + (f" The nearest known key is {near!r}." if near else "")
-    if "arguments are required" in text:
-        text = re.sub(r"\b(?:train|plan|query|score|sweep|top)\.(?=\w)", "", text)
-        if stage:
-            return f"{text}; a stage that is not in the YAML file needs them: is its name spelled as there?"
-        if "run_dir" in text or "stages" in text:
-            return f"{text}; give them in a file: --config FILE.yaml"
-    return text
-
-
-def _nearest(wanted: str, stage: bool, parser: ArgumentParser) -> str | None:
-    """The known key that most resembles `wanted`: of a stage, or of the command."""
-    flags = {flag.lstrip("-") for flag in parser._option_string_actions}
-    found = difflib.get_close_matches(wanted, known_keys(StageConfig) if stage else flags, n=1)
-    if found or stage:
-        return found[0] if found else None
-    found = difflib.get_close_matches(wanted, known_keys(StageConfig), n=1) if "stages" in flags else []
-    return f"stages.NAME.{found[0]}" if found else None
-
-
-def known_keys(section: type) -> list[str]:
-    """Every key of a section, dotted."""
-    nested = {"data": Data, "model": Model, "solver": Solver, "test": Tests, "corpus": Corpus}
-    keys = []
-    for name in section.__dataclass_fields__:
-        keys += [name, *(f"{name}.{key}" for key in (known_keys(nested[name]) if name in nested else ()))]
-    return keys
-
-
-def add_config(parser: ArgumentParser) -> None:
-    """`--config file.yaml` and `--section.key value` for every key of `Config`."""
-    parser.add_argument("--config", action="config", help="YAML file with the settings below")
-    parser.add_class_arguments(Config)
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        names = list(self.stages)
+        if self.corpus.stage not in (None, *names):
+            raise InputError(f"corpus.stage is {self.corpus.stage!r}; expected one of the stages {names}.")
+        for index, (name, stage) in enumerate(self.stages.items()):
+            key = f"stages.{name}"
+            if not re.fullmatch(r"[\w-]+", name) or name == "query":
+                raise InputError(
+                    f"{key}: stages are folders beside run_dir/query; expected a name of letters, digits, - and _ "
+                    "other than 'query'."
+                )
+            classifies = stage.task == "sequence-classification"
+            if classifies and stage.data.label_column is None:
+                raise InputError(f"{key}.data.label_column is missing; {stage.task} needs the column with the label.")
+            if index and stage.model.config is not None:
+                raise InputError(
+                    f"{key}.model.config is for the first stage, {names[0]!r}: later ones build on its encoder; "
+                    "leave it out."
+                )
+            if stage.model.head == "feed_forward" and not (index and classifies):
+                raise InputError(
+                    f"{key}.model.head is 'feed_forward'; expected 'auto', unless a later stage has the task "
+                    "sequence-classification."
+                )
+        return self
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The configuration of `--config file.yaml --section.key value ...`; the command line and recipe scripts share
-    it."""
-    parser = Parser(prog="msif")
-    add_config(parser)
-    arguments, entries = set_apart(arguments)
-    return build(parser, parser.parse_args(arguments), entries)
-
-
-def build(parser: ArgumentParser, namespace, entries: Sequence[Entry] = ()) -> Config:
-    """The dataclass of parsed arguments, with the entries that `set_apart` kept."""
-    values = parser.instantiate(namespace)
-    config = Config(**{name: values[name] for name in Config.__dataclass_fields__})
-    for stage, section, key, value in entries:
-        if stage not in config.stages:
-            raise InputError(
-                f"--stages.{stage}.{section}.{key}: there is no stage {stage!r}; the stages are {list(config.stages)}."
-            )
-        owner, (*path, name) = config.stages[stage], section.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        setattr(owner, name, {**(getattr(owner, name) or {}), key: value})
-    return config
-
-
-# (stage, section, key, value)
-Entry = tuple[str, str, str, Any]
-FREE = re.compile(r"--stages\.([^.=]+)\.(training|objective|model\.config|data\.keep)\.([^.=]+)(?:=(.*))?", re.DOTALL)
-
-
-def set_apart(arguments: Sequence[str]) -> tuple[list[str], list[Entry]]:
-    """Takes entries of a stage's free dictionaries, `--stages.NAME.training.learning_rate 1e-4`, out of the arguments.
-
-    jsonargparse, which cannot know the keys of such a dictionary inside a stage, would refuse them.
-    """
-    rest, entries = [], []
-    remaining = iter(arguments)
+    """The configuration of `--config file.yaml --section.key value --section.key=value ...`; later ones win."""
+    paths, overrides, remaining = [], [], iter(arguments)
     for argument in remaining:
-        match = FREE.fullmatch(argument)
-        value = match and (match[4] if match[4] is not None else next(remaining, None))
-        if match is None or value is None:
-            rest.append(argument)
+        flag, equals, text = argument.partition("=")
+        if not flag.startswith("--") or flag == "--":
+            raise InputError(f"unexpected argument {argument!r}; expected --config FILE.yaml or --section.key value.")
+        text = text if equals else next(remaining, "--")
+        if not equals and text.startswith("--"):
+            raise InputError(f"{flag} has no value; expected {flag} VALUE.")
+        if flag == "--config":
+            paths.append(text)
         else:
-            entries.append((match[1], match[2], match[3], _value(value)))
-    return rest, entries
+            overrides.append((flag[2:], text))
+    return load(paths, overrides)
+
+
+def load(
+    paths: str | os.PathLike | Sequence[str | os.PathLike] = (), overrides: Sequence[tuple[str, Any]] = ()
+) -> Config:
+    """The configuration of YAML files, later ones laid over earlier ones, and of (dotted key, value) overrides.
+
+    A value that is text is read as YAML, as on the command line.
+
+    Raises:
+        InputError: a file that cannot be read, or a key or value that the configuration does not know.
+    """
+    values: dict[str, Any] = {}
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        values = _laid_over(values, _read(path))
+    for key, value in overrides:
+        _put(values, key, _value(value) if isinstance(value, str) else value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_sentence(error, values)) from None
+
+
+def settings(kind: type, given: Mapping[str, Any], key: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The given settings of a dataclass, their names and types checked against its fields; `key` is where they are in
+    the configuration."""
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in without]
+    checked = {}
+    for name, value in given.items():
+        if name not in known:
+            raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{k}" for k in known]))
+        try:
+            checked[name] = TypeAdapter(hints[name], config=RULES).validate_python(value)
+        except ValidationError:
+            raise InputError(f"{key}.{name} is {_shown(value)}; expected {_expected(hints[name])}.") from None
+    return checked
+
+
+def help_text(width: int = 100) -> str:
+    """Every key with its meaning, type and default, for `--help`."""
+    lines = []
+    for key, field in _keys(Config, "", ["NAME"]):
+        if _is_section(field.annotation):
+            lines += ["", *textwrap.wrap(f"{key}: {field.annotation.__doc__}", width)]
+            continue
+        default = "required" if field.is_required() else f"default: {_shown(field.get_default())}"
+        text = f"{field.description}; {_expected(field.annotation, field.metadata)}; {default}"
+        lines += [f"  --{key}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    return "\n".join(lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: 1e-4 is a number; no, 007 and 2016-02-06 are words. Keys are words, and occur once."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {}
+
+    def construct_mapping(self, node, deep=False):
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                key.tag = "tag:yaml.org,2002:str"
+                if key.value in names:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} occurs twice", problem_mark=key.start_mark)
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"null|Null|NULL|~|", "nN~"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""])
+
+
+def _read(path: str | os.PathLike) -> dict:
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"cannot read the configuration {str(path)!r} ({reason}); expected a YAML file.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"the configuration {str(path)!r} is not valid YAML: {reason}{place}.") from None
+    if not isinstance(values, (dict, NoneType)):
+        raise InputError(f"the configuration {str(path)!r} holds {_shown(values)}; expected keys such as run_dir.")
+    return values or {}
 
 
 def _value(text: str) -> Any:
-    import yaml
-
     try:
-        return json.loads(text)  # 1e-4 is a number in JSON, but text in YAML
-    except ValueError:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:  # *.csv and @name are words here
+        return text
+
+
+def _laid_over(below: dict, above: dict) -> dict:
+    def both(key):
+        return isinstance(below.get(key), dict) and isinstance(above[key], dict)
+
+    return {**below, **{key: _laid_over(below[key], above[key]) if both(key) else above[key] for key in above}}
+
+
+def _put(values: dict, key: str, value: Any) -> None:
+    path = key.split(".")
+    stages = values.get("stages")
+    if path[0] == "stages" and len(path) > 1 and path[1] not in (stages or {}):
+        raise InputError(f"--{key}: there is no stage {path[1]!r}; the stages are {list(stages or {})}.")
+    for depth, section in enumerate(path[:-1], 1):
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise InputError(f"unknown key {key!r}: {'.'.join(path[:depth])} is {_shown(values)}, which has no keys.")
+    values[path[-1]] = value
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _keys(kind: type[Section], prefix: str, stages: Sequence[str]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a section, dotted; those of the sections in it come last."""
+    last = {name: name == "stages" or _is_section(field.annotation) for name, field in kind.model_fields.items()}
+    for name in sorted(last, key=last.get):
+        field = kind.model_fields[name]
+        yield prefix + name, field
+        if name == "stages":
+            for stage in stages:
+                yield f"stages.{stage}", FieldInfo.from_annotation(StageConfig)
+                yield from _keys(StageConfig, f"stages.{stage}.", ())
+        elif _is_section(field.annotation):
+            yield from _keys(field.annotation, f"{prefix}{name}.", ())
+
+
+def _sentence(error: ValidationError, values: dict) -> str:
+    """The first of pydantic's complaints; an unknown key first, since a missing one is often the same one misspelt."""
+    found = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    if found["type"] == "value_error":
+        return str(found["ctx"]["error"])
+    stages = values.get("stages")
+    known = dict(_keys(Config, "", [str(s) for s in stages] if isinstance(stages, dict) else []))
+    path = [str(part) for part in found["loc"]]
+    if found["type"] == "extra_forbidden":
+        return unknown_key(".".join(path), list(known))
+    while ".".join(path) not in known:  # beyond a key come indices and the members of a union
+        path.pop()
+    key, field = ".".join(path), known[".".join(path)]
+    expected = _expected(field.annotation, field.metadata)
+    if found["type"] == "missing":
+        return f"{key} is missing; expected {expected} in the file of --config, or --{key} VALUE."
+    value = values
+    for part in path:
+        value = value[part]
+    return f"{key} is {_shown(value)}; expected {expected}."
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """Names the known key of the same section, else of any, that most resembles `key`; else all of the section."""
+    section, _, name = key.rpartition(".")
+    same_stage_last = sorted(known, key=lambda k: k.split(".")[:2] == key.split(".")[:2])
+    everywhere = {k.rpartition(".")[2]: k for k in same_stage_last}
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    for pool in (siblings, everywhere):
+        near = difflib.get_close_matches(name, pool, n=1)
+        if near:
+            return f"unknown key {key!r}; the nearest known key is {pool[near[0]]!r}."
+    return f"unknown key {key!r}; expected {'one of ' + ', '.join(siblings) if siblings else 'none here'}."
+
+
+def _expected(kind: Any, rules: Sequence = ()) -> str:
+    """A type annotation in words."""
+    words = {
+        Scalar: "a word or number",
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        NoneType: "null",
+    }
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind in words:
+        text = words[kind]
+    elif origin is Annotated:
+        return _expected(inner[0], [*getattr(inner[1], "metadata", ()), *rules])
+    elif origin is Literal:
+        text = ", ".join(map(str, inner))
+        text = f"one of {text}" if len(inner) > 1 else text
+    elif origin in (Union, UnionType):
+        text = " or ".join(map(_expected, inner))
+    elif origin in (list, tuple, dict):
+        each = inner[0 if origin is not dict else 1]
+        text = "a mapping" if origin is dict else "a list"
+        text += "" if each is Any or _is_section(each) else f" (each {_expected(each)})"
+    elif _is_section(kind):
+        text = f"a section with the keys {', '.join(kind.model_fields)}"
+    else:
+        text = getattr(kind, "__name__", str(kind))
+    limits = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of length at least"}
+    limits = [f"{word} {getattr(rule, r):g}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
+    return " ".join([text, " and ".join(limits)]).strip()
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML's flow style, which is what the user typed; cut where it is long."""
+    text = yaml.dump(value, Dumper=yaml.SafeDumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -51,8 +51,7 @@ class Engine:
     def batches(
         self, rows: Sequence[dict], collate: Callable, batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """This process's batches as (row indices, batch on the device), rows sorted by length so that little is
-        padding."""
+        """This process's batches as (row indices, batch on the device), longest rows first: little is padding."""
         order = sorted(range(len(rows)), key=lambda i: (_length(rows[i]), i), reverse=True)
         mine = self.shard(order)
         for start in range(0, len(mine), batch_size):
@@ -104,8 +103,7 @@ def _length(row: dict) -> int:
 
 
 def as_rows(data, what: str) -> list[dict]:
-    """Any sensible table as a list of dicts that carry `example_id`: a Dataset, dicts, or plain strings (column
-    "text").
+    """Any sensible table (a Dataset, dicts, or strings, column "text") as a list of dicts that carry `example_id`.
 
     Raises:
         InputError: it is no such table (several splits, a stream, a data frame), is empty, or repeats an id.

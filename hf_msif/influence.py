@@ -11,6 +11,7 @@ influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x�
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,16 @@ from .vectors import Block
 
 
 def pull_back(link: Link, adjoint: Block, solver: Any = None) -> tuple[Block, Block, Certificate]:
-    """One stage of the chain: (u_k, the adjoint on the inherited names, the certificate of the solve)."""
+    """One stage of the chain: solves for u_k and hands the adjoint on to what the stage inherited.
+
+    Args:
+        link: the stage.
+        adjoint: a = ∂f/∂φ_k, on the trained and the frozen names, (Q, *parameter.shape).
+        solver: in the place of the stage's own.
+
+    Returns:
+        u_k on the trained names; b on the inherited names; the certificate of the solve.
+    """
     solver = solver or link.stage.solver
     with link.engine.solver_bar(f"{link.stage.name}: inverse curvature", solver) as progress:
         trained = vectors.select(adjoint, link.split.trained)
@@ -50,6 +60,29 @@ class MultiStageInfluence:
 
     Raises:
         InputError: the stages do not fit together; the message names the first tensor that differs.
+
+    One stage is Koh & Liang (2017). Here ℓ = ½(m − x)², so that the mean m = 2 of the data is a minimum, F'' = 1, and
+    the influence of x on the loss at 0 is −(m − 0)(m − x):
+
+    >>> import torch
+    >>> from transformers import PretrainedConfig, PreTrainedModel
+    >>> from hf_msif import solvers
+    >>> class Mean(PreTrainedModel):
+    ...     def __init__(self):
+    ...         super().__init__(PretrainedConfig())
+    ...         self.m = torch.nn.Parameter(torch.tensor(2.0))
+    ...     def forward(self, x):
+    ...         return self.m - x
+    >>> class Square:
+    ...     def collate(self, rows):
+    ...         return {"x": torch.tensor([row["x"] for row in rows])}
+    ...     def losses(self, call, batch):
+    ...         return call(x=batch["x"]) ** 2 / 2, torch.ones(len(batch["x"]))
+    >>> data = [{"x": 1.0}, {"x": 3.0}]
+    >>> stage = Stage("only", Mean(), Square(), data, curvature="hessian", solver=solvers.Dense())
+    >>> msif = MultiStageInfluence([stage], progress=False)
+    >>> msif.query([{"x": 0.0}]).score(data).influence()
+    array([-2.,  2.])
     """
 
     def __init__(self, stages: Sequence[Stage], accelerator=None, progress: bool = True):
@@ -73,22 +106,28 @@ class MultiStageInfluence:
             aggregate: None: one column a test example; "sum" or "mean": one column for the group, eq. (8).
 
         Returns:
-            `Query`: u_k of every stage with the certificates. A solve that did not converge is warned about; one that
-            met negative curvature is refused, since its result would mean nothing.
+            `Query`: u_k of every stage with the certificates.
+
+        Warns:
+            UserWarning: a stage's system was not solved to its tolerance.
+
+        Raises:
+            InputError: bad rows, a test loss that is not finite, or a solve that met negative curvature: its result
+                would mean nothing.
         """
         rows = as_rows(tests, "the test examples")
         adjoint, losses = self.measurement(rows, aggregate)
         solutions, certificates = {}, {}
         for link in reversed(self.links):
             u, inherited, certificate = pull_back(link, adjoint)
-            _judge(link.stage.name, certificate)
+            judge(link.stage.name, certificate)
             solutions[link.stage.name], certificates[link.stage.name] = u, certificate
             if link.before is not None:
                 adjoint = link.carry(inherited)
         return Query(solutions, certificates, rows, losses, aggregate, self)
 
     def measurement(self, rows: list[dict], aggregate: str | None = None) -> tuple[Block, list[float]]:
-        """∇f at the final parameters, one column a test example (or one for the group), and the test losses f."""
+        """∇f at the final parameters, one column a test example or one for the group, eq. (8), and the losses f."""
         if aggregate not in (None, "sum", "mean"):
             raise InputError(f"aggregate is {aggregate!r}; expected None, 'sum' or 'mean'.")
         last = self.links[-1]
@@ -97,13 +136,17 @@ class MultiStageInfluence:
         with last.model.evaluating():
             adjoint = example_gradients(evaluation, names)
             losses = evaluation.losses({})[0].tolist()
+        odd = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+        if odd:
+            raise InputError(f"the loss of the test examples with example_id {odd[:5]} is not finite.")
         if aggregate is not None:
             share = 1.0 if aggregate == "sum" else 1.0 / len(rows)
             adjoint = {name: share * t.sum(0, keepdim=True) for name, t in adjoint.items()}
         return adjoint, losses
 
 
-def _judge(stage: str, certificate: Certificate) -> None:
+def judge(stage: str, certificate: Certificate) -> None:
+    """Refuses a solution without meaning, warns about a rough one."""
     # The flag `negative_curvature` also informs about an indefinite operator, which MINRES may face and CG may not.
     if "negative_curvature" in certificate.status:
         raise InputError(f"stage {stage!r}: the inverse-curvature-vector product has no meaning. {certificate}")

@@ -3,9 +3,8 @@
 An objective is any object with two methods: `collate(rows) -> batch`, where rows are dicts that carry `example_id`
 and a batch is a dict of tensors, and `losses(call, batch) -> (sums, counts)`, both of shape (B,), where
 `call(**inputs)` runs the model with the parameters under study. ℓ_i is the *sum* over the counted terms of example i,
-so that the stage's objective is Σ ℓ_i /
-Σ counts: one division at the end, never a mean of batch means. `counts(batch)` is optional and spares a forward pass
-where only N is wanted.
+so that the stage's objective is Σ ℓ_i / Σ counts: one division at the end, never a mean of batch means. A third
+method, `counts(batch)`, is optional and spares a forward pass where only N is wanted.
 """
 
 from __future__ import annotations
@@ -41,8 +40,10 @@ def _texts(rows: Rows, column: str) -> list[str]:
 
 
 def _tokenize(tokenizer, texts: list[str], max_length: int | None) -> tuple[Batch, Tensor]:
-    """Right-padded token ids (left padding would shift absolute positions by the padding partner) and which rows were
-    cut."""
+    """Right-padded token ids, and which rows were cut.
+
+    Left padding would shift a sentence's absolute positions by the length of its padding partner.
+    """
     limit = max_length or tokenizer.model_max_length
     encoded = tokenizer(texts, truncation=False, padding=False, verbose=False)
     lengths = [len(ids) for ids in encoded["input_ids"]]
@@ -98,10 +99,9 @@ def _logits(output, objective: str, dimensions: int) -> Tensor:
 class MaskedLM:
     """Masked language modelling with masks that are a pure function of (seed, example id, draw).
 
-    ℓ_i = (1/D) Σ_draws Σ_masked −log p(token | masked sentence). Of a sentence's n ordinary tokens, max(1,
-    round(p·n)) are
-    chosen; of these 80 % become `[MASK]`, 10 % a random token, 10 % stay (Devlin et al., 2019). The head runs on them
-    only.
+    ℓ_i = (1/D) Σ_draws Σ_masked −log p(token | masked sentence). Of a sentence's n ordinary tokens max(1, round(p·n))
+    are chosen; of these 80 % become `[MASK]`, 10 % a random token, 10 % stay (Devlin et al., 2019). The head runs on
+    them only.
 
     Args:
         tokenizer: a tokenizer with a mask token.

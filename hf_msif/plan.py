@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from .autodiff import Evaluation
-from .errors import InputError
+from . import vectors
+from .adapters import memo_bytes
+from .autodiff import Evaluation, directional
+from .curvature._operator import MEMO_BYTES, TRACE_PROBES
+from .solvers import Dense
 from .stages import Link
 
 if TYPE_CHECKING:
     from .run import Run
 
-# In units of one forward pass (F) of the same rows, for one query column; measured by benchmarks/scoring.py.
-PRODUCT = {"gauss_newton": 4.2, "hessian": 7.5}
-SCORE = 3.0
-MIXED = 6.0
+# Vectors that a solver holds beside the right-hand side, in units of one.
 SOLVER_BLOCKS = {"CG": 5, "SquaredCG": 6, "MinRes": 12, "Identity": 1, "Dense": 2}
 
 
@@ -26,65 +28,98 @@ def plan(run: Run) -> dict:
 
     Stages that are not trained yet are measured with untrained weights; times are estimates from one batch.
     """
-    columns = 1 if run.config.test.aggregate != "none" else len(run.config.test.ids or range(run.config.test.number))
-    models = {}
-    for name in run.names:
-        try:
-            models[name] = run.model(name)
-        except InputError:
-            models[name] = run._models[name] = run.new_model(name)
+    models = {name: run.present_model(name) for name in run.names}
+    columns = 1 if run.config.test.aggregate != "none" else len(run.tests())
+    corpus = len(run.corpus())
     chain = run.chain(models)
-    lines, stages, disk = [], {}, 0
+    lines, stages = [], {}
     for link in chain.links:
         stages[link.stage.name] = cost = _stage(link, columns)
-        disk += cost["vector_bytes"]
         lines += [
-            str(link.split),
-            f"  one pass of {cost['curvature_examples']:,} rows: {cost['forward_seconds']:.1f} s forward, "
-            f"{cost['product_seconds']:.1f} s a curvature product with {columns} column(s)",
-            f"  solve: at most {cost['iterations']} iterations, {_time(cost['solve_seconds'])}; vectors "
-            f"{_size(cost['solver_bytes'])}, model {_size(cost['model_bytes'])}",
+            str(link.split) + ("" if run.is_trained(link.stage.name) else "\n  not trained yet: untrained weights"),
+            f"  one pass of {cost['curvature_examples']:,} rows: {_time(cost['forward_seconds'])} forward, "
+            f"{_time(cost['product_seconds'])} a curvature product with {columns} column(s)",
+            f"  solve: at most {cost['products']:,} products, {_time(cost['solve_seconds'])}; vectors "
+            f"{_size(cost['solver_bytes'])}, model {_size(cost['model_bytes'])}"
+            + (f", outputs of the frozen encoder {_size(cost['memo_bytes'])}" if cost["memo_bytes"] else ""),
         ]
-    corpus = len(run.corpus())
-    target = stages[run.config.corpus.stage or run.names[0]]
-    seconds = corpus * target["forward_seconds"] / target["curvature_examples"] * SCORE * columns
-    lines.append(f"scoring {corpus:,} rows for {columns} column(s): {_time(seconds)}")
-    lines.append(f"disk: {_size(disk)} for the query, about {_size(corpus * (300 + 16 * columns))} for the scores")
+    seconds = corpus * stages[run.config.corpus.stage or run.names[0]]["score_seconds_a_row"] * columns
+    disk = sum(cost["vector_bytes"] for cost in stages.values())
+    lines += [
+        f"scoring {corpus:,} rows for {columns} column(s): {_time(seconds)}",
+        f"disk: {_size(disk)} for the query, about {_size(corpus * (300 + 16 * columns))} for the scores",
+    ]
     splits = {link.stage.name: link.split.table() for link in chain.links}
     return {"text": "\n".join(lines), "stages": stages, "splits": splits, "score_seconds": seconds, "disk_bytes": disk}
 
 
 def _stage(link: Link, columns: int) -> dict:
-    size = link.stage.batch_size
-    rows = link._subset(min(4 * size, len(link.rows)))
+    """Costs of a stage. A product is timed with the outputs of constant modules in the memo, as all passes but the
+    first find them, and on one batch of middling length; a full pass is so much longer as its forward passes are."""
+    stage, solver = link.stage, link.stage.solver
+    size, examples = stage.batch_size, min(stage.curvature_samples or len(link.rows), len(link.rows))
+    rows = link.subset(min(4 * size, len(link.rows)))
+    batches = list(link.engine.batches(rows, stage.objective.collate, size))
+    indices, batch = batches[len(batches) // 2]
+    operator = link.curvature([rows[i] for i in indices])
+    v = vectors.rademacher(operator.parameters, columns, seed=0)
+    plain, width = Evaluation(link.model, stage.objective, batch), vectors.numel(operator.parameters)
     with torch.no_grad(), link.model.evaluating():
-        batches = [batch for _, batch in link.engine.batches(rows, link.stage.objective.collate, size)]
-        Evaluation(link.model, link.stage.objective, batches[0]).losses({})
-        started = time.perf_counter()
-        for batch in batches:
-            Evaluation(link.model, link.stage.objective, batch).losses({})
-        forward = (time.perf_counter() - started) / len(rows)
-    examples = min(link.stage.curvature_samples or len(link.rows), len(link.rows))
-    # With a frozen encoder a product costs little more than the head; its first pass pays for the encoder.
-    product = forward * examples * (PRODUCT[link.stage.curvature] * columns if not link.split.frozen else 1.0)
-    iterations = getattr(link.stage.solver, "max_iter", 0)
-    width = sum(link.model.parameters[n].numel() * link.model.parameters[n].element_size() for n in link.split.trained)
-    mixed = forward * examples * MIXED * columns if link.split.frozen else 0.0
+        operator.count, plain.losses({})  # the first pass pays for what later ones find ready
+        one = _seconds(plain.losses, {})
+        every = sum(_seconds(replace(plain, batch=batch).losses, {}) for _, batch in batches) / len(rows) * examples
+        score = _seconds(directional, plain, vectors.column(v, 0)) / one * every / examples
+    cold = _seconds(operator.matvec, v, once=True)
+    memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
+    warm = _seconds(operator.matvec, v) if memo or cold < 0.2 else cold
+    cold, warm = ((cold if memo else warm) * every / one, warm * every / one)
+    kept = min(1.0, MEMO_BYTES / memo) if memo else 0.0
+    usual = kept * warm + (1 - kept) * cold
+    products = _products(solver, width, columns)
+    mixed = every * (3 + 4 * columns) if link.split.frozen else 0.0  # of autodiff.hessian_product
+    vector_bytes = sum(t.numel() * t.element_size() for t in v.values())
+    dense = 16 * width**2 if isinstance(solver, Dense) else 0
     return {
-        "forward_seconds": forward * examples,
+        "forward_seconds": every,
         "curvature_examples": examples,
-        "product_seconds": product,
-        "iterations": iterations,
-        "solve_seconds": iterations * product + mixed,
-        "vector_bytes": width * columns,
-        "solver_bytes": width * columns * SOLVER_BLOCKS[type(link.stage.solver).__name__],
+        "first_product_seconds": cold,
+        "product_seconds": usual,
+        "products": products,
+        "solve_seconds": products * usual + (cold - usual if products else 0.0) + mixed,
+        "score_seconds_a_row": score,
+        "vector_bytes": vector_bytes,
+        "solver_bytes": vector_bytes * SOLVER_BLOCKS[type(solver).__name__] + dense,
+        "memo_bytes": int(kept * memo) if products else 0,
         "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
     }
 
 
+def _products(solver, parameters: int, columns: int) -> int:
+    """Most products with all columns that a solve takes: iterations, the estimate of the damping, the final check."""
+    kind = type(solver).__name__
+    if kind == "Identity":
+        return 0
+    if kind == "Dense":
+        return -(-parameters // columns) + 1
+    estimate = -(-TRACE_PROBES // columns) if solver.damping == "auto" else 0
+    return solver.max_iter * (2 if kind == "SquaredCG" else 1) + estimate + (3 if kind == "SquaredCG" else 1)
+
+
+def _seconds(work: Callable, *arguments, once: bool = False) -> float:
+    """Wall time, the best of three where that costs nothing."""
+    found = []
+    while not found or (not once and len(found) < 3 and sum(found) < 0.2):
+        started = time.perf_counter()
+        work(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
 def _time(seconds: float) -> str:
     if seconds < 120:
-        return f"about {seconds:.0f} s"
+        return f"about {seconds:.2g} s" if seconds < 10 else f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from . import vectors
 from .errors import InputError
@@ -20,6 +16,7 @@ from .vectors import Block
 
 if TYPE_CHECKING:
     from .influence import MultiStageInfluence
+    from .stages import Link
 
 FORMAT = 1
 
@@ -35,6 +32,7 @@ class Query:
         losses: their losses f before anything is changed.
         aggregate: None, "sum" or "mean".
         chain: the `MultiStageInfluence` that made it.
+        facts: stage name → what the certificate says of the stage itself; measured when the query is made.
     """
 
     solutions: dict[str, Block]
@@ -43,16 +41,23 @@ class Query:
     losses: list[float]
     aggregate: str | None
     chain: MultiStageInfluence
+    facts: dict[str, dict] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for link in self.chain.links:
+            name = link.stage.name  # a damping sweep's query holds the swept stage alone
+            if name in self.certificates and name not in self.facts:
+                self.facts[name] = _facts(link)
 
     @property
     def columns(self) -> int:
+        """Number of query columns: test examples, or one for a group."""
         return vectors.columns(next(iter(self.solutions.values())))
 
     def score(self, corpus, stage: str | None = None, batch_size: int | None = None) -> Scores:
         """Influence of every row of `corpus`, as an example of `stage` (the first by default), on the test loss.
 
-        Rows carry `example_id` as they did in the stage's data (it seeds a sentence's mask); rows without are
-        numbered.
+        Rows carry `example_id` as in the stage's data (it seeds a sentence's mask); rows without one are numbered.
 
         Returns:
             `Scores` with `influence` = ∂f/∂ε (eq. (6), positive = harmful) and `removal_effect` = −influence / N.
@@ -62,32 +67,29 @@ class Query:
         return score(self, corpus, stage, batch_size)
 
     def certificate(self) -> dict:
-        """JSON-able: the certificate, N and settings of every stage."""
-        stages = {}
-        for link in self.chain.links:
-            stage = link.stage
-            if stage.name not in self.certificates:  # a query that stops short of a stage, as a damping sweep's does
-                continue
-            stages[stage.name] = {
-                "solve": self.certificates[stage.name].to_dict(),
-                "text": str(self.certificates[stage.name]),
-                "N": link.count,
-                "examples": len(link.rows),
-                "curvature": stage.curvature,
-                "curvature_examples": link.operator.examples,
-                "weight_decay": stage.weight_decay,
-                "alpha": stage.alpha,
-                "objective": describe(stage.objective),
-                "fingerprint": fingerprint(link.model.parameters),
-            }
+        """JSON-able: how far every stage can be trusted, with its N and settings.
+
+        A stage's `solve` is the certificate of its linear system and `gradient_norm` is ‖∇F_k‖: the formulas of an
+        implicit pull-back are exact where it is zero. `text` says both for people.
+        """
+        stages = {
+            name: {"solve": self.certificates[name].to_dict(), "text": self._text(name), **facts}
+            for name, facts in self.facts.items()
+        }
         return {"stages": stages, "aggregate": self.aggregate, "losses": self.losses}
+
+    def _text(self, name: str) -> str:
+        facts = self.facts[name]
+        return (
+            f"{self.certificates[name]}\nnorm of the objective's gradient {facts['gradient_norm']:.1e} on "
+            f"{facts['curvature_examples']:,} examples (the formulas are exact where it is 0)"
+        )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Everything that can fail comes before the first file: tensors of one query must not lie beside the text of
-        # another.
+        # What can fail comes before the first file: tensors of one query must not lie beside the text of another.
         state = {"format": FORMAT, "tests": self.tests, **self.certificate()}
         text = json.dumps(state, indent=2, default=str, ensure_ascii=False)
         flat = {f"{stage}/{name}": t for stage, u in self.solutions.items() for name, t in u.items()}
@@ -101,7 +103,7 @@ class Query:
         """Loads a saved query for the chain it was made with.
 
         Raises:
-            InputError: nothing is saved there, or a stage's parameters have changed since (the stage is named).
+            InputError: nothing is saved there, or a stage's parameters or data have changed since (it is named).
         """
         folder = Path(folder)
         if not (folder / "query.json").exists():
@@ -119,10 +121,16 @@ class Query:
                 f"{folder} holds a query through the stages {list(state['stages'])}; this chain has {names}."
             )
         for link in chain.links:
-            if fingerprint(link.model.parameters) != state["stages"][link.stage.name]["fingerprint"]:
+            saved = state["stages"][link.stage.name]
+            if link.fingerprint != saved["fingerprint"]:
                 raise InputError(
                     f"the model of stage {link.stage.name!r} is not the one that the query in {folder} was made "
                     "with: query again."
+                )
+            if len(link.rows) != saved["examples"]:
+                raise InputError(
+                    f"the data of stage {link.stage.name!r} have {len(link.rows):,} rows, but {saved['examples']:,} "
+                    f"when the query in {folder} was made: query again."
                 )
         flat, _ = vectors.load(folder / "query.safetensors")
         solutions: dict[str, Block] = {name: {} for name in names}
@@ -130,16 +138,26 @@ class Query:
             stage, name = key.split("/", 1)
             solutions[stage][name] = tensor.to(chain.engine.device)
         certificates = {name: Certificate.from_dict(state["stages"][name]["solve"]) for name in names}
-        return cls(solutions, certificates, state["tests"], state["losses"], state["aggregate"], chain)
+        facts = {
+            name: {key: value for key, value in state["stages"][name].items() if key not in ("solve", "text")}
+            for name in names
+        }
+        return cls(solutions, certificates, state["tests"], state["losses"], state["aggregate"], chain, facts)
 
 
-def fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for name, p in parameters.items():
-        digest.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _facts(link: Link) -> dict:
+    stage = link.stage
+    return {
+        "N": link.count,
+        "examples": len(link.rows),
+        "curvature": stage.curvature,
+        "curvature_examples": len(link.curvature_rows),
+        "gradient_norm": link.gradient_norm,
+        "weight_decay": stage.weight_decay,
+        "alpha": stage.alpha,
+        "objective": describe(stage.objective),
+        "fingerprint": link.fingerprint,
+    }
 
 
 def describe(settings) -> dict:

@@ -3,105 +3,116 @@ run writes."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import difflib
-import hashlib
 import json
+import math
 import os
 import random
+import shutil
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .config import Config, Data, StageConfig
-from .errors import InputError
-
-FIELDS = ("example_id", "text", "label")
-
-
-def load_rows(data: Data, what: str) -> list[dict]:
-    """Rows {example_id, text[, label]} of a `Data` section; rows left out are counted and printed.
-
-    Raises:
-        InputError: missing files or dataset, a column that does not exist, or no row left.
-    """
-    from datasets import load_dataset
-
-    files = [data.data_files] if isinstance(data.data_files, str) else data.data_files
-    for file in files or []:
-        if "://" not in file and not any(c in file for c in "*?[") and not Path(file).expanduser().is_file():
-            raise InputError(f"{what}: the file {file!r} does not exist; set data.data_files to where the data is.")
-    try:
-        table = load_dataset(data.path, data.name, data_files=files, split=data.split)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{what}: cannot load {data.path!r} (split {data.split!r}): {reason}; give a Hub dataset id, or one of "
-            "text, csv, json, parquet with data_files."
-        ) from error
-    wanted = {"text": data.text_column, "label": data.label_column, "example_id": data.id_column}
-    for role, column in wanted.items():
-        if column is not None and column not in table.column_names:
-            near = difflib.get_close_matches(column, table.column_names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f": set data.{role}_column."
-            raise InputError(f"{what}: there is no column {column!r} among {table.column_names}{hint}")
-    for column in data.keep:
-        if column not in table.column_names:
-            raise InputError(f"{what}: keep names the column {column!r}, which is not among {table.column_names}.")
-    rows, dropped = [], Counter()
-    for number, source in enumerate(table):
-        if data.max_rows is not None and len(rows) >= data.max_rows:
-            dropped["beyond max_rows"] = len(table) - number
-            break
-        text = source[data.text_column]
-        if not isinstance(text, str) or not text.strip():
-            dropped["no text"] += 1
-        elif any(str(source[column]) not in values for column, values in data.keep.items()):
-            dropped["not in keep"] += 1
-        elif data.part != "all" and (_position(text) < data.test_fraction) != (data.part == "test"):
-            dropped[f"not in the {data.part} part"] += 1
-        else:
-            row = {"example_id": source[data.id_column] if data.id_column else number, "text": text}
-            rows.append(row | ({"label": source[data.label_column]} if data.label_column else {}))
-    note = "".join(f", {count:,} left out ({why})" for why, count in dropped.items())
-    print(f"{what}: {len(rows):,} rows of {len(table):,}{note}")
-    if not rows:
-        raise InputError(f"{what}: no row of {len(table):,} is left; check path, keep and part.")
-    return rows
-
-
-def _position(text: str) -> float:
-    """A text's place in [0, 1): a hash, so that equal texts (retweets) fall on the same side of a split."""
-    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:6]) / 2**48
+from .config import Config, StageConfig, settings, unknown_key
+from .data import first_line, load_rows
+from .errors import DivergedError, InputError
+from .tables import write_whole
 
 
 class Run:
-    """A configuration and its folder."""
+    """A configuration and its folder. Settings of every stage are checked before anything is loaded or written.
+
+    Raises:
+        InputError: a setting of `training`, `objective`, `solver` or `model.config` that does not exist or has a wrong
+            type, or a tokenizer that cannot be loaded.
+    """
 
     def __init__(self, config: Config, progress: bool = True):
-        self.config, self.progress = config, progress
-        self.folder = Path(config.run_dir)
-        self.names = list(config.stages)
-        self._models: dict[str, Any] = {}
-        if not self.names:
-            raise InputError(
-                "the configuration has no stages; expected at least one, e.g. pretraining and finetuning."
-            )
-
-    # --- what a stage is made of
-    # -----------------------------------------------------------------------------------------
-
-    def tokenizer(self):
         from transformers import AutoTokenizer
 
+        self.config, self.progress = config, progress
+        self.folder = Path(config.run_dir).expanduser()
+        self.names = list(config.stages)
+        self._models: dict[str, Any] = {}
+        self._rows: dict[tuple[str, str], list[dict]] = {}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
+        for name in self.names:
+            self._training(name)
+            self._new_config(name)
+        self.solvers = {name: self._solver(name) for name in self.names}
         try:
-            return AutoTokenizer.from_pretrained(self.config.tokenizer)
+            self.tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(config.tokenizer))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"cannot load the tokenizer {self.config.tokenizer!r} ({str(error).splitlines()[0]}): give a Hub id "
-                "or a folder."
+                f"tokenizer: cannot load {config.tokenizer!r} ({first_line(error)}); expected a Hub id or a folder."
             ) from error
+        self.objectives = {name: self._objective(name) for name in self.names}
+
+    # --- settings of other libraries, checked
+
+    def _training(self, name: str) -> dict[str, Any]:
+        from transformers import TrainingArguments
+
+        given, key = self.config.stages[name].training, f"stages.{name}.training"
+        return settings(TrainingArguments, given, key, without=["output_dir"])
+
+    def _arguments(self, name: str):
+        """`TrainingArguments` refuse what this machine cannot do, which is no matter once the stage is trained."""
+        import torch
+        from transformers import TrainingArguments
+
+        # The filter would print the loss before it became NaN; pinning warns where there is no accelerator.
+        defaults = {"report_to": [], "save_strategy": "no", "seed": self.config.seed, "logging_nan_inf_filter": False}
+        defaults["dataloader_pin_memory"] = torch.cuda.is_available()
+        try:
+            return TrainingArguments(str(self._checkpoints(name)), **{**defaults, **self._training(name)})
+        except (ValueError, TypeError, ImportError) as error:
+            raise InputError(f"stages.{name}.training: {first_line(error)}.") from error
+
+    def _solver(self, name: str):
+        from . import solvers
+
+        solver = self.config.stages[name].solver
+        kinds = {"cg": "CG", "squared_cg": "SquaredCG", "minres": "MinRes", "identity": "Identity", "dense": "Dense"}
+        kind = getattr(solvers, kinds[solver.name])
+        return kind(**settings(kind, solver.model_dump(exclude={"name"}, exclude_none=True), f"stages.{name}.solver"))
+
+    def _objective(self, name: str):
+        from . import objectives
+
+        stage = self.config.stages[name]
+        kinds = {"masked-lm": "MaskedLM", "causal-lm": "CausalLM", "sequence-classification": "SequenceClassification"}
+        kind = getattr(objectives, kinds[stage.task])
+        ours = ["tokenizer", "text_column", "label_column"]  # of the rows, which `data` names
+        given = settings(kind, stage.objective, f"stages.{name}.objective", without=ours)
+        if stage.task == "masked-lm":
+            given.setdefault("seed", self.config.seed)
+        return kind(self.tokenizer, **given)
+
+    def _new_config(self, name: str):
+        """Configuration of a new model, or None where the stage starts from a model."""
+        from transformers import AutoConfig
+
+        given, key = self.config.stages[name].model.config, f"stages.{name}.model.config"
+        if given is None:
+            return None
+        if "model_type" not in given:
+            raise InputError(f"{key}.model_type is missing; expected a model type of transformers, e.g. bert.")
+        try:
+            default = AutoConfig.for_model(given["model_type"])
+            known = {"num_labels", *default.to_dict(), *default.attribute_map}
+            odd = [k for k in given if k not in known]
+            if odd:
+                raise InputError(unknown_key(f"{key}.{odd[0]}", [f"{key}.{k}" for k in sorted(known)]))
+            return AutoConfig.for_model(**given)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{key}: {first_line(error)}.") from error
+
+    # --- what a stage is made of
 
     def stage_config(self, name: str) -> StageConfig:
         if name not in self.config.stages:
@@ -109,49 +120,95 @@ class Run:
         return self.config.stages[name]
 
     def rows(self, name: str, part: str | None = None) -> list[dict]:
-        data = self.stage_config(name).data
-        if part is not None:
-            data = dataclasses.replace(data, part=part)
-        return load_rows(data, f"{name}{f' ({data.part})' if data.part != 'all' else ''}")
+        """The stage's rows, of its own part of the data or another one; loaded once, labels checked."""
+        data = self.config.stages[name].data
+        data = data.model_copy(update={"part": part or data.part})
+        if (name, data.part) not in self._rows:
+            rows = load_rows(data, name)
+            self._check_labels(name, rows)
+            self._rows[name, data.part] = rows
+        return self._rows[name, data.part]
 
-    def objective(self, name: str):
-        from . import objectives
+    def _check_labels(self, name: str, rows: list[dict]) -> None:
+        if self.config.stages[name].task != "sequence-classification":
+            return
+        labels = self.objectives[name].labels or ()
+        numbers = range(len(labels)) if labels else range(2**31)
+        odd = {row["label"] for row in rows}
+        odd = {
+            x for x in odd if not (x in labels or (isinstance(x, int) and not isinstance(x, bool) and x in numbers))
+        }
+        if odd:
+            raise InputError(
+                f"stages.{name}.objective.labels is {list(labels)}, but the label column holds "
+                f"{sorted(map(str, odd))[:5]}; list all classes in the order of the model's, or drop rows with "
+                f"stages.{name}.data.keep."
+            )
 
-        stage = self.stage_config(name)
-        kind = {
-            "masked-lm": objectives.MaskedLM,
-            "causal-lm": objectives.CausalLM,
-            "sequence-classification": objectives.SequenceClassification,
-        }[stage.task]
-        settings = dict(stage.objective)
-        if stage.task == "masked-lm":
-            settings.setdefault("seed", self.config.seed)
-        if "labels" in settings:
-            settings["labels"] = tuple(settings["labels"])
-        known = {f.name for f in dataclasses.fields(kind)} - {"tokenizer"}
-        for key in settings:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                raise InputError(
-                    f"stage {name!r}: {kind.__name__} has no setting {key!r}; it has {sorted(known)}"
-                    + (f". The nearest known key is {near[0]!r}." if near else ".")
-                )
-        return kind(self.tokenizer(), **settings)
+    def objective(self, name: str, model):
+        """The stage's objective; sentences are cut at what the model takes, where no max_length says less."""
+        objective, limit = self.objectives[name], getattr(model.base_model.config, "max_position_embeddings", None)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > vocabulary:
+            raise InputError(
+                f"the tokenizer {self.config.tokenizer!r} has {len(self.tokenizer):,} tokens, the model of stage "
+                f"{name!r} {vocabulary:,}; expected at most as many: set model.config.vocab_size, or give the "
+                "tokenizer that belongs to the model."
+            )
+        if limit is None or (objective.max_length or self.tokenizer.model_max_length) <= limit:
+            return objective
+        if objective.max_length is not None:
+            raise InputError(
+                f"stages.{name}.objective.max_length is {objective.max_length}; expected at most {limit}, which is "
+                "what the model takes."
+            )
+        return dataclasses.replace(objective, max_length=limit)
 
     def model(self, name: str):
         """The trained model of a stage: from `run_dir/<stage>`, else from `model.path`."""
-        if name in self._models:
-            return self._models[name]
-        stage = self.stage_config(name)
-        folder = self.folder / name
-        source = str(folder) if folder.is_dir() else stage.model.path
-        if source is None:
-            raise InputError(
-                f"stage {name!r} is not trained yet: {folder} does not exist; run `msif train --config ... --stage "
-                f"{name}`, or set stages.{name}.model.path to a trained model."
-            )
-        self._models[name] = self._auto(name).from_pretrained(source)
+        if name not in self._models:
+            folder, path = self.folder / name, self.config.stages[name].model.path
+            if not folder.is_dir() and path is None:
+                raise InputError(
+                    f"stage {name!r} is not trained yet: {folder} does not exist; run msif train --stage {name}, or "
+                    f"set stages.{name}.model.path to a trained model."
+                )
+            model, missing = self._load(name, folder if folder.is_dir() else path)
+            if missing:
+                raise InputError(
+                    f"stage {name!r}: {folder if folder.is_dir() else path} has no weights for {missing[0]!r} "
+                    f"({len(missing)} tensors), so it is not a trained model of the task "
+                    f"{self.config.stages[name].task}; run msif train --stage {name}."
+                )
+            self._models[name] = model
         return self._models[name]
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the stage's training is over, or never to be."""
+        stage = self.config.stages[name]
+        return (self.folder / name).is_dir() or (stage.model.path is not None and not stage.training)
+
+    def present_model(self, name: str):
+        """The trained model, or an untrained one where training is still to come."""
+        if name not in self._models and not self.is_trained(name):
+            self._arguments(name)
+            self._models[name] = self.new_model(name)
+        return self.model(name)
+
+    def models(self) -> dict[str, Any]:
+        return {name: self.model(name) for name in self.names}
+
+    def _load(self, name: str, source: str | Path, **config):
+        try:
+            model, found = self._auto(name).from_pretrained(
+                os.path.expanduser(source), output_loading_info=True, **config
+            )
+        except Exception as error:
+            raise InputError(
+                f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}); expected a Hub id, or "
+                "a folder as save_pretrained writes it."
+            ) from error
+        return model, sorted(found["missing_keys"])
 
     def _auto(self, name: str):
         import transformers
@@ -162,140 +219,176 @@ class Run:
             "masked-lm": transformers.AutoModelForMaskedLM,
             "causal-lm": transformers.AutoModelForCausalLM,
             "sequence-classification": transformers.AutoModelForSequenceClassification,
-        }[self.stage_config(name).task]
+        }[self.config.stages[name].task]
 
     def new_model(self, name: str):
-        """The untrained model of a stage: for the first one from `model.path` or `model.config`, else on the encoder
-        before it."""
+        """The untrained model of a stage: from `model.path`, else from `model.config` (the first stage) or on the
+        encoder of the stage before."""
         import transformers
 
         from .models import FeedForwardClassifier
 
-        stage, index = self.stage_config(name), self.names.index(name)
+        stage, index = self.config.stages[name], self.names.index(name)
         transformers.set_seed(self.config.seed)
-        labels = {"num_labels": len(stage.objective["labels"])} if "labels" in stage.objective else {}
-        if index == 0:
-            if stage.model.path is not None:
-                return self._auto(name).from_pretrained(stage.model.path, **labels)
-            if stage.model.config is None:
-                raise InputError(
-                    f"stage {name!r} needs model.path (a checkpoint) or model.config (a new model); it has neither."
-                )
-            settings = dict(stage.model.config)
-            kind = settings.pop("model_type", None)
-            if kind is None:
-                raise InputError(f"stage {name!r}: model.config needs model_type, e.g. bert.")
-            return self._auto(name).from_config(transformers.AutoConfig.for_model(kind, **settings))
-        before = self.model(self.names[index - 1])
-        if stage.model.head == "feed_forward":
-            return FeedForwardClassifier.from_encoder(before, stage.model.hidden_size, **labels)
-        return self._auto(name).from_pretrained(before.name_or_path, **labels)
+        classes = {}
+        if stage.task == "sequence-classification":
+            labels = self.objectives[name].labels
+            classes["num_labels"] = len(labels) if labels else max(2, 1 + max(r["label"] for r in self.rows(name)))
+        if stage.model.path is not None:
+            return self._load(name, stage.model.path, **classes)[0]
+        if index:
+            before = self.model(self.names[index - 1])
+            if stage.model.head == "feed_forward":
+                return FeedForwardClassifier.from_encoder(before.base_model, stage.model.hidden_size, **classes)
+            config = copy.deepcopy(before.base_model.config)
+        else:
+            before, config = None, self._new_config(name)
+        if config is None:
+            raise InputError(
+                f"stages.{name}.model has neither path nor config; expected a checkpoint to start from, or the "
+                "settings of a new model."
+            )
+        config.update(classes)
+        try:
+            model = self._auto(name).from_config(config)
+        except Exception as error:
+            raise InputError(f"stages.{name}.model: cannot build it ({first_line(error)}).") from error
+        if before is not None:
+            model.base_model.load_state_dict(before.base_model.state_dict(), strict=False)  # poolers differ
+            if type(model) is type(before) and not classes:  # the same task goes on with the same head
+                model.load_state_dict(before.state_dict())
+        return model
 
     # --- commands
-    # --------------------------------------------------------------------------------------------------------
+
+    def to_train(self) -> list[str]:
+        """The stages that `msif train` trains: all but those whose model is given and that have no training
+        settings."""
+        given = [name for name, s in self.config.stages.items() if s.model.path is not None and not s.training]
+        for name in given:
+            print(f"{name}: {self.config.stages[name].model.path} is taken as it is (no stages.{name}.training)")
+        names = [name for name in self.names if name not in given]
+        for name in names:  # before the first one is trained for hours
+            self._arguments(name)
+        return names
 
     def train(self, name: str) -> dict:
-        """Trains one stage, writes `run_dir/<stage>` and `run_dir/<stage>.json` with losses and wall time."""
-        from transformers import TrainingArguments
+        """Trains one stage, writes `run_dir/<stage>` and `run_dir/<stage>.json` with losses and wall time.
 
+        An interrupted training goes on from its last checkpoint; a finished one starts anew. When it fails, what an
+        earlier one wrote stays.
+        """
         from . import training
+        from .adapters import split
 
         stage, index = self.stage_config(name), self.names.index(name)
-        objective, rows = self.objective(name), self.rows(name)
-        model = self.new_model(name)
-        settings = {"report_to": [], "save_strategy": "no", "seed": self.config.seed, **stage.training}
-        settings["output_dir"] = str(self.folder / f"{name}.checkpoints")
-        known = {f.name for f in dataclasses.fields(TrainingArguments)}
-        for key in settings:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                raise InputError(
-                    f"stage {name!r}: TrainingArguments has no {key!r}; the nearest known key is {near!r}."
-                )
-        started = time.perf_counter()
-        loss = training.train(
-            model,
-            objective,
-            rows,
-            TrainingArguments(**settings),
-            previous=self.model(self.names[index - 1]) if index else None,
-            trainable=stage.trainable,
-            weight_decay=stage.weight_decay,
-            alpha=stage.alpha,
-            name=name,
-            progress=self.progress,
-        )
-        report = {"stage": name, "seconds": round(time.perf_counter() - started, 1), "training_loss": loss}
-        report["train"] = training.evaluate(model, objective, rows, stage.batch_size)
+        arguments = self._arguments(name)
+        previous = self.model(self.names[index - 1]) if index else None
+        parts = {"train": self.rows(name)}
         if stage.data.test_fraction > 0:
-            report["test"] = training.evaluate(model, objective, self.rows(name, "test"), stage.batch_size)
-        training.save(model, objective.tokenizer, self.folder / name)
+            parts["test"] = self.rows(name, "test")
+        model = self.new_model(name)
+        objective = self.objective(name, model)
+        tied = split(name, model, previous, stage.trainable, stage.resized).proximal
+        if tied and stage.alpha is None:
+            raise InputError(
+                f"stages.{name}.alpha is missing, but the stage trains {len(tied)} inherited tensors (first "
+                f"{tied[0]!r}); give the α of eq. (12), or trainable: head."
+            )
+        last = _last_checkpoint(self._checkpoints(name))
+        if last is not None and arguments.save_strategy != "no":
+            print(f"{name}: an interrupted training left {last}, to go on from")
+        started = time.perf_counter()
+        try:
+            loss = training.train(
+                model,
+                objective,
+                parts["train"],
+                arguments,
+                previous=previous,
+                trainable=stage.trainable,
+                weight_decay=stage.weight_decay,
+                alpha=stage.alpha,
+                resized=stage.resized,
+                name=name,
+                progress=self.progress,
+            )
+            report = {"stage": name, "seconds": round(time.perf_counter() - started, 1), "training_loss": loss}
+            for part, rows in parts.items():
+                report[part] = training.evaluate(model, objective, rows, stage.batch_size)
+                if not math.isfinite(report[part]["loss"]):
+                    raise DivergedError(
+                        f"the {part} loss of stage {name!r} is {report[part]['loss']} after training: lower "
+                        f"stages.{name}.training.learning_rate."
+                    )
+        except BaseException as error:
+            if isinstance(error, DivergedError) or _last_checkpoint(self._checkpoints(name)) is None:
+                shutil.rmtree(self._checkpoints(name), ignore_errors=True)
+            raise
+        training.save(model, self.tokenizer, self.folder / name)
         write_json(self.folder / f"{name}.json", report)
+        shutil.rmtree(self._checkpoints(name), ignore_errors=True)
         self._models.pop(name, None)
         return report
 
+    def _checkpoints(self, name: str) -> Path:
+        return self.folder / f"{name}.checkpoints"
+
     def chain(self, models: dict[str, Any] | None = None):
         """The `MultiStageInfluence` of the configuration, from the trained models (or those given)."""
-        from . import MultiStageInfluence, Stage, solvers
+        from . import MultiStageInfluence, Stage
 
-        kinds = {
-            "cg": solvers.CG,
-            "squared_cg": solvers.SquaredCG,
-            "minres": solvers.MinRes,
-            "identity": solvers.Identity,
-            "dense": solvers.Dense,
-        }
-        stages = []
-        for name, stage in self.config.stages.items():
-            kind = kinds[stage.solver.name]
-            given = {k: v for k, v in vars(stage.solver).items() if k != "name" and v is not None}
-            known = {f.name for f in dataclasses.fields(kind)}
-            odd = sorted(set(given) - known)
-            if odd:
-                raise InputError(
-                    f"stage {name!r}: the solver {stage.solver.name!r} has no setting {odd[0]!r}; it has "
-                    f"{sorted(known)}."
-                )
-            shared = ("trainable", "weight_decay", "alpha", "curvature", "curvature_samples", "batch_size", "resized")
-            stages.append(
-                Stage(
-                    name,
-                    models[name] if models else self.model(name),
-                    self.objective(name),
-                    self.rows(name),
-                    solver=kind(**given),
-                    seed=self.config.seed,
-                    **{key: getattr(stage, key) for key in shared},
-                )
+        models = models or self.models()
+        shared = ("trainable", "weight_decay", "alpha", "curvature", "curvature_samples", "batch_size", "resized")
+        stages = [
+            Stage(
+                name,
+                models[name],
+                self.objective(name, models[name]),
+                self.rows(name),
+                solver=self.solvers[name],
+                seed=self.config.seed,
+                **{key: getattr(stage, key) for key in shared},
             )
+            for name, stage in self.config.stages.items()
+        ]
         return MultiStageInfluence(stages, progress=self.progress)
 
     def tests(self) -> list[dict]:
         """The test rows asked about: from the test side of the last stage's data where there is one."""
-        settings, name = self.config.test, self.names[-1]
-        rows = self.rows(name, "test" if self.stage_config(name).data.test_fraction > 0 else None)
-        if settings.ids is not None:
-            by_id = {row["example_id"]: row for row in rows}
-            missing = [i for i in settings.ids if i not in by_id]
+        chosen, name = self.config.test, self.names[-1]
+        rows = self.rows(name, "test" if self.config.stages[name].data.test_fraction > 0 else None)
+        if chosen.ids is not None:
+            by_id = {str(row["example_id"]): row for row in rows}
+            missing = [i for i in chosen.ids if str(i) not in by_id]
             if missing:
-                raise InputError(f"test.ids names {missing}, which are not rows of the test side of stage {name!r}.")
-            return [by_id[i] for i in settings.ids]
+                raise InputError(
+                    f"test.ids names {missing}, which are not rows of the test side of stage {name!r}; its ids are "
+                    f"{list(by_id)[:5]}, ..."
+                )
+            return [by_id[str(i)] for i in chosen.ids]
         distinct = list({row["text"]: row for row in rows}.values())
-        return random.Random(settings.seed).sample(distinct, min(settings.number, len(distinct)))
+        if chosen.number > len(distinct):
+            raise InputError(
+                f"test.number is {chosen.number}; expected at most {len(distinct)}, the distinct texts on the test "
+                f"side of stage {name!r}."
+            )
+        return random.Random(chosen.seed).sample(distinct, chosen.number)
 
     def corpus(self) -> list[dict]:
         """The rows that are ranked."""
-        settings = self.config.corpus
-        rows = self.rows(settings.stage or self.names[0])
-        if settings.sample is None or settings.sample >= len(rows):
+        chosen = self.config.corpus
+        rows = self.rows(chosen.stage or self.names[0])
+        if chosen.sample is None or chosen.sample >= len(rows):
             return rows
-        return random.Random(settings.seed).sample(rows, settings.sample)
+        return random.Random(chosen.seed).sample(rows, chosen.sample)
 
     def query(self) -> dict:
         """Asks about the test rows; writes `run_dir/query`."""
         aggregate = None if self.config.test.aggregate == "none" else self.config.test.aggregate
         started = time.perf_counter()
-        query = self.chain().query(self.tests(), aggregate)
+        models, tests = self.models(), self.tests()
+        query = self.chain(models).query(tests, aggregate)
         query.save_pretrained(self.folder / "query")
         return {
             "seconds": round(time.perf_counter() - started, 1),
@@ -308,32 +401,41 @@ class Run:
         from .query import Query
         from .tables import table_one, write_table
 
-        chain = self.chain()
-        query = Query.from_pretrained(self.folder / "query", chain)
+        if not (self.folder / "query" / "query.json").is_file():
+            raise InputError(f"there is no query in {self.folder} yet; run msif query with the same --config first.")
+        query = Query.from_pretrained(self.folder / "query", self.chain())
         corpus = self.corpus()
         started = time.perf_counter()
         scores = query.score(corpus, stage=self.config.corpus.stage)
         seconds = round(time.perf_counter() - started, 1)
-        scores.to_parquet(self.folder / "scores.parquet")
+        path = self.folder / "scores.parquet"
+        scores.to_parquet(path)
         table = table_one(scores)
         write_table(table, self.folder / "table1")
-        return {"seconds": seconds, "rows": len(scores), "scores": str(self.folder / "scores.parquet"), "table": table}
+        return {"seconds": seconds, "rows": len(scores), "scores": str(path), "table": table}
 
-    def sweep(self):
+    def sweep(self) -> dict:
         """How the ranking moves with the damping of the ranked stage; writes `run_dir/sweep.parquet` and `.md`."""
         from .sweep import damping_sweep
         from .tables import write_table
 
-        table = damping_sweep(
-            self.chain(), self.tests(), self.corpus(), self.config.dampings, self.config.corpus.stage
-        )
+        name = self.config.corpus.stage or self.names[0]
+        if not hasattr(self.solvers[name], "damping"):
+            raise InputError(f"stages.{name}.solver.name is identity, which has no damping; expected another solver.")
+        started = time.perf_counter()
+        models, tests, corpus = self.models(), self.tests(), self.corpus()
+        table = damping_sweep(self.chain(models), tests, corpus, self.config.dampings, self.config.corpus.stage)
         write_table(table, self.folder / "sweep")
-        return table
+        seconds = round(time.perf_counter() - started, 1)
+        return {"seconds": seconds, "sweep": str(self.folder / "sweep.parquet"), "table": table}
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def write_json(path: Path, value: dict) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False))
-    os.replace(part, path)
+    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False)))

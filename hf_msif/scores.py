@@ -31,7 +31,7 @@ class Scores:
     `duplicates` (rows with the same one, this one included), `loss` (ℓ of the row, a sum), `terms` (how many it
     sums), then a pair a query column:
 
-    - `influence` = ∂f/∂ε for F + ε ℓ_x, eq. (6). Positive: more of x raises the test loss (harmful); negative: it
+    - `influence` = ∂f/∂ε for F + ε ℓ_x, eq. (6). Positive: more of x raises the test loss (harmful). Negative: it
       helps.
     - `removal_effect` = −influence / N: predicted change of the test loss when x is removed and all stages are
       trained again.
@@ -88,8 +88,7 @@ class Scores:
         return self.frame[f"influence{self._suffix(query)}"].to_numpy()
 
     def top(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
-        """The k rows with the largest influence, as `by` orders them: "absolute", "harmful" (positive) or "helpful"
-        (negative)."""
+        """The first k rows by "absolute" influence, or as "harmful" (most positive), or "helpful" (most negative)."""
         return self._ordered(by, query).head(k)
 
     def bottom(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:

@@ -17,8 +17,7 @@ def score(query: Query, corpus, stage: str | None = None, batch_size: int | None
     """I(x) = −⟨u_k, ∇ℓ_x⟩ for every row x of `corpus`: one forward-mode pass a query column, 3 F a column.
 
     Raises:
-        InputError: empty corpus, unknown stage, a batch size below 1, or a loss that is not finite (the rows are
-            named).
+        InputError: empty corpus, unknown stage, a batch size below 1, or a loss that is not finite (rows are named).
     """
     link = query.chain.link(stage)
     rows = as_rows(corpus, "the corpus")

@@ -1,8 +1,8 @@
-"""`Stage`: a model, its objective, its data, and how it hangs on the stage before. `Link`: a stage bound to its place
-in a chain."""
+"""`Stage`: a model, its objective, its data. `Link`: a stage bound to its place in a chain."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import adapters, vectors
 from .adapters import FunctionalModel, Split
-from .autodiff import Evaluation, gradient
+from .autodiff import Evaluation
 from .curvature import Curvature, GaussNewton, Hessian
 from .engine import Engine, as_rows
 from .errors import InputError
@@ -38,8 +38,8 @@ class Stage:
             `example_id` names rows (and seeds their masks); rows without one are numbered.
         trainable: "all", "head" (everything not inherited) or a list of name patterns. What is inherited and not
             trained is frozen (Case 1), what is inherited and trained is proximal (Case 2).
-        weight_decay: λ of the quadratic penalty, on all trained parameters but biases and normalisation layers, as in
-            Hugging Face's `Trainer`.
+        weight_decay: of the quadratic penalty, on all trained parameters but biases and normalisation layers (by the
+            rule of Hugging Face's `Trainer`, whose own weight decay is AdamW's and no term of an objective).
         alpha: α of eq. (12); needed where inherited parameters are trained.
         link: "proximal" is the only one so far.
         curvature: "gauss_newton" or "hessian".
@@ -48,6 +48,9 @@ class Stage:
         batch_size: rows a batch in passes over `data`.
         resized: accept embeddings that gained rows since the stage before (see `adapters.split`).
         seed: of the curvature subset.
+
+    Raises:
+        InputError: a setting out of range.
     """
 
     name: str
@@ -73,19 +76,26 @@ class Stage:
         if self.link != "proximal":
             raise InputError(f"stage {self.name!r}: link is {self.link!r}; expected 'proximal'.")
         sizes = [self.batch_size, 1 if self.curvature_samples is None else self.curvature_samples]
-        if self.weight_decay < 0 or min(sizes) < 1:
+        if not self.weight_decay >= 0 or min(sizes) < 1:
             raise InputError(
                 f"stage {self.name!r}: weight_decay={self.weight_decay}, batch_size={self.batch_size}, "
                 f"curvature_samples={self.curvature_samples}; expected a decay of at least 0 and sizes of at least 1."
             )
-        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and self.alpha > 0):
+        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf):
             raise InputError(
                 f"stage {self.name!r}: alpha is {self.alpha!r}; expected a positive number, as in eq. (12)."
             )
 
 
 class Link:
-    """A stage bound to its place in a chain: its split, its rows, its curvature operator, its mixed derivative."""
+    """A stage bound to its place in a chain: its roles, rows and curvature, and what it hands to the stage before.
+
+    Attributes:
+        split: the roles of its parameters.
+        model: the stage's model as a function of its parameters.
+        rows: the stage's data.
+        curvature_rows: the fixed random subset on which `operator` is estimated.
+    """
 
     def __init__(self, stage: Stage, before: Link | None, engine: Engine):
         self.stage, self.before, self.engine = stage, before, engine
@@ -100,6 +110,7 @@ class Link:
         self._solver_states: dict[Any, Any] = {}
         self.model = FunctionalModel(stage.model, engine.device)
         self.rows = as_rows(stage.data, f"the data of stage {stage.name!r}")
+        self.curvature_rows = self.subset(stage.curvature_samples)
         self._check_finite()
         self._leave_out_what_the_loss_ignores()
         self._check_link()
@@ -156,7 +167,12 @@ class Link:
     @cached_property
     def operator(self) -> Curvature:
         """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
-        return self._curvature(CURVATURES[self.stage.curvature], self._subset(self.stage.curvature_samples))
+        return self.curvature(self.curvature_rows)
+
+    def curvature(self, rows: list[dict]) -> Curvature:
+        """`operator` estimated on other rows."""
+        stage, kind = self.stage, CURVATURES[self.stage.curvature]
+        return kind(self.model, stage.objective, rows, self.split.trained, self.engine, stage.batch_size, self.ridge)
 
     def solver_state(self, solver: Any) -> Any:
         """What the solver pays once per operator (damping, factorisation), kept for later queries."""
@@ -186,21 +202,18 @@ class Link:
         rows = torch.arange(parameter.shape[0], device=parameter.device) < self.split.resized[name]
         return 2 * self.stage.alpha * rows.to(parameter).reshape(-1, *[1] * (parameter.dim() - 1))
 
-    def _subset(self, size: int | None) -> list[dict]:
+    def subset(self, size: int | None) -> list[dict]:
+        """So many random rows of the stage's data, the same for the same seed; None: all of them."""
         if size is None or size >= len(self.rows):
             return self.rows
         return random.Random(self.stage.seed).sample(self.rows, size)
 
-    def _curvature(self, kind: type[Curvature], rows: list[dict]) -> Curvature:
-        stage = self.stage
-        return kind(self.model, stage.objective, rows, self.split.trained, self.engine, stage.batch_size, self.ridge)
-
     @cached_property
     def count(self) -> float:
-        """N_k over all of the stage's data: the division that turns an influence into a predicted effect of
-        removal."""
-        if self.operator.examples == len(self.rows):
-            return self.operator.count
+        """N_k = Σ count_i over *all* of the stage's data: the removal of an example has the effect −influence/N_k."""
+        built = vars(self).get("operator")  # a saved query is scored without one
+        if built is not None and built.examples == len(self.rows):
+            return built.count
         total = 0.0
         counts = getattr(self.stage.objective, "counts", None)
         with torch.no_grad(), self.model.evaluating():
@@ -209,24 +222,25 @@ class Link:
                 total += float(found.double().sum())
         return sum(self.engine.gather([total]))
 
+    @cached_property
     def gradient_norm(self) -> float:
-        """‖∇F_k‖ over the curvature subset at the stage's parameters: zero at a stationary point, where the method is
-        exact."""
-        operator = self.operator
-        like = {name: t.unsqueeze(0) for name, t in operator.parameters.items()}
-        with self.model.evaluating():
-            parts = (
-                {name: g.unsqueeze(0) for name, g in gradient(e, self.split.trained).items()}
-                for e in operator.evaluations
-            )
-            total = self.engine.sum(like, parts)
-        total = vectors.scale(total, 1 / operator.count)
+        """‖∇F_k‖ in the trained parameters, on the curvature subset; one gradient pass.
+
+        The implicit formulas, eqs. (9)–(15), differentiate ∇F_k = 0: they are exact where this is zero. (On a subset
+        of the data it is not zero even where training has converged on all of them.)
+        """
+        total = self.operator.gradient()
         for name in self.split.trained:
             if self.stage.weight_decay and name in self._decayed:
-                total[name] = total[name] + self.stage.weight_decay * self.model.parameters[name]
+                total[name] += self.stage.weight_decay * self.model.parameters[name]
         for name in self.split.proximal:
-            total[name] = total[name] + 2 * self.stage.alpha * self._shift(name)
+            total[name] += 2 * self.stage.alpha * self._shift(name)
         return float(vectors.norm(total))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the parameters, by which a saved query knows its model."""
+        return vectors.fingerprint(self.model.parameters)
 
     def _shift(self, name: str) -> Tensor:
         """W − W_before, zero on rows that a resize added."""
@@ -240,8 +254,7 @@ class Link:
         return tensor.narrow(axis, 0, self.split.resized[name]) if name in self.split.resized else tensor
 
     def carry(self, b: Mapping[str, Tensor]) -> Block:
-        """An adjoint on this stage's inherited names, carried to the parameters of the stage before (zero on its
-        head)."""
+        """An adjoint on this stage's inherited names as one on the stage before, there zero on the head."""
         before = self.before.model.parameters
         width = vectors.columns(b)
         carried = {name: p.new_zeros(width, *p.shape) for name, p in before.items()}

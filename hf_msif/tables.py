@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,33 +47,49 @@ def markdown(table: pd.DataFrame) -> str:
     """A table as GitHub Markdown; a bar inside a text is escaped."""
     from tabulate import tabulate
 
-    safe = table.map(lambda x: x.replace("|", "\\|").replace("\n", " ") if isinstance(x, str) else x)
-    return tabulate(
-        safe, headers=[c.replace("|", "\\|") for c in table.columns], tablefmt="pipe", showindex=False, floatfmt=".4g"
-    )
+    safe = table.map(lambda x: " ".join(x.split()).replace("|", "\\|") if isinstance(x, str) else x)
+    headers = [c.replace("|", "\\|") for c in table.columns]
+    return tabulate(safe, headers, tablefmt="pipe", showindex=False, floatfmt=".4g", disable_numparse=_texts(table))
 
 
 def plain(table: pd.DataFrame, width: int = 46) -> str:
     """A table for the terminal, long texts wrapped."""
     from tabulate import tabulate
 
-    widths = [width if table[column].map(lambda x: isinstance(x, str)).any() else None for column in table.columns]
+    texts = _texts(table)
     return tabulate(
-        table, headers="keys", tablefmt="simple_grid", showindex=False, floatfmt=".3g", maxcolwidths=widths
+        table,
+        headers="keys",
+        tablefmt="simple_grid",
+        showindex=False,
+        floatfmt=".3g",
+        maxcolwidths=[width if number in texts else None for number in range(table.shape[1])],
+        disable_numparse=texts,
     )
+
+
+def _texts(table: pd.DataFrame) -> list[int]:
+    """Columns with text, in which tabulate must not take "007" for a number."""
+    return [n for n, column in enumerate(table) if table[column].map(lambda x: isinstance(x, str)).any()]
 
 
 def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
     """Writes `path`.md and `path`.parquet, each whole or not at all."""
+    write_whole(f"{path}.md", lambda part: part.write_text(markdown(table) + "\n", encoding="utf-8"))
+    write_whole(f"{path}.parquet", lambda part: table.to_parquet(part, index=False))
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a file beside `path` and moves it there when it is complete: a crash never spoils an older
+    one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, write in (
-        (".md", lambda part: part.write_text(markdown(table) + "\n")),
-        (".parquet", lambda part: table.to_parquet(part, index=False)),
-    ):
-        part = path.with_name(path.name + suffix + ".part")
+    part = path.with_name(path.name + ".part")
+    try:
         write(part)
-        os.replace(part, path.with_name(path.name + suffix))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def training_line(report: dict) -> str:

@@ -8,6 +8,7 @@ dtype of the tensors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -140,6 +141,15 @@ def unflatten(matrix: Tensor, like: Mapping[str, Tensor]) -> Block:
         name: part.reshape(matrix.shape[0], *t.shape[1:]).to(t)
         for (name, t), part in zip(like.items(), matrix.split(sizes, dim=1), strict=True)
     }
+
+
+def fingerprint(x: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and values, in the order of x."""
+    digest = hashlib.sha256()
+    for name, t in x.items():
+        digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
+        digest.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # bfloat16 is unknown to NumPy
+    return digest.hexdigest()
 
 
 def save(x: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict | None = None) -> None:

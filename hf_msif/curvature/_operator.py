@@ -1,8 +1,8 @@
-"""What all curvature operators share: fixed batches, one division by N, the regularisers, the trace."""
+"""What all curvature operators share: fixed batches, one division by N, the quadratic terms, the trace."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..adapters import FunctionalModel, memo_bytes
-from ..autodiff import Evaluation, hessian_product
+from ..autodiff import Evaluation, gradient, hessian_product
 from ..engine import Engine
 from ..vectors import Block
 
@@ -22,17 +22,20 @@ MEMO_BYTES = 2 * 2**30
 class Curvature:
     """A symmetric operator  v ↦ (1/N) Σ_i C_i v + ridge ∘ v  on the trained parameters of a stage.
 
-    C_i is the curvature of example i's loss (`_product` of the subclass, summed over a batch); `ridge` holds the
-    diagonal of the
-    quadratic terms: weight decay, and 2α where a parameter is tied to the stage before, eq. (12). The examples and
-        their masks
-    are collated once: every product sees the same numbers, without which the operator would not be linear.
+    C_i is the curvature of example i's loss ℓ_i (a sum over its terms) and N = Σ_i count_i. `ridge` is the diagonal of
+    F's quadratic terms: weight decay, and 2α where a parameter is tied to the stage before, eq. (12). The examples and
+    their masks are collated once: every product sees the same numbers, or the operator would not be linear.
+
+    A subclass defines `_product(evaluation, v)`: Σ_i C_i v over the examples of one batch, for every column of v.
 
     Args:
-        model, objective: what is differentiated.
-        rows: the examples; each process holds its shard.
+        model: where it is differentiated.
+        objective: what is differentiated.
+        rows: the examples; each process holds its shard of them.
         names: trained parameters, the operator's space.
-        ridge: name → number or tensor that broadcasts to the parameter.
+        engine: runs the passes and adds up what the processes find.
+        batch_size: rows a batch; it does not change a product.
+        ridge: name → number, or tensor that broadcasts to the parameter.
     """
 
     def __init__(
@@ -58,14 +61,17 @@ class Curvature:
     def count(self) -> float:
         """N: the number of counted terms of all examples."""
         with torch.no_grad(), self.model.evaluating():
-            mine = sum((float(_counts(e).double().sum()) for e in self.evaluations), 0.0)
+            mine = sum((float(_counts(e).double().sum()) for e in self._passing()), 0.0)
         return sum(self.engine.gather([mine]))
 
     def _product(self, evaluation: Evaluation, v: Block) -> Block:
         raise NotImplementedError
 
     def matvec(self, v: Block) -> Block:
-        """One product a column of v: one pass over the data, one reduction."""
+        """A v for every column of v, tensors of shape (Q, *parameter.shape): one pass over the data, one reduction.
+
+        Accumulated in float64 over batches and processes, returned in the dtype of v.
+        """
         with self.model.evaluating():
             total = self.engine.sum(v, (self._product(e, v) for e in self._passing()))
         product = {name: t / self.count for name, t in total.items()}
@@ -80,10 +86,18 @@ class Curvature:
         """
         width = vectors.columns(v)
         like = {n: self.model.parameters[n].expand(width, *self.model.parameters[n].shape) for n in names}
+        passing = self.engine.bar(self._passing(), total=len(self.evaluations), desc="mixed derivative")
         with self.model.evaluating():
-            parts = (hessian_product(e, v, names) for e in self.engine.bar(self.evaluations, desc="mixed derivative"))
-            total = self.engine.sum(like, parts)
+            total = self.engine.sum(like, (hessian_product(e, v, names) for e in passing))
         return {name: t / self.count for name, t in total.items()}
+
+    def gradient(self) -> Block:
+        """(1/N) Σ_i ∇ℓ_i on the trained parameters, a block of one column; the quadratic terms of F are not in it."""
+        like = vectors.stack([self.parameters])
+        with self.model.evaluating():
+            parts = (vectors.stack([gradient(e, self.parameters)]) for e in self._passing())
+            total = self.engine.sum(like, parts)
+        return vectors.scale(total, 1 / self.count)
 
     @cached_property
     def _trace(self) -> float:
@@ -91,10 +105,13 @@ class Curvature:
         return float(vectors.dot(probes, self.matvec(probes)).mean())
 
     def trace(self) -> float:
-        """Hutchinson's estimate of the trace, E[zᵀAz] with z = ±1, from a fixed set of probes."""
+        """Hutchinson's estimate of the trace: the mean of zᵀAz over `TRACE_PROBES` fixed random vectors z of ±1.
+
+        Unbiased over such z, exact on the diagonal of A, with the variance 2 Σ_{i≠j} A_ij² / `TRACE_PROBES`.
+        """
         return self._trace
 
-    def _passing(self):
+    def _passing(self) -> Iterator[Evaluation]:
         """The evaluations of a pass; outputs of frozen encoders are kept between passes while they fit in memory."""
         held = 0
         for evaluation in self.evaluations:

@@ -8,8 +8,10 @@ from ._operator import Curvature
 
 
 class Hessian(Curvature):
-    """∂²F/∂trained², eqs. (9), (10), (14), (15): indefinite unless the stage sits at a minimum. For small, polished
-    models."""
+    """∂²F/∂trained², eqs. (9), (10), (14), (15): for small, polished models.
+
+    Indefinite unless the stage sits at a minimum: solve with `MinRes` where it may not.
+    """
 
     def _product(self, evaluation: Evaluation, v: Block) -> Block:
         return hessian_product(evaluation, v, tuple(v))

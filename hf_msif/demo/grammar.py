@@ -58,7 +58,7 @@ class World:
 
 
 def world(
-    seed: int = 0, names: int = 16, unknown: int = 6, planted: int = 20, decoys: int = 20, filler: int = 100
+    seed: int = 0, names: int = 16, unknown: int = 6, planted: int = 30, decoys: int = 20, filler: int = 60
 ) -> World:
     """The demo's data, the same for the same arguments on every machine."""
     rng = random.Random(seed)

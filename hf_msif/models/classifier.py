@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ..adapters import OPTIONAL_MODULE
+from ..errors import InputError
 
 
 class FeedForwardClassifierConfig(PretrainedConfig):
@@ -32,7 +36,10 @@ class FeedForwardClassifierConfig(PretrainedConfig):
 
 
 class FeedForwardClassifier(PreTrainedModel):
-    """logits = W₂ tanh(W₁ h + b₁) + b₂ with h the mean of the encoder's last hidden states over the real tokens."""
+    """logits = W₂ tanh(W₁ h + b₁) + b₂ with h the mean of the encoder's last hidden states over the real tokens.
+
+    Tokens are real where `attention_mask` is one; without a mask all are.
+    """
 
     config_class = FeedForwardClassifierConfig
     base_model_prefix = "encoder"
@@ -41,7 +48,7 @@ class FeedForwardClassifier(PreTrainedModel):
     def __init__(self, config: FeedForwardClassifierConfig):
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder)
-        if getattr(self.encoder, "pooler", None) is not None:  # unused by a mean, so it would never be trained
+        if getattr(self.encoder, OPTIONAL_MODULE, None) is not None:  # unused by a mean, so it would never be trained
             self.encoder.pooler = None
         self.hidden = nn.Linear(config.encoder.hidden_size, config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -49,11 +56,39 @@ class FeedForwardClassifier(PreTrainedModel):
 
     @classmethod
     def from_encoder(cls, pretrained: PreTrainedModel, hidden_size: int = 64, **settings) -> FeedForwardClassifier:
-        """A new head on a copy of the encoder of `pretrained`, e.g. of a masked LM."""
-        model = cls(FeedForwardClassifierConfig(pretrained.config, hidden_size, **settings))
-        missing, _ = model.encoder.load_state_dict(pretrained.base_model.state_dict(), strict=False)
-        if missing:
-            raise ValueError(f"the encoder of {type(pretrained).__name__} has no tensor {missing[0]!r}.")
+        """A new head on a copy of the encoder of `pretrained`, with or without a head of its own.
+
+        Args:
+            pretrained: e.g. a masked or causal LM; not modified, and nothing is shared with it.
+            hidden_size: units of the hidden layer.
+            settings: of `FeedForwardClassifierConfig`, e.g. `num_labels`.
+
+        Returns:
+            The classifier in evaluation mode, in the dtype of `pretrained`, or float32 where that is a lower one.
+
+        Raises:
+            InputError: an encoder-decoder, an encoder that cannot tell padding from text, or one that
+                `AutoModel.from_config` does not rebuild.
+        """
+        kind = type(pretrained.base_model)
+        if getattr(pretrained.config, "is_encoder_decoder", False):
+            raise InputError(f"{kind.__name__} is an encoder-decoder; FeedForwardClassifier needs an encoder alone.")
+        if "attention_mask" not in inspect.signature(kind.forward).parameters:
+            raise InputError(
+                f"{kind.__name__} takes no attention_mask: its output for a sentence would depend on the padding. Use "
+                "an encoder that takes one."
+            )
+        dtype = torch.promote_types(pretrained.dtype, torch.float32)
+        encoder = copy.deepcopy(pretrained.config)
+        encoder.dtype = dtype
+        model = cls(FeedForwardClassifierConfig(encoder, hidden_size, dtype=dtype, **settings)).to(dtype)
+        missing, unexpected = model.encoder.load_state_dict(pretrained.base_model.state_dict(), strict=False)
+        lost = [name for name in unexpected if OPTIONAL_MODULE not in name.split(".")]
+        if missing or lost:
+            raise InputError(
+                f"{kind.__name__} is not the encoder that AutoModel makes of its configuration: the tensor "
+                f"{[*missing, *lost][0]!r} is in one of them only."
+            )
         return model.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> SequenceClassifierOutput:

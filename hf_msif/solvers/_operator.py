@@ -48,10 +48,10 @@ class Counted:
 
 
 def check_finite(x: Block, what: str) -> None:
-    """Raises ValueError when `what`, the block x, holds NaN or inf."""
+    """Raises InputError when `what`, the block x, holds NaN or inf."""
     for name, t in x.items():
         if not t.isfinite().all():
-            raise ValueError(f"{what} holds NaN or inf in parameter {name!r}.")
+            raise InputError(f"{what} holds NaN or inf in parameter {name!r}.")
 
 
 def dimension(operator: Operator) -> int:
@@ -74,9 +74,8 @@ class Damping(NamedTuple):
 def damping(solver: Any, operator: Operator, squared: bool = False) -> Damping:
     """`solver.damping`, or `solver.damping_fraction` × mean eigenvalue for "auto".
 
-    The mean eigenvalue is trace/P. The trace is the operator's own where it has one, else Hutchinson's (1990) mean
-    of vᵀAv over four seeded Rademacher vectors; `squared` takes the mean of ‖Av‖² instead, an estimate of the trace
-    of A².
+    The mean eigenvalue is trace/P. The trace is the operator's own where it has one, else Hutchinson's (1990) mean of
+    vᵀAv over four seeded Rademacher vectors. `squared` takes the mean of ‖Av‖² instead: the trace of A², estimated.
     """
     if solver.damping != "auto":
         return Damping(float(solver.damping), None)

@@ -16,8 +16,9 @@ from ..digests import digest
 from ..engine import Engine, as_rows
 from ..errors import InputError
 from ..polishing import PolishReport, polish
-from ..query import describe, fingerprint
+from ..query import describe
 from ..stages import Stage
+from ..vectors import fingerprint
 from .bank import Retrained
 
 
@@ -240,6 +241,7 @@ class FromScratch(_Chain):
                     trainable=s.trainable,
                     weight_decay=s.weight_decay,
                     alpha=s.alpha,
+                    resized=s.resized,
                     omit=omit if k == self.target else (),
                     name=s.name,
                     progress=False,

@@ -11,7 +11,7 @@ ARGUMENTS = sys.argv[1:]
 
 # Each step is the command of the same name; the first that fails ends the recipe with its exit code.
 for command in ("plan", "train", "query", "score"):
-    print(f"\n== msif {command}", flush=True)
+    print(f"\n== msif {command}", file=sys.stderr, flush=True)  # stdout is the commands' own, JSON with --json
     code = main([command, *ARGUMENTS])
     if code:
         sys.exit(code)
