@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,6 +57,7 @@ def demo(
         report = _demo(folder, seed, data, say, not quiet, steps, check)
     finally:
         torch.set_num_threads(threads)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # Trainer makes it, also where nothing is saved
     report["seconds"] = round(time.perf_counter() - started, 1)
     write_json(folder / "demo.json", report)
     say(f"\nDone in {report['seconds']:.0f} s; models, scores and tables are in {folder}.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import adapters, training
+from .. import adapters, training, vectors
 from ..adapters import FunctionalModel, Split
 from ..autodiff import Evaluation
 from ..digests import digest
@@ -52,7 +52,7 @@ class _Chain:
         stages = [
             {
                 "name": s.name,
-                "model": fingerprint(dict(s.model.named_parameters())),
+                "model": vectors.fingerprint(dict(s.model.named_parameters())),
                 "objective": describe(s.objective),
                 "data": digest(as_rows(s.data, f"the data of stage {s.name!r}")),
                 "trainable": s.trainable if isinstance(s.trainable, str) else list(s.trainable),
@@ -215,7 +215,7 @@ class FromScratch(_Chain):
         # The finished models are not what these losses depend on; the fresh ones are.
         found = super().settings
         for stage, model in zip(found["stages"], self.make(0), strict=True):
-            stage["model"] = fingerprint(dict(model.named_parameters()))
+            stage["model"] = vectors.fingerprint(dict(model.named_parameters()))
         passing = ("output_dir", "logging_dir", "seed", "data_seed", "report_to", "run_name")
         plain = [{k: v for k, v in a.to_dict().items() if k not in passing} for a in self.arguments or ()]
         return {**found, "arguments": plain, "polished": self.polished}
