@@ -18,7 +18,6 @@ from ..errors import InputError
 from ..polishing import PolishReport, polish
 from ..query import describe
 from ..stages import Stage
-from ..vectors import fingerprint
 from .bank import Retrained
 
 
