@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import vectors
 from .adapters import FunctionalModel, Split, decayed_names, forward, split
 from .autodiff import Evaluation
+from .digests import digest
 from .engine import Engine, as_rows
 from .errors import DivergedError, InputError
 from .polishing import PolishReport, polish
@@ -101,7 +101,7 @@ def train(
         "the stage's weight_decay": weight_decay,
         "alpha": alpha,
         "omit": sorted(map(repr, omit)),
-        "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
+        "the rows": digest(rows),
         "the initial weights": vectors.fingerprint(dict(model.named_parameters())),
         **{key: str(getattr(arguments, key)) for key in DECISIVE},
     }

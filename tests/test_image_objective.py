@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
+from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training
 from hf_msif.adapters import FunctionalModel, split
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification, ConvNetModel
 
@@ -161,6 +161,24 @@ def test_duplicates_of_images_are_counted():
     frame = MultiStageInfluence([stage], progress=False).query(rows[:1]).score(rows).frame
     assert frame["duplicates"].tolist() == [2, 1, 2, 1]
     assert frame["text"].tolist() == [""] * 4
+
+
+def test_a_training_on_images_goes_on_from_its_checkpoint(tmp_path):
+    """Images are known again by their pixels: as objects they are new in every run."""
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, save_strategy="steps", save_steps=1, report_to=[], use_cpu=True
+    )
+
+    def run(seed):
+        rows = [{**row, "image": Image.fromarray(row["image"])} for row in images(4, seed, channels=3)]
+        model = convnet(dtype=torch.float32)
+        training.train(model, objectives.ImageClassification(), rows, arguments, progress=False)
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    first, again = run(0), run(0)
+    assert all(p.equal(again[name]) for name, p in first.items())
+    with pytest.raises(InputError, match="the rows"):
+        run(1)
 
 
 def _inputs(objective, row):

@@ -158,8 +158,18 @@ def leave_one_out(
         ceiling_seeds: of the second measurement that the ceiling comes from; empty: none.
         resamples: of the bootstrap over removals.
 
+    Returns:
+        `Validation`. Effects are in units of the test loss (of its sum or mean over tests, as `aggregate` says).
+
     Raises:
-        InputError: numbers of rows or columns that do not fit, unknown ids.
+        InputError: numbers of rows or columns that do not fit, unknown ids, scores aggregated in another way, or
+            seeds that are the ceiling's too.
+
+    >>> effects = {"a": 3.0, "b": -2.0, "c": 1.0, "d": 0.5}  # a truth that adds up, and a prediction of half its size
+    >>> bank = Bank(lambda omit, seed: [7.0 + sum(effects[i] for i in omit)], progress=False)
+    >>> found = leave_one_out(bank, np.array([1.5, -1.0, 0.5, 0.25]), list("abcd"), examples=3)
+    >>> found.labels, round(found.to_dict()["pearson_r"], 6), round(found.to_dict()["slope"], 6)
+    (['a', 'b', 'c'], 1.0, 2.0)
     """
     methods, ids, place = _methods(predicted, ids, baselines, aggregate)
     if isinstance(examples, int):
@@ -188,8 +198,15 @@ def remove_groups(
     """Removes groups of examples, each predicted by the sum of its members' effects, eq. (8).
 
     Args:
-        groups: name → the ids of its members; at least three.
+        groups: name → the ids of its members; at least three groups.
         others: as in `leave_one_out`.
+
+    Returns, raises: as `leave_one_out`.
+
+    >>> bank = Bank(lambda omit, seed: [float(sum(omit))], progress=False)
+    >>> found = remove_groups(bank, np.arange(6.0), {"low": [0, 1], "high": [4, 5], "odd": [1, 3, 5]}, range(6))
+    >>> found.removals["measured"].tolist(), found.removals["influence"].tolist()
+    ([1.0, 9.0, 9.0], [1.0, 9.0, 9.0])
     """
     methods, _, place = _methods(predicted, ids, baselines, aggregate)
     omissions = [list(group) for group in groups.values()]
@@ -222,6 +239,13 @@ def datamodelling_score(
         fraction: of the rows that is kept, in (0, 1); at least one row is removed.
         seed: of the draw of subsets.
         others: as in `leave_one_out`.
+
+    Returns, raises: as `leave_one_out`.
+
+    >>> bank = Bank(lambda omit, seed: [-float(sum(omit))], progress=False)
+    >>> found = datamodelling_score(bank, -np.arange(40.0), range(40), subsets=20, fraction=0.9)
+    >>> round(found.to_dict()["spearman_r"], 6), found.settings["removed"]
+    (1.0, 4)
     """
     methods, ids, place = _methods(predicted, ids, baselines, aggregate)
     if not 0 < fraction < 1:

@@ -240,6 +240,7 @@ class FromScratch(_Chain):
                     trainable=s.trainable,
                     weight_decay=s.weight_decay,
                     alpha=s.alpha,
+                    resized=s.resized,
                     omit=omit if k == self.target else (),
                     name=s.name,
                     progress=False,

@@ -27,7 +27,7 @@ from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
 
 OBJECTIVE = objectives.ImageClassification(scale=1 / 16, dtype="float64")
 CHANNELS = [6, 12]
-DECAY = {"pretraining": 0.02, "finetuning": 0.001}  # of the quadratic penalties: what keeps both minima strict
+HEAD_DECAY = 0.001
 FINETUNING = 700
 BATCH = 2048
 
@@ -48,6 +48,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--alpha", type=float, help="train the encoder in finetuning too, tied with this α, eq. (12)")
+    parser.add_argument("--decay", type=float, default=0.02, help="weight decay of pretraining")
     parser.add_argument("--examples", type=int, default=100, help="left out one by one, the most influential ones")
     parser.add_argument("--subsets", type=int, default=0, help="random subsets for the LDS")
     parser.add_argument("--fraction", type=float, default=0.99, help="of the pretraining images in a subset")
@@ -73,15 +74,15 @@ def network(labels: int, seed: int) -> ConvNetForImageClassification:
     return ConvNetForImageClassification(config).double().eval()
 
 
-def stages(pretraining: list[dict], finetuning: list[dict], alpha: float | None, seed: int) -> list[Stage]:
+def stages(pretraining: list[dict], finetuning: list[dict], settings: argparse.Namespace) -> list[Stage]:
     """Both stages at stationary points of their objectives."""
-    before, after = network(4, seed), network(6, seed + 1)
+    before, after = network(4, settings.seed), network(6, settings.seed + 1)
     exact = {"curvature": "hessian", "solver": solvers.Dense(), "batch_size": BATCH}
-    first = Stage("pretraining", before, OBJECTIVE, pretraining, weight_decay=DECAY["pretraining"], **exact)
+    first = Stage("pretraining", before, OBJECTIVE, pretraining, weight_decay=settings.decay, **exact)
     print(polished(first, None))
     after.encoder.load_state_dict(before.encoder.state_dict())
-    trainable = "head" if alpha is None else "all"
-    second = Stage("finetuning", after, OBJECTIVE, finetuning, trainable, DECAY["finetuning"], alpha, **exact)
+    trainable = "head" if settings.alpha is None else "all"
+    second = Stage("finetuning", after, OBJECTIVE, finetuning, trainable, HEAD_DECAY, settings.alpha, **exact)
     print(polished(second, before))
     return [first, second]
 
@@ -110,7 +111,7 @@ def accuracies(chain: list[Stage], tests: list[dict]) -> dict:
 def experiment(settings: argparse.Namespace, folder: Path) -> dict:
     pretraining, others = digits(range(4)), digits(range(4, 10))
     finetuning, tests = others[:FINETUNING], others[FINETUNING:]
-    both = stages(pretraining, finetuning, settings.alpha, settings.seed)
+    both = stages(pretraining, finetuning, settings)
     report = {"accuracy": accuracies(both, tests)}
     chain = MultiStageInfluence(both)
     started = time.perf_counter()
@@ -146,7 +147,7 @@ def mislabelled(settings: argparse.Namespace) -> dict:
     wrong[generator.choice(len(wrong), len(wrong) // 10, replace=False)] = True
     for row in (row for row, bad in zip(pretraining, wrong, strict=True) if bad):
         row["label"] = int((row["label"] + generator.integers(1, 4)) % 4)
-    both = stages(pretraining, others[:FINETUNING], settings.alpha, settings.seed)
+    both = stages(pretraining, others[:FINETUNING], settings)
     accuracies(both, others[FINETUNING:])
     first = MultiStageInfluence(both[:1]).query(held_out, aggregate="sum").score(pretraining)
     whole = MultiStageInfluence(both).query(others[FINETUNING:], aggregate="sum").score(pretraining).influence()
