@@ -56,8 +56,11 @@ class Engine:
         mine = self.shard(order)
         for start in range(0, len(mine), batch_size):
             indices = list(mine[start : start + batch_size])
-            batch = collate([rows[i] for i in indices])
-            yield indices, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            yield indices, self.place(collate([rows[i] for i in indices]))
+
+    def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with its tensors on the engine's device."""
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def bar(self, iterable: Iterable | None = None, **settings):
         """A tqdm bar on the main process."""

@@ -226,37 +226,28 @@ class _Target:
         self.count = self.operator.count + self._count(objective, omitted, batch_size)
         self._share = self.operator.count / self.count
         self._decay = {name: weight_decay for name in names if weight_decay and name in decayed_names(model)}
-        self._tie = {name: self._tied(name, alpha) for name in roles.proximal if name in self.parameters}
+        self._tie = {
+            name: roles.tie(name, self.parameters[name], alpha) for name in roles.proximal if name in self.parameters
+        }
         self._anchor = {name: self._anchored(name, previous) for name in self._tie}
 
     def _used(self, objective, rows, names) -> tuple[str, ...]:
         """What the loss depends on; the rest is held constant, as `Stage` leaves it out."""
-        probe = Evaluation(self.model, objective, self._batch(objective, rows[:2]))
+        probe = Evaluation(self.model, objective, self.engine.place(objective.collate(rows[:2])))
         with self.model.evaluating():
             leaves = probe.leaves(names)
             total = probe.losses(leaves)[0].sum()
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return tuple(name for name, g in zip(leaves, found, strict=True) if g is not None)
 
-    def _batch(self, objective, rows) -> dict:
-        batch = objective.collate(rows)
-        return {k: v.to(self.engine.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
     def _count(self, objective, rows, batch_size) -> float:
         total = 0.0
         for start in range(0, len(rows), batch_size):
-            evaluation = Evaluation(self.model, objective, self._batch(objective, rows[start : start + batch_size]))
+            batch = self.engine.place(objective.collate(rows[start : start + batch_size]))
+            evaluation = Evaluation(self.model, objective, batch)
             with torch.no_grad(), self.model.evaluating():
                 total += float(evaluation.losses({})[1].double().sum())
         return total
-
-    def _tied(self, name: str, alpha: float) -> float | Tensor:
-        """2α; per row, zero on rows that a resize added."""
-        if name not in self.roles.resized:
-            return 2 * alpha
-        parameter = self.parameters[name]
-        rows = torch.arange(len(parameter), device=parameter.device) < self.roles.resized[name]
-        return 2 * alpha * rows.to(parameter).reshape(-1, *[1] * (parameter.dim() - 1))
 
     def _anchored(self, name: str, previous: nn.Module) -> Tensor:
         source, parameter = previous.get_parameter(self.roles.inherited[name]).detach(), self.parameters[name]

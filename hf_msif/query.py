@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from . import vectors
 from .errors import InputError
+from .files import write_whole
 from .scores import Scores
 from .solvers import Certificate
 from .vectors import Block
@@ -94,9 +95,7 @@ class Query:
         text = json.dumps(state, indent=2, default=str, ensure_ascii=False)
         flat = {f"{stage}/{name}": t for stage, u in self.solutions.items() for name, t in u.items()}
         vectors.save(flat, folder / "query.safetensors")
-        part = folder / "query.json.part"
-        part.write_text(text)
-        os.replace(part, folder / "query.json")
+        write_whole(folder / "query.json", lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, chain: MultiStageInfluence) -> Query:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import random
@@ -17,7 +16,7 @@ from typing import Any
 from .config import Config, StageConfig, settings, unknown_key
 from .data import first_line, load_rows
 from .errors import DivergedError, InputError
-from .tables import write_whole
+from .files import write_json
 
 
 class Run:
@@ -434,8 +433,3 @@ def _last_checkpoint(folder: Path) -> str | None:
     from transformers.trainer_utils import get_last_checkpoint
 
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Writes a file whole or not at all."""
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=2, default=str, ensure_ascii=False)))

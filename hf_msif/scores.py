@@ -14,6 +14,7 @@ import numpy as np
 
 from .digests import digest
 from .errors import InputError
+from .files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,14 +112,7 @@ class Scores:
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         packed = json.dumps(self.metadata, default=str, ensure_ascii=False).encode()
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: packed})
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        try:
-            pq.write_table(table, part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, lambda part: pq.write_table(table, part))
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike) -> Scores:

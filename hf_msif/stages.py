@@ -161,8 +161,7 @@ class Link:
 
     def collate(self, rows: list[dict]) -> dict:
         """A batch of the stage's objective on the engine's device."""
-        batch = self.stage.objective.collate(rows)
-        return {k: v.to(self.engine.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return self.engine.place(self.stage.objective.collate(rows))
 
     @cached_property
     def operator(self) -> Curvature:
@@ -196,11 +195,7 @@ class Link:
 
     def tie(self, name: str) -> float | Tensor:
         """2α on the inherited rows of a proximal parameter, zero on rows that a resize added."""
-        if name not in self.split.resized:
-            return 2 * self.stage.alpha
-        parameter = self.model.parameters[name]
-        rows = torch.arange(parameter.shape[0], device=parameter.device) < self.split.resized[name]
-        return 2 * self.stage.alpha * rows.to(parameter).reshape(-1, *[1] * (parameter.dim() - 1))
+        return self.split.tie(name, self.model.parameters[name], self.stage.alpha)
 
     def subset(self, size: int | None) -> list[dict]:
         """So many random rows of the stage's data, the same for the same seed; None: all of them."""

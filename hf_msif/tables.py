@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,19 +77,6 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
     """Writes `path`.md and `path`.parquet, each whole or not at all."""
     write_whole(f"{path}.md", lambda part: part.write_text(markdown(table) + "\n", encoding="utf-8"))
     write_whole(f"{path}.parquet", lambda part: table.to_parquet(part, index=False))
-
-
-def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path` and moves it there when it is complete: a crash never spoils an older
-    one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def training_line(report: dict) -> str:

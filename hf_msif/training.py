@@ -26,6 +26,7 @@ from .autodiff import Evaluation
 from .digests import digest
 from .engine import Engine, as_rows
 from .errors import DivergedError, InputError
+from .files import write_json
 from .polishing import PolishReport, polish
 from .query import describe
 
@@ -235,8 +236,7 @@ def _last_checkpoint(arguments: TrainingArguments, record: Mapping[str, Any], na
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if found is None:
         if arguments.process_index == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(record, indent=2))
+            write_json(file, record)
         return None
     before = json.loads(file.read_text()) if file.exists() else {}
     other = [key for key, value in record.items() if before.get(key) != value]

@@ -13,10 +13,11 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .files import write_whole
 
 Block = dict[str, Tensor]
 
@@ -156,16 +157,10 @@ def save(x: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict | None
     """Writes a block as safetensors, whole or not at all; `metadata` (JSON-able) travels in the header."""
     from safetensors.torch import save_file
 
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     tensors = {name: t.detach().cpu().contiguous() for name, t in x.items()}
     # safetensors sorts the names; `flatten` depends on their order, so the order is kept beside them.
     header = {"hf_msif": json.dumps(metadata or {}), "names": json.dumps(list(tensors))}
-    try:
-        save_file(tensors, part, metadata=header)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, lambda part: save_file(tensors, part, metadata=header))
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hf_msif import tables
+from hf_msif import files, tables
 from hf_msif.scores import Scores
 
 
@@ -67,7 +67,7 @@ def test_a_failed_write_leaves_the_older_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        tables.write_whole(path, fails)
+        files.write_whole(path, fails)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
 

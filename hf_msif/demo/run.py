@@ -16,8 +16,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, TrainingArguments, set_seed
 
 from .. import MultiStageInfluence, Scores, Stage, objectives, solvers, training
+from ..files import write_json
 from ..models import FeedForwardClassifier
-from ..run import write_json
 from ..sweep import damping_sweep
 from ..tables import plain, table_one, training_line, write_table
 from .grammar import World, vocabulary, world

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import InputError
+from ..files import write_json
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Bank:
         self._held: dict[str, dict] = {}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / f"settings-{self.fingerprint[:12]}.json", self.settings)
+            write_json(self.folder / f"settings-{self.fingerprint[:12]}.json", self.settings, indent=None)
 
     def losses(self, omissions: Sequence[Collection], seed: int = 0) -> np.ndarray:
         """Test losses after retraining without each of the sets of ids: shape (sets, Q)."""
@@ -137,7 +138,7 @@ class Bank:
         self._held[key] = entry
         self.computed += 1
         if self.folder is not None:
-            _write(self.folder / f"{key}.json", entry)
+            write_json(self.folder / f"{key}.json", entry, indent=None)
 
 
 def _ordered(omission: Collection) -> list:
@@ -148,12 +149,3 @@ def _ordered(omission: Collection) -> list:
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
-
-
-def _write(path: Path, value: Any) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(value, default=str, ensure_ascii=False))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

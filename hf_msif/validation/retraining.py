@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import adapters, training, vectors
 from ..adapters import FunctionalModel, Split
@@ -64,23 +64,24 @@ class _Chain:
         own = {"retraining": type(self).__name__, "tol": self.tol, "polish": self.polish_settings}
         return {**own, "stage": self.stages[self.target].name, "tests": digest(self.tests), "stages": stages}
 
+    def _settings(self, k: int, models: Sequence[nn.Module], omit: Collection) -> dict[str, Any]:
+        """What `train` and `polish` need to know alike of stage k."""
+        s = self.stages[k]
+        return {
+            "previous": models[k - 1] if k else None,
+            "trainable": s.trainable,
+            "weight_decay": s.weight_decay,
+            "alpha": s.alpha,
+            "resized": s.resized,
+            "omit": omit if k == self.target else (),
+            "name": s.name,
+        }
+
     def polish(self, k: int, models: Sequence[nn.Module], omit: Collection, **more) -> PolishReport:
         s = self.stages[k]
         settings = {"batch_size": s.batch_size, "tol": self.tol, **self.polish_settings, **more}
-        return polish(
-            models[k],
-            s.objective,
-            s.data,
-            previous=models[k - 1] if k else None,
-            trainable=s.trainable,
-            weight_decay=s.weight_decay,
-            alpha=s.alpha,
-            resized=s.resized,
-            omit=omit if k == self.target else (),
-            engine=self.engine,
-            name=s.name,
-            **settings,
-        )
+        settings |= self._settings(k, models, omit)
+        return polish(models[k], s.objective, s.data, engine=self.engine, **settings)
 
     def measure(self, model: nn.Module) -> list[float]:
         """The loss (a sum over its terms) of every test example of the last stage."""
@@ -88,8 +89,7 @@ class _Chain:
         functional, found = FunctionalModel(model, self.engine.device), []
         with torch.no_grad(), functional.evaluating():
             for start in range(0, len(self.tests), s.batch_size):
-                batch = s.objective.collate(self.tests[start : start + s.batch_size])
-                batch = {k: v.to(self.engine.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                batch = self.engine.place(s.objective.collate(self.tests[start : start + s.batch_size]))
                 found += Evaluation(functional, s.objective, batch).losses({})[0].double().tolist()
         return found
 
@@ -236,13 +236,7 @@ class FromScratch(_Chain):
                     s.objective,
                     s.data,
                     arguments,
-                    previous=models[k - 1] if k else None,
-                    trainable=s.trainable,
-                    weight_decay=s.weight_decay,
-                    alpha=s.alpha,
-                    resized=s.resized,
-                    omit=omit if k == self.target else (),
-                    name=s.name,
+                    **self._settings(k, models, omit),
                     progress=False,
                 )
             if self.polished:
