@@ -1,4 +1,4 @@
-"""The command line: `msif demo | plan | train | query | score | top | sweep`."""
+"""The command line: `msif demo | plan | train | query | score | top | sweep | validate | cleanse | compare`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ CONFIGURED = {
     "query": "pull the test tweets' losses back through the stages: one inverse-curvature product a stage",
     "score": "rank the corpus for the query, and write the paper's Table 1",
     "sweep": "how the ranking moves with the damping",
+    "validate": "remove rows, train all stages again, and compare with the prediction",
+    "cleanse": "write the ranked stage's rows without the most harmful ones; train again without them if asked to",
 }
 
 
@@ -70,6 +72,10 @@ def parser() -> Parser:
     show.add_argument("--run", required=True, metavar="DIR", help="run folder that holds scores.parquet")
     show.add_argument("-k", type=int, default=10, help="rows a test example")
     show.add_argument("--by", default="absolute", help="absolute, harmful or helpful")
+    both = add("compare", "absolute influences of two runs side by side: two tasks, two models")
+    both.add_argument("--runs", required=True, nargs=2, metavar="DIR", help="run folders that hold scores.parquet")
+    both.add_argument("-k", type=int, default=100, help="rows of either ranking whose overlap is counted")
+    both.add_argument("--output", metavar="FILE.png", help="draw both distributions")
     return top
 
 
@@ -109,6 +115,8 @@ def _run(given: argparse.Namespace, rest: list[str]) -> dict:
         )
     if given.command == "top":
         return _top(given)
+    if given.command == "compare":
+        return _compare(given)
     from .demo.run import demo
 
     return demo(given.output_dir, given.seed, quiet=given.json)
@@ -118,6 +126,7 @@ def _configured(given: argparse.Namespace, config) -> dict:
     """One of the commands that take a configuration."""
     import transformers
 
+    from . import commands
     from .run import Run
     from .tables import plain, training_line
 
@@ -135,48 +144,89 @@ def _configured(given: argparse.Namespace, config) -> dict:
 
         report = plan(run)
         print(report["text"])
-    elif given.command == "query":
-        report = run.query()
+        return report
+    report = getattr(commands, given.command)(run)
+    if given.command == "query":
         for name, stage in report["stages"].items():
             print(f"{name}: {stage['text']}")
         print(f"query written to {report['query']} in {report['seconds']} s")
     elif given.command == "score":
-        report = run.score()
         print(plain(report["table"]))
         print(
             f"{report['rows']:,} rows scored in {report['seconds']} s; {report['scores']}, table1.md and "
             "table1.parquet written"
         )
-    else:
-        report = run.sweep()
+    elif given.command == "sweep":
         print(plain(report["table"]))
         print(f"{report['sweep']} and sweep.md written in {report['seconds']} s")
+    elif given.command == "validate":
+        accuracy = ", ".join(f"{name} {value:.3f}" for name, value in report["accuracy"].items())
+        print(f"accuracy: {accuracy}" if accuracy else "no classifier among the stages", report["text"], sep="\n\n")
+        print(f"{report['validation']} written in {report['seconds']} s, {report['retrainings']} retrainings")
+    else:
+        print(f"{report['removed']:,} rows left out; {report['kept']} and random.parquet beside it written")
+        if "table" in report:
+            print(plain(report["table"]))
+        for name, gain in report.items():
+            if "_gain_over_" in name:
+                low, high = gain["interval"]
+                ends = f", 95 % [{low:+.5f}, {high:+.5f}]" if report["repetitions"] > 1 else ""
+                print(
+                    f"{name.replace('_', ' ')}: {gain['mean']:+.5f}{ends} over {report['repetitions']} repetition(s)"
+                )
     return report
 
 
 def _top(given: argparse.Namespace) -> dict:
-    from pathlib import Path
-
-    from .data import first_line
-    from .scores import Scores
     from .tables import plain, test_sentence
 
-    if given.k < 1:
-        raise InputError(f"-k is {given.k}; expected at least 1.")
-    path = Path(given.run).expanduser() / "scores.parquet"
-    try:
-        scores = Scores.from_parquet(path)
-    except InputError:
-        raise
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} holds no scores ({first_line(error)}); expected what msif score writes.") from error
-    found = []
+    scores, found = _scores(given.run, given.k), []
     for q in range(scores.columns):
         table = scores.top(given.k, given.by, q)
         found.append({"test": test_sentence(scores, q), "top": table})
         print(f"\n{given.by} influence on: {found[-1]['test']}")
         print(plain(table[["example_id", "influence", "removal_effect", "text"]], width=80))
     return {"run": given.run, "by": given.by, "tests": found}
+
+
+def _compare(given: argparse.Namespace) -> dict:
+    from .comparison import compare
+    from .files import write_whole
+
+    found = compare(*(_scores(run, given.k) for run in given.runs), k=given.k)
+    for run, mean, (low, high) in zip(given.runs, found.mean_absolute, found.mean_absolute_interval, strict=True):
+        print(f"{run}: mean |influence| {mean:.4g} [{low:.4g}, {high:.4g}]")
+    low, high = found.ratio_interval
+    print(f"ratio {found.ratio:.3f}, {found.level:.0%} [{low:.3f}, {high:.3f}]")
+    if found.shared >= 3:
+        print(
+            f"{found.shared:,} rows in both: Spearman of |influence| {found.spearman_r:.3f}, "
+            f"{found.top_k_shared:.0%} of the top {min(found.k, found.shared)} shared"
+        )
+    report = {"runs": given.runs, **found.to_dict()}
+    if given.output:
+        write_whole(given.output, lambda path: found.plot(path, given.runs))
+        print(f"{given.output} written")
+        report["figure"] = given.output
+    return report
+
+
+def _scores(run: str, k: int):
+    """The scores of a run folder."""
+    from pathlib import Path
+
+    from .data import first_line
+    from .scores import Scores
+
+    if k < 1:
+        raise InputError(f"-k is {k}; expected at least 1.")
+    path = Path(run).expanduser() / "scores.parquet"
+    try:
+        return Scores.from_parquet(path)
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} holds no scores ({first_line(error)}); expected what msif score writes.") from error
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import os
 import re
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union
 
@@ -23,6 +24,7 @@ RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=Fal
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+RESERVED = ("query", "bank", "validation", "cleanse")
 Scalar = str | int | float | bool | None
 
 
@@ -36,15 +38,19 @@ class Data(Section):
     """Where rows come from and which of them are used."""
 
     path: str
-    """a Hub dataset id, or a builder of `datasets` (text, csv, json, parquet) with data_files"""
+    """a Hub dataset id, a builder of `datasets` (text, csv, json, parquet) with data_files, or sklearn:digits"""
     name: str | None = None
     """configuration of a Hub dataset"""
-    data_files: str | list[str] | None = None
-    """local files or URLs for a builder"""
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """local files or URLs for a builder, or a mapping of them: split → files"""
     split: str = "train"
     """split of the dataset"""
+    test_split: str | None = None
+    """split whose rows are the test side, where the data come with one"""
     text_column: str = "text"
     """column with the text"""
+    image_column: str = "image"
+    """column with the image, for image-classification"""
     label_column: str | None = None
     """column with the label, for classification"""
     id_column: str | None = None
@@ -52,11 +58,15 @@ class Data(Section):
     keep: dict[str, list[Scalar]] = {}
     """column → admitted values; other rows are dropped and counted"""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """share of the *texts* (not rows: equal texts stay together) set aside for testing, by hash"""
+    """share of the texts or images (not rows: equal ones stay together) set aside for testing, by hash"""
     part: Literal["train", "test", "all"] = "train"
     """which side of that split the stage is trained on"""
     max_rows: Count | None = None
-    """use the first so many rows"""
+    """use the first so many rows (of the side that is trained on, where there is a test_split)"""
+
+    @property
+    def has_test_side(self) -> bool:
+        return self.test_fraction > 0 or self.test_split is not None
 
 
 class Model(Section):
@@ -70,6 +80,8 @@ class Model(Section):
     """auto: the head of AutoModelFor...; feed_forward: `FeedForwardClassifier` on the mean embedding"""
     hidden_size: Count = 64
     """units of the feed-forward head"""
+    dtype: Literal["float32", "float64"] | None = None
+    """of the parameters; null: as the model comes. float64 for stages that are brought to a stationary point"""
 
 
 class Solver(Section):
@@ -92,7 +104,7 @@ class Solver(Section):
 class StageConfig(Section):
     """One stage: what is trained on what, and how it is differentiated (see `hf_msif.Stage`)."""
 
-    task: Literal["masked-lm", "causal-lm", "sequence-classification"]
+    task: Literal["masked-lm", "causal-lm", "sequence-classification", "image-classification"]
     """decides objective and model class"""
     data: Data
     model: Model = Model()
@@ -100,6 +112,9 @@ class StageConfig(Section):
     """settings of the objective: mask_probability, draws, max_length, labels, ... (see `hf_msif.objectives`)"""
     training: dict[str, Any] = {}
     """Hugging Face's TrainingArguments, by name"""
+    polish: dict[str, Any] | None = None
+    """settings of `training.polish`, which ends training at a stationary point; {} for its defaults. Without
+    `training` it does all of it"""
     trainable: str | list[str] = "all"
     """all, head (everything not inherited), or a list of name patterns"""
     weight_decay: NonNegative = 0.0
@@ -128,6 +143,8 @@ class Tests(Section):
     """of the choice"""
     aggregate: Literal["none", "sum", "mean"] = "none"
     """none: one column a test example; sum or mean: one for the group"""
+    wrong: bool = False
+    """only rows that the finetuned model classifies wrongly"""
 
 
 class Corpus(Section):
@@ -141,17 +158,57 @@ class Corpus(Section):
     """of the choice"""
 
 
+class Validation(Section):
+    """What `msif validate` removes, and how it trains again."""
+
+    experiment: Literal["leave_one_out", "remove_groups", "datamodelling_score"] = "leave_one_out"
+    """single rows of the largest absolute influence; groups along the ranking; random subsets (LDS)"""
+    retrain: Literal["warm_start", "from_scratch"] = "warm_start"
+    """warm_start polishes the finished stages again; from_scratch repeats `training` and `polish` from new weights"""
+    examples: Count = 100
+    """leave_one_out: so many rows"""
+    groups: Annotated[int, Field(ge=3)] = 20
+    """remove_groups: so many, evenly spread from the most helpful rows to the most harmful ones"""
+    group_size: Count = 10
+    """remove_groups: rows a group"""
+    subsets: Annotated[int, Field(ge=3)] = 100
+    """datamodelling_score: so many random subsets"""
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """datamodelling_score: share of the rows in a subset"""
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    """of the retrainings that are averaged"""
+    ceiling_seeds: list[int] = [1]
+    """of the second measurement, whose correlation with the first is the ceiling; []: none"""
+    baselines: list[str] | None = None
+    """names in `hf_msif.validation`, identity, gradient_dot, tfidf, ...; null: all that apply; []: none"""
+
+
+class Cleanse(Section):
+    """What `msif cleanse` leaves out, and whether it trains again to see what that does."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of the ranked stage's rows: the most harmful ones, and as many random ones as a control"""
+    seeds: Count = 1
+    """repetitions with other initial weights and other random rows, for the interval"""
+    retrain: Literal["no", "warm_start", "from_scratch"] = "no"
+    """train again without either, and measure test rows that the ranking did not see"""
+    held_out: Count | None = None
+    """so many of those; null: all"""
+
+
 class Config(Section):
     """A whole run."""
 
     run_dir: str
     """where everything is written"""
-    tokenizer: str
-    """Hub id or folder"""
+    tokenizer: str | None = None
+    """Hub id or folder; needed by every task with texts"""
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
     """name → stage, first to last"""
     test: Tests = Tests()
     corpus: Corpus = Corpus()
+    validation: Validation = Validation()
+    cleanse: Cleanse = Cleanse()
     dampings: Annotated[list[Positive], Field(min_length=1)] = [1e-3, 1e-2, 1e-1, 1.0]
     """λ of `msif sweep`, for the ranked stage"""
     seed: int = 0
@@ -164,12 +221,16 @@ class Config(Section):
             raise InputError(f"corpus.stage is {self.corpus.stage!r}; expected one of the stages {names}.")
         for index, (name, stage) in enumerate(self.stages.items()):
             key = f"stages.{name}"
-            if not re.fullmatch(r"[\w-]+", name) or name == "query":
+            if not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
                 raise InputError(
                     f"{key}: stages are folders beside run_dir/query; expected a name of letters, digits, - and _ "
-                    "other than 'query'."
+                    f"other than {', '.join(map(repr, RESERVED))}."
                 )
-            classifies = stage.task == "sequence-classification"
+            classifies = stage.task.endswith("-classification")
+            if stage.task != "image-classification" and self.tokenizer is None:
+                raise InputError(f"tokenizer is missing; {key} has the task {stage.task}, which reads texts.")
+            if stage.data.test_split is not None and stage.data.test_fraction > 0:
+                raise InputError(f"{key}.data has test_split and test_fraction; expected one of them.")
             if classifies and stage.data.label_column is None:
                 raise InputError(f"{key}.data.label_column is missing; {stage.task} needs the column with the label.")
             if index and stage.model.config is not None:
@@ -177,7 +238,7 @@ class Config(Section):
                     f"{key}.model.config is for the first stage, {names[0]!r}: later ones build on its encoder; "
                     "leave it out."
                 )
-            if stage.model.head == "feed_forward" and not (index and classifies):
+            if stage.model.head == "feed_forward" and not (index and stage.task == "sequence-classification"):
                 raise InputError(
                     f"{key}.model.head is 'feed_forward'; expected 'auto', unless a later stage has the task "
                     "sequence-classification."
@@ -223,11 +284,15 @@ def load(
         raise InputError(_sentence(error, values)) from None
 
 
-def settings(kind: type, given: Mapping[str, Any], key: str, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The given settings of a dataclass, their names and types checked against its fields; `key` is where they are in
-    the configuration."""
+def settings(kind: Callable, given: Mapping[str, Any], key: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The given settings of a dataclass or a function, names and types checked against its fields or its arguments;
+    `key` is where they are in the configuration."""
     hints = typing.get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in without]
+    if dataclasses.is_dataclass(kind):
+        known = [f.name for f in dataclasses.fields(kind) if f.init]
+    else:
+        known = list(inspect.signature(kind).parameters)
+    known = [name for name in known if name not in without]
     checked = {}
     for name, value in given.items():
         if name not in known:

@@ -10,21 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .config import Data
+from .digests import digest
 from .errors import InputError
 
+DIGITS = "sklearn:digits"
 
-def load_rows(data: Data, stage: str) -> list[dict]:
-    """Rows {example_id, text[, label]} of a stage's `data` section; rows left out are counted and printed.
 
-    Equal texts fall on the same side of the split. A number that a column with gaps turned into 7.0 is 7 again.
+def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
+    """Rows {example_id, text[, label]} of a stage's `data` section, or {example_id, image[, label]}; rows left out are
+    counted and printed.
+
+    Equal texts or images fall on the same side of the split. A number that a column with gaps turned into 7.0 is 7
+    again.
 
     Raises:
         InputError: missing or empty files, a column or an admitted value that does not exist, ids that repeat, or no
             row left.
     """
     key = f"stages.{stage}.data"
-    table = _table(data, key)
-    roles = {"text_column": data.text_column, "label_column": data.label_column, "id_column": data.id_column}
+    held_out = data.part == "test" and data.test_split is not None
+    table = _table(data, data.test_split if held_out else data.split, key)
+    source_column, limit = getattr(data, f"{content}_column"), None if held_out else data.max_rows
+    roles = {f"{content}_column": source_column, "label_column": data.label_column, "id_column": data.id_column}
     columns = {role: column for role, column in roles.items() if column is not None}
     for role, column in [*columns.items(), *((f"keep.{column}", column) for column in data.keep)]:
         if column not in table.column_names:
@@ -42,28 +49,30 @@ def load_rows(data: Data, stage: str) -> list[dict]:
     rows, dropped = [], Counter()
     table = table.select_columns(sorted({*columns.values(), *admitted}))
     for number, source in enumerate(_sources(table)):
-        if data.max_rows is not None and len(rows) >= data.max_rows:
+        if limit is not None and len(rows) >= limit:
             dropped["beyond max_rows"] = len(table) - number
             break
-        row = {"example_id": number, "text": source[data.text_column]}
+        row = {"example_id": number, content: source[source_column]}
         if data.id_column is not None:
             row["example_id"] = source[data.id_column]
         if data.label_column is not None:
             row["label"] = source[data.label_column]
-        text = row["text"]
-        if not isinstance(text, (str, type(None))):
-            raise InputError(f"{key}.text_column: {data.text_column!r} holds {text!r} in row {number}; expected text.")
+        value = row[content]
+        if content == "text" and not isinstance(value, (str, type(None))):
+            raise InputError(
+                f"{key}.text_column: {data.text_column!r} holds {value!r} in row {number}; expected text."
+            )
         if any(str(source[column]) not in values for column, values in admitted.items()):
             dropped["not in keep"] += 1
-        elif text is None or not text.strip():
-            dropped["no text"] += 1
+        elif value is None or (content == "text" and not value.strip()):
+            dropped[f"no {content}"] += 1
         elif None in row.values():
             dropped["no label" if row["example_id"] is not None else "no id"] += 1
-        elif data.part != "all" and (_position(text) < data.test_fraction) != (data.part == "test"):
+        elif not held_out and data.part != "all" and not _is_on_side(value, data):
             dropped[f"not in the {data.part} part"] += 1
         else:
             rows.append(row)
-    part = f" ({data.part})" if data.test_fraction > 0 else ""
+    part = f" ({data.part})" if data.has_test_side else ""
     left_out = "".join(f", {count:,} left out ({why})" for why, count in dropped.items())
     if not rows:
         raise InputError(f"{key}: no row of {len(table):,} is left{left_out}; expected at least one.")
@@ -78,29 +87,50 @@ def load_rows(data: Data, stage: str) -> list[dict]:
     return rows
 
 
-def _table(data: Data, key: str):
+def _table(data: Data, split: str, key: str):
     from datasets import load_dataset
 
-    files = [data.data_files] if isinstance(data.data_files, str) else data.data_files
-    for number, file in enumerate(files or []):
-        if "://" in file or any(c in file for c in "*?["):
-            continue
-        files = [*files[:number], os.path.expanduser(file), *files[number + 1 :]]
-        if not os.path.isfile(files[number]):
-            raise InputError(f"{key}.data_files: the file {file!r} does not exist; set it to where the data is.")
-        if not os.path.getsize(files[number]):
-            raise InputError(f"{key}.data_files: the file {file!r} is empty; expected at least one row.")
+    if data.path == DIGITS:
+        return _digits()
+    if isinstance(data.data_files, dict):
+        files = {name: _files(some, f"{key}.data_files.{name}") for name, some in data.data_files.items()}
+    else:
+        files = None if data.data_files is None else _files(data.data_files, f"{key}.data_files")
     try:
         with _silent_datasets():
-            return load_dataset(os.path.expanduser(data.path), data.name, data_files=files, split=data.split)
+            return load_dataset(os.path.expanduser(data.path), data.name, data_files=files, split=split)
     except Exception as error:
         cause = error
         while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
             cause = cause.__cause__
         raise InputError(
-            f"{key}: cannot load {data.path!r} (split {data.split!r}): {first_line(cause)}; expected a Hub dataset "
+            f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}; expected a Hub dataset "
             "id, or one of text, csv, json, parquet with data_files."
         ) from error
+
+
+def _files(given: str | list[str], key: str) -> list[str]:
+    """The files, `~` resolved; a local one must be there and hold something."""
+    files = []
+    for file in [given] if isinstance(given, str) else given:
+        if "://" in file or any(c in file for c in "*?["):
+            files.append(file)
+            continue
+        files.append(os.path.expanduser(file))
+        if not os.path.isfile(files[-1]):
+            raise InputError(f"{key}: the file {file!r} does not exist; set it to where the data is.")
+        if not os.path.getsize(files[-1]):
+            raise InputError(f"{key}: the file {file!r} is empty; expected at least one row.")
+    return files
+
+
+def _digits():
+    """scikit-learn's 1,797 images of 8 × 8, brightness 0 to 16."""
+    from datasets import Dataset
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return Dataset.from_dict({"image": found.images.tolist(), "label": found.target.tolist()})
 
 
 def first_line(error: BaseException) -> str:
@@ -134,6 +164,10 @@ def _whole(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _position(text: str) -> float:
-    """A text's place in [0, 1): a hash, so that equal texts (retweets) fall on the same side of a split."""
-    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:6]) / 2**48
+def _is_on_side(value, data: Data) -> bool:
+    """Whether a text or image belongs to `data.part`. Its place in [0, 1) is a hash, so that equal ones (retweets)
+    fall on the same side."""
+    if data.test_fraction == 0:
+        return data.part == "train"
+    found = hashlib.sha256(value.strip().encode()).hexdigest() if isinstance(value, str) else digest(value)
+    return (int(found[:12], 16) / 2**48 < data.test_fraction) == (data.part == "test")

@@ -235,10 +235,12 @@ class _Classification:
                 f"the rows have no label column {self.label_column!r}; they have {sorted(row)}: pass label_column=."
             )
         value = row[self.label_column]
-        if isinstance(value, str) and self.labels and value in self.labels:
-            return list(self.labels).index(value)
-        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-            return int(value)
+        value = value.item() if isinstance(value, np.generic) else value
+        if not isinstance(value, bool):
+            if self.labels and value in self.labels:
+                return list(self.labels).index(value)
+            if isinstance(value, int) and not any(isinstance(label, int) for label in self.labels or ()):
+                return value
         raise InputError(
             f"row {row.get('example_id')!r} has the label {value!r}; expected an integer or one of "
             f"{list(self.labels or [])}: pass labels=[...] in the order of the model's classes."
@@ -273,14 +275,14 @@ class SequenceClassification(_Classification):
 
     Args:
         tokenizer: the model's tokenizer.
-        label_column: where the label is: an integer, or a string that `labels` lists.
-        labels: names of the classes in the order of the logits; needed for string labels.
+        label_column: where the label is: an integer, or what `labels` lists.
+        labels: the classes in the order of the logits; needed for strings, and for integers that are not 0, 1, ….
         max_length, text_column: as in `MaskedLM`.
     """
 
     tokenizer: Any
     label_column: str = "label"
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str | int, ...] | None = None
     max_length: int | None = None
     text_column: str = "text"
 
@@ -319,7 +321,7 @@ class ImageClassification(_Classification):
     processor: Any = None
     image_column: str = "image"
     label_column: str = "label"
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str | int, ...] | None = None
     scale: float = 1 / 255
     mean: float | tuple[float, ...] = 0.0
     std: float | tuple[float, ...] = 1.0

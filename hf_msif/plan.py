@@ -29,7 +29,7 @@ def plan(run: Run) -> dict:
     Stages that are not trained yet are measured with untrained weights; times are estimates from one batch.
     """
     models = {name: run.present_model(name) for name in run.names}
-    columns = 1 if run.config.test.aggregate != "none" else len(run.tests())
+    columns = 1 if run.aggregate else len(run.tests())
     corpus = len(run.corpus())
     chain = run.chain(models)
     lines, stages = [], {}
@@ -43,7 +43,7 @@ def plan(run: Run) -> dict:
             f"{_size(cost['solver_bytes'])}, model {_size(cost['model_bytes'])}"
             + (f", outputs of the frozen encoder {_size(cost['memo_bytes'])}" if cost["memo_bytes"] else ""),
         ]
-    seconds = corpus * stages[run.config.corpus.stage or run.names[0]]["score_seconds_a_row"] * columns
+    seconds = corpus * stages[run.ranked]["score_seconds_a_row"] * columns
     disk = sum(cost["vector_bytes"] for cost in stages.values())
     lines += [
         f"scoring {corpus:,} rows for {columns} column(s): {_time(seconds)}",

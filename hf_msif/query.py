@@ -91,7 +91,9 @@ class Query:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # What can fail comes before the first file: tensors of one query must not lie beside the text of another.
-        state = {"format": FORMAT, "tests": self.tests, **self.certificate()}
+        plain = (str, int, float, bool, type(None))  # pixels stay where they came from
+        tests = [{key: value for key, value in row.items() if isinstance(value, plain)} for row in self.tests]
+        state = {"format": FORMAT, "tests": tests, **self.certificate()}
         text = json.dumps(state, indent=2, default=str, ensure_ascii=False)
         flat = {f"{stage}/{name}": t for stage, u in self.solutions.items() for name, t in u.items()}
         vectors.save(flat, folder / "query.safetensors")

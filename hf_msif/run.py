@@ -1,5 +1,5 @@
-"""What the commands do with a configuration: load data and models, train, build the chain, query, score; every file a
-run writes."""
+"""A configuration at work: loads data and models, trains stages, builds the chain. What is asked of it then is in
+`commands`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ from typing import Any
 
 from .config import Config, StageConfig, settings, unknown_key
 from .data import first_line, load_rows
+from .digests import digest
 from .errors import DivergedError, InputError
 from .files import write_json
+
+# task → the objective's name, and the Auto class of its models
+KINDS = {
+    "masked-lm": ("MaskedLM", "AutoModelForMaskedLM"),
+    "causal-lm": ("CausalLM", "AutoModelForCausalLM"),
+    "sequence-classification": ("SequenceClassification", "AutoModelForSequenceClassification"),
+    "image-classification": ("ImageClassification", "AutoModelForImageClassification"),
+}
 
 
 class Run:
@@ -39,14 +48,18 @@ class Run:
             raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
         for name in self.names:
             self._training(name)
+            self.polishing(name)
             self._new_config(name)
         self.solvers = {name: self._solver(name) for name in self.names}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(config.tokenizer))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"tokenizer: cannot load {config.tokenizer!r} ({first_line(error)}); expected a Hub id or a folder."
-            ) from error
+        self.tokenizer = None
+        if config.tokenizer is not None:
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(config.tokenizer))
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"tokenizer: cannot load {config.tokenizer!r} ({first_line(error)}); expected a Hub id or a "
+                    "folder."
+                ) from error
         self.objectives = {name: self._objective(name) for name in self.names}
 
     # --- settings of other libraries, checked
@@ -57,7 +70,16 @@ class Run:
         given, key = self.config.stages[name].training, f"stages.{name}.training"
         return settings(TrainingArguments, given, key, without=["output_dir"])
 
-    def _arguments(self, name: str):
+    def polishing(self, name: str) -> dict[str, Any] | None:
+        """The settings of `training.polish`, or None where a stage is not polished."""
+        from .polishing import polish
+
+        given = self.config.stages[name].polish
+        ours = ["model", "objective", "data", "previous", "trainable", "weight_decay", "alpha", "resized", "omit"]
+        ours += ["factorise", "preconditioner", "batch_size", "engine", "name"]  # of the stage, or of a retraining
+        return None if given is None else settings(polish, given, f"stages.{name}.polish", without=ours)
+
+    def arguments(self, name: str, **overrides):
         """`TrainingArguments` refuse what this machine cannot do, which is no matter once the stage is trained."""
         import torch
         from transformers import TrainingArguments
@@ -66,7 +88,7 @@ class Run:
         defaults = {"report_to": [], "save_strategy": "no", "seed": self.config.seed, "logging_nan_inf_filter": False}
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()
         try:
-            return TrainingArguments(str(self._checkpoints(name)), **{**defaults, **self._training(name)})
+            return TrainingArguments(str(self._checkpoints(name)), **{**defaults, **self._training(name), **overrides})
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"stages.{name}.training: {first_line(error)}.") from error
 
@@ -82,17 +104,20 @@ class Run:
         from . import objectives
 
         stage = self.config.stages[name]
-        kinds = {"masked-lm": "MaskedLM", "causal-lm": "CausalLM", "sequence-classification": "SequenceClassification"}
-        kind = getattr(objectives, kinds[stage.task])
-        ours = ["tokenizer", "text_column", "label_column"]  # of the rows, which `data` names
+        kind = getattr(objectives, KINDS[stage.task][0])
+        ours = ["tokenizer", "processor", "text_column", "image_column", "label_column"]  # of the rows, as loaded
         given = settings(kind, stage.objective, f"stages.{name}.objective", without=ours)
         if stage.task == "masked-lm":
             given.setdefault("seed", self.config.seed)
+        if stage.task == "image-classification":
+            return kind(dtype=stage.model.dtype or "float32", **given)
         return kind(self.tokenizer, **given)
 
     def _new_config(self, name: str):
         """Configuration of a new model, or None where the stage starts from a model."""
         from transformers import AutoConfig
+
+        from . import models  # noqa: F401  (registers its classes with the Auto classes)
 
         given, key = self.config.stages[name].model.config, f"stages.{name}.model.config"
         if given is None:
@@ -113,6 +138,20 @@ class Run:
 
     # --- what a stage is made of
 
+    @property
+    def ranked(self) -> str:
+        """The stage whose rows are ranked."""
+        return self.config.corpus.stage or self.names[0]
+
+    @property
+    def aggregate(self) -> str | None:
+        chosen = self.config.test.aggregate
+        return None if chosen == "none" else chosen
+
+    def borrow(self, other: Run) -> None:
+        """Uses the rows that another run of the same data has loaded."""
+        self._rows = other._rows
+
     def stage_config(self, name: str) -> StageConfig:
         if name not in self.config.stages:
             raise InputError(f"there is no stage {name!r} in the configuration; its stages are {self.names}.")
@@ -123,16 +162,22 @@ class Run:
         data = self.config.stages[name].data
         data = data.model_copy(update={"part": part or data.part})
         if (name, data.part) not in self._rows:
-            rows = load_rows(data, name)
+            rows = load_rows(data, name, self.content(name))
             self._check_labels(name, rows)
             self._rows[name, data.part] = rows
         return self._rows[name, data.part]
 
+    def content(self, name: str) -> str:
+        """What a row of the stage holds: "text" or "image"."""
+        return "image" if self.config.stages[name].task == "image-classification" else "text"
+
     def _check_labels(self, name: str, rows: list[dict]) -> None:
-        if self.config.stages[name].task != "sequence-classification":
+        if not self.config.stages[name].task.endswith("-classification"):
             return
         labels = self.objectives[name].labels or ()
         numbers = range(len(labels)) if labels else range(2**31)
+        if any(isinstance(label, int) for label in labels):  # they say which numbers there are
+            numbers = ()
         odd = {row["label"] for row in rows}
         odd = {
             x for x in odd if not (x in labels or (isinstance(x, int) and not isinstance(x, bool) and x in numbers))
@@ -146,6 +191,8 @@ class Run:
 
     def objective(self, name: str, model):
         """The stage's objective; sentences are cut at what the model takes, where no max_length says less."""
+        if self.content(name) == "image":
+            return self.objectives[name]
         objective, limit = self.objectives[name], getattr(model.base_model.config, "max_position_embeddings", None)
         vocabulary = model.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > vocabulary:
@@ -184,13 +231,17 @@ class Run:
 
     def is_trained(self, name: str) -> bool:
         """Whether the stage's training is over, or never to be."""
+        return (self.folder / name).is_dir() or self._is_given(name)
+
+    def _is_given(self, name: str) -> bool:
+        """Whether the configuration names a finished model and no way to train it."""
         stage = self.config.stages[name]
-        return (self.folder / name).is_dir() or (stage.model.path is not None and not stage.training)
+        return stage.model.path is not None and not stage.training and stage.polish is None
 
     def present_model(self, name: str):
         """The trained model, or an untrained one where training is still to come."""
         if name not in self._models and not self.is_trained(name):
-            self._arguments(name)
+            self.arguments(name)
             self._models[name] = self.new_model(name)
         return self.model(name)
 
@@ -202,6 +253,7 @@ class Run:
             model, found = self._auto(name).from_pretrained(
                 os.path.expanduser(source), output_loading_info=True, **config
             )
+            model = self._cast(name, model)
         except Exception as error:
             raise InputError(
                 f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}); expected a Hub id, or "
@@ -214,34 +266,46 @@ class Run:
 
         from . import models  # noqa: F401  (registers its classes with the Auto classes)
 
-        return {
-            "masked-lm": transformers.AutoModelForMaskedLM,
-            "causal-lm": transformers.AutoModelForCausalLM,
-            "sequence-classification": transformers.AutoModelForSequenceClassification,
-        }[self.config.stages[name].task]
+        return getattr(transformers, KINDS[self.config.stages[name].task][1])
+
+    def _cast(self, name: str, model):
+        import torch
+
+        dtype = self.config.stages[name].model.dtype
+        return model if dtype is None else model.to(getattr(torch, dtype))
 
     def new_model(self, name: str):
         """The untrained model of a stage: from `model.path`, else from `model.config` (the first stage) or on the
         encoder of the stage before."""
+        before = self.model(self.names[self.names.index(name) - 1]) if self.names.index(name) else None
+        return self._cast(name, self._new(name, before, self.config.seed))
+
+    def fresh(self, seed: int) -> list:
+        """Untrained models of all stages under a seed, the later ones on the encoders of the earlier ones."""
+        found = []
+        for name in self.names:
+            found.append(self._cast(name, self._new(name, found[-1] if found else None, seed)))
+        return found
+
+    def _new(self, name: str, before, seed: int):
         import transformers
 
         from .models import FeedForwardClassifier
 
-        stage, index = self.config.stages[name], self.names.index(name)
-        transformers.set_seed(self.config.seed)
+        stage = self.config.stages[name]
+        transformers.set_seed(seed)
         classes = {}
-        if stage.task == "sequence-classification":
+        if stage.task.endswith("-classification"):
             labels = self.objectives[name].labels
             classes["num_labels"] = len(labels) if labels else max(2, 1 + max(r["label"] for r in self.rows(name)))
         if stage.model.path is not None:
             return self._load(name, stage.model.path, **classes)[0]
-        if index:
-            before = self.model(self.names[index - 1])
+        if before is not None:
             if stage.model.head == "feed_forward":
                 return FeedForwardClassifier.from_encoder(before.base_model, stage.model.hidden_size, **classes)
             config = copy.deepcopy(before.base_model.config)
         else:
-            before, config = None, self._new_config(name)
+            config = self._new_config(name)
         if config is None:
             raise InputError(
                 f"stages.{name}.model has neither path nor config; expected a checkpoint to start from, or the "
@@ -263,12 +327,12 @@ class Run:
     def to_train(self) -> list[str]:
         """The stages that `msif train` trains: all but those whose model is given and that have no training
         settings."""
-        given = [name for name, s in self.config.stages.items() if s.model.path is not None and not s.training]
+        given = [name for name in self.names if self._is_given(name)]
         for name in given:
             print(f"{name}: {self.config.stages[name].model.path} is taken as it is (no stages.{name}.training)")
         names = [name for name in self.names if name not in given]
         for name in names:  # before the first one is trained for hours
-            self._arguments(name)
+            self.arguments(name)
         return names
 
     def train(self, name: str) -> dict:
@@ -279,12 +343,13 @@ class Run:
         """
         from . import training
         from .adapters import split
+        from .engine import Engine
 
         stage, index = self.stage_config(name), self.names.index(name)
-        arguments = self._arguments(name)
+        arguments = self.arguments(name)
         previous = self.model(self.names[index - 1]) if index else None
         parts = {"train": self.rows(name)}
-        if stage.data.test_fraction > 0:
+        if stage.data.has_test_side:
             parts["test"] = self.rows(name, "test")
         model = self.new_model(name)
         objective = self.objective(name, model)
@@ -298,21 +363,27 @@ class Run:
         if last is not None and arguments.save_strategy != "no":
             print(f"{name}: an interrupted training left {last}, to go on from")
         started = time.perf_counter()
+        same = {"previous": previous, "trainable": stage.trainable, "weight_decay": stage.weight_decay}
+        same |= {"alpha": stage.alpha, "resized": stage.resized, "name": name}
+        report: dict[str, Any] = {"stage": name}
         try:
-            loss = training.train(
-                model,
-                objective,
-                parts["train"],
-                arguments,
-                previous=previous,
-                trainable=stage.trainable,
-                weight_decay=stage.weight_decay,
-                alpha=stage.alpha,
-                resized=stage.resized,
-                name=name,
-                progress=self.progress,
-            )
-            report = {"stage": name, "seconds": round(time.perf_counter() - started, 1), "training_loss": loss}
+            if stage.training or stage.polish is None:
+                report["training_loss"] = training.train(
+                    model, objective, parts["train"], arguments, progress=self.progress, **same
+                )
+            if stage.polish is not None:
+                polished = training.polish(
+                    model,
+                    objective,
+                    parts["train"],
+                    batch_size=stage.batch_size,
+                    engine=Engine(progress=self.progress),
+                    **self.polishing(name),
+                    **same,
+                )
+                print(polished)
+                report["polish"] = polished.to_dict()
+            report["seconds"] = round(time.perf_counter() - started, 1)
             for part, rows in parts.items():
                 report[part] = training.evaluate(model, objective, rows, stage.batch_size)
                 if not math.isfinite(report[part]["loss"]):
@@ -355,8 +426,8 @@ class Run:
 
     def tests(self) -> list[dict]:
         """The test rows asked about: from the test side of the last stage's data where there is one."""
-        chosen, name = self.config.test, self.names[-1]
-        rows = self.rows(name, "test" if self.config.stages[name].data.test_fraction > 0 else None)
+        chosen = self.config.test
+        name, rows = self.names[-1], self.test_side()
         if chosen.ids is not None:
             by_id = {str(row["example_id"]): row for row in rows}
             missing = [i for i in chosen.ids if str(i) not in by_id]
@@ -366,67 +437,38 @@ class Run:
                     f"{list(by_id)[:5]}, ..."
                 )
             return [by_id[str(i)] for i in chosen.ids]
-        distinct = list({row["text"]: row for row in rows}.values())
+        if chosen.wrong:
+            rows = self._wrong(name, rows)
+        content = self.content(name)
+        distinct = list({digest(row[content]): row for row in rows}.values())
         if chosen.number > len(distinct):
             raise InputError(
-                f"test.number is {chosen.number}; expected at most {len(distinct)}, the distinct texts on the test "
-                f"side of stage {name!r}."
+                f"test.number is {chosen.number}; expected at most {len(distinct)}, the distinct {content}s on the "
+                f"test side of stage {name!r}{' that the model classifies wrongly' if chosen.wrong else ''}."
             )
         return random.Random(chosen.seed).sample(distinct, chosen.number)
+
+    def test_side(self) -> list[dict]:
+        """All test rows of the last stage; its training rows where nothing is set aside."""
+        name = self.names[-1]
+        return self.rows(name, "test" if self.config.stages[name].data.has_test_side else None)
+
+    def _wrong(self, name: str, rows: list[dict]) -> list[dict]:
+        from . import training
+
+        model = self.model(name)
+        objective = self.objective(name, model)
+        if not hasattr(objective, "predictions"):
+            raise InputError(f"test.wrong is for classification; stage {name!r} has another task.")
+        return training.mistakes(model, objective, rows, self.config.stages[name].batch_size)
 
     def corpus(self) -> list[dict]:
         """The rows that are ranked."""
         chosen = self.config.corpus
-        rows = self.rows(chosen.stage or self.names[0])
+        rows = self.rows(self.ranked)
         if chosen.sample is None or chosen.sample >= len(rows):
             return rows
         return random.Random(chosen.seed).sample(rows, chosen.sample)
-
-    def query(self) -> dict:
-        """Asks about the test rows; writes `run_dir/query`."""
-        aggregate = None if self.config.test.aggregate == "none" else self.config.test.aggregate
-        started = time.perf_counter()
-        models, tests = self.models(), self.tests()
-        query = self.chain(models).query(tests, aggregate)
-        query.save_pretrained(self.folder / "query")
-        return {
-            "seconds": round(time.perf_counter() - started, 1),
-            "query": str(self.folder / "query"),
-            **query.certificate(),
-        }
-
-    def score(self) -> dict:
-        """Scores the corpus for the saved query; writes scores and Table 1 as Parquet and Markdown."""
-        from .query import Query
-        from .tables import table_one, write_table
-
-        if not (self.folder / "query" / "query.json").is_file():
-            raise InputError(f"there is no query in {self.folder} yet; run msif query with the same --config first.")
-        query = Query.from_pretrained(self.folder / "query", self.chain())
-        corpus = self.corpus()
-        started = time.perf_counter()
-        scores = query.score(corpus, stage=self.config.corpus.stage)
-        seconds = round(time.perf_counter() - started, 1)
-        path = self.folder / "scores.parquet"
-        scores.to_parquet(path)
-        table = table_one(scores)
-        write_table(table, self.folder / "table1")
-        return {"seconds": seconds, "rows": len(scores), "scores": str(path), "table": table}
-
-    def sweep(self) -> dict:
-        """How the ranking moves with the damping of the ranked stage; writes `run_dir/sweep.parquet` and `.md`."""
-        from .sweep import damping_sweep
-        from .tables import write_table
-
-        name = self.config.corpus.stage or self.names[0]
-        if not hasattr(self.solvers[name], "damping"):
-            raise InputError(f"stages.{name}.solver.name is identity, which has no damping; expected another solver.")
-        started = time.perf_counter()
-        models, tests, corpus = self.models(), self.tests(), self.corpus()
-        table = damping_sweep(self.chain(models), tests, corpus, self.config.dampings, self.config.corpus.stage)
-        write_table(table, self.folder / "sweep")
-        seconds = round(time.perf_counter() - started, 1)
-        return {"seconds": seconds, "sweep": str(self.folder / "sweep.parquet"), "table": table}
 
 
 def _last_checkpoint(folder: Path) -> str | None:

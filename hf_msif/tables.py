@@ -26,20 +26,25 @@ def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
             {
                 "test sentence": test,
                 "max |influence|": top.influence[i],
-                "sentence with it": top.text[i],
+                "sentence with it": _shown(top, i),
                 "min |influence|": bottom.influence[i],
-                "sentence with that": bottom.text[i],
+                "sentence with that": _shown(bottom, i),
             }
             for i in range(min(k, len(scores)))
         ]
     return pd.DataFrame(rows)
 
 
+def _shown(rows: pd.DataFrame, i: int) -> str:
+    """A row's text; an image, which has none, by its id."""
+    return rows.text[i] or f"example {rows.example_id[i]}"
+
+
 def test_sentence(scores: Scores, query: int) -> str:
     """The test example behind a query column."""
     tests = scores.metadata["tests"]
     if len(tests) == scores.columns:
-        return tests[query].get("text", str(tests[query].get("example_id")))
+        return tests[query].get("text", f"example {tests[query].get('example_id')}")
     return f"{len(tests)} test examples together"
 
 

@@ -30,7 +30,7 @@ from .files import write_json
 from .polishing import PolishReport, polish
 from .query import describe
 
-__all__ = ["PolishReport", "evaluate", "polish", "save", "train"]
+__all__ = ["PolishReport", "evaluate", "mistakes", "polish", "save", "train"]
 
 # Arguments that decide the weights: only where they agree does a run go on from the checkpoint of another.
 DECISIVE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -161,15 +161,31 @@ def evaluate(
     return found | ({"accuracy": right / len(rows)} if hasattr(objective, "predictions") else {})
 
 
-def save(model: nn.Module, tokenizer: Any, folder: str | os.PathLike) -> None:
-    """Writes model and tokenizer as `from_pretrained` reads them, whole or not at all; replaces what was there."""
+def mistakes(
+    model: nn.Module, objective: Any, data: Any, batch_size: int = 64, engine: Engine | None = None
+) -> list[dict]:
+    """The rows whose predicted class is not their label, in their order; for objectives with `predictions`."""
+    engine = engine or Engine(progress=False)
+    rows = as_rows(data, "the evaluation data")
+    functional, found = FunctionalModel(model, engine.device), []
+    with torch.no_grad(), functional.evaluating():
+        for indices, batch in engine.batches(rows, objective.collate, batch_size):
+            wrong = objective.predictions(functional.bind({}), batch) != batch["labels"]
+            found += [i for i, bad in zip(indices, wrong.tolist(), strict=True) if bad]
+    return [rows[i] for i in sorted(engine.gather(found))]
+
+
+def save(model: nn.Module, tokenizer: Any | None, folder: str | os.PathLike) -> None:
+    """Writes model and tokenizer (where there is one) as `from_pretrained` reads them, whole or not at all; replaces
+    what was there."""
     folder = Path(folder)
     part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
         if folder.exists():
             os.replace(folder, old)
         os.replace(part, folder)

@@ -111,12 +111,10 @@ class Validation:
 
         Needs matplotlib (`pip install hf_msif[validation]`). Returns the figure; also writes it where `path` is given.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise InputError("plots need matplotlib: pip install hf_msif[validation].") from None
+        from ..pictures import figure as new_figure
+
         methods = list(methods or self.correlations)
-        figure = Figure(figsize=(3.4 * len(methods), 3.2), layout="constrained")
+        figure = new_figure(figsize=(3.4 * len(methods), 3.2), layout="constrained")
         for axes, name in zip(np.ravel(figure.subplots(1, len(methods))), methods, strict=True):
             x, y, c = self.predicted[name], self.measured, self.correlations[name]
             axes.axhline(0, color="0.85", lw=0.8)
@@ -130,7 +128,7 @@ class Validation:
             axes.title.set_fontsize("medium")
         figure.axes[0].set_ylabel("measured change of the test loss")
         if path is not None:
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, dpi=150, format="png")
         return figure
 
 

@@ -83,15 +83,23 @@ class _Chain:
         settings |= self._settings(k, models, omit)
         return polish(models[k], s.objective, s.data, engine=self.engine, **settings)
 
-    def measure(self, model: nn.Module) -> list[float]:
-        """The loss (a sum over its terms) of every test example of the last stage."""
+    def measured(self, model: nn.Module, reports: Sequence[PolishReport]) -> Retrained:
+        """The loss (a sum over its terms) of every test example of the last stage; how every stage was polished, and
+        the accuracy on the tests where the objective predicts classes, in the notes."""
         s = self.stages[-1]
-        functional, found = FunctionalModel(model, self.engine.device), []
+        functional, losses, right = FunctionalModel(model, self.engine.device), [], 0
+        classifies = hasattr(s.objective, "predictions")
         with torch.no_grad(), functional.evaluating():
             for start in range(0, len(self.tests), s.batch_size):
                 batch = self.engine.place(s.objective.collate(self.tests[start : start + s.batch_size]))
-                found += Evaluation(functional, s.objective, batch).losses({})[0].double().tolist()
-        return found
+                losses += Evaluation(functional, s.objective, batch).losses({})[0].double().tolist()
+                if classifies:
+                    predicted = s.objective.predictions(functional.bind({}), batch)
+                    right += int((predicted == batch["labels"]).sum())
+        notes = {r.name: {"gradient_norm": r.gradient_norm, "steps": r.newton_iterations} for r in reports}
+        if classifies:
+            notes["accuracy"] = right / len(self.tests)
+        return Retrained(losses, all(r.reached for r in reports), notes)
 
 
 class WarmStart(_Chain):
@@ -159,7 +167,7 @@ class WarmStart(_Chain):
             if k:
                 hand_on(models[k - 1], models[k], self.roles[k], self.roles[k].frozen)
             reports.append(self.polish(k, models, omit, preconditioner=self._preconditioners[k]))
-        return _retrained(self.measure(models[-1]), reports)
+        return self.measured(models[-1], reports)
 
     def _perturb(self, model: nn.Module, names: Collection[str], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -178,11 +186,12 @@ class FromScratch(_Chain):
             architecture alone.
         make: `make(seed)` returns untrained models, one a stage.
         arguments: Hugging Face's `TrainingArguments` of every stage (their seed is set; `save_strategy="no"`, since a
-            retraining must not resume another one), or None: no `train`, so that `polish` does it all.
-        polished: polish every stage after training.
+            retraining must not resume another one), or None: no `train`, so that `polish` does it all. Also a list
+            with None for some of the stages.
+        polished: polish every stage after training, or a list that says which.
 
     Raises:
-        InputError: neither arguments nor polished; arguments that save checkpoints, or not one a stage.
+        InputError: a stage with neither; arguments that save checkpoints, or not one a stage.
     """
 
     def __init__(
@@ -191,21 +200,25 @@ class FromScratch(_Chain):
         tests: Any,
         make: Callable[[int], Sequence[nn.Module]],
         arguments: Sequence[Any] | None = None,
-        polished: bool = True,
+        polished: bool | Sequence[bool] = True,
         stage: str | None = None,
         tol: float | None = None,
         engine: Engine | None = None,
         **polish_settings,
     ):
         super().__init__(stages, tests, stage, tol, polish_settings, engine)
-        if arguments is None and not polished:
-            raise InputError("FromScratch got no training arguments and polished=False: nothing would be trained.")
-        if arguments is not None and (
-            len(arguments) != len(stages) or any(a.save_strategy != "no" for a in arguments)
-        ):
+        arguments = [None] * len(stages) if arguments is None else list(arguments)
+        polished = [polished] * len(stages) if isinstance(polished, bool) else list(polished)
+        strategies = [a.save_strategy for a in arguments if a is not None]
+        if not len(arguments) == len(polished) == len(stages) or any(strategy != "no" for strategy in strategies):
             raise InputError(
                 f"FromScratch needs one TrainingArguments a stage ({len(stages)}) with save_strategy='no'; got "
-                f"{len(arguments)} with {[str(a.save_strategy) for a in arguments]}."
+                f"{len(arguments)} with {[str(strategy) for strategy in strategies]}."
+            )
+        idle = [s.name for s, a, p in zip(stages, arguments, polished, strict=True) if a is None and not p]
+        if idle:
+            raise InputError(
+                f"FromScratch got no training arguments and polished=False for {idle}: nothing would be trained."
             )
         self.make, self.arguments, self.polished = make, arguments, polished
 
@@ -216,7 +229,8 @@ class FromScratch(_Chain):
         for stage, model in zip(found["stages"], self.make(0), strict=True):
             stage["model"] = vectors.fingerprint(dict(model.named_parameters()))
         passing = ("output_dir", "logging_dir", "seed", "data_seed", "report_to", "run_name")
-        plain = [{k: v for k, v in a.to_dict().items() if k not in passing} for a in self.arguments or ()]
+        given = [{} if a is None else a.to_dict() for a in self.arguments]
+        plain = [{k: v for k, v in a.items() if k not in passing} for a in given]
         return {**found, "arguments": plain, "polished": self.polished}
 
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
@@ -228,7 +242,7 @@ class FromScratch(_Chain):
             set_seed(seed)
             if k:
                 hand_on(models[k - 1], models[k], self.roles[k], self.roles[k].inherited)
-            if self.arguments is not None:
+            if self.arguments[k] is not None:
                 arguments = copy.copy(self.arguments[k])
                 arguments.seed, arguments.data_seed = seed, seed
                 training.train(
@@ -239,14 +253,9 @@ class FromScratch(_Chain):
                     **self._settings(k, models, omit),
                     progress=False,
                 )
-            if self.polished:
+            if self.polished[k]:
                 reports.append(self.polish(k, models, omit))
-        return _retrained(self.measure(models[-1]), reports)
-
-
-def _retrained(losses: list[float], reports: list[PolishReport]) -> Retrained:
-    notes = {r.name: {"gradient_norm": r.gradient_norm, "steps": r.newton_iterations} for r in reports}
-    return Retrained(losses, all(r.reached for r in reports), notes)
+        return self.measured(models[-1], reports)
 
 
 def hand_on(source: nn.Module, model: nn.Module, roles: Split, names: Collection[str]) -> None:
