@@ -132,6 +132,7 @@ def tasks_of(settings: argparse.Namespace) -> list[Task]:
         ("gradient", lambda e: gradient(e, all_names)),
         ("Gauss-Newton product", lambda e: gauss_newton_product(e, first)),
         ("Hessian product", lambda e: hessian_product(e, first, all_names)),
+        ("Hessian product, 3 queries", lambda e: hessian_product(e, v, all_names)),
     ):
         found.append(Task(name, unit, masked_batches, derivative(pretraining, masked, function)))
     unit = "forward pass of a classifier"

@@ -85,6 +85,7 @@ def validate(run: Run) -> dict:
     corpus = run.rows(name) if whole else run.corpus()
     retrain = retraining(run, models, tests, settings.retrain)
     scores = chain.query(tests, run.aggregate).score(corpus, stage=name)
+    groups = _along(scores, settings.groups, settings.group_size) if settings.experiment == "remove_groups" else {}
     others = validation.baselines(chain, tests, corpus, name, chosen, run.config.seed)
     bank = validation.Bank(retrain, run.folder / "bank", progress=run.progress)
     common = {"baselines": others, "aggregate": run.aggregate}
@@ -92,7 +93,6 @@ def validate(run: Run) -> dict:
     if settings.experiment == "leave_one_out":
         found = validation.leave_one_out(bank, scores, examples=settings.examples, **common)
     elif settings.experiment == "remove_groups":
-        groups = _along(scores, settings.groups, settings.group_size)
         found = validation.remove_groups(bank, scores, groups, **common)
     else:
         found = validation.datamodelling_score(

@@ -76,3 +76,24 @@ def visible(text: str) -> list[str]:
 def snapshot(folder: Path) -> dict:
     """Every file below a folder with its content."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def image_project(folder: Path) -> Path:
+    """As `project`, on scikit-learn's digits: 0 and 1 before, 2 and 3 after, both stages at stationary points."""
+    folder.mkdir(exist_ok=True)
+
+    def stage(classes, **more):
+        data = {"path": "sklearn:digits", "label_column": "label", "keep": {"label": classes}, "max_rows": 60}
+        polished = {"polish": {"max_iter": 30}, "curvature": "hessian", "solver": {"name": "dense"}}
+        objective = {"labels": classes, "scale": 0.0625}
+        return {"task": "image-classification", "data": data, "objective": objective, **polished, **more}
+
+    convnet = {"model_type": "msif_convnet", "image_size": 8, "channels": [2], "pool_size": 4, "dense": []}
+    before = stage([0, 1], model={"config": convnet, "dtype": "float64"}, weight_decay=0.05)
+    after = stage([3, 2], model={"dtype": "float64"}, weight_decay=0.01, trainable="head")
+    after["data"] |= {"test_fraction": 0.4}
+    settings = {"run_dir": str(folder / "run"), "stages": {"pretraining": before, "finetuning": after}}
+    settings |= {"test": {"number": 10, "aggregate": "sum"}}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(settings, indent=1))
+    return path

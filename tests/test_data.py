@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from hf_msif.config import Data
@@ -123,3 +124,28 @@ def test_bars_and_logs_of_datasets_come_back(tmp_path, capfd):
     assert capfd.readouterr().err == ""
     assert datasets.logging.get_verbosity() == level
     assert not datasets.are_progress_bars_disabled()
+
+
+def test_embedded_digits_have_images_in_the_place_of_texts(capsys):
+    found = load_rows(Data(path="sklearn:digits", label_column="label", keep={"label": [4]}), "pre", "image")
+    assert len(found) == 181
+    assert set(found[0]) == {"example_id", "image", "label"}
+    assert np.shape(found[0]["image"]) == (8, 8)
+    parts = {
+        part: load_rows(Data(path="sklearn:digits", test_fraction=0.3, part=part, max_rows=300), "pre", "image")
+        for part in ("train", "test")
+    }
+    assert not {r["example_id"] for r in parts["train"]} & {r["example_id"] for r in parts["test"]}
+    assert len(parts["train"]) == len(parts["test"]) == 300
+
+
+def test_a_test_split_is_the_test_side_whole(tmp_path):
+    for name, size in (("train", 9), ("test", 5)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n" for i in range(size)))
+    files = {name: str(tmp_path / f"{name}.txt") for name in ("train", "test")}
+    settings = {"path": "text", "data_files": files, "test_split": "test", "max_rows": 4}
+    sides = {part: load_rows(Data(**settings, part=part), "pre") for part in ("train", "test")}
+    assert [row["text"] for row in sides["train"]] == [f"train {i}" for i in range(4)]
+    assert [row["text"] for row in sides["test"]] == [f"test {i}" for i in range(5)]
+    with pytest.raises(InputError, match=r"stages.pre.data.data_files.test: the file .* does not exist"):
+        load_rows(Data(**{**settings, "data_files": {**files, "test": "nowhere.txt"}}), "pre")
