@@ -112,7 +112,7 @@ def cleanse(run: Run) -> dict:
     `run_dir/cleanse`; trains again without either where the configuration says so (the paper's §4.2).
 
     The ranking is by influence on the mean loss of the rows of `test`; what is measured are other rows of the test
-    side. A repetition has initial weights, ranking and random rows of its own.
+    side. A repetition has initial weights, a choice of test rows, a ranking and random rows of its own.
     """
     from .run import Run
 
@@ -125,6 +125,7 @@ def cleanse(run: Run) -> dict:
         if number:
             folder = str(run.folder / "cleanse" / f"seed-{number}")
             update = {"seed": run.config.seed + number, "run_dir": folder}
+            update["test"] = run.config.test.model_copy(update={"seed": run.config.test.seed + number})
             one = Run(run.config.model_copy(update=update), run.progress)
             one.borrow(run)
             for name in one.names:

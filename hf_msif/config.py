@@ -189,7 +189,7 @@ class Cleanse(Section):
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """share of the ranked stage's rows: the most harmful ones, and as many random ones as a control"""
     seeds: Count = 1
-    """repetitions with other initial weights and other random rows, for the interval"""
+    """repetitions with other initial weights, other test rows and other random rows, for the interval"""
     retrain: Literal["no", "warm_start", "from_scratch"] = "no"
     """train again without either, and measure test rows that the ranking did not see"""
     held_out: Count | None = None
@@ -213,6 +213,8 @@ class Config(Section):
     """λ of `msif sweep`, for the ranked stage"""
     seed: int = 0
     """of training and of the masks"""
+    threads: Count | None = None
+    """of the CPU; null: PyTorch's choice. One is the fastest for models of a few thousand parameters"""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

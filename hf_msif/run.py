@@ -37,8 +37,11 @@ class Run:
     """
 
     def __init__(self, config: Config, progress: bool = True):
+        import torch
         from transformers import AutoTokenizer
 
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         self.config, self.progress = config, progress
         self.folder = Path(config.run_dir).expanduser()
         self.names = list(config.stages)
