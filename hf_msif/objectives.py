@@ -310,6 +310,8 @@ class ImageClassification(_Classification):
         scale: factor of the raw numbers; 1/255 for bytes.
         mean, std: a number, or one a channel.
         mode: PIL mode to convert to ("RGB" also gives grey arrays three channels); None leaves images as they are.
+        shrink: sides of an image become so many times shorter, each number the mean over a square; borders that make
+            no whole square are cut.
         dtype: of the pixels; "float64" for a model in float64 that does not convert its input.
 
     >>> objective = ImageClassification(scale=0.5, mean=1.0, std=2.0)
@@ -326,6 +328,7 @@ class ImageClassification(_Classification):
     mean: float | tuple[float, ...] = 0.0
     std: float | tuple[float, ...] = 1.0
     mode: str | None = None
+    shrink: int = 1
     dtype: str = "float32"
 
     inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
@@ -333,6 +336,8 @@ class ImageClassification(_Classification):
     def __post_init__(self):
         if self.dtype not in ("float32", "float64"):
             raise InputError(f"ImageClassification(dtype={self.dtype!r}): expected 'float32' or 'float64'.")
+        if self.shrink < 1 or (self.shrink > 1 and self.processor is not None):
+            raise InputError(f"ImageClassification(shrink={self.shrink}): expected 1 or more, and 1 with a processor.")
         if np.any(np.asarray(self.std) <= 0) or not self.scale:
             raise InputError(
                 f"ImageClassification got scale={self.scale} and std={self.std}; expected numbers other than 0, and "
@@ -368,4 +373,4 @@ class ImageClassification(_Classification):
                     f"ImageClassification has {len(value)} values of {name}, but the images have {len(array)} "
                     "channels: give one number, or one a channel."
                 )
-        return (self.scale * array - mean) / std
+        return (self.scale * pixels.shrunk(array, self.shrink) - mean) / std

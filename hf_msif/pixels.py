@@ -70,3 +70,17 @@ def channels_first(image: Any, row: Any) -> np.ndarray:
     raise InputError(
         f"row {row!r} has an image of shape {array.shape}; expected 1, 3 or 4 channels on the last or the first axis."
     )
+
+
+def shrunk(array: np.ndarray, times: int) -> np.ndarray:
+    """Means over squares of `times` × `times` pixels of an array (C, H, W); borders beyond whole squares are cut.
+
+    >>> shrunk(np.arange(12.0).reshape(1, 3, 4), 2).tolist()
+    [[[2.5, 4.5]]]
+    """
+    if times == 1:
+        return array
+    channels, height, width = array.shape
+    height, width = height // times, width // times
+    squares = array[:, : height * times, : width * times].reshape(channels, height, times, width, times)
+    return squares.mean((2, 4))
