@@ -284,3 +284,22 @@ def test_messages_about_configurations(settings, message):
 def test_an_image_of_another_size_is_refused():
     with pytest.raises(ValueError, match="the configuration says"):
         convnet()(torch.zeros(1, 3, 7, 8))
+
+
+def test_images_are_shrunk_by_whole_squares():
+    image = np.arange(35.0).reshape(5, 7)
+    batch = objectives.ImageClassification(scale=1.0, shrink=2).collate([{"example_id": 0, "image": image, "label": 0}])
+    expected = [[image[i : i + 2, j : j + 2].mean() for j in (0, 2, 4)] for i in (0, 2)]
+    assert batch["pixel_values"].tolist() == [[expected]]
+    with pytest.raises(InputError, match="shrink=0"):
+        objectives.ImageClassification(shrink=0)
+    with pytest.raises(InputError, match="1 with a processor"):
+        objectives.ImageClassification(shrink=2, processor=object())
+
+
+def test_integer_labels_are_counted_in_the_order_of_labels():
+    objective = objectives.ImageClassification(labels=(7, 4))
+    rows = [{"example_id": i, "image": [[0]], "label": label} for i, label in enumerate((4, 7, np.int64(4)))]
+    assert objective.collate(rows)["labels"].tolist() == [1, 0, 1]
+    with pytest.raises(InputError, match="label 1"):
+        objective.collate([{"example_id": 0, "image": [[0]], "label": 1}])
