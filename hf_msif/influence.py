@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import vectors
-from .autodiff import Evaluation, example_gradients
+from .autodiff import Evaluation, gradient
 from .engine import Engine, as_rows
 from .errors import InputError
 from .query import Query
@@ -131,14 +131,20 @@ class MultiStageInfluence:
         if aggregate not in (None, "sum", "mean"):
             raise InputError(f"aggregate is {aggregate!r}; expected None, 'sum' or 'mean'.")
         last = self.links[-1]
-        evaluation = Evaluation(last.model, last.stage.objective, last.collate(rows))
         names = (*last.split.trained, *last.split.frozen)
+        # A backward pass an example goes through the whole batch: alone it pays for itself only.
+        size = 1 if aggregate is None else last.stage.batch_size
+        parts, losses = [], []
         with last.model.evaluating():
-            adjoint = example_gradients(evaluation, names)
-            losses = evaluation.losses({})[0].tolist()
+            for start in range(0, len(rows), size):
+                batch = last.collate(rows[start : start + size])
+                evaluation = Evaluation(last.model, last.stage.objective, batch)
+                parts.append(gradient(evaluation, names))
+                losses += evaluation.losses({})[0].tolist()
         odd = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         if odd:
             raise InputError(f"the loss of the test examples with example_id {odd[:5]} is not finite.")
+        adjoint = vectors.stack(parts)
         if aggregate is not None:
             share = 1.0 if aggregate == "sum" else 1.0 / len(rows)
             adjoint = {name: share * t.sum(0, keepdim=True) for name, t in adjoint.items()}

@@ -1,4 +1,7 @@
-"""Minimises a smooth function with exact Hessian products: L-BFGS, then trust-region Newton-CG."""
+"""Minimises a smooth function with exact Hessian products: L-BFGS, then trust-region Newton-CG.
+
+Where the Hessian of a nearby function is at hand (a retraining without one example), `nearby` goes first.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +94,43 @@ class Preconditioner:
                 f"the preconditioner is for {len(self._inverse)} trained parameters; this stage has {flat.shape[1]}."
             )
         return vectors.unflatten((flat @ self.basis * self._inverse) @ self.basis.T, r)
+
+
+def nearby(target: Target, state: State, inverse: Preconditioner, tol: float, max_iter: int, bar) -> tuple[State, int]:
+    """L-BFGS that starts from the inverse Hessian of a nearby function: full steps, each one pass for F and ∇F.
+
+    It follows the minimum that the preconditioner was made at, and ends where a step does not halve the gradient in
+    the preconditioner's norm: further away the work is Newton's.
+
+    Returns:
+        The state reached, and the number of steps.
+    """
+    pairs: list[tuple[Block, Block, float]] = []
+    steps = 0
+    while state.norm > tol and steps < max_iter:
+        step, weights = vectors.scale(state.gradient, -1.0), []
+        for s, y, sy in reversed(pairs):
+            weights.append(_dot(s, step) / sy)
+            step = vectors.add(step, y, -weights[-1])
+        step = inverse(step)
+        for (s, y, sy), weight in zip(pairs, reversed(weights), strict=True):
+            step = vectors.add(step, s, weight - _dot(y, step) / sy)
+        trial = target.at(vectors.add(state.point, step))
+        noise = 50 * torch.finfo(target.dtype).eps * max(1.0, abs(state.value))
+        # Written so that NaN ends it too.
+        if not (
+            trial.value <= state.value + noise
+            and 4 * _dot(trial.gradient, inverse(trial.gradient)) <= _dot(state.gradient, inverse(state.gradient))
+        ):
+            target.at(state.point)
+            break
+        change = vectors.add(trial.gradient, state.gradient, -1.0)
+        if (product := _dot(step, change)) > 0:
+            pairs.append((step, change, product))
+        state, steps = trial, steps + 1
+        bar.set_postfix(gradient=f"{state.norm:.1e}", refresh=False)
+        bar.update()
+    return state, steps
 
 
 class Newton:

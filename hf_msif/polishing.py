@@ -22,7 +22,7 @@ from .autodiff import Evaluation
 from .curvature import Hessian
 from .engine import Engine, as_rows
 from .errors import InputError
-from .minimise import Newton, Preconditioner, State, lbfgs
+from .minimise import Newton, Preconditioner, State, lbfgs, nearby
 from .vectors import Block
 
 HANDOVER = 1e-3  # gradient norm at which L-BFGS hands over to Newton's method
@@ -121,13 +121,14 @@ def polish(
             removal that `removal_effect` predicts; dividing by the new N instead would scale the losses against the
             quadratic terms, a shift common to all removals of one size.
         tol: of ‖∇F‖; default 1e-9 in float64, 1e-4 in float32.
-        lbfgs_iter: most L-BFGS iterations; 0 skips them, as does a `preconditioner`.
+        lbfgs_iter: most L-BFGS iterations; 0 skips them.
         max_iter: most Newton steps.
         cg_iter: most products a Newton step.
         dense_limit: most trained parameters for a written-out Hessian (P products, P² numbers).
         factorise: write the Hessian out at the end (up to `dense_limit`): the report then has its smallest eigenvalue
             and a preconditioner in any case.
-        preconditioner: that of the report of a nearby F with the same trained parameters.
+        preconditioner: that of the report of a nearby F with the same trained parameters: L-BFGS starts from it and
+            takes full steps down to `tol`, most often without a Hessian product.
         batch_size: rows a batch of the full-batch passes.
         engine: made when none is given.
         name: the stage's, for messages.
@@ -160,7 +161,9 @@ def polish(
             raise InputError(f"stage {name!r}: F is {state.value}; its training diverged, or the data are bad.")
         bar.set_postfix(gradient=f"{state.norm:.1e}")
         first = 0
-        if state.norm > max(tol, HANDOVER) and preconditioner is None and lbfgs_iter:
+        if preconditioner is not None and lbfgs_iter:
+            state, first = nearby(target, state, preconditioner, tol, lbfgs_iter, bar)
+        elif state.norm > max(tol, HANDOVER) and lbfgs_iter:
             state, first = lbfgs(target, max(tol, HANDOVER), lbfgs_iter, bar)
         search = Newton(target, state, preconditioner, cg_iter, dense_limit)
         steps = 0

@@ -127,6 +127,33 @@ def test_a_convolutional_network_from_scratch(dense_limit):
         assert warm.products < report.products / 4
 
 
+def test_a_retraining_nearby_needs_no_product_and_ends_where_newton_ends():
+    model, rows, objective = convolutional(dense=())
+    settings = {"weight_decay": 0.1}
+    base = training.polish(model, objective, rows, factorise=True, **settings)
+    quick, slow = copy.deepcopy(model), copy.deepcopy(model)
+    settings |= {"omit": [7], "preconditioner": base.preconditioner}
+    report = training.polish(quick, objective, rows, **settings)
+    newton = training.polish(slow, objective, rows, lbfgs_iter=0, **settings)
+    assert report.reached
+    assert newton.reached
+    assert (report.newton_iterations, report.products, newton.lbfgs_iterations) == (0, 0, 0)
+    assert report.evaluations < newton.evaluations + newton.products
+    for name, p in values(quick).items():
+        if name != "head.0.bias":  # the softmax's common shift is free
+            torch.testing.assert_close(p, values(slow)[name], rtol=0, atol=1e-6)
+
+
+def test_a_retraining_far_away_is_left_to_newton():
+    model, rows, objective = convolutional(dense=())
+    base = training.polish(model, objective, rows, weight_decay=0.1, factorise=True)
+    settings = {"weight_decay": 1e-3, "preconditioner": base.preconditioner}
+    report = training.polish(model, objective, rows, **settings)
+    assert report.reached
+    assert report.newton_iterations > 0
+    assert report.objective <= report.objective_before
+
+
 def test_omission_keeps_n():
     """F without example 5, the losses of the others weighted as before: ε = −1/N of eq. (4)."""
     model, start = toy(0), values(toy(0))

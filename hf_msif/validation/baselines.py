@@ -63,7 +63,7 @@ class Case:
         tests, objective, found = vectors.flatten(self.test_gradients).double(), self.link.stage.objective, []
         engine = self.chain.engine
         with self.link.model.evaluating(), engine.bar(total=len(self.corpus), desc="gradients", unit=" rows") as bar:
-            for indices, batch in engine.batches(self.corpus, objective.collate, self.link.stage.batch_size):
+            for indices, batch in engine.batches(self.corpus, objective.collate, batch_size=1):
                 evaluation = Evaluation(self.link.model, objective, batch)
                 rows = vectors.flatten(example_gradients(evaluation, list(self.test_gradients))).double()
                 found += zip(indices, (rows @ tests.T).tolist(), rows.norm(dim=1).tolist(), strict=True)
