@@ -288,7 +288,8 @@ def test_an_image_of_another_size_is_refused():
 
 def test_images_are_shrunk_by_whole_squares():
     image = np.arange(35.0).reshape(5, 7)
-    batch = objectives.ImageClassification(scale=1.0, shrink=2).collate([{"example_id": 0, "image": image, "label": 0}])
+    row = {"example_id": 0, "image": image, "label": 0}
+    batch = objectives.ImageClassification(scale=1.0, shrink=2).collate([row])
     expected = [[image[i : i + 2, j : j + 2].mean() for j in (0, 2, 4)] for i in (0, 2)]
     assert batch["pixel_values"].tolist() == [[expected]]
     with pytest.raises(InputError, match="shrink=0"):
