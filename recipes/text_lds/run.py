@@ -38,7 +38,7 @@ from hf_msif.engine import Engine
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = ("Negative", "Positive")
 SENTENCE_WORDS, TWEET_WORDS = range(6, 12), range(6, 25)
-TRAINING_TWEETS, CHOOSING_TWEETS = 300, 8
+TRAINING_TWEETS, CHOOSING_TWEETS, OTHER_TWEETS = 300, 8, 300
 MASKED = 0.3  # twice the usual: as many terms again for the same passes through the encoder
 DECAY, HEAD_DECAY = 0.01, 0.01
 RATE, WARM_UP, BETAS, EPSILON = 0.01, 30, (0.9, 0.99), 1e-3
@@ -105,8 +105,8 @@ def read_tweets(path: str) -> dict[str, str]:
     return found
 
 
-def load(settings: argparse.Namespace) -> tuple[BertTokenizer, list[dict], list[dict], list[dict], list[dict]]:
-    """Tokenizer, pretraining sentences, and tweets: for training, to choose dampings, for the table."""
+def load(settings: argparse.Namespace) -> tuple[BertTokenizer, list[dict], list[list[dict]]]:
+    """Tokenizer, pretraining sentences, and tweets: for the table, to choose dampings, for training, and others."""
     for path in (settings.sentences, settings.tweets):
         if not Path(path).is_file():
             raise SystemExit(f"{path} does not exist: download it as recipes/text_lds/README.md says.")
@@ -127,17 +127,18 @@ def load(settings: argparse.Namespace) -> tuple[BertTokenizer, list[dict], list[
         return [text for text, _ in fitting[:number]]
 
     corpus = rows(best(sentences, SENTENCE_WORDS, settings.number))
-    generator, parts = np.random.default_rng(settings.seed), ([], [], [])
+    generator, parts = np.random.default_rng(settings.seed), ([], [], [], [])
     sizes = [number // 2 for number in (settings.tests, CHOOSING_TWEETS, TRAINING_TWEETS)]
     for label, name in enumerate(LABELS):
-        texts = best([t for t, sentiment in tweets.items() if sentiment == name], TWEET_WORDS, sum(sizes))
-        places = np.split(generator.permutation(len(texts)), np.cumsum(sizes)[:-1])
-        for part, some in zip(parts, places, strict=True):
-            part += [{"text": texts[i], "label": label} for i in some]
+        texts = [text for text, sentiment in tweets.items() if sentiment == name]
+        texts = best(texts, TWEET_WORDS, sum(sizes) + OTHER_TWEETS // 2)
+        order = [*generator.permutation(sum(sizes)), *range(sum(sizes), len(texts))]
+        for part, places in zip(parts, np.split(order, np.cumsum(sizes)), strict=True):
+            part += [{"text": texts[i], "label": label} for i in places]
     ids = itertools.count()  # ids name rows: no two tweets share one
-    tests, choosing, labelled = ([{"example_id": next(ids), **row} for row in part] for part in parts)
+    parts = [[{"example_id": next(ids), **row} for row in part] for part in parts]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate([*SPECIAL, *vocabulary])})
-    return tokenizer, corpus, labelled, choosing, tests
+    return tokenizer, corpus, parts
 
 
 def rows(texts: list[str]) -> list[dict]:
@@ -249,14 +250,11 @@ class Retraining:
             return Evaluation(functional, self.task, self.task.collate(self.tests)).losses({})[0].tolist()
 
     def chain(self, models, curvature: str = "gauss_newton", solver=None) -> MultiStageInfluence:
-        solver = solver or solvers.CG(damping=0.1)
-        shared = {"batch_size": BATCH}
-        first = Stage(
-            "pretraining", models[0], self.masked, self.corpus, "all", DECAY, None, "proximal", curvature, **shared
-        )
-        exact = {"curvature": "hessian", "solver": solvers.Dense()}
-        second = Stage("finetuning", models[1], self.task, self.tweets, "head", HEAD_DECAY, **exact, **shared)
-        return MultiStageInfluence([replace(first, solver=solver), second], progress=False)
+        own = {"curvature": curvature, "solver": solver or solvers.CG(damping=0.1), "weight_decay": DECAY}
+        exact = {"curvature": "hessian", "solver": solvers.Dense(), "weight_decay": HEAD_DECAY}
+        first = Stage("pretraining", models[0], self.masked, self.corpus, **own, batch_size=BATCH)
+        second = Stage("finetuning", models[1], self.task, self.tweets, "head", **exact, batch_size=BATCH)
+        return MultiStageInfluence([first, second], progress=False)
 
 
 def shake(model: nn.Module, seed: int) -> None:
@@ -270,10 +268,10 @@ def shake(model: nn.Module, seed: int) -> None:
 
 
 def experiment(settings: argparse.Namespace, folder: Path) -> dict:
-    tokenizer, corpus, tweets, choosing, tests = load(settings)
+    tokenizer, corpus, (tests, choosing, tweets, others) = load(settings)
     retrain = Retraining(tokenizer, corpus, tweets, tests, settings)
     models = retrain.train()[:2]
-    report = {"training": describe(retrain, models, tests)}
+    report = {"training": describe(retrain, models, others)}
     predicted, certificates = predictions(retrain, models, choosing + tests)
     split = len(choosing)
 
@@ -300,20 +298,20 @@ def experiment(settings: argparse.Namespace, folder: Path) -> dict:
     return report | {"independent_start": independent.to_dict(), "certificates": certificates}
 
 
-def describe(retrain: Retraining, models, tests: list[dict]) -> dict:
+def describe(retrain: Retraining, models, others: list[dict]) -> dict:
     found = {
         "sentences": len(retrain.corpus),
         "masked words": retrain.count,
         "pretraining loss": training.evaluate(models[0], retrain.masked, retrain.corpus, BATCH)["loss"],
         "parameters": sum(p.numel() for p in models[0].parameters()),
         "training tweets": training.evaluate(models[1], retrain.task, retrain.tweets, BATCH),
-        "test tweets": training.evaluate(models[1], retrain.task, tests, BATCH),
+        "other tweets": training.evaluate(models[1], retrain.task, others, BATCH),
     }
     print(
         f"{len(retrain.corpus)} sentences, {retrain.count:.0f} masked words, {found['parameters']:,} parameters; "
         f"masked-LM loss {found['pretraining loss']:.2f}\nsentiment: accuracy "
         f"{found['training tweets']['accuracy']:.2f} on {len(retrain.tweets)} training tweets, "
-        f"{found['test tweets']['accuracy']:.2f} on {len(tests)} test tweets"
+        f"{found['other tweets']['accuracy']:.2f} on {len(others)} others"
     )
     return found
 
