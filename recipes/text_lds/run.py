@@ -188,8 +188,8 @@ class Retraining:
             intermediate_size=32,
             max_position_embeddings=64,
             initializer_range=0.25,
-            # With BERT's 1e-12 the loss does not depend on the size of the embeddings, which decay then shrinks until
-            # curvature explodes; with 1 the decay means something, and the losses answer a removal nearly linearly.
+            # With BERT's 1e-12 the loss hardly depends on the size of the embeddings, which decay then shrinks, and
+            # curvature grows. With 1 the decay means something.
             layer_norm_eps=1.0,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
