@@ -132,12 +132,13 @@ def cleanse(run: Run) -> dict:
                 if not one.is_trained(name):
                     one.train(name)
         rows.append(_cleansed(one, settings, write=not number))
-    report: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "removed": rows[0].pop("removed")}
-    report |= {"kept": str(run.folder / "cleanse" / "kept.parquet"), "repetitions": len(rows)}
+    report: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "repetitions": len(rows)}
+    report |= {"kept": str(run.folder / "cleanse" / "kept.parquet"), "removed": rows[0]["removed"]}
     if settings.retrain != "no":
         report |= _gains(rows)
         write_json(run.folder / "cleanse" / "gains.json", {**report, "table": rows})
-        report["table"] = _table(rows)
+        report["table"] = _table([{k: v for k, v in row.items() if k not in ("removed", "held out")} for row in rows])
+        report["held_out"] = rows[0]["held out"]
     return report
 
 
@@ -238,7 +239,7 @@ def _cleansed(run: Run, settings, write: bool) -> dict:
         found[f"loss, {name}"] = float(np.mean(entry["losses"]))
         if "accuracy" in entry["notes"]:
             found[f"accuracy, {name}"] = entry["notes"]["accuracy"]
-    return {"seed": run.config.seed, **found, "held_out": len(held_out)}
+    return {"seed": run.config.seed, **found, "held out": len(held_out)}
 
 
 def _gains(rows: list[dict]) -> dict:

@@ -129,7 +129,8 @@ def test_cleansing_writes_the_rest_and_measures_what_it_does(copied, capsys):
     each = [row["loss, random"] - row["loss, harmful"] for row in found["table"]]
     assert gain["mean"] == pytest.approx(np.mean(each))
     assert gain["interval"][0] < gain["mean"] < gain["interval"][1]
-    assert set(found["table"][0]) > {"accuracy, all", "accuracy, harmful", "held_out"}
+    assert set(found["table"][0]) > {"accuracy, all", "accuracy, harmful"}
+    assert found["held_out"] > 0
 
 
 @pytest.mark.parametrize(
