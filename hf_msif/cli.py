@@ -156,6 +156,8 @@ def _configured(given: argparse.Namespace, config) -> dict:
             f"{report['rows']:,} rows scored in {report['seconds']} s; {report['scores']}, table1.md and "
             "table1.parquet written"
         )
+        if report.get("figure"):
+            print(f"{report['figure']} written: each test image beside its most harmful and most helpful ones")
     elif given.command == "sweep":
         print(plain(report["table"]))
         print(f"{report['sweep']} and sweep.md written in {report['seconds']} s")
