@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.autograd.forward_ad as forward_ad
 from tabulate import tabulate
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
@@ -133,12 +134,23 @@ def tasks_of(settings: argparse.Namespace) -> list[Task]:
         ("Gauss-Newton product", lambda e: gauss_newton_product(e, first)),
         ("Hessian product", lambda e: hessian_product(e, first, all_names)),
         ("Hessian product, 3 queries", lambda e: hessian_product(e, v, all_names)),
+        ("Hessian product, forward over reverse", lambda e: forward_over_reverse(e, first)),
     ):
         found.append(Task(name, unit, masked_batches, derivative(pretraining, masked, function)))
     unit = "forward pass of a classifier"
     found.append(Task(unit, unit, labelled_batches, lambda batch: plain(classifier, labelled, batch)))
     mixed = derivative(finetuning, labelled, lambda e: hessian_product(e, head, roles.frozen))
     return [*found, Task("its mixed product, head to encoder", unit, labelled_batches, mixed)]
+
+
+def forward_over_reverse(evaluation: Evaluation, v: Block) -> Block:
+    """The Hessian product as the tangent of the gradient: exact as well, and measured here as the alternative."""
+    leaves = evaluation.leaves(v)
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(leaf, v[name][0]) for name, leaf in leaves.items()}
+        sums, _ = evaluation.losses(duals)
+        gradients = torch.autograd.grad(sums.sum(), list(duals.values()))
+        return {n: forward_ad.unpack_dual(g).tangent for n, g in zip(duals, gradients, strict=True)}
 
 
 def sentences(words: list[str], number: int, seed: int) -> list[dict]:
