@@ -108,7 +108,7 @@ class Run:
 
         stage = self.config.stages[name]
         kind = getattr(objectives, KINDS[stage.task][0])
-        ours = ["tokenizer", "processor", "text_column", "image_column", "label_column"]  # of the rows, as loaded
+        ours = ["tokenizer", "processor", "text_column", "image_column", "label_column", "dtype"]  # known otherwise
         given = settings(kind, stage.objective, f"stages.{name}.objective", without=ours)
         if stage.task == "masked-lm":
             given.setdefault("seed", self.config.seed)
