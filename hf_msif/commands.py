@@ -16,6 +16,7 @@ from .files import write_json, write_whole
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .influence import MultiStageInfluence
     from .run import Run
 
 
@@ -32,6 +33,7 @@ def query(run: Run) -> dict:
 def score(run: Run) -> dict:
     """Scores the corpus for the saved query; writes scores and Table 1 as Parquet and Markdown, and for images the
     paper's Figure 3."""
+    from .pictures import extremes
     from .query import Query
     from .tables import table_one, write_table
 
@@ -50,7 +52,7 @@ def score(run: Run) -> dict:
     if run.content(run.ranked) == run.content(run.names[-1]) == "image":
         by_id = {row["example_id"]: row for row in run.test_side()}
         tests = [by_id[row["example_id"]] for row in asked.tests]
-        report["figure"] = _drawn(run.folder / "figure3.png", lambda path: _figure(scores, tests, corpus, path))
+        report["figure"] = _drawn(run.folder / "figure3.png", lambda path: extremes(scores, tests, corpus, path))
     return report
 
 
@@ -83,7 +85,7 @@ def validate(run: Run) -> dict:
     chain = run.chain(models)
     whole = settings.experiment == "datamodelling_score"
     corpus = run.rows(name) if whole else run.corpus()
-    retrain = retraining(run, models, tests, settings.retrain)
+    retrain = retraining(run, chain, tests, settings.retrain)
     scores = chain.query(tests, run.aggregate).score(corpus, stage=name)
     groups = _along(scores, settings.groups, settings.group_size) if settings.experiment == "remove_groups" else {}
     others = validation.baselines(chain, tests, corpus, name, chosen, run.config.seed)
@@ -114,6 +116,8 @@ def cleanse(run: Run) -> dict:
     The ranking is by influence on the mean loss of the rows of `test`; what is measured are other rows of the test
     side. A repetition has initial weights, a choice of test rows, a ranking and random rows of its own.
     """
+    import pandas as pd
+
     from .run import Run
 
     settings = run.config.cleanse
@@ -137,16 +141,16 @@ def cleanse(run: Run) -> dict:
     if settings.retrain != "no":
         report |= _gains(rows)
         write_json(run.folder / "cleanse" / "gains.json", {**report, "table": rows})
-        report["table"] = _table([{k: v for k, v in row.items() if k not in ("removed", "held out")} for row in rows])
+        report["table"] = pd.DataFrame(rows).drop(columns=["removed", "held out"])
         report["held_out"] = rows[0]["held out"]
     return report
 
 
-def retraining(run: Run, models: dict[str, Any], tests: list[dict], how: str):
-    """`WarmStart` or `FromScratch` of a configuration's stages."""
+def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str):
+    """`WarmStart` or `FromScratch` of a configuration's stages, which `chain` holds."""
     from . import validation
 
-    stages = [link.stage for link in run.chain(models).links]
+    stages = [link.stage for link in chain.links]
     given = {name: run.polishing(name) for name in run.names}
     own = {tuple(sorted(some.items())) for some in given.values() if some is not None}
     if len(own) > 1:
@@ -163,11 +167,10 @@ def retraining(run: Run, models: dict[str, Any], tests: list[dict], how: str):
                 "Give polish: {} and train again, or retrain from_scratch."
             )
         return validation.WarmStart(stages, tests, stage=run.ranked, **settings)
-    arguments = []
-    for name in run.names:
-        stage = run.config.stages[name]
-        trained = bool(stage.training) or stage.polish is None
-        arguments.append(run.arguments(name, save_strategy="no") if trained else None)
+    arguments = [
+        run.arguments(name, save_strategy="no") if stage.uses_trainer else None
+        for name, stage in run.config.stages.items()
+    ]
     polished = [some is not None for some in given.values()]
     return validation.FromScratch(stages, tests, run.fresh, arguments, polished, stage=run.ranked, **settings)
 
@@ -200,8 +203,7 @@ def _along(scores, number: int, size: int) -> dict[str, list]:
 def _cleansed(run: Run, settings, write: bool) -> dict:
     from . import validation
 
-    models, tests = run.models(), run.tests()
-    chain, rows = run.chain(models), run.rows(run.ranked)
+    tests, chain, rows = run.tests(), run.chain(), run.rows(run.ranked)
     influence = chain.query(tests, "mean").score(rows, stage=run.ranked).influence()
     size = round(settings.fraction * len(rows))
     if not 0 < size < len(rows):
@@ -231,7 +233,7 @@ def _cleansed(run: Run, settings, write: bool) -> dict:
             f"stage {run.names[-1]!r} has no test rows beside those of `test`: give data.test_split or a larger "
             "test_fraction, or a smaller test.number."
         )
-    retrain = retraining(run, models, held_out, settings.retrain)
+    retrain = retraining(run, chain, held_out, settings.retrain)
     bank = validation.Bank(retrain, run.folder / "bank", progress=run.progress)
     sets = {"all": [], **{name: [rows[i]["example_id"] for i in which] for name, which in left_out.items()}}
     entries = bank.entries(list(sets.values()), run.config.seed if settings.retrain == "from_scratch" else 0)
@@ -276,12 +278,6 @@ def _accuracies(run: Run, models: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _figure(scores, tests, corpus, path):
-    from .pictures import extremes
-
-    return extremes(scores, tests, corpus, path)
-
-
 def _drawn(path, draw) -> str | None:
     """Draws a picture where matplotlib is installed; a command does not fail for want of one."""
     try:
@@ -299,9 +295,3 @@ def _frame(rows: list[dict]) -> pd.DataFrame:
     from .pictures import encoded
 
     return pd.DataFrame([{k: encoded(v) if k == "image" else v for k, v in row.items()} for row in rows])
-
-
-def _table(rows: list[dict]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(rows)

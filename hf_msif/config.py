@@ -131,6 +131,11 @@ class StageConfig(Section):
     resized: bool = False
     """accept embeddings that gained rows since the stage before"""
 
+    @property
+    def uses_trainer(self) -> bool:
+        """Whether training goes by `training`, as it does unless `polish` is all that is said of it."""
+        return bool(self.training) or self.polish is None
+
 
 class Tests(Section):
     """Which predictions are asked about: rows of the last stage's test side."""

@@ -346,7 +346,6 @@ class Run:
         """
         from . import training
         from .adapters import split
-        from .engine import Engine
 
         stage, index = self.stage_config(name), self.names.index(name)
         arguments = self.arguments(name)
@@ -366,24 +365,14 @@ class Run:
         if last is not None and arguments.save_strategy != "no":
             print(f"{name}: an interrupted training left {last}, to go on from")
         started = time.perf_counter()
-        same = {"previous": previous, "trainable": stage.trainable, "weight_decay": stage.weight_decay}
-        same |= {"alpha": stage.alpha, "resized": stage.resized, "name": name}
         report: dict[str, Any] = {"stage": name}
         try:
-            if stage.training or stage.polish is None:
+            if stage.uses_trainer:
                 report["training_loss"] = training.train(
-                    model, objective, parts["train"], arguments, progress=self.progress, **same
+                    model, objective, parts["train"], arguments, progress=self.progress, **self._terms(name, previous)
                 )
             if stage.polish is not None:
-                polished = training.polish(
-                    model,
-                    objective,
-                    parts["train"],
-                    batch_size=stage.batch_size,
-                    engine=Engine(progress=self.progress),
-                    **self.polishing(name),
-                    **same,
-                )
+                polished = self.polish(name, model, previous)
                 print(polished)
                 report["polish"] = polished.to_dict()
             report["seconds"] = round(time.perf_counter() - started, 1)
@@ -403,6 +392,27 @@ class Run:
         shutil.rmtree(self._checkpoints(name), ignore_errors=True)
         self._models.pop(name, None)
         return report
+
+    def polish(self, name: str, model, previous):
+        """Brings a model of the stage to a stationary point, in place, as the stage's `polish` says."""
+        from . import training
+        from .engine import Engine
+
+        return training.polish(
+            model,
+            self.objective(name, model),
+            self.rows(name),
+            batch_size=self.config.stages[name].batch_size,
+            engine=Engine(progress=self.progress),
+            **self.polishing(name),
+            **self._terms(name, previous),
+        )
+
+    def _terms(self, name: str, previous) -> dict[str, Any]:
+        """What belongs to F beside the rows' losses, as `train` and `polish` take it."""
+        shared = ("trainable", "weight_decay", "alpha", "resized")
+        stage = self.config.stages[name]
+        return {"previous": previous, "name": name, **{key: getattr(stage, key) for key in shared}}
 
     def _checkpoints(self, name: str) -> Path:
         return self.folder / f"{name}.checkpoints"

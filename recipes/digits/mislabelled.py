@@ -35,7 +35,9 @@ def main() -> None:
     wrong = mislabel(rows, run.config.seed)
     models = run.fresh(run.config.seed)
     for name, model, before in zip(run.names, models, [None, *models], strict=False):
-        polished(run, name, model, before)
+        if before is not None:
+            model.base_model.load_state_dict(before.base_model.state_dict())
+        print(run.polish(name, model, before))
     chain = run.chain(dict(zip(run.names, models, strict=True)))
     accuracy = training.evaluate(models[-1], run.objectives[last], tests)["accuracy"]
     own = MultiStageInfluence([chain.links[0].stage]).query(run.rows(first, "test"), aggregate="sum").score(rows)
@@ -63,25 +65,6 @@ def mislabel(rows: list[dict], seed: int) -> np.ndarray:
     for row in (row for row, bad in zip(rows, wrong, strict=True) if bad):
         row["label"] = int(generator.choice([label for label in classes if label != row["label"]]))
     return wrong
-
-
-def polished(run: Run, name: str, model, before) -> None:
-    stage = run.config.stages[name]
-    if before is not None:
-        model.base_model.load_state_dict(before.base_model.state_dict())
-    report = training.polish(
-        model,
-        run.objectives[name],
-        run.rows(name),
-        previous=before,
-        trainable=stage.trainable,
-        weight_decay=stage.weight_decay,
-        alpha=stage.alpha,
-        batch_size=stage.batch_size,
-        name=name,
-        **run.polishing(name),
-    )
-    print(report)
 
 
 if __name__ == "__main__":
