@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,15 @@ class Split:
     def head(self) -> tuple[str, ...]:
         """Trained and not inherited: U in pretraining, Θ in finetuning."""
         return tuple(name for name in self.trained if name not in self.inherited)
+
+    def continuing(self, first: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Split:
+        """The roles of a run that started at `first`, from the model of the stage before: a head that starts with that
+        model's values, as training that goes on with the same task does, is inherited too."""
+        inherited = dict(self.inherited)
+        for name, value in first.items():
+            if name not in inherited and name in before and torch.equal(value, before[name].to(value)):
+                inherited[name] = name
+        return replace(self, inherited=inherited)
 
     def count(self, names: Sequence[str]) -> int:
         """Number of scalars in `names`."""
@@ -273,8 +282,9 @@ class FunctionalModel:
         return call
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode and attention kernels that have forward-mode and second derivatives; restored on leaving."""
+    def evaluating(self, dropout: bool = False) -> Iterator[None]:
+        """Evaluation mode (training mode with `dropout`) and attention kernels that have forward-mode and second
+        derivatives; restored on leaving."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         training = {module: module.training for module in self.model.modules()}
@@ -282,7 +292,7 @@ class FunctionalModel:
         attention = [(config, config._attn_implementation) for config in _configs(self.model)]
         swap = any(kernel not in (None, "eager", "sdpa") for _, kernel in attention)
         try:
-            self.model.eval()
+            self.model.train(dropout)
             if swap:
                 self.model.set_attn_implementation("eager")
             with sdpa_kernel(SDPBackend.MATH):

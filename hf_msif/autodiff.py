@@ -36,6 +36,16 @@ class Evaluation:
         return {name: self.model.parameters[name].detach().requires_grad_() for name in names}
 
 
+def reached(evaluation: Evaluation, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` that the losses depend on."""
+    leaves = evaluation.leaves(names)
+    total = evaluation.losses(leaves)[0].sum()
+    if not total.requires_grad:
+        return ()
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return tuple(name for name, g in zip(leaves, found, strict=True) if g is not None)
+
+
 def gradient(evaluation: Evaluation, names: Iterable[str]) -> dict[str, Tensor]:
     """Σ_i ∇ℓ_i with respect to `names`, as a plain vector. Cost 3 F (F: one forward pass)."""
     leaves = evaluation.leaves(names)

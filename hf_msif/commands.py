@@ -91,7 +91,10 @@ def validate(run: Run) -> dict:
     others = validation.baselines(chain, tests, corpus, name, chosen, run.config.seed)
     bank = validation.Bank(retrain, run.folder / "bank", progress=run.progress)
     common = {"baselines": others, "aggregate": run.aggregate}
-    common |= {"seeds": settings.seeds, "ceiling_seeds": settings.ceiling_seeds}
+    scratch = settings.retrain == "from_scratch"
+    seeds = settings.seeds or [run.config.seed if scratch else 0]
+    ceiling = settings.ceiling_seeds
+    common |= {"seeds": seeds, "ceiling_seeds": ([-1] if scratch else [1]) if ceiling is None else ceiling}
     if settings.experiment == "leave_one_out":
         found = validation.leave_one_out(bank, scores, examples=settings.examples, **common)
     elif settings.experiment == "remove_groups":
@@ -160,7 +163,8 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
         )
     settings = dict(own.pop()) if own else {}
     if how == "warm_start":
-        missing = next((name for name, some in given.items() if some is None), None)
+        proximal = {stage.name for stage in stages if stage.link == "proximal"}
+        missing = next((name for name, some in given.items() if some is None and name in proximal), None)
         if missing is not None:
             raise InputError(
                 f"stages.{missing}.polish is missing: a warm start goes from stationary point to stationary point. "
@@ -172,7 +176,9 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
         for name, stage in run.config.stages.items()
     ]
     polished = [some is not None for some in given.values()]
-    return validation.FromScratch(stages, tests, run.fresh, arguments, polished, stage=run.ranked, **settings)
+    return validation.FromScratch(
+        stages, tests, run.fresh, arguments, polished, run.ranked, run.config.seed, **settings
+    )
 
 
 def _baselines(names: list[str] | None):

@@ -119,8 +119,16 @@ class StageConfig(Section):
     """all, head (everything not inherited), or a list of name patterns"""
     weight_decay: NonNegative = 0.0
     """λ of the penalty (λ/2)‖φ‖² that belongs to the objective"""
-    alpha: Positive | None = None
-    """α of eq. (12), which ties inherited, trained parameters to the stage before"""
+    alpha: Positive | Literal["auto"] | None = None
+    """α of eq. (12), which ties inherited, trained parameters to the stage before; auto: training does not tie them,
+    and α is estimated from the finished model"""
+    link: Literal["proximal", "unrolled"] = "proximal"
+    """how the stage hangs on what came before: proximal takes it for a minimum; unrolled goes back through its
+    training run, which is recorded"""
+    run: str | None = None
+    """folder of that run where it was recorded elsewhere (a RecordCallback); null: run_dir/NAME.run"""
+    max_growth: Positive | None = None
+    """refuse an unrolled pull-back whose adjoint grows more than so many times; null: by the dtype"""
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
     """gauss_newton is positive semi-definite; the exact hessian is for models at a minimum"""
     curvature_samples: Count | None = None
@@ -169,7 +177,8 @@ class Validation(Section):
     experiment: Literal["leave_one_out", "remove_groups", "datamodelling_score"] = "leave_one_out"
     """single rows of the largest absolute influence; groups along the ranking; random subsets (LDS)"""
     retrain: Literal["warm_start", "from_scratch"] = "warm_start"
-    """warm_start polishes the finished stages again; from_scratch repeats `training` and `polish` from new weights"""
+    """warm_start polishes the finished stages again, or repeats the runs of unrolled ones; from_scratch
+    repeats `training` and `polish` from new weights"""
     examples: Count = 100
     """leave_one_out: so many rows"""
     groups: Annotated[int, Field(ge=3)] = 20
@@ -180,10 +189,11 @@ class Validation(Section):
     """datamodelling_score: so many random subsets"""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """datamodelling_score: share of the rows in a subset"""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
-    """of the retrainings that are averaged"""
-    ceiling_seeds: list[int] = [1]
-    """of the second measurement, whose correlation with the first is the ceiling; []: none"""
+    seeds: Annotated[list[int], Field(min_length=1)] | None = None
+    """of the retrainings that are averaged; null: the run's own start"""
+    ceiling_seeds: list[int] | None = None
+    """of the second measurement, whose correlation with the first is the ceiling; null: the same start moved by 1e-6;
+    []: none"""
     baselines: list[str] | None = None
     """names in `hf_msif.validation`, identity, gradient_dot, tfidf, ...; null: all that apply; []: none"""
 
@@ -245,6 +255,13 @@ class Config(Section):
                     f"{key}.model.config is for the first stage, {names[0]!r}: later ones build on its encoder; "
                     "leave it out."
                 )
+            if stage.link == "unrolled" and stage.polish is not None:
+                raise InputError(
+                    f"{key} has polish and link: unrolled; expected one of them: an unrolled stage is what its "
+                    "training run left, a polished one is a minimum."
+                )
+            if stage.link == "proximal" and (stage.run is not None or stage.max_growth is not None):
+                raise InputError(f"{key} has run or max_growth, which need link: unrolled.")
             if stage.model.head == "feed_forward" and not (index and stage.task == "sequence-classification"):
                 raise InputError(
                     f"{key}.model.head is 'feed_forward'; expected 'auto', unless a later stage has the task "

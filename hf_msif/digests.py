@@ -1,4 +1,4 @@
-"""SHA-256 of what a row may hold: plain values, arrays, images."""
+"""What things are known by: SHA-256 of rows (plain values, arrays, images), the plain fields of settings."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def _update(found, value: Any) -> None:
         found.update(value)
     else:
         found.update(repr(value).encode())
+
+
+def describe(settings) -> dict:
+    """Class and plain fields of a settings object, for metadata."""
+    plain = {
+        k: v for k, v in vars(settings).items() if isinstance(v, (str, int, float, bool, tuple, list, type(None)))
+    }
+    return {"class": type(settings).__name__, **plain}

@@ -8,7 +8,7 @@ added once at the end.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,3 +132,16 @@ def as_rows(data, what: str) -> list[dict]:
     if len({row["example_id"] for row in rows}) != len(rows):
         raise InputError(f"{what} repeats an example_id; ids name rows and seed their masks, so each must occur once.")
     return rows
+
+
+def checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> frozenset:
+    """The ids to leave out of `rows`, some of them but not all."""
+    omit, known = frozenset(omit), {row["example_id"] for row in rows}
+    if omit - known:
+        raise InputError(
+            f"omit names {sorted(omit - known, key=repr)[:5]}, which are no example_id of the data of stage {name!r}; "
+            f"they look like {rows[0]['example_id']!r}."
+        )
+    if omit == known:
+        raise InputError(f"omit names every row of the data of stage {name!r}; expected some to be left.")
+    return omit

@@ -6,6 +6,7 @@ for k = K … 1:
     b   = a_frozen − ∂/∂frozen ⟨∇_trained F_k, u_k⟩         on frozen names: eq. (11)
     b   = 2α u_k                                            on proximal names: eqs. (13)–(15)
     a   = b, carried to the parameters of stage k − 1
+an unrolled stage: λ from step to step back through its run, see `unrolled`
 influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x⟩, eq. (6); positive: more of x raises the test loss
 """
 
@@ -16,18 +17,21 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from . import vectors
+from . import unrolled, vectors
 from .autodiff import Evaluation, gradient
 from .engine import Engine, as_rows
 from .errors import InputError
 from .query import Query
 from .solvers import Certificate, solve
 from .stages import Link, Stage, bind
+from .unrolled import RunCertificate
 from .vectors import Block
 
 
-def pull_back(link: Link, adjoint: Block, solver: Any = None) -> tuple[Block, Block, Certificate]:
+def pull_back(link: Link, adjoint: Block, solver: Any = None) -> tuple[Block, Block, Certificate | RunCertificate]:
     """One stage of the chain: solves for u_k and hands the adjoint on to what the stage inherited.
+
+    A stage with an unrolled link is pulled back through its run (`unrolled.pull_back`), whatever the solver.
 
     Args:
         link: the stage.
@@ -37,6 +41,8 @@ def pull_back(link: Link, adjoint: Block, solver: Any = None) -> tuple[Block, Bl
     Returns:
         u_k on the trained names; b on the inherited names; the certificate of the solve.
     """
+    if link.recording is not None:
+        return unrolled.pull_back(link, adjoint)
     solver = solver or link.stage.solver
     with link.engine.solver_bar(f"{link.stage.name}: inverse curvature", solver) as progress:
         trained = vectors.select(adjoint, link.split.trained)
@@ -151,7 +157,7 @@ class MultiStageInfluence:
         return adjoint, losses
 
 
-def judge(stage: str, certificate: Certificate) -> None:
+def judge(stage: str, certificate: Certificate | RunCertificate) -> None:
     """Refuses a solution without meaning, warns about a rough one."""
     # The flag `negative_curvature` also informs about an indefinite operator, which MINRES may face and CG may not.
     if "negative_curvature" in certificate.status:

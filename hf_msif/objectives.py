@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -109,6 +109,7 @@ class MaskedLM:
         mask_probability: p.
         draws: D, masks a sentence whose losses are averaged (variance of the score falls as 1/D, cost grows as D).
         first_draw: number of the first draw; training counts it up with the epochs.
+        static: training keeps the same masks in every epoch instead.
         max_length: longer sentences are cut (and counted); default: the tokenizer's limit.
         reduction: "token" (N counts masked tokens, as Hugging Face trains) or "example".
         text_column: where the sentence is.
@@ -119,6 +120,7 @@ class MaskedLM:
     mask_probability: float = 0.15
     draws: int = 1
     first_draw: int = 0
+    static: bool = False
     max_length: int | None = None
     reduction: str = "token"
     text_column: str = "text"
@@ -188,6 +190,13 @@ class MaskedLM:
         sums = terms.new_zeros(batch["input_ids"].shape[0]).index_add(0, batch["rows"], terms)
         counts = self._raw_counts(batch).to(sums.dtype)
         return _reduce(sums.view(-1, self.draws).mean(1), counts, self.reduction)
+
+
+def of_epoch(objective: Any, epoch: int) -> Any:
+    """The objective with the masks of an epoch of training, where it has masks that are not static."""
+    if not hasattr(objective, "first_draw") or getattr(objective, "static", False):
+        return objective
+    return replace(objective, first_draw=objective.first_draw + epoch * objective.draws)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from . import vectors
 from .adapters import FunctionalModel, Split, decayed_names, split
-from .autodiff import Evaluation
+from .autodiff import Evaluation, reached
 from .curvature import Hessian
-from .engine import Engine, as_rows
+from .engine import Engine, as_rows, checked_omission
 from .errors import InputError
 from .minimise import Newton, Preconditioner, State, lbfgs, nearby
 from .vectors import Block
@@ -202,12 +202,8 @@ class _Target:
     """F of one stage without some of its examples: value, gradient, Hessian products; itself a solvers' operator."""
 
     def __init__(self, model, objective, rows, roles: Split, previous, weight_decay, alpha, omit, batch_size, engine):
-        omit = set(omit)
+        omit = checked_omission(omit, rows, roles.stage)
         kept = [row for row in rows if row["example_id"] not in omit]
-        unknown = omit - {row["example_id"] for row in rows}
-        if unknown or not kept:
-            what = f"ids that no row has, such as {next(iter(unknown))!r}" if unknown else "every row"
-            raise InputError(f"stage {roles.stage!r}: omit names {what}.")
         if roles.proximal and not alpha:
             raise InputError(
                 f"stage {roles.stage!r} trains {len(roles.proximal)} inherited tensors (first {roles.proximal[0]!r}): "
@@ -238,10 +234,7 @@ class _Target:
         """What the loss depends on; the rest is held constant, as `Stage` leaves it out."""
         probe = Evaluation(self.model, objective, self.engine.place(objective.collate(rows[:2])))
         with self.model.evaluating():
-            leaves = probe.leaves(names)
-            total = probe.losses(leaves)[0].sum()
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return tuple(name for name, g in zip(leaves, found, strict=True) if g is not None)
+            return reached(probe, names)
 
     def _count(self, objective, rows, batch_size) -> float:
         total = 0.0

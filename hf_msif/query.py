@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import vectors
+from .digests import describe
 from .errors import InputError
 from .files import write_whole
 from .scores import Scores
 from .solvers import Certificate
+from .stages import AlphaEstimate, Link
+from .unrolled import RunCertificate
 from .vectors import Block
 
 if TYPE_CHECKING:
     from .influence import MultiStageInfluence
-    from .stages import Link
 
 FORMAT = 1
 
@@ -27,8 +29,9 @@ class Query:
     """u_k = (curvature of stage k)⁻¹ a_k for every stage, one column a test example.
 
     Attributes:
-        solutions: stage name → block u_k on the stage's trained parameters.
-        certificates: stage name → how well its system was solved.
+        solutions: stage name → block u_k on the stage's trained parameters; of an unrolled stage {"weights": ∂f/∂w},
+            the test loss's derivative in the weight of each of its rows.
+        certificates: stage name → how well its system was solved, or its run replayed.
         tests: the test rows asked about.
         losses: their losses f before anything is changed.
         aggregate: None, "sum" or "mean".
@@ -37,7 +40,7 @@ class Query:
     """
 
     solutions: dict[str, Block]
-    certificates: dict[str, Certificate]
+    certificates: dict[str, Certificate | RunCertificate]
     tests: list[dict]
     losses: list[float]
     aggregate: str | None
@@ -80,9 +83,13 @@ class Query:
         return {"stages": stages, "aggregate": self.aggregate, "losses": self.losses}
 
     def _text(self, name: str) -> str:
-        facts = self.facts[name]
+        facts, lines = self.facts[name], str(self.certificates[name])
+        if facts["alpha_estimate"]:
+            lines += f"\n{AlphaEstimate(**facts['alpha_estimate'])}"
+        if facts["link"] == "unrolled":
+            return lines
         return (
-            f"{self.certificates[name]}\nnorm of the objective's gradient {facts['gradient_norm']:.1e} on "
+            f"{lines}\nnorm of the objective's gradient {facts['gradient_norm']:.1e} on "
             f"{facts['curvature_examples']:,} examples (the formulas are exact where it is 0)"
         )
 
@@ -138,7 +145,17 @@ class Query:
         for key, tensor in flat.items():
             stage, name = key.split("/", 1)
             solutions[stage][name] = tensor.to(chain.engine.device)
-        certificates = {name: Certificate.from_dict(state["stages"][name]["solve"]) for name in names}
+        kinds = {"proximal": Certificate, "unrolled": RunCertificate}
+        for link in chain.links:
+            name, saved = link.stage.name, state["stages"][link.stage.name]
+            if saved["link"] != link.stage.link:
+                raise InputError(
+                    f"the query in {folder} pulled stage {name!r} back by a link that is {saved['link']}; the stage's "
+                    f"is {link.stage.link}: query again."
+                )
+        certificates = {
+            name: kinds[state["stages"][name]["link"]].from_dict(state["stages"][name]["solve"]) for name in names
+        }
         facts = {
             name: {key: value for key, value in state["stages"][name].items() if key not in ("solve", "text")}
             for name in names
@@ -148,22 +165,22 @@ class Query:
 
 def _facts(link: Link) -> dict:
     stage = link.stage
-    return {
+    found = {
+        "link": stage.link,
         "N": link.count,
         "examples": len(link.rows),
-        "curvature": stage.curvature,
-        "curvature_examples": len(link.curvature_rows),
-        "gradient_norm": link.gradient_norm,
         "weight_decay": stage.weight_decay,
-        "alpha": stage.alpha,
+        "alpha": link.recording.alpha if link.recording else link.alpha,
+        "alpha_estimate": None,
         "objective": describe(stage.objective),
         "fingerprint": link.fingerprint,
     }
-
-
-def describe(settings) -> dict:
-    """Class and plain fields of a settings object, for metadata."""
-    plain = {
-        k: v for k, v in vars(settings).items() if isinstance(v, (str, int, float, bool, tuple, list, type(None)))
+    if link.recording is not None:
+        return found
+    if stage.alpha == "auto" and link.split.proximal:
+        found["alpha_estimate"] = asdict(link.estimate)
+    return found | {
+        "curvature": stage.curvature,
+        "curvature_examples": len(link.curvature_rows),
+        "gradient_norm": link.gradient_norm,
     }
-    return {"class": type(settings).__name__, **plain}

@@ -356,20 +356,27 @@ class Run:
         model = self.new_model(name)
         objective = self.objective(name, model)
         tied = split(name, model, previous, stage.trainable, stage.resized).proximal
-        if tied and stage.alpha is None:
+        if tied and stage.alpha is None and stage.link == "proximal":
             raise InputError(
                 f"stages.{name}.alpha is missing, but the stage trains {len(tied)} inherited tensors (first "
-                f"{tied[0]!r}); give the α of eq. (12), or trainable: head."
+                f"{tied[0]!r}); give the α of eq. (12), trainable: head, or link: unrolled."
             )
-        last = _last_checkpoint(self._checkpoints(name))
-        if last is not None and arguments.save_strategy != "no":
+        checkpoints, recorded = self._checkpoints(name), stage.link == "unrolled"
+        last = _last_checkpoint(checkpoints)
+        if last is not None and (recorded or arguments.save_strategy != "no"):
             print(f"{name}: an interrupted training left {last}, to go on from")
         started = time.perf_counter()
         report: dict[str, Any] = {"stage": name}
+        terms = self._terms(name, previous)
+        terms["alpha"] = None if stage.alpha == "auto" else stage.alpha
         try:
-            if stage.uses_trainer:
+            if recorded:
+                training.record(
+                    model, objective, parts["train"], arguments, checkpoints, progress=self.progress, **terms
+                )
+            elif stage.uses_trainer:
                 report["training_loss"] = training.train(
-                    model, objective, parts["train"], arguments, progress=self.progress, **self._terms(name, previous)
+                    model, objective, parts["train"], arguments, progress=self.progress, **terms
                 )
             if stage.polish is not None:
                 polished = self.polish(name, model, previous)
@@ -384,12 +391,15 @@ class Run:
                         f"stages.{name}.training.learning_rate."
                     )
         except BaseException as error:
-            if isinstance(error, DivergedError) or _last_checkpoint(self._checkpoints(name)) is None:
-                shutil.rmtree(self._checkpoints(name), ignore_errors=True)
+            if isinstance(error, DivergedError) or _last_checkpoint(checkpoints) is None:
+                shutil.rmtree(checkpoints, ignore_errors=True)
             raise
+        if recorded:
+            shutil.rmtree(self.recording(name), ignore_errors=True)
+            os.replace(checkpoints, self.recording(name))
         training.save(model, self.tokenizer, self.folder / name)
         write_json(self.folder / f"{name}.json", report)
-        shutil.rmtree(self._checkpoints(name), ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
         self._models.pop(name, None)
         return report
 
@@ -417,12 +427,18 @@ class Run:
     def _checkpoints(self, name: str) -> Path:
         return self.folder / f"{name}.checkpoints"
 
+    def recording(self, name: str) -> Path:
+        """Where the training run of an unrolled stage is kept."""
+        own = self.config.stages[name].run
+        return self.folder / f"{name}.run" if own is None else Path(own).expanduser()
+
     def chain(self, models: dict[str, Any] | None = None):
         """The `MultiStageInfluence` of the configuration, from the trained models (or those given)."""
         from . import MultiStageInfluence, Stage
 
         models = models or self.models()
         shared = ("trainable", "weight_decay", "alpha", "curvature", "curvature_samples", "batch_size", "resized")
+        shared += ("link", "max_growth")
         stages = [
             Stage(
                 name,
@@ -431,6 +447,7 @@ class Run:
                 self.rows(name),
                 solver=self.solvers[name],
                 seed=self.config.seed,
+                run=self.recording(name) if stage.link == "unrolled" else None,
                 **{key: getattr(stage, key) for key in shared},
             )
             for name, stage in self.config.stages.items()
@@ -485,6 +502,10 @@ class Run:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a `Trainer`, or state of a recorded run, in a folder."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    states = sorted(str(path) for path in folder.glob("state-*.safetensors"))
+    return states[-1] if states else get_last_checkpoint(str(folder))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,10 +16,13 @@ from torch import Tensor, nn
 
 from . import adapters, vectors
 from .adapters import FunctionalModel, Split
-from .autodiff import Evaluation
+from .autodiff import Evaluation, reached
 from .curvature import Curvature, GaussNewton, Hessian
+from .digests import digest
 from .engine import Engine, as_rows
 from .errors import InputError
+from .recording import Recording
+from .replay import Replay
 from .solvers import CG
 from .vectors import Block
 
@@ -37,11 +42,16 @@ class Stage:
         data: the stage's training examples: a `datasets.Dataset`, a list of dicts, or a list of strings. A column
             `example_id` names rows (and seeds their masks); rows without one are numbered.
         trainable: "all", "head" (everything not inherited) or a list of name patterns. What is inherited and not
-            trained is frozen (Case 1), what is inherited and trained is proximal (Case 2).
+            trained is frozen (Case 1), what is inherited and trained hangs on the stage before by `link` (Case 2).
         weight_decay: of the quadratic penalty, on all trained parameters but biases and normalisation layers (by the
             rule of Hugging Face's `Trainer`, whose own weight decay is AdamW's and no term of an objective).
-        alpha: α of eq. (12); needed where inherited parameters are trained.
-        link: "proximal" is the only one so far.
+        alpha: α of eq. (12), needed where inherited parameters are trained and the link is proximal; "auto": estimated
+            from the parameters themselves, see `Link.estimate`.
+        link: "proximal", where training ended at a minimum of F (the paper's assumption), or "unrolled", which pulls
+            back through the stage's own training run, converged or not (also for a first stage).
+        run: folder of that run, from `training.record` or a `RecordCallback`.
+        max_growth: refuse an unrolled pull-back whose adjoint grows more than so many times; default: 1e-3 divided by
+            the rounding unit of the run's dtype.
         curvature: "gauss_newton" or "hessian".
         curvature_samples: size of the fixed random subset on which the curvature is estimated; None: all of `data`.
         solver: one of `hf_msif.solvers`.
@@ -59,8 +69,10 @@ class Stage:
     data: Any
     trainable: str | Sequence[str] = "all"
     weight_decay: float = 0.0
-    alpha: float | None = None
+    alpha: float | str | None = None
     link: str = "proximal"
+    run: str | os.PathLike | None = None
+    max_growth: float | None = None
     curvature: str = "gauss_newton"
     curvature_samples: int | None = None
     solver: Any = field(default_factory=CG)
@@ -73,25 +85,57 @@ class Stage:
             raise InputError(
                 f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}."
             )
-        if self.link != "proximal":
-            raise InputError(f"stage {self.name!r}: link is {self.link!r}; expected 'proximal'.")
+        if self.link not in ("proximal", "unrolled"):
+            raise InputError(f"stage {self.name!r}: link is {self.link!r}; expected 'proximal' or 'unrolled'.")
+        if (self.link == "unrolled") != (self.run is not None):
+            raise InputError(
+                f"stage {self.name!r}: link is {self.link!r} and run is {self.run!r}; expected the folder of a "
+                "recorded run where the link is 'unrolled', and none where it is not."
+            )
         sizes = [self.batch_size, 1 if self.curvature_samples is None else self.curvature_samples]
         if not self.weight_decay >= 0 or min(sizes) < 1:
             raise InputError(
                 f"stage {self.name!r}: weight_decay={self.weight_decay}, batch_size={self.batch_size}, "
                 f"curvature_samples={self.curvature_samples}; expected a decay of at least 0 and sizes of at least 1."
             )
-        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf):
+        number = isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf
+        if self.alpha not in (None, "auto") and not number:
             raise InputError(
-                f"stage {self.name!r}: alpha is {self.alpha!r}; expected a positive number, as in eq. (12)."
+                f"stage {self.name!r}: alpha is {self.alpha!r}; expected a positive number, as in eq. (12), or 'auto'."
             )
+
+
+@dataclass(frozen=True)
+class AlphaEstimate:
+    """α̂ of eq. (12) from the finished parameters, see `Link.estimate`.
+
+    Attributes:
+        alpha: α̂.
+        gradient_norm: ‖∇_W F‖ without the proximal term.
+        distance: ‖W − W_before‖.
+        remaining: ‖∇_W F + 2α̂ (W − W_before)‖ / ‖∇_W F‖: 0 where the parameters are a proximal optimum, near 1 where α̂
+            explains next to nothing and the proximal model does not fit.
+    """
+
+    alpha: float
+    gradient_norm: float
+    distance: float
+    remaining: float
+
+    def __str__(self) -> str:
+        return (
+            f"alpha = {self.alpha:.4g} estimated from the checkpoints, at ‖W − W_before‖ = {self.distance:.3g}: it "
+            f"leaves {self.remaining:.0%} of the gradient {self.gradient_norm:.2g} (0 % at a proximal optimum)"
+        )
 
 
 class Link:
     """A stage bound to its place in a chain: its roles, rows and curvature, and what it hands to the stage before.
 
     Attributes:
-        split: the roles of its parameters.
+        split: the roles of its parameters; where the link is unrolled, a head that the run started with the values of
+            the stage before is inherited too.
+        recording: the run, where the link is unrolled.
         model: the stage's model as a function of its parameters.
         rows: the stage's data.
         curvature_rows: the fixed random subset on which `operator` is estimated.
@@ -113,21 +157,20 @@ class Link:
         self.curvature_rows = self.subset(stage.curvature_samples)
         self._check_finite()
         self._leave_out_what_the_loss_ignores()
+        self.recording = Recording.from_pretrained(stage.run, stage.name) if stage.link == "unrolled" else None
+        if self.recording is not None:
+            self._check_run()
         self._check_link()
 
     def _leave_out_what_the_loss_ignores(self) -> None:
         """A trained tensor that the loss never reads has no curvature: the system would be singular in it."""
         probe = Evaluation(self.model, self.stage.objective, self.collate(self.rows[:2]))
         with self.model.evaluating():
-            leaves = probe.leaves(self.split.trained)
-            sums, _ = probe.losses(leaves)
-        total = sums.sum()
-        if not total.requires_grad:
+            trained = reached(probe, self.split.trained)
+        if not trained:
             raise InputError(f"stage {self.stage.name!r}: the loss depends on none of the trained parameters.")
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        unused = {name: "the loss does not depend on it" for name, g in zip(leaves, found, strict=True) if g is None}
+        unused = {n: "the loss does not depend on it" for n in self.split.trained if n not in set(trained)}
         if unused:
-            trained = tuple(name for name in self.split.trained if name not in unused)
             inherited = {n: source for n, source in self.split.inherited.items() if n not in unused}
             self.split = replace(
                 self.split, trained=trained, inherited=inherited, left_out={**self.split.left_out, **unused}
@@ -141,8 +184,53 @@ class Link:
                     "the checkpoint is damaged; load an earlier one."
                 )
 
+    def _check_run(self) -> None:
+        """The recorded run is that of the stage's rows and objective, starts from the stage before and ends at the
+        stage's model; its `replay`, and what it inherited beside the encoder."""
+        name, run = self.stage.name, self.recording
+        if run.facts["rows"] != digest(self.rows):
+            raise InputError(
+                f"stage {name!r}: the run in {run.folder} was trained on other rows than the stage's data; expected "
+                "the same rows in the same order, with the same example ids."
+            )
+        if set(run.trained) != set(self.split.trained):
+            odd = sorted(set(run.trained) ^ set(self.split.trained))
+            raise InputError(
+                f"stage {name!r}: the run in {run.folder} and the stage's trainable do not agree on {odd[:3]}; "
+                "expected the same trained parameters."
+            )
+        self.replay = Replay(
+            self.model,
+            self.stage.objective,
+            self.rows,
+            run,
+            self.engine,
+            self.split,
+            self.before.model.parameters if self.before else None,
+            name=name,
+        )
+        first = run.state(0, self.engine.device)["parameters"]
+        last = run.state(run.steps, self.engine.device)["parameters"]
+        for n, recorded in last.items():
+            gap = float((self.model.parameters[n] - recorded).norm() / (recorded - first[n]).norm().clamp(min=1e-30))
+            if gap > 1e-3:
+                raise InputError(
+                    f"stage {name!r}: {n!r} of its model is {gap:.1e} of the run's way off the end of the run in "
+                    f"{run.folder}; expected the model as that run left it."
+                )
+        if self.before is None:
+            return
+        before = self.before.model.parameters
+        for n, source in self.split.inherited.items():
+            if n in first and not torch.allclose(self._leading(n, first[n]), before[source].to(first[n]), rtol=1e-6):
+                raise InputError(
+                    f"stage {name!r}: the run in {run.folder} did not start from stage {self.before.stage.name!r}: "
+                    f"{n!r} differs; pair it with the checkpoint that it started from."
+                )
+        self.split = self.split.continuing(first, before)
+
     def _check_link(self) -> None:
-        if self.split.proximal and self.stage.alpha is None:
+        if self.split.proximal and self.stage.alpha is None and self.recording is None:
             raise InputError(
                 f"stage {self.stage.name!r} trains {len(self.split.proximal)} inherited tensors (first "
                 f"{self.split.proximal[0]!r}): give alpha, the α of eq. (12), or freeze them with trainable='head'."
@@ -168,10 +256,11 @@ class Link:
         """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
         return self.curvature(self.curvature_rows)
 
-    def curvature(self, rows: list[dict]) -> Curvature:
-        """`operator` estimated on other rows."""
+    def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:
+        """`operator` estimated on other rows, or with other quadratic terms."""
         stage, kind = self.stage, CURVATURES[self.stage.curvature]
-        return kind(self.model, stage.objective, rows, self.split.trained, self.engine, stage.batch_size, self.ridge)
+        ridge = self.ridge if ridge is None else ridge
+        return kind(self.model, stage.objective, rows, self.split.trained, self.engine, stage.batch_size, ridge)
 
     def solver_state(self, solver: Any) -> Any:
         """What the solver pays once per operator (damping, factorisation), kept for later queries."""
@@ -180,22 +269,64 @@ class Link:
         return self._solver_states[solver]
 
     @cached_property
-    def _decayed(self) -> set[str]:
-        return adapters.decayed_names(self.stage.model)
+    def _decays(self) -> list[str]:
+        """The trained names that the stage's weight decay acts on."""
+        if not self.stage.weight_decay:
+            return []
+        decayed = adapters.decayed_names(self.stage.model)
+        return [name for name in self.split.trained if name in decayed]
 
     @cached_property
     def ridge(self) -> dict[str, float | Tensor]:
         """Diagonal of the quadratic terms of F_k."""
-        ridge: dict[str, float | Tensor] = {}
-        if self.stage.weight_decay:
-            ridge = {name: self.stage.weight_decay for name in self.split.trained if name in self._decayed}
+        ridge: dict[str, float | Tensor] = dict.fromkeys(self._decays, self.stage.weight_decay)
         for name in self.split.proximal:
             ridge[name] = ridge.get(name, 0.0) + self.tie(name)
         return ridge
 
     def tie(self, name: str) -> float | Tensor:
         """2α on the inherited rows of a proximal parameter, zero on rows that a resize added."""
-        return self.split.tie(name, self.model.parameters[name], self.stage.alpha)
+        return self.split.tie(name, self.model.parameters[name], self.alpha)
+
+    @cached_property
+    def alpha(self) -> float | None:
+        """α of eq. (12): the stage's, or its estimate.
+
+        Warns:
+            UserWarning: the estimate is not positive: the run did not end where a proximal term would have ended it.
+        """
+        if self.stage.alpha != "auto" or not self.split.proximal:
+            return None if self.stage.alpha == "auto" else self.stage.alpha
+        if self.estimate.alpha <= 0:
+            warnings.warn(
+                f"stage {self.stage.name!r}: {self.estimate}. It is not positive: no proximal term explains where "
+                "training ended. Use link='unrolled' with the recorded run, or give alpha as a number.",
+                stacklevel=2,
+            )
+        return self.estimate.alpha
+
+    @cached_property
+    def estimate(self) -> AlphaEstimate:
+        """α̂ = −⟨∇_W F, W − W_before⟩ / (2 ‖W − W_before‖²), on all of the stage's rows: of all α that for which
+        F + α ‖W − W_before‖² is the nearest to stationary in W.
+
+        Raises:
+            InputError: W is W_before.
+        """
+        slope = self.curvature(self.rows, {}).gradient()
+        for name in self._decays:
+            slope[name] += self.stage.weight_decay * self.model.parameters[name]
+        slope = vectors.select(slope, self.split.proximal)
+        shift = vectors.stack([{name: self._shift(name) for name in self.split.proximal}])
+        distance, norm = float(vectors.norm(shift)), float(vectors.norm(slope))
+        if distance == 0:
+            raise InputError(
+                f"stage {self.stage.name!r}: alpha is 'auto', but the inherited parameters are those of stage "
+                f"{self.before.stage.name!r}; expected a finetuned model, or trainable='head'."
+            )
+        alpha = -float(vectors.dot(slope, shift)) / (2 * distance**2)
+        rest = float(vectors.norm(vectors.add(slope, shift, 2 * alpha)))
+        return AlphaEstimate(alpha, norm, distance, rest / norm if norm else 0.0)
 
     def subset(self, size: int | None) -> list[dict]:
         """So many random rows of the stage's data, the same for the same seed; None: all of them."""
@@ -225,11 +356,10 @@ class Link:
         of the data it is not zero even where training has converged on all of them.)
         """
         total = self.operator.gradient()
-        for name in self.split.trained:
-            if self.stage.weight_decay and name in self._decayed:
-                total[name] += self.stage.weight_decay * self.model.parameters[name]
+        for name in self._decays:
+            total[name] += self.stage.weight_decay * self.model.parameters[name]
         for name in self.split.proximal:
-            total[name] += 2 * self.stage.alpha * self._shift(name)
+            total[name] += 2 * self.alpha * self._shift(name)
         return float(vectors.norm(total))
 
     @cached_property

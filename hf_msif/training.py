@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -23,14 +22,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import vectors
 from .adapters import FunctionalModel, Split, decayed_names, forward, split
 from .autodiff import Evaluation
-from .digests import digest
-from .engine import Engine, as_rows
+from .digests import describe, digest
+from .engine import Engine, as_rows, checked_omission
 from .errors import DivergedError, InputError
 from .files import write_json
+from .objectives import of_epoch
 from .polishing import PolishReport, polish
-from .query import describe
+from .recording import record
 
-__all__ = ["PolishReport", "evaluate", "mistakes", "polish", "save", "train"]
+__all__ = ["PolishReport", "evaluate", "mistakes", "polish", "record", "save", "train"]
 
 # Arguments that decide the weights: only where they agree does a run go on from the checkpoint of another.
 DECISIVE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -94,7 +94,7 @@ def train(
     """
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
-    omit = _checked_omission(omit, rows, name)
+    omit = checked_omission(omit, rows, name)
     arguments = _checked_arguments(arguments, objective, name)
     record = {
         "the objective": str(describe(objective)),
@@ -192,18 +192,6 @@ def save(model: nn.Module, tokenizer: Any | None, folder: str | os.PathLike) -> 
     finally:
         shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> frozenset:
-    omit, known = frozenset(omit), {row["example_id"] for row in rows}
-    if omit - known:
-        raise InputError(
-            f"omit names {sorted(omit - known, key=repr)[:5]}, which are no example_id of the data of stage {name!r}; "
-            f"they look like {rows[0]['example_id']!r}."
-        )
-    if omit == known:
-        raise InputError(f"omit names every row of the data of stage {name!r}; expected some to be left.")
-    return omit
 
 
 def _checked_arguments(arguments: TrainingArguments, objective: Any, name: str) -> TrainingArguments:
@@ -305,9 +293,7 @@ class _Collator:
         self.objective, self.omit, self.epoch = objective, omit, 0
 
     def __call__(self, rows: list[dict]) -> dict:
-        objective = self.objective
-        if hasattr(objective, "first_draw"):
-            objective = dataclasses.replace(objective, first_draw=objective.first_draw + self.epoch * objective.draws)
+        objective = of_epoch(self.objective, self.epoch)
         weights = torch.tensor([0.0 if row["example_id"] in self.omit else 1.0 for row in rows])
         return {**objective.collate(rows), "weights": weights}
 

@@ -254,7 +254,7 @@ def test_nothing_changes_on_an_error():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"omit": [99]}, "ids that no row has, such as 99"),
+        ({"omit": [99]}, "which are no example_id"),
         ({"omit": range(40)}, "every row"),
         ({"previous": toy(0)}, "give alpha"),
     ],

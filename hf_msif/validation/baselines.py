@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..influence import MultiStageInfluence
 from ..objectives import tokenized
 from ..solvers import Identity
-from ..stages import Link
+from ..stages import Link, Stage
 from ..vectors import Block
 
 
@@ -88,7 +88,23 @@ class Case:
 
 def identity(case: Case) -> np.ndarray:
     """Identity for every inverse curvature, the paper's Figure 2(c): −I/N with u_k = a_k."""
-    stages = [replace(link.stage, solver=Identity()) for link in case.chain.links]
+    # Where α is not a number, W moves with W_before one to one, as a run begins: 2α = 1.
+
+    def changes(stage: Stage) -> dict:
+        return {"solver": Identity(), "alpha": 0.5 if stage.alpha in (None, "auto") else stage.alpha}
+
+    return _effects(case, changes)
+
+
+def implicit(case: Case) -> np.ndarray:
+    """The chain with unrolled links taken for minima, by each stage's curvature and solver: eqs. (9)–(15), with the
+    estimate α̂ where the stage has no α."""
+    return _effects(case, lambda stage: {"alpha": stage.alpha or "auto"})
+
+
+def _effects(case: Case, changes: Callable[[Stage], dict]) -> np.ndarray:
+    """−I/N of the chain of proximal links that `changes` makes of its stages."""
+    stages = [replace(link.stage, link="proximal", run=None, **changes(link.stage)) for link in case.chain.links]
     chain = MultiStageInfluence(stages, case.chain.engine.accelerator, case.chain.engine.progress)
     scores = chain.query(case.tests).score(case.corpus, stage=case.link.stage.name)
     return np.stack([-scores.influence(q) for q in range(scores.columns)], axis=1) / case.link.count
@@ -150,7 +166,16 @@ def random(case: Case) -> np.ndarray:
 
 
 Baseline = Callable[[Case], np.ndarray]
-BASELINES: tuple[Baseline, ...] = (identity, gradient_dot, gradient_cosine, representation, tfidf, bm25, random)
+BASELINES: tuple[Baseline, ...] = (
+    implicit,
+    identity,
+    gradient_dot,
+    gradient_cosine,
+    representation,
+    tfidf,
+    bm25,
+    random,
+)
 TEXT = (tfidf, bm25)
 
 
@@ -169,8 +194,8 @@ def baselines(
         tests: rows of the last stage, one column each.
         corpus: rows of `stage`, as `Query.score` takes them.
         stage: the first by default.
-        which: functions of `BASELINES`, or any other of a `Case`; default: all that apply (tfidf and bm25 need texts
-            in both stages).
+        which: functions of `BASELINES`, or any other of a `Case`; default: all that apply (implicit needs an unrolled
+            link, tfidf and bm25 texts in both stages).
         seed: of `random`.
 
     Returns:
@@ -179,7 +204,10 @@ def baselines(
     case = Case(chain, as_rows(tests, "the test examples"), as_rows(corpus, "the corpus"), chain.link(stage), seed)
     if which is None:
         texts = all(hasattr(link.stage.objective, "text_column") for link in (case.link, case.last))
-        which = [baseline for baseline in BASELINES if texts or baseline not in TEXT]
+        odd = () if texts else TEXT
+        if all(link.recording is None for link in chain.links):
+            odd = (*odd, implicit)
+        which = [baseline for baseline in BASELINES if baseline not in odd]
     return {baseline.__name__: baseline(case) for baseline in which}
 
 

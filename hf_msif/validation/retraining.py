@@ -7,16 +7,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import adapters, training, vectors
 from ..adapters import FunctionalModel, Split
 from ..autodiff import Evaluation
-from ..digests import digest
+from ..digests import describe, digest
 from ..engine import Engine, as_rows
 from ..errors import InputError
 from ..polishing import PolishReport, polish
-from ..query import describe
+from ..recording import Recording, rerun
 from ..stages import Stage
 from .bank import Retrained
 
@@ -44,6 +44,13 @@ class _Chain:
             adapters.split(s.name, s.model, self.stages[k - 1].model if k else None, s.trainable, s.resized)
             for k, s in enumerate(self.stages)
         ]
+        self.recordings = [
+            Recording.from_pretrained(s.run, s.name) if s.run is not None else None for s in self.stages
+        ]
+        for k, recording in enumerate(self.recordings):
+            if k and recording is not None:
+                before = dict(self.stages[k - 1].model.named_parameters())
+                self.roles[k] = self.roles[k].continuing(recording.state(0)["parameters"], before)
 
     @property
     def settings(self) -> dict:
@@ -57,9 +64,9 @@ class _Chain:
                 "trainable": s.trainable if isinstance(s.trainable, str) else list(s.trainable),
                 "weight_decay": s.weight_decay,
                 "alpha": s.alpha,
-                "link": s.link,
+                "link": s.link if recording is None else recording.settings,
             }
-            for s in self.stages
+            for s, recording in zip(self.stages, self.recordings, strict=True)
         ]
         own = {"retraining": type(self).__name__, "tol": self.tol, "polish": self.polish_settings}
         return {**own, "stage": self.stages[self.target].name, "tests": digest(self.tests), "stages": stages}
@@ -71,7 +78,7 @@ class _Chain:
             "previous": models[k - 1] if k else None,
             "trainable": s.trainable,
             "weight_decay": s.weight_decay,
-            "alpha": s.alpha,
+            "alpha": None if s.alpha == "auto" else s.alpha,
             "resized": s.resized,
             "omit": omit if k == self.target else (),
             "name": s.name,
@@ -103,26 +110,26 @@ class _Chain:
 
 
 class WarmStart(_Chain):
-    """Every stage is polished again from its finished parameters, without the omitted examples.
+    """Every stage is polished again from its finished parameters, without the omitted examples; a stage with an
+    unrolled link repeats its run, from where the stage before now ends.
 
-    The local minimum that the finished models sit in is followed, which is what an influence function predicts; the
-    whole chain of a small model takes a second. The stages' models are copied, never changed. Frozen encoders are
-    handed on from stage to stage, proximal ones are tied to the retrained one, eq. (12).
+    The local minimum that the finished models sit in is followed, or the steps that were taken, which is what an
+    influence function predicts; the whole chain of a small model takes a second. The stages' models are copied, never
+    changed. Frozen encoders are handed on from stage to stage, proximal ones are tied to the retrained one, eq. (12).
 
     Args:
-        stages: as in `MultiStageInfluence`; float64 models at stationary points (`training.polish`), since
-            differences of losses are what is wanted.
+        stages: as in `MultiStageInfluence`; float64 models at stationary points (`training.polish`) or at the end of
+            their runs, since differences of losses are what is wanted.
         tests: examples of the last stage, one column each.
         stage: whose examples are left out; the first by default.
-        perturbation: under a seed other than 0 every trained tensor starts with Gaussian noise of this size relative
+        perturbation: under a seed other than 0 every tensor starts with Gaussian noise of this size relative
             to its root mean square, which shows how reproducible the truth is.
         tol: as in `polish`.
         engine: made when none is given.
         polish_settings: more of `polish`'s arguments.
 
     Raises:
-        InputError: the stages do not fit together, or an unrolled link (its run would have to be repeated: use
-            `FromScratch`).
+        InputError: the stages do not fit together.
     """
 
     def __init__(
@@ -136,8 +143,6 @@ class WarmStart(_Chain):
         **polish_settings,
     ):
         super().__init__(stages, tests, stage, tol, polish_settings, engine)
-        if any(s.link != "proximal" for s in self.stages):
-            raise InputError("WarmStart minimises F, and an unrolled stage ends where its run ends: use FromScratch.")
         self.perturbation = perturbation
         self._finished: list[nn.Module] | None = None
         self._preconditioners: list = []
@@ -153,7 +158,10 @@ class WarmStart(_Chain):
             for k in range(len(models)):
                 if k:
                     hand_on(models[k - 1], models[k], self.roles[k], self.roles[k].frozen)
-                self._preconditioners.append(self.polish(k, models, (), factorise=True).preconditioner)
+                found = None
+                if self.recordings[k] is None:
+                    found = self.polish(k, models, (), factorise=True).preconditioner
+                self._preconditioners.append(found)
             self._finished = models
         return self._finished
 
@@ -161,34 +169,41 @@ class WarmStart(_Chain):
         """Test losses after retraining without the ids in `omit`."""
         models, reports = list(self.finished()), []
         for k in range(0 if seed else self.target, len(models)):
-            models[k] = copy.deepcopy(models[k])
+            models[k], recording = copy.deepcopy(models[k]), self.recordings[k]
+            if recording is not None:
+                _put(models[k], recording.state(0)["parameters"])
             if seed:
-                self._perturb(models[k], self.roles[k].trained, seed + 1000 * k)
+                perturb(models[k], self.roles[k].trained, self.perturbation, seed + 1000 * k)
             if k:
-                hand_on(models[k - 1], models[k], self.roles[k], self.roles[k].frozen)
-            reports.append(self.polish(k, models, omit, preconditioner=self._preconditioners[k]))
+                names = self.roles[k].frozen if recording is None else self.roles[k].inherited
+                hand_on(models[k - 1], models[k], self.roles[k], names)
+            if recording is None:
+                reports.append(self.polish(k, models, omit, preconditioner=self._preconditioners[k]))
+            else:
+                self._rerun(k, models, omit)
         return self.measured(models[-1], reports)
 
-    def _perturb(self, model: nn.Module, names: Collection[str], seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name in names:
-                p = model.get_parameter(name)
-                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-                p += self.perturbation * p.double().square().mean().sqrt().to(p) * noise
+    def _rerun(self, k: int, models: Sequence[nn.Module], omit: Collection) -> None:
+        s, settings = self.stages[k], self._settings(k, models, omit)
+        for known in ("weight_decay", "alpha"):  # the recording's own
+            settings.pop(known)
+        rerun(self.recordings[k], models[k], s.objective, s.data, engine=self.engine, **settings)
 
 
 class FromScratch(_Chain):
-    """Every stage is trained again from fresh parameters: `training.train`, then `polish`, or either alone.
+    """Every stage is trained again from fresh parameters: `training.train`, then `polish`, or either alone; a stage
+    with an unrolled link by the steps of its run, `training.record`.
 
     Args:
         stages, tests, stage, tol, engine, polish_settings: as in `WarmStart`; the stages' models serve as
             architecture alone.
         make: `make(seed)` returns untrained models, one a stage.
+        start: the seed of the runs that are explained. A negative seed −n is this start with Gaussian noise on every
+            tensor, of the size `perturbation` relative to its root mean square: the ceiling of a measurement.
         arguments: Hugging Face's `TrainingArguments` of every stage (their seed is set; `save_strategy="no"`, since a
             retraining must not resume another one), or None: no `train`, so that `polish` does it all. Also a list
             with None for some of the stages.
-        polished: polish every stage after training, or a list that says which.
+        polished: polish every stage after training, or a list that says which; default: all whose link is proximal.
 
     Raises:
         InputError: a stage with neither; arguments that save checkpoints, or not one a stage.
@@ -200,14 +215,18 @@ class FromScratch(_Chain):
         tests: Any,
         make: Callable[[int], Sequence[nn.Module]],
         arguments: Sequence[Any] | None = None,
-        polished: bool | Sequence[bool] = True,
+        polished: bool | Sequence[bool] | None = None,
         stage: str | None = None,
+        start: int = 0,
+        perturbation: float = 1e-6,
         tol: float | None = None,
         engine: Engine | None = None,
         **polish_settings,
     ):
         super().__init__(stages, tests, stage, tol, polish_settings, engine)
         arguments = [None] * len(stages) if arguments is None else list(arguments)
+        if polished is None:
+            polished = [s.link == "proximal" for s in stages]
         polished = [polished] * len(stages) if isinstance(polished, bool) else list(polished)
         strategies = [a.save_strategy for a in arguments if a is not None]
         if not len(arguments) == len(polished) == len(stages) or any(strategy != "no" for strategy in strategies):
@@ -220,7 +239,14 @@ class FromScratch(_Chain):
             raise InputError(
                 f"FromScratch got no training arguments and polished=False for {idle}: nothing would be trained."
             )
+        for s, given, more in zip(self.stages, arguments, polished, strict=True):
+            if s.link == "unrolled" and (given is None or more):
+                raise InputError(
+                    f"stage {s.name!r} has an unrolled link: it is what its run leaves; expected its "
+                    "TrainingArguments and no polish."
+                )
         self.make, self.arguments, self.polished = make, arguments, polished
+        self.start, self.perturbation = start, perturbation
 
     @property
     def settings(self) -> dict:
@@ -231,31 +257,48 @@ class FromScratch(_Chain):
         passing = ("output_dir", "logging_dir", "seed", "data_seed", "report_to", "run_name")
         given = [{} if a is None else a.to_dict() for a in self.arguments]
         plain = [{k: v for k, v in a.items() if k not in passing} for a in given]
-        return {**found, "arguments": plain, "polished": self.polished}
+        own = {"arguments": plain, "polished": self.polished}
+        return {**found, **own, "start": self.start, "perturbation": self.perturbation}
 
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
         """Test losses after training without the ids in `omit`."""
         from transformers import set_seed
 
-        models, reports = list(self.make(seed)), []
+        models, reports, noise = list(self.make(seed if seed >= 0 else self.start)), [], -seed
+        seed = self.start if noise > 0 else seed
         for k, s in enumerate(self.stages):
             set_seed(seed)
+            if noise > 0:
+                perturb(models[k], self.roles[k].trained, self.perturbation, noise + 1000 * k)
             if k:
                 hand_on(models[k - 1], models[k], self.roles[k], self.roles[k].inherited)
             if self.arguments[k] is not None:
                 arguments = copy.copy(self.arguments[k])
                 arguments.seed, arguments.data_seed = seed, seed
-                training.train(
-                    models[k],
-                    s.objective,
-                    s.data,
-                    arguments,
-                    **self._settings(k, models, omit),
-                    progress=False,
-                )
+                settings = {**self._settings(k, models, omit), "progress": False}
+                if s.link == "unrolled":
+                    training.record(models[k], s.objective, s.data, arguments, None, **settings)
+                else:
+                    training.train(models[k], s.objective, s.data, arguments, **settings)
             if self.polished[k]:
                 reports.append(self.polish(k, models, omit))
         return self.measured(models[-1], reports)
+
+
+def _put(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in parameters.items():
+            model.get_parameter(name).copy_(value)
+
+
+def perturb(model: nn.Module, names: Collection[str], size: float, seed: int) -> None:
+    """Adds Gaussian noise to tensors in place, of a size relative to their root mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in names:
+            p = model.get_parameter(name)
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            p += size * p.double().square().mean().sqrt().to(p) * noise
 
 
 def hand_on(source: nn.Module, model: nn.Module, roles: Split, names: Collection[str]) -> None:
