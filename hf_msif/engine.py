@@ -32,21 +32,22 @@ class Engine:
 
         self.accelerator = accelerator or Accelerator()
         self.progress = progress
+        # Read once: making TrainingArguments later resets the state that an Accelerator reads them from.
+        self.device: torch.device = self.accelerator.device
+        self.processes: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.is_main: bool = self.accelerator.is_main_process
         launched = int(os.environ.get("WORLD_SIZE", 1))
-        if launched != self.accelerator.num_processes:
+        if launched != self.processes:
             raise InputError(
-                f"the launcher started {launched} processes, but Accelerate runs {self.accelerator.num_processes}: "
+                f"the launcher started {launched} processes, but Accelerate runs {self.processes}: "
                 "every one of them would do the whole job. On CPU set ACCELERATE_USE_CPU=true and use --multi_gpu, "
                 "or Accelerator(cpu=True)."
             )
 
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
     def shard(self, indices: Sequence[int]) -> Sequence[int]:
         """This process's part of `indices`: every index in exactly one process."""
-        return indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        return indices[self.rank :: self.processes]
 
     def batches(
         self, rows: Sequence[dict], collate: Callable, batch_size: int
@@ -66,7 +67,7 @@ class Engine:
         """A tqdm bar on the main process."""
         from tqdm.auto import tqdm
 
-        hidden = not (self.progress and self.accelerator.is_main_process)
+        hidden = not (self.progress and self.is_main)
         return tqdm(iterable, disable=hidden, dynamic_ncols=True, leave=False, **settings)
 
     @contextmanager
@@ -86,7 +87,7 @@ class Engine:
         for part in parts:
             for name, t in part.items():
                 total[name] += t
-        if self.accelerator.num_processes > 1:
+        if self.processes > 1:
             sizes = [t.numel() for t in total.values()]
             flat = self.accelerator.reduce(torch.cat([t.flatten() for t in total.values()]), reduction="sum")
             total = {name: piece.view_as(t) for (name, t), piece in zip(total.items(), flat.split(sizes), strict=True)}
@@ -94,7 +95,7 @@ class Engine:
 
     def gather(self, items: list) -> list:
         """The lists of all processes, one after another, on every process."""
-        if self.accelerator.num_processes == 1:
+        if self.processes == 1:
             return items
         from accelerate.utils import gather_object
 

@@ -13,6 +13,9 @@ from . import vectors
 from .adapters import memo_bytes
 from .autodiff import Evaluation, directional
 from .curvature._operator import MEMO_BYTES, TRACE_PROBES
+from .optimisers import start
+from .recording import compose
+from .replay import Replay
 from .solvers import Dense
 from .stages import Link
 
@@ -31,12 +34,24 @@ def plan(run: Run) -> dict:
     models = {name: run.present_model(name) for name in run.names}
     columns = 1 if run.aggregate else len(run.tests())
     corpus = len(run.corpus())
-    chain = run.chain(models)
+    chain = run.chain(models, planned=True)
     lines, stages = [], {}
     for link in chain.links:
-        stages[link.stage.name] = cost = _stage(link, columns)
+        name = link.stage.name
+        lines.append(str(link.split) + ("" if run.is_trained(name) else "\n  not trained yet: untrained weights"))
+        if run.config.stages[name].link == "unrolled":
+            stages[name] = cost = _unrolled(link, run.arguments(name), columns)
+            lines += [
+                f"  run of {cost['steps']:,} steps of up to {cost['step_rows']} rows: "
+                f"{_time(cost['training_seconds'])} to train; back through it with {columns} column(s) "
+                f"{_time(cost['solve_seconds'])}",
+                f"  {cost['states_held']} states of {_size(cost['state_bytes'])} held at a time, with adjoints "
+                f"{_size(cost['solver_bytes'])}; model {_size(cost['model_bytes'])}; {cost['states_kept']} states on "
+                f"disk, {_size(cost['disk_bytes'])}",
+            ]
+            continue
+        stages[name] = cost = _stage(link, columns)
         lines += [
-            str(link.split) + ("" if run.is_trained(link.stage.name) else "\n  not trained yet: untrained weights"),
             f"  one pass of {cost['curvature_examples']:,} rows: {_time(cost['forward_seconds'])} forward, "
             f"{_time(cost['product_seconds'])} a curvature product with {columns} column(s)",
             f"  solve: at most {cost['products']:,} products, {_time(cost['solve_seconds'])}; vectors "
@@ -44,10 +59,11 @@ def plan(run: Run) -> dict:
             + (f", outputs of the frozen encoder {_size(cost['memo_bytes'])}" if cost["memo_bytes"] else ""),
         ]
     seconds = corpus * stages[run.ranked]["score_seconds_a_row"] * columns
-    disk = sum(cost["vector_bytes"] for cost in stages.values())
+    disk = sum(cost["vector_bytes"] + cost.get("disk_bytes", 0) for cost in stages.values())
     lines += [
         f"scoring {corpus:,} rows for {columns} column(s): {_time(seconds)}",
-        f"disk: {_size(disk)} for the query, about {_size(corpus * (300 + 16 * columns))} for the scores",
+        f"disk: {_size(disk)} for the query and recorded runs, about {_size(corpus * (300 + 16 * columns))} for the "
+        "scores",
     ]
     splits = {link.stage.name: link.split.table() for link in chain.links}
     return {"text": "\n".join(lines), "stages": stages, "splits": splits, "score_seconds": seconds, "disk_bytes": disk}
@@ -90,6 +106,38 @@ def _stage(link: Link, columns: int) -> dict:
         "vector_bytes": vector_bytes,
         "solver_bytes": vector_bytes * SOLVER_BLOCKS[type(solver).__name__] + dense,
         "memo_bytes": int(kept * memo) if products else 0,
+        "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
+    }
+
+
+def _unrolled(link: Link, arguments, columns: int) -> dict:
+    """Costs of a stage that is pulled back through its run, from two of its steps there and back."""
+    stage, rows = link.stage, link.rows
+    run, replay = link.recording, getattr(link, "replay", None)
+    if run is None:
+        run = compose(link.model, stage.objective, rows, arguments, link.split, stage.weight_decay)
+        replay = Replay(link.model, stage.objective, rows, run, link.engine, link.split, name=stage.name)
+    slots = start(run.optimiser, {name: link.model.parameters[name] for name in run.trained})
+    names = (*link.split.trained, *link.split.frozen)
+    a = vectors.rademacher({name: link.model.parameters[name] for name in names}, columns, seed=0)
+    adjoint, last = replay.adjoint(a), run.steps - 1
+    forward = _seconds(replay.forward, slots, 0)
+    backward = _seconds(replay.backward, slots, min(1, last), adjoint)
+    state = run.bytes_of(link.model.parameters)
+    held = run.interval + 1
+    step_rows = max(map(len, run.schedule.rows))
+    return {
+        "steps": run.steps,
+        "step_rows": step_rows,
+        "training_seconds": run.steps * forward,
+        "solve_seconds": run.steps * (forward + backward),
+        "score_seconds_a_row": forward / step_rows / 3 / columns,
+        "state_bytes": state,
+        "states_held": held,
+        "states_kept": len(run.marks),
+        "solver_bytes": held * state + 3 * columns * state,
+        "vector_bytes": 8 * columns * len(rows),
+        "disk_bytes": len(run.marks) * state,
         "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
     }
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import optimisers, vectors
-from .adapters import FunctionalModel, decayed_names, split
+from .adapters import FunctionalModel, Split, decayed_names, split
 from .autodiff import Evaluation, reached
 from .digests import describe, digest
 from .engine import Engine, as_rows
@@ -105,7 +105,7 @@ class Recording:
     @property
     def interval(self) -> int:
         """Steps between two states that are kept: ⌈√T⌉."""
-        return max(1, math.ceil(math.sqrt(self.steps)))
+        return interval(self.steps)
 
     @property
     def marks(self) -> list[int]:
@@ -166,12 +166,17 @@ class Recording:
             )
         return made
 
+    def bytes_of(self, parameters: Mapping[str, Tensor]) -> int:
+        """Size of one state."""
+        size = sum(parameters[name].numel() * parameters[name].element_size() for name in self.trained)
+        return size * (1 + len(self.optimiser.buffers))
+
     def path(self, step: int) -> Path:
-        return self.folder / f"state-{step:08d}.safetensors"
+        return _state_path(self.folder, step)
 
     def write(self, step: int, slots: Slots) -> None:
         """Keeps the state after so many steps."""
-        vectors.save({f"{slot}/{name}": t for slot, own in slots.items() for name, t in own.items()}, self.path(step))
+        write_state(self.folder, step, slots)
 
     def state(self, step: int, device: torch.device | str = "cpu") -> Slots:
         """The state after so many steps, one of `marks`."""
@@ -185,6 +190,21 @@ class Recording:
         """The steps whose states are in the folder."""
         found = (re.fullmatch(r"state-(\d+)\.safetensors", path.name) for path in self.folder.glob("state-*"))
         return sorted(int(match[1]) for match in found if match)
+
+
+def interval(steps: int) -> int:
+    """⌈√T⌉."""
+    return max(1, math.ceil(math.sqrt(steps)))
+
+
+def write_state(folder: Path, step: int, slots: Slots) -> None:
+    """Keeps the state of a run after so many steps in its folder."""
+    flat = {f"{slot}/{name}": t for slot, own in slots.items() for name, t in own.items()}
+    vectors.save(flat, _state_path(folder, step))
+
+
+def _state_path(folder: Path, step: int) -> Path:
+    return folder / f"state-{step:08d}.safetensors"
 
 
 def record(
@@ -231,31 +251,10 @@ def record(
     """
     engine = Engine(progress=progress)
     rows = as_rows(data, f"the data of stage {name!r}")
-    _check_arguments(arguments, name)
     roles = split(name, model, previous, trainable, resized)
     functional = FunctionalModel(model, engine.device)
-    probe = Evaluation(functional, objective, engine.place(objective.collate(rows[:2])))
-    with functional.evaluating():
-        trained = reached(probe, roles.trained)
-    recording = Recording(
-        optimisers.from_arguments(arguments, name),
-        arguments.max_grad_norm or None,
-        trained,
-        frozenset(trained) & decayed_names(model),
-        weight_decay,
-        alpha,
-        arguments.per_device_train_batch_size,
-        dropout,
-        arguments.seed,
-        plan_steps(arguments, len(rows)),
-        {
-            "rows": digest(rows),
-            "initial": vectors.fingerprint(functional.parameters),
-            "objective": describe(objective),
-            "omit": sorted(map(repr, omit)),
-        },
-        None if folder is None else Path(folder).expanduser(),
-    )
+    recording = compose(functional, objective, rows, arguments, roles, weight_decay, alpha, omit, dropout)
+    recording = replace(recording, folder=None if folder is None else Path(folder).expanduser())
     replay = Replay(functional, objective, rows, recording, engine, roles, previous, omit, name)
     _run(replay, *_go_on(recording, functional, name), model, name)
     return recording
@@ -298,7 +297,7 @@ def _run(replay: Replay, slots: Slots, begin: int, model: nn.Module, name: str) 
             slots = replay.forward(slots, t)
             bar.update()
             if t + 1 in replay.marks:
-                _check_finite(slots, name, t + 1)
+                check_finite(slots, name, t + 1)
                 if recording.folder is not None:
                     recording.write(t + 1, slots)
     with torch.no_grad():
@@ -307,7 +306,53 @@ def _run(replay: Replay, slots: Slots, begin: int, model: nn.Module, name: str) 
     model.eval()
 
 
-def plan_steps(arguments: Any, size: int) -> Schedule:
+def compose(
+    model: FunctionalModel,
+    objective: Any,
+    rows: list[dict],
+    arguments: Any,
+    roles: Split,
+    weight_decay: float = 0.0,
+    alpha: float | None = None,
+    omit: Collection[Any] = (),
+    dropout: bool = True,
+) -> Recording:
+    """The run that `record` would make of these arguments, before its first step."""
+    check_arguments(arguments, roles.stage)
+    probe = Evaluation(model, objective, placed(objective.collate(rows[:2]), model))
+    with model.evaluating():
+        trained = reached(probe, roles.trained)
+    return Recording(
+        optimisers.from_arguments(arguments, roles.stage),
+        arguments.max_grad_norm or None,
+        trained,
+        frozenset(trained) & decayed_names(model.model),
+        weight_decay,
+        alpha,
+        arguments.per_device_train_batch_size,
+        dropout,
+        arguments.seed,
+        schedule(arguments, len(rows)),
+        known_by(rows, vectors.fingerprint(model.parameters), objective, omit),
+    )
+
+
+def known_by(rows: list[dict], initial: str, objective: Any, omit: Collection[Any] = ()) -> dict[str, Any]:
+    """`Recording.facts`: what a run is of; `initial` is the fingerprint of its first weights."""
+    return {
+        "rows": digest(rows),
+        "initial": initial,
+        "objective": describe(objective),
+        "omit": sorted(map(repr, omit)),
+    }
+
+
+def placed(batch: dict[str, Any], model: FunctionalModel) -> dict[str, Any]:
+    device = next(iter(model.parameters.values())).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def schedule(arguments: Any, size: int) -> Schedule:
     """Rows, epoch and learning rate of every step that `TrainingArguments` mean for `size` rows."""
     from transformers import get_scheduler
 
@@ -336,7 +381,8 @@ def plan_steps(arguments: Any, size: int) -> Schedule:
     return Schedule(rows[:steps], [t // an_epoch for t in range(steps)], rates)
 
 
-def _check_arguments(arguments: Any, name: str) -> None:
+def check_arguments(arguments: Any, name: str) -> None:
+    """Refuses `TrainingArguments` of a run that cannot be replayed."""
     refused = {
         "bf16 or fp16": arguments.bf16 or arguments.fp16,
         f"{arguments.world_size} processes": arguments.world_size > 1,
@@ -374,7 +420,8 @@ def _go_on(recording: Recording, model: FunctionalModel, name: str) -> tuple[Slo
     return recording.state(kept[-1], next(iter(model.parameters.values())).device), kept[-1]
 
 
-def _check_finite(slots: Slots, name: str, step: int) -> None:
+def check_finite(slots: Slots, name: str, step: int) -> None:
+    """Ends a run whose parameters are no numbers any more."""
     for key, value in slots["parameters"].items():
         if not value.isfinite().all():
             raise DivergedError(

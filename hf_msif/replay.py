@@ -238,7 +238,7 @@ class Replay:
             if run.schedule.generators is None:
                 torch.manual_seed(run.seed * 1_000_003 + t)
             elif device.type == "cuda":
-                torch.cuda.set_rng_state(run.schedule.generators[t], device)
+                torch.cuda.set_rng_state(run.schedule.generators[t].clone(), device)
             else:
-                torch.set_rng_state(run.schedule.generators[t])
+                torch.set_rng_state(run.schedule.generators[t].clone())
             yield parts

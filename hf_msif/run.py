@@ -432,13 +432,13 @@ class Run:
         own = self.config.stages[name].run
         return self.folder / f"{name}.run" if own is None else Path(own).expanduser()
 
-    def chain(self, models: dict[str, Any] | None = None):
-        """The `MultiStageInfluence` of the configuration, from the trained models (or those given)."""
+    def chain(self, models: dict[str, Any] | None = None, planned: bool = False):
+        """The `MultiStageInfluence` of the configuration, from the trained models (or those given); `planned`: stages
+        whose training run is still to be recorded count as proximal ones."""
         from . import MultiStageInfluence, Stage
 
         models = models or self.models()
         shared = ("trainable", "weight_decay", "alpha", "curvature", "curvature_samples", "batch_size", "resized")
-        shared += ("link", "max_growth")
         stages = [
             Stage(
                 name,
@@ -447,12 +447,19 @@ class Run:
                 self.rows(name),
                 solver=self.solvers[name],
                 seed=self.config.seed,
-                run=self.recording(name) if stage.link == "unrolled" else None,
-                **{key: getattr(stage, key) for key in shared},
+                **{**{key: getattr(stage, key) for key in shared}, **self._link(name, planned)},
             )
             for name, stage in self.config.stages.items()
         ]
         return MultiStageInfluence(stages, progress=self.progress)
+
+    def _link(self, name: str, planned: bool) -> dict[str, Any]:
+        stage = self.config.stages[name]
+        if stage.link == "proximal":
+            return {}
+        if planned and not self.is_trained(name):
+            return {"alpha": 1.0}
+        return {"link": stage.link, "run": self.recording(name), "max_growth": stage.max_growth}
 
     def tests(self) -> list[dict]:
         """The test rows asked about: from the test side of the last stage's data where there is one."""

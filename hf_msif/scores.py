@@ -88,6 +88,10 @@ class Scores:
         """Influence on the loss of test example number `query`, in corpus order."""
         return self.frame[f"influence{self._suffix(query)}"].to_numpy()
 
+    def removal_effects(self) -> np.ndarray:
+        """Predicted changes of all test losses on removal of each row, shape (rows, queries)."""
+        return self.frame[[f"removal_effect{self._suffix(q)}" for q in range(self.columns)]].to_numpy()
+
     def top(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
         """The first k rows by "absolute" influence, or as "harmful" (most positive), or "helpful" (most negative)."""
         return self._ordered(by, query).head(k)

@@ -52,7 +52,7 @@ def score(query: Query, corpus, stage: str | None = None, batch_size: int | None
             cut = batch.get("truncated", torch.zeros(len(indices)))
             values = (influence.tolist(), sums.tolist(), counts.tolist(), cut.tolist())
             found += list(zip(indices, *values, strict=True))
-            bar.update(len(indices) * engine.accelerator.num_processes)
+            bar.update(len(indices) * engine.processes)
     found = sorted(engine.gather(found))
     metadata = {"stage": link.stage.name, "N": link.count, "objective": describe(objective)}
     metadata |= {

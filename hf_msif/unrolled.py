@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .recording import Recording
     from .stages import Link
 
-REPRODUCED = 1e-2  # largest difference of a replayed state, relative to how far the run went between two states
+REPRODUCED = 3e-2  # largest difference of a replayed state, relative to how far the run went between two states
 SAVE_EVERY = 60.0  # seconds between two copies of a backward sweep that is under way
 
 REMEDIES = (

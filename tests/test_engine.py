@@ -47,7 +47,7 @@ def test_batches_hold_rows_of_like_length(engine):
 
 def test_tensors_move_and_other_things_pass(engine):
     made = engine()
-    made.accelerator.device = torch.device("meta")
+    made.device = torch.device("meta")
     ((_, batch),) = made.batches([{"text": "a"}], lambda rows: {"x": torch.ones(1), "names": ["a"]}, 2)
     assert batch["x"].device.type == "meta"
     assert batch["names"] == ["a"]

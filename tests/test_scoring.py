@@ -188,7 +188,7 @@ def test_ranks_share_the_rows_and_find_the_same(exact, monkeypatch):
     monkeypatch.setattr(exact.chain.link("pre"), "engine", engine)
     monkeypatch.setattr(type(engine), "gather", lambda self, items: items)
     for rank in range(3):
-        engine.accelerator = tiny.alone(rank, 3)
+        engine.rank, engine.processes = rank, 3
         scores = exact.query.score(CORPUS, batch_size=2)
         assert len(scores) == len(CORPUS) // 3
         found |= dict(zip(scores.frame.example_id, matrix(scores), strict=True))

@@ -27,7 +27,9 @@ def stage(name="one", **settings):
 
 SETTINGS = {
     "curvature": ({"curvature": "fisher"}, r"curvature is 'fisher'; expected one of \['gauss_newton', 'hessian'\]"),
-    "link": ({"link": "unrolled"}, "link is 'unrolled'; expected 'proximal'"),
+    "link": ({"link": "unroled"}, "link is 'unroled'; expected 'proximal' or 'unrolled'"),
+    "no run": ({"link": "unrolled"}, "run is None; expected the folder of a recorded run"),
+    "no link": ({"run": "runs/x"}, "link is 'proximal' and run is 'runs/x'"),
     "decay": ({"weight_decay": -0.1}, r"weight_decay=-0\.1, .*a decay of at least 0"),
     "decay, no number": ({"weight_decay": float("nan")}, "weight_decay=nan"),
     "batch": ({"batch_size": 0}, "batch_size=0.*sizes of at least 1"),

@@ -67,7 +67,7 @@ class Case:
                 evaluation = Evaluation(self.link.model, objective, batch)
                 rows = vectors.flatten(example_gradients(evaluation, list(self.test_gradients))).double()
                 found += zip(indices, (rows @ tests.T).tolist(), rows.norm(dim=1).tolist(), strict=True)
-                bar.update(len(indices) * engine.accelerator.num_processes)
+                bar.update(len(indices) * engine.processes)
         found = sorted(engine.gather(found))
         return np.array([row[1] for row in found]), np.array([row[2] for row in found])
 
@@ -106,8 +106,7 @@ def _effects(case: Case, changes: Callable[[Stage], dict]) -> np.ndarray:
     """−I/N of the chain of proximal links that `changes` makes of its stages."""
     stages = [replace(link.stage, link="proximal", run=None, **changes(link.stage)) for link in case.chain.links]
     chain = MultiStageInfluence(stages, case.chain.engine.accelerator, case.chain.engine.progress)
-    scores = chain.query(case.tests).score(case.corpus, stage=case.link.stage.name)
-    return np.stack([-scores.influence(q) for q in range(scores.columns)], axis=1) / case.link.count
+    return chain.query(case.tests).score(case.corpus, stage=case.link.stage.name).removal_effects()
 
 
 def gradient_dot(case: Case) -> np.ndarray:

@@ -300,8 +300,7 @@ def _effects(name: str, values: Scores | np.ndarray, aggregate: str | None) -> n
                 f"the scores of {name!r} are of the {had} over the test examples, but aggregate is {aggregate!r}: use "
                 "the same, or scores with one column a test example."
             )
-        suffixes = [""] if values.columns == 1 else [f"_{q}" for q in range(values.columns)]
-        values = values.frame[[f"removal_effect{suffix}" for suffix in suffixes]].to_numpy()
+        values = values.removal_effects()
     values = np.asarray(values, dtype=np.float64)
     values = values.reshape(len(values), -1)
     if aggregate is None or values.shape[1] == 1:
