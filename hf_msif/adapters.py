@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PretrainedConfig
 
 from .errors import InputError
+from .lora import former_name, survey, unwrapped
 
 # What only one of two otherwise equal base models has: BertModel has a pooler, the base of BertForMaskedLM has none.
 OPTIONAL_MODULE = "pooler"
@@ -111,10 +112,19 @@ class Split:
         return "\n".join(lines)
 
 
-def _encoder_names(model: nn.Module) -> dict[str, str]:
-    """Names inside the base model → names in the whole model, matched by identity so that ties do not matter."""
+def encoder(model: nn.Module) -> nn.Module:
+    """The base model of a `PreTrainedModel`, also of one in a `PeftModel`, whose own `base_model` is another thing."""
+    return unwrapped(model).base_model
+
+
+def _encoder_names(model: nn.Module, idle: Collection[str]) -> dict[str, str]:
+    """Names inside the base model, as before any adapters → names in the whole model, without those in `idle`.
+
+    Matched by identity so that ties do not matter.
+    """
     canonical = {id(p): name for name, p in model.named_parameters()}
-    return {name: canonical[id(p)] for name, p in model.base_model.named_parameters()}
+    pairs = [(former_name(name), canonical[id(p)]) for name, p in encoder(model).named_parameters()]
+    return {before: name for before, name in pairs if name not in idle}
 
 
 def split(
@@ -128,6 +138,10 @@ def split(
     """Assigns every parameter of `model` its role.
 
     W is what the two *base* models share by name and shape; a pooler that only one of them has belongs to its head.
+    LoRA and other PEFT adapters inside of the encoder belong to the head too, unless the model before has the same;
+    `query.base_layer.weight` is the `query.weight` of the stage before, and a copy in `modules_to_save` takes the
+    place of its original. Inactive adapters, originals that a copy replaces and, with "head", new weights under an
+    adapter are left out.
 
     Args:
         stage: name used in messages.
@@ -139,26 +153,30 @@ def split(
 
     Raises:
         InputError: the base models do not match (the first tensor that differs is named), a pattern matches nothing,
-            or nothing is left to train.
+            or nothing is left to train; adapters that are merged, or are no function of the model's parameters.
     """
-    parameters = dict(model.named_parameters())
-    shapes = {name: p.shape for name, p in parameters.items()}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    added, idle = survey(model, stage)
     inherited, grown = _match(stage, model, previous, resized, previous_stage) if previous is not None else ({}, {})
-    trained, left_out = _trained(stage, list(shapes), inherited, trainable)
-    return Split(stage, shapes, inherited, trained, grown, left_out)
+    trained, left_out = _trained(stage, [name for name in shapes if name not in idle], inherited, trainable)
+    if trainable == "head" and added:  # to train both would have a flat direction
+        under = {n: "held constant under its adapter" for n in trained if ".base_layer." in n}
+        trained, left_out = tuple(n for n in trained if n not in under), under
+    return Split(stage, shapes, inherited, trained, grown, {**left_out, **idle})
 
 
 def _match(
     stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str
 ) -> tuple[dict[str, str], dict[str, int]]:
-    own, other = _encoder_names(model), _encoder_names(previous)
+    added, idle = survey(model, stage)
+    own, other = _encoder_names(model, idle), _encoder_names(previous, survey(previous, previous_stage)[1])
     own_shape = {base: model.get_parameter(name).shape for base, name in own.items()}
     other_shape = {base: previous.get_parameter(name).shape for base, name in other.items()}
     pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
     way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
 
     # A head hides inside the base model only where there is no base-model attribute: then names alone decide.
-    whole = model.base_model is model or previous.base_model is previous
+    whole = any(encoder(one) is unwrapped(one) for one in (model, previous))
     shared = [base for base in own if base in other]
     if not shared:
         raise InputError(
@@ -166,6 +184,8 @@ def _match(
             f"{next(iter(other))!r}{way_out}."
         )
     for base in [*own, *other]:
+        if own.get(base) in added and base not in other:
+            continue
         if (base in own) != (base in other) and OPTIONAL_MODULE not in base.split(".") and not whole:
             has, lacks = (stage, previous_stage) if base in own else (previous_stage, stage)
             raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
@@ -318,15 +338,16 @@ def forward(
     With positions the logits have shape (M, V): the encoder's output is gathered before the head, since a masked-LM
     head over a large vocabulary is most of a small model's work and only about 15 % of the tokens are masked.
     """
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in inspect.signature(unwrapped(model).forward).parameters:
         inputs = {"use_cache": False, **inputs}
     if positions is None:
         return run(inputs)
-    base = model.base_model
-    with _gathered(base, positions) if base is not model else nullcontext():
+    base = encoder(model)
+    headless = base is unwrapped(model)
+    with _gathered(base, positions) if not headless else nullcontext():
         output = run(inputs)
     if getattr(output, "logits", None) is not None:  # a model without a head is the objective's to refuse
-        output.logits = output.logits[0] if base is not model else output.logits[positions]
+        output.logits = output.logits[positions] if headless else output.logits[0]
     return output
 
 
@@ -386,12 +407,14 @@ def _constant_modules(model: nn.Module, varying: set[str]) -> list[tuple[str, nn
         parameters = list(module.parameters())
         return bool(parameters) and not any(id(p) in varied for p in parameters)
 
-    base = model.base_model
-    if base is not model and constant(base):
+    base = encoder(model)
+    if base is unwrapped(model):
+        return []
+    if constant(base):
         return [("base_model", base)]
     # A ModuleList has no forward of its own to replay.
     children = [(n, m) for n, m in base.named_children() if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
-    return [(n, m) for n, m in children if base is not model and constant(m)]
+    return [(n, m) for n, m in children if constant(m)]
 
 
 def memo_bytes(memo: dict) -> int:
