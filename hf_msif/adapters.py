@@ -118,13 +118,13 @@ def encoder(model: nn.Module) -> nn.Module:
 
 
 def _encoder_names(model: nn.Module, idle: Collection[str]) -> dict[str, str]:
-    """Names inside the base model, as before any adapters → names in the whole model, without those in `idle`.
+    """Names in the whole model → names inside the base model, as before any adapters; without those in `idle`.
 
-    Matched by identity so that ties do not matter.
+    Matched by identity so that ties do not matter. A tensor and a copy that PEFT trains may both be in use.
     """
     canonical = {id(p): name for name, p in model.named_parameters()}
-    pairs = [(former_name(name), canonical[id(p)]) for name, p in encoder(model).named_parameters()]
-    return {before: name for before, name in pairs if name not in idle}
+    pairs = [(canonical[id(p)], former_name(name)) for name, p in encoder(model).named_parameters()]
+    return {name: base for name, base in pairs if name not in idle}
 
 
 def split(
@@ -169,34 +169,32 @@ def _match(
     stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str
 ) -> tuple[dict[str, str], dict[str, int]]:
     added, idle = survey(model, stage)
-    own, other = _encoder_names(model, idle), _encoder_names(previous, survey(previous, previous_stage)[1])
-    own_shape = {base: model.get_parameter(name).shape for base, name in own.items()}
-    other_shape = {base: previous.get_parameter(name).shape for base, name in other.items()}
+    own = _encoder_names(model, idle)
+    other = {base: n for n, base in _encoder_names(previous, survey(previous, previous_stage)[1]).items()}
     pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
     way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
 
     # A head hides inside the base model only where there is no base-model attribute: then names alone decide.
     whole = any(encoder(one) is unwrapped(one) for one in (model, previous))
-    shared = [base for base in own if base in other]
+    shared = {name: base for name, base in own.items() if base in other}
     if not shared:
         raise InputError(
-            f"{pair} share no tensor: the first of the one is {next(iter(own))!r}, of the other "
+            f"{pair} share no tensor: the first of the one is {next(iter(own.values()))!r}, of the other "
             f"{next(iter(other))!r}{way_out}."
         )
-    for base in [*own, *other]:
-        if own.get(base) in added and base not in other:
-            continue
-        if (base in own) != (base in other) and OPTIONAL_MODULE not in base.split(".") and not whole:
-            has, lacks = (stage, previous_stage) if base in own else (previous_stage, stage)
+    bases = dict.fromkeys(base for name, base in own.items() if name in shared or name not in added)
+    for base in [*bases, *other]:
+        if (base in bases) != (base in other) and OPTIONAL_MODULE not in base.split(".") and not whole:
+            has, lacks = (stage, previous_stage) if base in bases else (previous_stage, stage)
             raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
     grown = {}
-    for base in shared:
-        mine, theirs = own_shape[base], other_shape[base]
+    for name, base in shared.items():
+        mine, theirs = model.get_parameter(name).shape, previous.get_parameter(other[base]).shape
         if mine == theirs:
             continue
-        if _is_embedding(model, own[base]) and mine[1:] == theirs[1:] and mine[0] > theirs[0]:
+        if _is_embedding(model, name) and mine[1:] == theirs[1:] and mine[0] > theirs[0]:
             if resized:
-                grown[own[base]] = theirs[0]
+                grown[name] = theirs[0]
                 continue
             raise InputError(
                 f"{pair} do not match: tensor {base!r} is {tuple(mine)} in {stage!r} and {tuple(theirs)} in "
@@ -207,7 +205,7 @@ def _match(
             f"{pair} do not match: tensor {base!r} is {tuple(mine)} in {stage!r} and {tuple(theirs)} in "
             f"{previous_stage!r}{way_out}."
         )
-    return {own[base]: other[base] for base in shared}, grown
+    return {name: other[base] for name, base in shared.items()}, grown
 
 
 def _is_embedding(model: nn.Module, name: str) -> bool:

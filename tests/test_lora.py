@@ -121,6 +121,26 @@ def test_tied_weights_keep_one_name(pair):
     assert {n.split("original_module")[0] for n in found.left_out} == {"base_model.model.cls."}
 
 
+def test_a_tie_is_in_use_where_a_copy_replaces_only_one_end(pair):
+    """The embedding trained as a copy, the decoder its original still: both hang on the one embedding before."""
+    before = pair[0]
+    model = adapted(before, modules_to_save=["word_embeddings"])
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    found = split("more", model, before, "all")
+    word = "base_model.model.bert.embeddings.word_embeddings"
+    both = {f"{word}.original_module.weight", f"{word}.modules_to_save.default.weight"}
+    assert both < set(found.inherited)
+    assert {found.inherited[n] for n in both} == {"bert.embeddings.word_embeddings.weight"}
+    assert not found.left_out
+
+    msif = tiny.chain(before, tiny.finetuned(before, "bert", **NARROW))
+    stages = [msif.links[0].stage, Stage("more", model, tiny.objective("masked"), CORPUS, "all", alpha=0.3)]
+    link = MultiStageInfluence(stages, progress=False).link("more")
+    adjoint = tiny.block({n: link.model.parameters[n] for n in link.split.inherited}, 1, seed=0)
+    carried = link.carry(adjoint)["bert.embeddings.word_embeddings.weight"]
+    torch.testing.assert_close(carried, sum(adjoint[n] for n in both))
+
+
 def test_a_new_weight_under_an_adapter_is_held(pair):
     before, after = pair
     model = adapted(after, target_modules=["query", "pooler.dense"])
