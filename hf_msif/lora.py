@@ -111,7 +111,7 @@ def _check(path: str, layer: nn.Module, active: Collection[str], stage: str) -> 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Layers with adapters, and modules of which each adapter has a trained copy."""
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper

@@ -20,6 +20,7 @@ from hf_msif import InputError, MultiStageInfluence, Stage, lora, solvers, train
 from hf_msif.adapters import FunctionalModel, split
 from hf_msif.autodiff import Evaluation, directional
 from hf_msif.config import load
+from hf_msif.influence import pull_back
 from hf_msif.run import Run
 from hf_msif.validation.retraining import WarmStart, hand_on
 
@@ -365,6 +366,19 @@ def test_the_model_leaves_as_it_came(pair):
 
 
 # What is refused ----------------------------------------------------------------------------------------------------
+
+
+def test_a_base_weight_may_be_trained_beside_its_adapter(pair, tuned):
+    """Proximal then, by the name of the stage before: b = 2α u."""
+    patterns = ["*query.base_layer.weight", "*.lora_*", "*.modules_to_save.*"]
+    msif = tiny.chain(pair[0], tuned, 1e-11, (CORPUS, TWEETS), trainable=patterns, alpha=0.2)
+    link = msif.link("fine")
+    (own,) = link.split.proximal
+    u, inherited, _ = pull_back(link, msif.measurement(TESTS)[0])
+    torch.testing.assert_close(inherited[own], 0.4 * u[own], rtol=0, atol=0)
+    carried = link.carry(inherited)["bert.encoder.layer.0.attention.self.query.weight"]
+    assert torch.equal(carried, inherited[own])
+    assert carried.abs().max() > 0
 
 
 def test_merged_adapters(pair):
