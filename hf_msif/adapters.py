@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PretrainedConfig
 
 from .errors import InputError
+from .lora import former_name, survey, unwrapped
 
 # What only one of two otherwise equal base models has: BertModel has a pooler, the base of BertForMaskedLM has none.
 OPTIONAL_MODULE = "pooler"
@@ -120,10 +121,19 @@ class Split:
         return "\n".join(lines)
 
 
-def _encoder_names(model: nn.Module) -> dict[str, str]:
-    """Names inside the base model → names in the whole model, matched by identity so that ties do not matter."""
+def encoder(model: nn.Module) -> nn.Module:
+    """The base model of a `PreTrainedModel`, also of one in a `PeftModel`, whose own `base_model` is another thing."""
+    return unwrapped(model).base_model
+
+
+def _encoder_names(model: nn.Module, idle: Collection[str]) -> dict[str, str]:
+    """Names in the whole model → names inside the base model, as before any adapters; without those in `idle`.
+
+    Matched by identity so that ties do not matter. A tensor and a copy that PEFT trains may both be in use.
+    """
     canonical = {id(p): name for name, p in model.named_parameters()}
-    return {name: canonical[id(p)] for name, p in model.base_model.named_parameters()}
+    pairs = [(canonical[id(p)], former_name(name)) for name, p in encoder(model).named_parameters()]
+    return {name: base for name, base in pairs if name not in idle}
 
 
 def split(
@@ -137,6 +147,10 @@ def split(
     """Assigns every parameter of `model` its role.
 
     W is what the two *base* models share by name and shape; a pooler that only one of them has belongs to its head.
+    LoRA and other PEFT adapters inside of the encoder belong to the head too, unless the model before has the same;
+    `query.base_layer.weight` is the `query.weight` of the stage before, and a copy in `modules_to_save` takes the
+    place of its original. Inactive adapters, originals that a copy replaces and, with "head", new weights under an
+    adapter are left out.
 
     Args:
         stage: name used in messages.
@@ -148,44 +162,48 @@ def split(
 
     Raises:
         InputError: the base models do not match (the first tensor that differs is named), a pattern matches nothing,
-            or nothing is left to train.
+            or nothing is left to train; adapters that are merged, or are no function of the model's parameters.
     """
-    parameters = dict(model.named_parameters())
-    shapes = {name: p.shape for name, p in parameters.items()}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    added, idle = survey(model, stage)
     inherited, grown = _match(stage, model, previous, resized, previous_stage) if previous is not None else ({}, {})
-    trained, left_out = _trained(stage, list(shapes), inherited, trainable)
-    return Split(stage, shapes, inherited, trained, grown, left_out)
+    trained, left_out = _trained(stage, [name for name in shapes if name not in idle], inherited, trainable)
+    if trainable == "head" and added:  # to train both would have a flat direction
+        under = {n: "held constant under its adapter" for n in trained if ".base_layer." in n}
+        trained, left_out = tuple(n for n in trained if n not in under), under
+    return Split(stage, shapes, inherited, trained, grown, {**left_out, **idle})
 
 
 def _match(
     stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str
 ) -> tuple[dict[str, str], dict[str, int]]:
-    own, other = _encoder_names(model), _encoder_names(previous)
-    own_shape = {base: model.get_parameter(name).shape for base, name in own.items()}
-    other_shape = {base: previous.get_parameter(name).shape for base, name in other.items()}
+    added, idle = survey(model, stage)
+    own = _encoder_names(model, idle)
+    other = {base: n for n, base in _encoder_names(previous, survey(previous, previous_stage)[1]).items()}
     pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
     way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
 
     # A head hides inside the base model only where there is no base-model attribute: then names alone decide.
-    whole = model.base_model is model or previous.base_model is previous
-    shared = [base for base in own if base in other]
+    whole = any(encoder(one) is unwrapped(one) for one in (model, previous))
+    shared = {name: base for name, base in own.items() if base in other}
     if not shared:
         raise InputError(
-            f"{pair} share no tensor: the first of the one is {next(iter(own))!r}, of the other "
+            f"{pair} share no tensor: the first of the one is {next(iter(own.values()))!r}, of the other "
             f"{next(iter(other))!r}{way_out}."
         )
-    for base in [*own, *other]:
-        if (base in own) != (base in other) and OPTIONAL_MODULE not in base.split(".") and not whole:
-            has, lacks = (stage, previous_stage) if base in own else (previous_stage, stage)
+    bases = dict.fromkeys(base for name, base in own.items() if name in shared or name not in added)
+    for base in [*bases, *other]:
+        if (base in bases) != (base in other) and OPTIONAL_MODULE not in base.split(".") and not whole:
+            has, lacks = (stage, previous_stage) if base in bases else (previous_stage, stage)
             raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
     grown = {}
-    for base in shared:
-        mine, theirs = own_shape[base], other_shape[base]
+    for name, base in shared.items():
+        mine, theirs = model.get_parameter(name).shape, previous.get_parameter(other[base]).shape
         if mine == theirs:
             continue
-        if _is_embedding(model, own[base]) and mine[1:] == theirs[1:] and mine[0] > theirs[0]:
+        if _is_embedding(model, name) and mine[1:] == theirs[1:] and mine[0] > theirs[0]:
             if resized:
-                grown[own[base]] = theirs[0]
+                grown[name] = theirs[0]
                 continue
             raise InputError(
                 f"{pair} do not match: tensor {base!r} is {tuple(mine)} in {stage!r} and {tuple(theirs)} in "
@@ -196,7 +214,7 @@ def _match(
             f"{pair} do not match: tensor {base!r} is {tuple(mine)} in {stage!r} and {tuple(theirs)} in "
             f"{previous_stage!r}{way_out}."
         )
-    return {own[base]: other[base] for base in shared}, grown
+    return {name: other[base] for name, base in shared.items()}, grown
 
 
 def _is_embedding(model: nn.Module, name: str) -> bool:
@@ -328,15 +346,16 @@ def forward(
     With positions the logits have shape (M, V): the encoder's output is gathered before the head, since a masked-LM
     head over a large vocabulary is most of a small model's work and only about 15 % of the tokens are masked.
     """
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in inspect.signature(unwrapped(model).forward).parameters:
         inputs = {"use_cache": False, **inputs}
     if positions is None:
         return run(inputs)
-    base = model.base_model
-    with _gathered(base, positions) if base is not model else nullcontext():
+    base = encoder(model)
+    headless = base is unwrapped(model)
+    with _gathered(base, positions) if not headless else nullcontext():
         output = run(inputs)
     if getattr(output, "logits", None) is not None:  # a model without a head is the objective's to refuse
-        output.logits = output.logits[0] if base is not model else output.logits[positions]
+        output.logits = output.logits[positions] if headless else output.logits[0]
     return output
 
 
@@ -396,12 +415,14 @@ def _constant_modules(model: nn.Module, varying: set[str]) -> list[tuple[str, nn
         parameters = list(module.parameters())
         return bool(parameters) and not any(id(p) in varied for p in parameters)
 
-    base = model.base_model
-    if base is not model and constant(base):
+    base = encoder(model)
+    if base is unwrapped(model):
+        return []
+    if constant(base):
         return [("base_model", base)]
     # A ModuleList has no forward of its own to replay.
     children = [(n, m) for n, m in base.named_children() if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
-    return [(n, m) for n, m in children if base is not model and constant(m)]
+    return [(n, m) for n, m in children if constant(m)]
 
 
 def memo_bytes(memo: dict) -> int:

@@ -82,6 +82,8 @@ class Model(Section):
     """units of the feed-forward head"""
     dtype: Literal["float32", "float64"] | None = None
     """of the parameters; null: as the model comes. float64 for stages that are brought to a stationary point"""
+    lora: dict[str, Any] | None = None
+    """settings of `peft.LoraConfig` (r, lora_alpha, target_modules, ...): adapters in a later stage's encoder"""
 
 
 class Solver(Section):
@@ -262,6 +264,16 @@ class Config(Section):
                 )
             if stage.link == "proximal" and (stage.run is not None or stage.max_growth is not None):
                 raise InputError(f"{key} has run or max_growth, which need link: unrolled.")
+            if stage.model.lora is not None and not index:
+                raise InputError(
+                    f"{key}.model.lora is for later stages, whose encoder is inherited: leave it out, or put a "
+                    "stage with the pretrained model before it."
+                )
+            if index and stage.model.path is None and self.stages[names[index - 1]].model.lora is not None:
+                raise InputError(
+                    f"{key} would build on the encoder of {names[index - 1]!r}, which has adapters "
+                    f"(stages.{names[index - 1]}.model.lora); expected such a stage to be the last one."
+                )
             if stage.model.head == "feed_forward" and not (index and stage.task == "sequence-classification"):
                 raise InputError(
                     f"{key}.model.head is 'feed_forward'; expected 'auto', unless a later stage has the task "

@@ -53,6 +53,7 @@ class Run:
             self._training(name)
             self.polishing(name)
             self._new_config(name)
+        self.adapters = {name: self._adapter(name) for name in self.names}
         self.solvers = {name: self._solver(name) for name in self.names}
         self.tokenizer = None
         if config.tokenizer is not None:
@@ -137,6 +138,28 @@ class Run:
         except InputError:
             raise
         except Exception as error:
+            raise InputError(f"{key}: {first_line(error)}.") from error
+
+    def _adapter(self, name: str):
+        """The `peft.LoraConfig` of a new model, or None where it has no adapters."""
+        from . import lora
+
+        given, key = self.config.stages[name].model.lora, f"stages.{name}.model.lora"
+        if given is None:
+            return None
+        kind = lora.library(key).LoraConfig
+        ours = ["task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"]
+        ours += ["inference_mode", "runtime_config", "bias"]  # known otherwise, or said by `trainable`
+        checked = settings(kind, given, key, without=ours)
+        start = checked.get("init_lora_weights", True)
+        if start not in (True, False, "gaussian", "orthogonal"):
+            raise InputError(
+                f"{key}.init_lora_weights is {start!r}, which changes the inherited weights to begin with; expected "
+                "true, false, gaussian or orthogonal."
+            )
+        try:
+            return kind(**checked)
+        except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"{key}: {first_line(error)}.") from error
 
     # --- what a stage is made of
@@ -252,11 +275,18 @@ class Run:
         return {name: self.model(name) for name in self.names}
 
     def _load(self, name: str, source: str | Path, **config):
+        from . import lora
+
+        folder = Path(source).expanduser()
         try:
+            if (folder / lora.FOLDER).is_dir():
+                return self._cast(name, lora.load(folder, self._auto(name))), []
             model, found = self._auto(name).from_pretrained(
                 os.path.expanduser(source), output_loading_info=True, **config
             )
             model = self._cast(name, model)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}); expected a Hub id, or "
@@ -281,14 +311,27 @@ class Run:
         """The untrained model of a stage: from `model.path`, else from `model.config` (the first stage) or on the
         encoder of the stage before."""
         before = self.model(self.names[self.names.index(name) - 1]) if self.names.index(name) else None
-        return self._cast(name, self._new(name, before, self.config.seed))
+        return self._cast(name, self._adapted(name, self._new(name, before, self.config.seed)))
 
     def fresh(self, seed: int) -> list:
         """Untrained models of all stages under a seed, the later ones on the encoders of the earlier ones."""
         found = []
         for name in self.names:
-            found.append(self._cast(name, self._new(name, found[-1] if found else None, seed)))
+            model = self._new(name, found[-1] if found else None, seed)
+            found.append(self._cast(name, self._adapted(name, model)))
         return found
+
+    def _adapted(self, name: str, model):
+        """The model with new adapters where the stage has some and the model has none yet."""
+        from . import lora
+
+        config, key = self.adapters[name], f"stages.{name}.model.lora"
+        if config is None or lora.has_adapters(model):
+            return model
+        try:
+            return lora.library(key).inject_adapter_in_model(copy.deepcopy(config), model)
+        except (ValueError, TypeError) as error:  # no such modules, no adapter for them
+            raise InputError(f"{key}: {first_line(error)}.") from error
 
     def _new(self, name: str, before, seed: int):
         import transformers

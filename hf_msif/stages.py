@@ -37,12 +37,15 @@ class Stage:
 
     Args:
         name: unique in its chain.
-        model: a `PreTrainedModel` at the stage's final parameters; never modified.
+        model: a `PreTrainedModel` at the stage's final parameters, or a `PeftModel` of one: its adapters, not merged,
+            belong to the stage and its encoder is inherited as ever; never modified.
         objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
         data: the stage's training examples: a `datasets.Dataset`, a list of dicts, or a list of strings. A column
             `example_id` names rows (and seeds their masks); rows without one are numbered.
         trainable: "all", "head" (everything not inherited) or a list of name patterns. What is inherited and not
             trained is frozen (Case 1), what is inherited and trained hangs on the stage before by `link` (Case 2).
+            With LoRA, "head" is the adapters and all that is new; PEFT alone holds new tensors outside of
+            `modules_to_save` (such as BERT's pooler) constant, which is `["*.lora_*", "*.modules_to_save.*"]`.
         weight_decay: of the quadratic penalty, on all trained parameters but biases and normalisation layers (by the
             rule of Hugging Face's `Trainer`, whose own weight decay is AdamW's and no term of an objective).
         alpha: α of eq. (12), needed where inherited parameters are trained and the link is proximal; "auto": estimated
@@ -242,9 +245,10 @@ class Link:
             if gap > 1e-6:
                 raise InputError(
                     f"stage {self.stage.name!r}: {name!r} counts as frozen, but differs from stage "
-                    f"{self.before.stage.name!r} (relative difference {gap:.1e}): it was trained, or the checkpoint "
-                    "is another one. Use trainable='all' (or patterns) with alpha, or pair the model with the "
-                    "checkpoint that it was finetuned from."
+                    f"{self.before.stage.name!r} (relative difference {gap:.1e}): it was trained, or adapters were "
+                    "merged into it, or the checkpoint is another one. Use trainable='all' (or patterns) with alpha, "
+                    "give the model with its adapters unmerged, or pair it with the checkpoint that it was finetuned "
+                    "from."
                 )
 
     def collate(self, rows: list[dict]) -> dict:

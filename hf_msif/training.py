@@ -26,6 +26,8 @@ from .digests import describe, digest
 from .engine import Engine, as_rows, checked_omission
 from .errors import DivergedError, InputError
 from .files import write_json
+from .lora import has_adapters, unwrapped
+from .lora import save as save_with_adapters
 from .objectives import of_epoch
 from .polishing import PolishReport, polish
 from .recording import record
@@ -41,6 +43,8 @@ DECISIVE += ("seed", "data_seed", "bf16", "fp16")
 # What Trainer and Accelerate leave on modules; under a `forward` that autocasts, the model would be differentiated.
 TOUCHED = ("training", "gradient_checkpointing", "forward", "_original_forward", "_is_accelerate_prepared")
 TOUCHED += ("_require_grads_hook", "_require_grads_hooks")
+# With it set, `save_pretrained` would write checkpoints of the adapters alone.
+TOUCHED += ("_hf_peft_config_loaded",)
 
 
 def train(
@@ -93,6 +97,7 @@ def train(
             written).
     """
     rows = as_rows(data, f"the data of stage {name!r}")
+    model = unwrapped(model)  # the checkpoints of a PeftModel are its adapters alone
     roles = split(name, model, previous, trainable, resized)
     omit = checked_omission(omit, rows, name)
     arguments = _checked_arguments(arguments, objective, name)
@@ -177,13 +182,13 @@ def mistakes(
 
 def save(model: nn.Module, tokenizer: Any | None, folder: str | os.PathLike) -> None:
     """Writes model and tokenizer (where there is one) as `from_pretrained` reads them, whole or not at all; replaces
-    what was there."""
+    what was there. A model with adapters is written as `lora.load` reads it, encoder included."""
     folder = Path(folder)
     part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        model.save_pretrained(part)
+        save_with_adapters(model, part) if has_adapters(model) else model.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if folder.exists():
@@ -262,6 +267,7 @@ def _borrowed(model: nn.Module, trained: set[str]) -> Iterator[None]:
     try:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in trained)
+        vars(model).pop("_hf_peft_config_loaded", None)
         yield
     finally:
         model.zero_grad()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import vectors
+from ..adapters import encoder
 from ..autodiff import Evaluation, example_gradients
 from ..engine import as_rows
 from ..errors import InputError
@@ -228,7 +229,7 @@ def _inputs(objective: Any, rows: list[dict]) -> dict:
 
 
 def _pooled(link: Link, inputs: dict) -> Tensor:
-    base, parameters = link.stage.model.base_model, link.model.parameters
+    base, parameters = encoder(link.stage.model), link.model.parameters
     whole = {id(p): parameters[name] for name, p in link.stage.model.named_parameters()}
     state = {name: whole[id(p)] for name, p in base.named_parameters()}
     buffers = {name: b.to(link.engine.device) for name, b in base.named_buffers()}

@@ -177,6 +177,7 @@ class Setup:
             str(folder / "trainer"),
             max_steps=settings.steps,
             per_device_train_batch_size=BATCH,
+            save_strategy="no",
             report_to=[],
             use_cpu=True,
             **ADAM,
