@@ -18,6 +18,7 @@ from .recording import compose
 from .replay import Replay
 from .solvers import Dense
 from .stages import Link
+from .unrolled import held_bytes
 
 if TYPE_CHECKING:
     from .run import Run
@@ -124,7 +125,6 @@ def _unrolled(link: Link, arguments, columns: int) -> dict:
     forward = _seconds(replay.forward, slots, 0)
     backward = _seconds(replay.backward, slots, min(1, last), adjoint)
     state = run.bytes_of(link.model.parameters)
-    held = run.interval + 1
     step_rows = max(map(len, run.schedule.rows))
     return {
         "steps": run.steps,
@@ -133,9 +133,9 @@ def _unrolled(link: Link, arguments, columns: int) -> dict:
         "solve_seconds": run.steps * (forward + backward),
         "score_seconds_a_row": forward / step_rows / 3 / columns,
         "state_bytes": state,
-        "states_held": held,
+        "states_held": run.interval + 1,
         "states_kept": len(run.marks),
-        "solver_bytes": held * state + 3 * columns * state,
+        "solver_bytes": held_bytes(run, link.model.parameters, columns),
         "vector_bytes": 8 * columns * len(rows),
         "disk_bytes": len(run.marks) * state,
         "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),

@@ -84,6 +84,14 @@ class RunCertificate:
         )
 
 
+def held_bytes(recording: Recording, parameters: Mapping[str, Any], columns: int) -> int:
+    """Most bytes that a pull-back holds at a time, beside the graph of one step: a segment's states, and for each
+    column the adjoints before and after a step and what falls on its gradient."""
+    state = recording.bytes_of(parameters)
+    own = recording.bytes_of(parameters) // (1 + len(recording.optimiser.buffers))
+    return (recording.interval + 1) * state + columns * (2 * state + own)
+
+
 def growth_limit(dtype: torch.dtype) -> float:
     """Growth of the adjoint beyond which rounding of the run itself, so much enlarged, reaches 0.1 %."""
     return 1e-3 / torch.finfo(dtype).eps
