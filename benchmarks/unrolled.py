@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import logging
 import statistics
@@ -106,6 +108,15 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
 
         Trainer(_Labelled(copy.deepcopy(first[1])), given, collate, rows).train()
 
+    state = link.recording.bytes_of(link.model.parameters)
+    held = link.recording.interval + 1
+    memory = {
+        "state": state,
+        "states_held": held,
+        "planned": unrolled.held_bytes(link.recording, link.model.parameters, 1),
+    }
+    memory["graphs"] = _peak(lambda: _one_step(link, one), settings.device) - (memory["planned"] - (held - 1) * state)
+    memory["measured"] = _peak(lambda: pull_back(link, one), settings.device)
     tasks: dict[str, Callable[[], object]] = {
         UNIT: lambda: training.record(
             copy.deepcopy(first[1]), objective, rows, given, None, previous=first[0], progress=False
@@ -124,15 +135,6 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
             seconds[name].append(time.perf_counter() - started)
     found = {name: _ratios(mine, seconds[UNIT]) for name, mine in seconds.items()}
     met = found["pull-back, 1 query"]["ratio"] <= BAR
-    state = link.recording.bytes_of(link.model.parameters)
-    held = link.recording.interval + 1
-    memory = {
-        "state": state,
-        "states_held": held,
-        "planned": unrolled.held_bytes(link.recording, link.model.parameters, 1),
-    }
-    memory["graph"] = _peak(lambda: _one_step(link, one), settings.device) - 4 * state
-    memory["measured"] = _peak(lambda: pull_back(link, one), settings.device)
     return {"tasks": found, "met": met, "memory": memory, "parameters": vectors.numel(one)}
 
 
@@ -169,6 +171,8 @@ def _peak(task: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         task()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would count as held before
     before, peak, done = _resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -205,9 +209,10 @@ def text(report: dict) -> str:
             tabulate(lines, ["", "ratio", "min–max", "seconds", "bar"], disable_numparse=True),
             f"{report['parameters']:,} parameters, {settings['steps']} steps of {settings['batch_size']} rows, "
             f"{settings['repeats']} repeats; {settings['dtype']} on {settings['device']}, {settings['threads']} "
-            f"thread(s)\nmemory, 1 query: {report['memory']['states_held']} states of {memory['state']:.0f} MiB held; "
-            f"planned with adjoints {memory['planned']:.0f} MiB, measured {memory['measured']:.0f} MiB, of which one step's graph "
-            f"about {memory['graph']:.0f} MiB",
+            "thread(s)",
+            f"memory, 1 query: {report['memory']['states_held']} states of {memory['state']:.0f} MiB held; planned, "
+            f"with adjoints, {memory['planned']:.0f} MiB; measured {memory['measured']:.0f} MiB, a "
+            f"step's graphs alone about {memory['graphs']:.0f} MiB",
         ]
     )
 
