@@ -134,38 +134,14 @@ def start(optimiser: SGD | AdamW, parameters: Mapping[str, Tensor]) -> Slots:
     return slots
 
 
-def advance(
-    optimiser: SGD | AdamW,
-    slots: Slots,
-    gradients: Mapping[str, Tensor],
-    rate: float,
-    step: int,
-    clip: float | None,
-    decayed: frozenset[str],
-) -> Slots:
-    """One step of the run: clips the gradients' common norm, then updates every parameter and its buffers.
+def clipped(gradients: dict[str, Tensor], largest: float | None) -> dict[str, Tensor]:
+    """The gradients of a step, scaled so that all together have at most the norm `largest`; None or 0: as they are.
 
-    Args:
-        optimiser: whose `weight_decay` acts on the names in `decayed`.
-        slots: the state before the step; not modified.
-        gradients: of the step's objective, by name.
-        rate: learning rate of the step.
-        step: its number, from 1.
-        clip: largest norm of all gradients together; None or 0: as large as it is.
-
-    >>> slots, gradient = start(SGD(), {"w": torch.tensor([1.0])}), {"w": torch.tensor([4.0])}
-    >>> advance(SGD(), slots, gradient, rate=0.1, step=1, clip=2.0, decayed=frozenset())["parameters"]
-    {'w': tensor([0.8000])}
+    >>> clipped({"w": torch.tensor([3.0, 4.0])}, largest=1.0)["w"].round(decimals=4)
+    tensor([0.6000, 0.8000])
     """
-    if clip:
-        norm = torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]).norm()
-        share = (clip / (norm + CLIP_EPSILON)).clamp(max=1.0)
-        gradients = {name: share * g for name, g in gradients.items()}
-    after: Slots = {slot: {} for slot in slots}
-    for name, p in slots["parameters"].items():
-        buffers = tuple(slots[slot][name] for slot in optimiser.buffers)
-        decay = optimiser.weight_decay if name in decayed else 0.0
-        updated = optimiser.update(p, gradients[name], buffers, rate, step, decay)
-        for slot, value in zip(("parameters", *optimiser.buffers), updated, strict=True):
-            after[slot][name] = value
-    return after
+    if not largest:
+        return gradients
+    norm = torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]).norm()
+    share = (largest / (norm + CLIP_EPSILON)).clamp(max=1.0)
+    return {name: share * g for name, g in gradients.items()}

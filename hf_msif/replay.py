@@ -8,7 +8,7 @@ count_i for every example of the batch at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from .autodiff import Evaluation
 from .curvature._operator import _counts
 from .engine import Engine, checked_omission
 from .objectives import of_epoch
-from .optimisers import Slots, advance
+from .optimisers import Slots, clipped
 from .vectors import Block
 
 if TYPE_CHECKING:
@@ -95,16 +95,30 @@ class Replay:
         """The state after step t (from 0)."""
         gradient = self._gradient(slots["parameters"], t)
         with torch.no_grad():
-            return self._update(slots, gradient, self.anchors, t)
+            total = self._total(slots["parameters"], gradient, self.anchors)
+            after: Slots = {slot: {} for slot in slots}
+            for name, g in total.items():
+                updated = self._update(name, g, [own[name] for own in slots.values()], t)
+                for slot, value in zip(slots, updated, strict=True):
+                    after[slot][name] = value
+        return after
 
-    def _update(self, slots: Slots, gradient: Mapping[str, Tensor], anchors: Mapping[str, Tensor], t: int) -> Slots:
+    def _total(
+        self, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor], anchors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the optimiser sees: the gradient of the whole F_B, clipped."""
         total = dict(gradient)
         for name, strength in self.decay.items():
-            total[name] = total[name] + strength * slots["parameters"][name]
+            total[name] = total[name] + strength * parameters[name]
         for name, strength in self.ties.items():
-            total[name] = total[name] + strength * (slots["parameters"][name] - anchors[name])
+            total[name] = total[name] + strength * (parameters[name] - anchors[name])
+        return clipped(total, self.recording.clip)
+
+    def _update(self, name: str, g: Tensor, state: list[Tensor], t: int) -> tuple[Tensor, ...]:
+        """A parameter and its buffers after step t."""
         run = self.recording
-        return advance(run.optimiser, slots, total, run.schedule.rates[t], t + 1, run.clip, run.decayed)
+        decay = run.optimiser.weight_decay if name in run.decayed else 0.0
+        return run.optimiser.update(state[0], g, tuple(state[1:]), run.schedule.rates[t], t + 1, decay)
 
     def _gradient(self, parameters: Mapping[str, Tensor], t: int) -> dict[str, Tensor]:
         """∇ of the data's part of F_B."""
@@ -164,26 +178,25 @@ class Replay:
         self, slots: Slots, gradient: Mapping[str, Tensor], t: int, adjoint: Adjoint
     ) -> tuple[dict[str, Block], Block]:
         """λ on the state before the step, but for what comes by way of g; and γ, on g."""
-        inputs = {slot: {n: x.detach().requires_grad_() for n, x in own.items()} for slot, own in slots.items()}
-        inputs["gradient"] = {n: g.detach().requires_grad_() for n, g in gradient.items()}
-        inputs["anchors"] = {n: x.detach().requires_grad_() for n, x in self.anchors.items()}
-        after = self._update({slot: inputs[slot] for slot in slots}, inputs["gradient"], inputs["anchors"], t)
-        pairs = [(slot, n) for slot, own in after.items() for n in own if own[n].requires_grad]
-        outputs, leaves = [after[s][n] for s, n in pairs], [x for own in inputs.values() for x in own.values()]
-        width = vectors.columns(adjoint.slots["parameters"])
-        rows = []
-        for q in range(width):
-            given = [adjoint.slots[s][n][q] for s, n in pairs]
-            rows.append(
-                torch.autograd.grad(
-                    outputs, leaves, given, retain_graph=q + 1 < width, allow_unused=True, materialize_grads=True
-                )
-            )
-        stacked = iter([torch.stack(column) for column in zip(*rows, strict=True)])
-        found = {slot: {n: next(stacked) for n in own} for slot, own in inputs.items()}
-        anchors, gamma = found.pop("anchors"), found.pop("gradient")
+        inputs = [
+            {n: x.detach().requires_grad_() for n, x in own.items()}
+            for own in (slots["parameters"], gradient, self.anchors)
+        ]
+        total = self._total(*inputs)
+        direct: dict[str, Block] = {slot: {} for slot in slots}
+        seen: Block = {}
+        for n, g in total.items():  # a parameter at a time: the graph of all updates would be several states
+            leaves = [x.detach().requires_grad_() for x in (g, *(own[n] for own in slots.values()))]
+            after = self._update(n, leaves[0], leaves[1:], t)
+            seen[n], *rest = _vjp(after, leaves, [own.pop(n) for own in adjoint.slots.values()])
+            for slot, value in zip(slots, rest, strict=True):
+                direct[slot][n] = value
+        leaves = [x for own in inputs for x in own.values()]
+        found = iter(_vjp(list(total.values()), leaves, list(seen.values())))
+        more, gamma, anchors = ({n: next(found) for n in own} for own in inputs)
+        vectors.add_(direct["parameters"], more)
         vectors.add_(adjoint.anchors, anchors)
-        return found, gamma
+        return direct, gamma
 
     def _through_gradient(self, graph, gamma: Block, indices: Tensor, parameters: Block, adjoint: Adjoint) -> None:
         """Adds what comes by way of g: to λ on `parameters`, to frozen parameters and to weights."""
@@ -242,3 +255,20 @@ class Replay:
             else:
                 torch.set_rng_state(run.schedule.generators[t].clone())
             yield parts
+
+
+def _vjp(outputs: Sequence[Tensor], inputs: Sequence[Tensor], adjoints: Sequence[Tensor]) -> list[Tensor]:
+    """Σ (∂output/∂input)ᵀ adjoint for every input and column: tensors of shape (Q, *input.shape)."""
+    width = adjoints[0].shape[0]
+    columns = [
+        torch.autograd.grad(
+            outputs,
+            inputs,
+            [adjoint[q] for adjoint in adjoints],
+            retain_graph=q + 1 < width,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for q in range(width)
+    ]
+    return [torch.stack(column) for column in zip(*columns, strict=True)]

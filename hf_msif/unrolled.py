@@ -85,11 +85,11 @@ class RunCertificate:
 
 
 def held_bytes(recording: Recording, parameters: Mapping[str, Any], columns: int) -> int:
-    """Most bytes that a pull-back holds at a time, beside the graph of one step: a segment's states, and for each
-    column the adjoints before and after a step and what falls on its gradient."""
+    """Most bytes that a pull-back holds at a time, beside the graph of one step: a segment's states, the gradient and
+    what it is clipped to, and for each column the adjoint of a state and those of the two gradients."""
     state = recording.bytes_of(parameters)
-    own = recording.bytes_of(parameters) // (1 + len(recording.optimiser.buffers))
-    return (recording.interval + 1) * state + columns * (2 * state + own)
+    own = state // (1 + len(recording.optimiser.buffers))
+    return (recording.interval + 1) * state + 2 * own + columns * (state + 2 * own)
 
 
 def growth_limit(dtype: torch.dtype) -> float:
