@@ -163,8 +163,8 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
         )
     settings = dict(own.pop()) if own else {}
     if how == "warm_start":
-        proximal = {stage.name for stage in stages if stage.link == "proximal"}
-        missing = next((name for name, some in given.items() if some is None and name in proximal), None)
+        again = stages[run.names.index(run.ranked) :]  # what comes before stays as it is
+        missing = next((s.name for s in again if s.link == "proximal" and given[s.name] is None), None)
         if missing is not None:
             raise InputError(
                 f"stages.{missing}.polish is missing: a warm start goes from stationary point to stationary point. "

@@ -232,3 +232,23 @@ def test_the_domain_stage_starts_from_the_head_before_it_and_says_what_it_gained
     assert report["test_before"]["loss"] > report["test"]["loss"]
     assert "test_before" not in json.loads((three.parent / "run" / "pretraining.json").read_text())
     assert "test_before" not in json.loads((three.parent / "run" / "finetuning.json").read_text())
+
+
+def test_removed_tweets_of_the_domain_repeat_its_run_and_leave_pretraining_alone(three, tmp_path, capsys):
+    double = [word for name in config.load(three).stages for word in (f"--stages.{name}.model.dtype", "float64")]
+    polished = ("--stages.finetuning.polish", "{}", "--stages.finetuning.weight_decay", 0.01)
+    exact = ("--stages.finetuning.curvature", "hessian", "--stages.finetuning.solver", "{name: dense, damping: 0}")
+    # Adam divides by a gradient's own size: a word that one tweet alone has moves by as much at half its weight.
+    gentle = ("--stages.domain.training.optim", "sgd", "--stages.domain.training.learning_rate", 0.03)
+    where = ("--config", three, "--run_dir", tmp_path, *double, *polished, *exact, *gentle)
+    assert msif("train", *where) == 0
+    few = ("--validation.groups", 5, "--validation.group_size", 1, "--validation.baselines", "[]")
+    found = answer(
+        capsys, "validate", *where, *few, "--validation.experiment", "remove_groups", "--corpus.stage", "domain"
+    )
+    assert found["pearson_r"] > 0.99
+    assert found["slope"] == pytest.approx(1, abs=0.1)
+    assert found["ceiling"]["pearson_r"] > 0.99
+    assert found["validation"].endswith("remove_groups-domain.json")
+    assert msif("validate", *where, *few) == 2
+    assert "stages.pretraining.polish is missing" in capsys.readouterr().err
