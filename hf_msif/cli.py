@@ -70,10 +70,12 @@ def parser() -> Parser:
             command.add_argument("--stage", metavar="NAME", help="the stage to train; default: all, in order")
     show = add("top", "the most influential rows of a finished run")
     show.add_argument("--run", required=True, metavar="DIR", help="run folder that holds scores.parquet")
+    show.add_argument("--stage", metavar="NAME", help="whose ranking; default: the one in scores.parquet")
     show.add_argument("-k", type=int, default=10, help="rows a test example")
     show.add_argument("--by", default="absolute", help="absolute, harmful or helpful")
     both = add("compare", "absolute influences of two runs side by side: two tasks, two models")
     both.add_argument("--runs", required=True, nargs=2, metavar="DIR", help="run folders that hold scores.parquet")
+    both.add_argument("--stages", nargs=2, metavar="NAME", help="whose rankings, one a run; default: as in top")
     both.add_argument("-k", type=int, default=100, help="rows of either ranking whose overlap is counted")
     both.add_argument("--output", metavar="FILE.png", help="draw both distributions")
     return top
@@ -153,20 +155,20 @@ def _configured(given: argparse.Namespace, config) -> dict:
     elif given.command == "score":
         print(plain(report["table"]))
         print(
-            f"{report['rows']:,} rows scored in {report['seconds']} s; {report['scores']}, table1.md and "
-            "table1.parquet written"
+            f"{report['rows']:,} rows scored in {report['seconds']} s; {report['scores']} and {report['table1']}.md, "
+            ".parquet written"
         )
         if report.get("figure"):
             print(f"{report['figure']} written: each test image beside its most harmful and most helpful ones")
     elif given.command == "sweep":
         print(plain(report["table"]))
-        print(f"{report['sweep']} and sweep.md written in {report['seconds']} s")
+        print(f"{report['sweep']} and its .md written in {report['seconds']} s")
     elif given.command == "validate":
         accuracy = ", ".join(f"{name} {value:.3f}" for name, value in report["accuracy"].items())
         print(f"accuracy: {accuracy}" if accuracy else "no classifier among the stages", report["text"], sep="\n\n")
         print(f"{report['validation']} written in {report['seconds']} s, {report['retrainings']} retrainings")
     else:
-        print(f"{report['removed']:,} rows left out; {report['kept']} and random.parquet beside it written")
+        print(f"{report['removed']:,} rows left out; {report['kept']} and random rows beside it written")
         if "table" in report:
             print(plain(report["table"]))
         for name, gain in report.items():
@@ -182,22 +184,24 @@ def _configured(given: argparse.Namespace, config) -> dict:
 def _top(given: argparse.Namespace) -> dict:
     from .tables import plain, test_sentence
 
-    scores, found = _scores(given.run, given.k), []
+    scores, found = _scores(given.run, given.stage, given.k), []
     for q in range(scores.columns):
         table = scores.top(given.k, given.by, q)
         found.append({"test": test_sentence(scores, q), "top": table})
         print(f"\n{given.by} influence on: {found[-1]['test']}")
         print(plain(table[["example_id", "influence", "removal_effect", "text"]], width=80))
-    return {"run": given.run, "by": given.by, "tests": found}
+    return {"run": given.run, "stage": scores.metadata.get("stage"), "by": given.by, "tests": found}
 
 
 def _compare(given: argparse.Namespace) -> dict:
     from .comparison import compare
     from .files import write_whole
 
-    found = compare(*(_scores(run, given.k) for run in given.runs), k=given.k)
-    for run, mean, (low, high) in zip(given.runs, found.mean_absolute, found.mean_absolute_interval, strict=True):
-        print(f"{run}: mean |influence| {mean:.4g} [{low:.4g}, {high:.4g}]")
+    stages = given.stages or [None, None]
+    found = compare(*(_scores(run, stage, given.k) for run, stage in zip(given.runs, stages, strict=True)), k=given.k)
+    names = [f"{run} ({stage})" if stage else run for run, stage in zip(given.runs, stages, strict=True)]
+    for name, mean, (low, high) in zip(names, found.mean_absolute, found.mean_absolute_interval, strict=True):
+        print(f"{name}: mean |influence| {mean:.4g} [{low:.4g}, {high:.4g}]")
     low, high = found.ratio_interval
     print(f"ratio {found.ratio:.3f}, {found.level:.0%} [{low:.3f}, {high:.3f}]")
     if found.shared >= 3:
@@ -205,16 +209,18 @@ def _compare(given: argparse.Namespace) -> dict:
             f"{found.shared:,} rows in both: Spearman of |influence| {found.spearman_r:.3f}, "
             f"{found.top_k_shared:.0%} of the top {min(found.k, found.shared)} shared"
         )
-    report = {"runs": given.runs, **found.to_dict()}
+        if not math.isnan(found.signed_r):
+            print(f"Spearman of the signed influences on the same test example, mean over them: {found.signed_r:.3f}")
+    report = {"runs": given.runs, "stages": given.stages, **found.to_dict()}
     if given.output:
-        write_whole(given.output, lambda path: found.plot(path, given.runs))
+        write_whole(given.output, lambda path: found.plot(path, names))
         print(f"{given.output} written")
         report["figure"] = given.output
     return report
 
 
-def _scores(run: str, k: int):
-    """The scores of a run folder."""
+def _scores(run: str, stage: str | None, k: int):
+    """The scores of a run folder, of a stage that is named or of the one in scores.parquet."""
     from pathlib import Path
 
     from .data import first_line
@@ -222,13 +228,24 @@ def _scores(run: str, k: int):
 
     if k < 1:
         raise InputError(f"-k is {k}; expected at least 1.")
-    path = Path(run).expanduser() / "scores.parquet"
+    folder = Path(run).expanduser()
+    named = {path.stem.removeprefix("scores-"): path for path in sorted(folder.glob("scores-*.parquet"))}
+    path = named.get(stage, folder / "scores.parquet")
+    if stage is None and named and not path.is_file():
+        raise InputError(f"{path} does not exist, but scores of the stages {list(named)} do: name one of them.")
     try:
-        return Scores.from_parquet(path)
+        scores = Scores.from_parquet(path)
     except InputError:
         raise
     except (ValueError, OSError) as error:
         raise InputError(f"{path} holds no scores ({first_line(error)}); expected what msif score writes.") from error
+    own = scores.metadata.get("stage")
+    if stage not in (None, own):
+        raise InputError(
+            f"{run} holds scores of the stages {sorted({own, *named})}, none of {stage!r}; run msif score "
+            f"--corpus.stage {stage}."
+        )
+    return scores
 
 
 @contextlib.contextmanager

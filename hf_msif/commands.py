@@ -44,15 +44,15 @@ def score(run: Run) -> dict:
     started = time.perf_counter()
     scores = asked.score(corpus, stage=run.config.corpus.stage)
     seconds = round(time.perf_counter() - started, 1)
-    path = run.folder / "scores.parquet"
+    path, beside = run.output("scores.parquet"), run.output("table1")
     scores.to_parquet(path)
     table = table_one(scores)
-    write_table(table, run.folder / "table1")
-    report = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table": table}
+    write_table(table, beside)
+    report = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(beside), "table": table}
     if run.content(run.ranked) == run.content(run.names[-1]) == "image":
         by_id = {row["example_id"]: row for row in run.test_side()}
         tests = [by_id[row["example_id"]] for row in asked.tests]
-        report["figure"] = _drawn(run.folder / "figure3.png", lambda path: extremes(scores, tests, corpus, path))
+        report["figure"] = _drawn(run.output("figure3.png"), lambda path: extremes(scores, tests, corpus, path))
     return report
 
 
@@ -68,9 +68,9 @@ def sweep(run: Run) -> dict:
     started = time.perf_counter()
     models, tests, corpus = run.models(), run.tests(), run.corpus()
     table = damping_sweep(run.chain(models), tests, corpus, run.config.dampings, run.config.corpus.stage)
-    write_table(table, run.folder / "sweep")
+    write_table(table, run.output("sweep"))
     seconds = round(time.perf_counter() - started, 1)
-    return {"seconds": seconds, "sweep": str(run.folder / "sweep.parquet"), "table": table}
+    return {"seconds": seconds, "sweep": str(run.output("sweep.parquet")), "table": table}
 
 
 def validate(run: Run) -> dict:
@@ -103,7 +103,7 @@ def validate(run: Run) -> dict:
         found = validation.datamodelling_score(
             bank, scores, subsets=settings.subsets, fraction=settings.fraction, seed=run.config.seed, **common
         )
-    path = run.folder / "validation" / settings.experiment
+    path = run.output(f"validation/{settings.experiment}")
     report = {**found.to_dict(), "seconds": round(time.perf_counter() - started, 1)}
     report |= {"retrainings": bank.computed, "accuracy": _accuracies(run, models)}
     write_json(f"{path}.json", report)
@@ -140,10 +140,10 @@ def cleanse(run: Run) -> dict:
                     one.train(name)
         rows.append(_cleansed(one, settings, write=not number))
     report: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "repetitions": len(rows)}
-    report |= {"kept": str(run.folder / "cleanse" / "kept.parquet"), "removed": rows[0]["removed"]}
+    report |= {"kept": str(run.output("cleanse/kept.parquet")), "removed": rows[0]["removed"]}
     if settings.retrain != "no":
         report |= _gains(rows)
-        write_json(run.folder / "cleanse" / "gains.json", {**report, "table": rows})
+        write_json(run.output("cleanse/gains.json"), {**report, "table": rows})
         report["table"] = pd.DataFrame(rows).drop(columns=["removed", "held out"])
         report["held_out"] = rows[0]["held out"]
     return report
@@ -163,8 +163,8 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
         )
     settings = dict(own.pop()) if own else {}
     if how == "warm_start":
-        proximal = {stage.name for stage in stages if stage.link == "proximal"}
-        missing = next((name for name, some in given.items() if some is None and name in proximal), None)
+        again = stages[run.names.index(run.ranked) :]  # what comes before stays as it is
+        missing = next((s.name for s in again if s.link == "proximal" and given[s.name] is None), None)
         if missing is not None:
             raise InputError(
                 f"stages.{missing}.polish is missing: a warm start goes from stationary point to stationary point. "
@@ -226,7 +226,7 @@ def _cleansed(run: Run, settings, write: bool) -> dict:
         for name, which in left_out.items():
             gone = set(which.tolist())
             kept = [row for i, row in enumerate(rows) if i not in gone]
-            path = run.folder / "cleanse" / ("kept.parquet" if name == "harmful" else "random.parquet")
+            path = run.output(f"cleanse/{'kept' if name == 'harmful' else 'random'}.parquet")
             write_whole(path, lambda part, kept=kept: _frame(kept).to_parquet(part, index=False))
     found: dict[str, Any] = {"removed": size}
     if settings.retrain == "no":

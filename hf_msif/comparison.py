@@ -21,6 +21,8 @@ class Comparison:
         ratio: of the means, first by second; ratio_interval: its bootstrap.
         spearman_r, top_k_shared: agreement of the two rankings by mean |influence|, over rows that both have; NaN
             where they share fewer than three.
+        signed_r: of the signed influences on a test example, the mean over test examples; NaN where the two sets of
+            scores are about different ones.
         shared: number of those rows. k: of the top. level: of the intervals.
     """
 
@@ -30,6 +32,7 @@ class Comparison:
     ratio_interval: tuple[float, float]
     spearman_r: float
     top_k_shared: float
+    signed_r: float
     shared: int
     k: int
     level: float
@@ -88,7 +91,8 @@ def compare(
     means = [float(a.mean()) for a in absolute]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = drawn[:, 0] / drawn[:, 1]
-    correlation, overlap, shared = _agreement(keys, [a.mean(1) for a in absolute], k)
+    asked = [(s.metadata.get("tests"), s.columns) for s in (first, second)]
+    correlation, overlap, signed, shared = _agreement(keys, values, k, same=asked[0] == asked[1])
     return Comparison(
         mean_absolute=tuple(means),
         mean_absolute_interval=tuple((float(low), float(high)) for low, high in ends),
@@ -96,6 +100,7 @@ def compare(
         ratio_interval=tuple(float(x) for x in np.percentile(ratios, edges)),
         spearman_r=correlation,
         top_k_shared=overlap,
+        signed_r=signed,
         shared=shared,
         k=k,
         level=level,
@@ -108,14 +113,17 @@ def _weights(generator: np.random.Generator, size: int) -> np.ndarray:
     return np.bincount(generator.integers(size, size=size), minlength=size) / size
 
 
-def _agreement(keys: list[list], means: list[np.ndarray], k: int) -> tuple[float, float, int]:
+def _agreement(keys: list[list], values: list[np.ndarray], k: int, same: bool) -> tuple[float, float, float, int]:
+    """Over rows that both have; signed influences column by column where the columns are the same."""
     from scipy.stats import spearmanr
 
     places = [dict(zip(some, range(len(some)), strict=True)) for some in keys]
     both = [key for key in places[0] if key in places[1]]
     if len(both) < 3:
-        return float("nan"), float("nan"), len(both)
-    x, y = (mean[[place[key] for key in both]] for mean, place in zip(means, places, strict=True))
+        return float("nan"), float("nan"), float("nan"), len(both)
+    values = [value[[place[key] for key in both]] for value, place in zip(values, places, strict=True)]
+    x, y = (np.abs(value).mean(1) for value in values)
+    signed = [spearmanr(a, b).statistic for a, b in zip(*(v.T for v in values), strict=True)] if same else [np.nan]
     k = min(k, len(both))
     top = [set(np.argsort(-v, kind="stable")[:k].tolist()) for v in (x, y)]
-    return float(spearmanr(x, y).statistic), len(top[0] & top[1]) / k, len(both)
+    return float(spearmanr(x, y).statistic), len(top[0] & top[1]) / k, float(np.mean(signed)), len(both)

@@ -166,7 +166,7 @@ class Corpus(Section):
     """Which rows are ranked."""
 
     stage: str | None = None
-    """of which stage; null: the first"""
+    """of which stage; null: the first. Files about another one have its name in theirs: scores-NAME.parquet"""
     sample: Count | None = None
     """so many random rows of that stage's data; null: all"""
     seed: int = 0

@@ -169,6 +169,12 @@ class Run:
         """The stage whose rows are ranked."""
         return self.config.corpus.stage or self.names[0]
 
+    def output(self, name: str) -> Path:
+        """Where a file about the ranked stage is written: for another stage than the first, its name is in the file's
+        (scores.parquet, scores-finetuning.parquet), so that rankings of several stages lie side by side."""
+        path = self.folder / name
+        return path if self.ranked == self.names[0] else path.with_stem(f"{path.stem}-{self.ranked}")
+
     @property
     def aggregate(self) -> str | None:
         chosen = self.config.test.aggregate
@@ -364,9 +370,14 @@ class Run:
             raise InputError(f"stages.{name}.model: cannot build it ({first_line(error)}).") from error
         if before is not None:
             model.base_model.load_state_dict(before.base_model.state_dict(), strict=False)  # poolers differ
-            if type(model) is type(before) and not classes:  # the same task goes on with the same head
+            if self._goes_on(name, model, before):
                 model.load_state_dict(before.state_dict())
         return model
+
+    def _goes_on(self, name: str, model, before) -> bool:
+        """Whether a stage goes on with the task of the stage before, and so with its head."""
+        stage = self.config.stages[name]
+        return stage.model.path is None and type(model) is type(before) and not stage.task.endswith("-classification")
 
     # --- commands
 
@@ -408,8 +419,10 @@ class Run:
         last = _last_checkpoint(checkpoints)
         if last is not None and (recorded or arguments.save_strategy != "no"):
             print(f"{name}: an interrupted training left {last}, to go on from")
-        started = time.perf_counter()
         report: dict[str, Any] = {"stage": name}
+        if "test" in parts and self._goes_on(name, model, previous):
+            report["test_before"] = training.evaluate(model, objective, parts["test"], stage.batch_size)
+        started = time.perf_counter()
         terms = self._terms(name, previous)
         terms["alpha"] = None if stage.alpha == "auto" else stage.alpha
         try:

@@ -91,5 +91,6 @@ def training_line(report: dict) -> str:
         if side in report:
             found = report[side]
             accuracy = f", accuracy {found['accuracy']:.3f}" if "accuracy" in found else ""
-            parts.append(f"{side} loss {found['loss']:.3f}{accuracy} ({found['examples']:,} rows)")
+            before = f"{report['test_before']['loss']:.3f} before, " if f"{side}_before" in report else ""
+            parts.append(f"{side} loss {before}{found['loss']:.3f}{accuracy} ({found['examples']:,} rows)")
     return "; ".join(parts)

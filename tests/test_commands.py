@@ -182,3 +182,73 @@ def test_two_runs_are_compared(copied, tmp_path, capsys):
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert msif("compare", "--runs", run, tmp_path / "nowhere") == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Pretraining taken for a minimum, the domain's unlabelled tweets through their run, a head: queried once."""
+    path = project(tmp_path_factory.mktemp("three"))
+    settings = json.loads(path.read_text())
+    first, last = settings["stages"].values()
+    training = {"num_train_epochs": 2, "learning_rate": 1e-3, "warmup_steps": 2, "per_device_train_batch_size": 8}
+    domain = {"task": "masked-lm", "link": "unrolled", "training": {**training, "adam_epsilon": 1e-3}}
+    domain["data"] = {key: last["data"][key] for key in ("path", "data_files", "id_column", "test_fraction")}
+    path.write_text(json.dumps({**settings, "stages": {"pretraining": first, "domain": domain, "finetuning": last}}))
+    for command in ("plan", "train", "query"):
+        assert msif(command, "--config", path) == 0
+    return path
+
+
+def test_a_chain_of_three_ranks_every_stage_side_by_side(three, capsys):
+    run, found = three.parent / "run", {}
+    for stage, file in (("finetuning", "-finetuning"), ("pretraining", ""), ("domain", "-domain")):
+        said = answer(capsys, "score", "--config", three, "--corpus.stage", stage)
+        assert said["scores"] == str(run / f"scores{file}.parquet")
+        assert (run / f"table1{file}.md").is_file()
+        assert len(answer(capsys, "top", "--run", run, "--stage", stage, "-k", 2)["tests"][0]["top"]) == 2
+        found[stage] = Scores.from_parquet(said["scores"])
+        assert found[stage].metadata["stage"] == stage
+        assert all(np.abs(found[stage].influence(q)).max() > 0 for q in range(2))
+    links = {name: facts["link"] for name, facts in found["domain"].metadata["certificate"]["stages"].items()}
+    assert links == {"pretraining": "proximal", "domain": "unrolled", "finetuning": "proximal"}
+    assert len(found["domain"]) > len(found["finetuning"])  # neutral tweets teach words, too
+    assert answer(capsys, "top", "--run", run)["stage"] == "pretraining"
+    both = answer(capsys, "compare", "--runs", run, run, "--stages", "domain", "finetuning")
+    assert both["shared"] == len(found["finetuning"])
+    assert -1 <= both["signed_r"] <= 1
+    assert msif("top", "--run", run, "--stage", "domian") == 2
+    assert "holds scores of the stages ['domain', 'finetuning', 'pretraining']" in capsys.readouterr().err
+
+
+def test_the_domain_stage_starts_from_the_head_before_it_and_says_what_it_gained(three):
+    run = Run(config.load(three), progress=False)
+    chain = run.chain()
+    start = chain.link("domain").recording.state(0)["parameters"]
+    head = "cls.predictions.transform.dense.weight"
+    assert (start[head] == chain.link("pretraining").model.parameters[head]).all()
+    assert head in chain.link("domain").split.inherited
+    report = json.loads((three.parent / "run" / "domain.json").read_text())
+    assert report["test_before"]["examples"] == report["test"]["examples"]
+    assert report["test_before"]["loss"] > report["test"]["loss"]
+    assert "test_before" not in json.loads((three.parent / "run" / "pretraining.json").read_text())
+    assert "test_before" not in json.loads((three.parent / "run" / "finetuning.json").read_text())
+
+
+def test_removed_tweets_of_the_domain_repeat_its_run_and_leave_pretraining_alone(three, tmp_path, capsys):
+    double = [word for name in config.load(three).stages for word in (f"--stages.{name}.model.dtype", "float64")]
+    polished = ("--stages.finetuning.polish", "{}", "--stages.finetuning.weight_decay", 0.01)
+    exact = ("--stages.finetuning.curvature", "hessian", "--stages.finetuning.solver", "{name: dense, damping: 0}")
+    # Adam divides by a gradient's own size: a word that one tweet alone has moves by as much at half its weight.
+    gentle = ("--stages.domain.training.optim", "sgd", "--stages.domain.training.learning_rate", 0.03)
+    where = ("--config", three, "--run_dir", tmp_path, *double, *polished, *exact, *gentle)
+    assert msif("train", *where) == 0
+    few = ("--validation.groups", 5, "--validation.group_size", 1, "--validation.baselines", "[]")
+    found = answer(
+        capsys, "validate", *where, *few, "--validation.experiment", "remove_groups", "--corpus.stage", "domain"
+    )
+    assert found["pearson_r"] > 0.99
+    assert found["slope"] == pytest.approx(1, abs=0.1)
+    assert found["ceiling"]["pearson_r"] > 0.99
+    assert found["validation"].endswith("remove_groups-domain.json")
+    assert msif("validate", *where, *few) == 2
+    assert "stages.pretraining.polish is missing" in capsys.readouterr().err

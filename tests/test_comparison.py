@@ -21,6 +21,7 @@ def test_means_are_over_rows_and_columns_and_signs_do_not_count():
     assert found.mean_absolute == (2.5, 1.5)
     assert found.ratio == pytest.approx(5 / 3)
     assert found.shared == 0
+    assert np.isnan(found.signed_r)
     assert np.isnan(found.spearman_r)
 
 
@@ -41,6 +42,14 @@ def test_agreement_is_over_the_rows_that_both_have():
     assert (found.shared, found.spearman_r, found.top_k_shared) == (5, pytest.approx(1), 1)
     found = compare(first, scores([1, 2, 3, 4, 5]), k=2, resamples=20)
     assert (found.spearman_r, found.top_k_shared) == (pytest.approx(-1), 0)
+
+
+def test_signed_influences_are_related_test_by_test():
+    first, second = scores([[1, 4], [-2, 5], [3, 6]]), scores([[10, -4], [-20, -5], [30, -6]])
+    assert compare(first, second, resamples=20).signed_r == pytest.approx((1 - 1) / 2)
+    assert compare(first, first, resamples=20).signed_r == pytest.approx(1)
+    second.metadata["tests"] = [{"text": "another"}, {"text": "and one more"}]
+    assert np.isnan(compare(first, second, resamples=20).signed_r)
 
 
 def test_influences_that_are_not_finite_are_refused():

@@ -110,20 +110,20 @@ class _Chain:
 
 
 class WarmStart(_Chain):
-    """Every stage is polished again from its finished parameters, without the omitted examples; a stage with an
-    unrolled link repeats its run, from where the stage before now ends.
+    """Every stage from the one that loses examples on is polished again from its finished parameters; one with an
+    unrolled link repeats its run, from where the stage before now ends. Earlier stages are what they are.
 
     The local minimum that the finished models sit in is followed, or the steps that were taken, which is what an
     influence function predicts; the whole chain of a small model takes a second. The stages' models are copied, never
     changed. Frozen encoders are handed on from stage to stage, proximal ones are tied to the retrained one, eq. (12).
 
     Args:
-        stages: as in `MultiStageInfluence`; float64 models at stationary points (`training.polish`) or at the end of
-            their runs, since differences of losses are what is wanted.
+        stages: as in `MultiStageInfluence`; those that are trained again in float64, at stationary points
+            (`training.polish`) or at the end of their runs, since differences of losses are what is wanted.
         tests: examples of the last stage, one column each.
         stage: whose examples are left out; the first by default.
-        perturbation: under a seed other than 0 every tensor starts with Gaussian noise of this size relative
-            to its root mean square, which shows how reproducible the truth is.
+        perturbation: under a seed other than 0 every tensor that is trained again starts with Gaussian noise of this
+            size relative to its root mean square, which shows how reproducible the truth is.
         tol: as in `polish`.
         engine: made when none is given.
         polish_settings: more of `polish`'s arguments.
@@ -159,7 +159,7 @@ class WarmStart(_Chain):
                 if k:
                     hand_on(models[k - 1], models[k], self.roles[k], self.roles[k].frozen)
                 found = None
-                if self.recordings[k] is None:
+                if self.recordings[k] is None and k >= self.target:
                     found = self.polish(k, models, (), factorise=True).preconditioner
                 self._preconditioners.append(found)
             self._finished = models
@@ -168,15 +168,15 @@ class WarmStart(_Chain):
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
         """Test losses after retraining without the ids in `omit`."""
         models, reports = list(self.finished()), []
-        for k in range(0 if seed else self.target, len(models)):
+        for k in range(self.target, len(models)):
             models[k], recording = copy.deepcopy(models[k]), self.recordings[k]
             if recording is not None:
                 _put(models[k], recording.state(0)["parameters"])
-            if seed:
-                perturb(models[k], self.roles[k].trained, self.perturbation, seed + 1000 * k)
             if k:
                 names = self.roles[k].frozen if recording is None else self.roles[k].inherited
                 hand_on(models[k - 1], models[k], self.roles[k], names)
+            if seed:
+                perturb(models[k], self.roles[k].trained, self.perturbation, seed + 1000 * k)
             if recording is None:
                 reports.append(self.polish(k, models, omit, preconditioner=self._preconditioners[k]))
             else:
