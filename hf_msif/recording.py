@@ -322,6 +322,8 @@ def compose(
     probe = Evaluation(model, objective, placed(objective.collate(rows[:2]), model))
     with model.evaluating():
         trained = reached(probe, roles.trained)
+    if not trained:
+        raise InputError(f"stage {roles.stage!r}: the loss depends on none of the trained parameters.")
     return Recording(
         optimisers.from_arguments(arguments, roles.stage),
         arguments.max_grad_norm or None,

@@ -188,13 +188,10 @@ class _Sweep:
         self.step, self.difference = recording.steps, 0.0
         width = vectors.columns(a)
         self.growth, self.norms = [1.0] * width, [[recording.steps, [1.0] * width]]
-        question = hashlib.sha256(f"{vectors.fingerprint(a)} {recording.settings}".encode()).hexdigest()
-        self.path: Path = recording.folder / f"sweep-{question[:16]}.safetensors"
+        self.question = hashlib.sha256(f"{vectors.fingerprint(a)} {recording.settings}".encode()).hexdigest()
+        self.path: Path = recording.folder / f"sweep-{self.question[:16]}.safetensors"
         self.kept = time.perf_counter()
-        if self.path.is_file():
-            self.adjoint = self._load(replay.engine.device)
-        else:
-            self.adjoint = replay.adjoint(a)
+        self.adjoint = self._load(replay.engine.device) or replay.adjoint(a)
 
     def keep(self) -> None:
         if time.perf_counter() - self.kept < SAVE_EVERY or self.step == 0:
@@ -202,12 +199,20 @@ class _Sweep:
         parts = {"frozen": self.adjoint.frozen, "anchors": self.adjoint.anchors}
         parts |= {f"slot {slot}": own for slot, own in self.adjoint.slots.items()}
         flat = {f"{part}/{name}": t for part, own in parts.items() for name, t in own.items()}
-        passed = {"step": self.step, "difference": self.difference, "growth": self.growth, "norms": self.norms}
+        passed = {key: getattr(self, key) for key in ("question", "step", "difference", "growth", "norms")}
         vectors.save({**flat, "weights/": self.adjoint.weights}, self.path, passed)
         self.kept = time.perf_counter()
 
-    def _load(self, device: torch.device) -> Adjoint:
-        flat, passed = vectors.load(self.path)
+    def _load(self, device: torch.device) -> Adjoint | None:
+        """The copy's adjoint; None where there is none, or one that is damaged or of another question."""
+        from safetensors import SafetensorError
+
+        try:
+            flat, passed = vectors.load(self.path)
+        except (FileNotFoundError, SafetensorError):
+            return None
+        if passed.get("question") != self.question:
+            return None
         vars(self).update(passed)
         parts: dict[str, Block] = {"frozen": {}, "anchors": {}}
         for key, tensor in flat.items():
