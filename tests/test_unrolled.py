@@ -4,17 +4,18 @@ through a run written out here, and against the implicit answer where the run ha
 import copy
 import fnmatch
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from toy import ToyObjective, example_losses, minimise, toy, toy_rows
 from transformers import TrainingArguments, get_scheduler
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, unrolled, vectors
 from hf_msif.influence import pull_back
-from hf_msif.recording import Recording
+from hf_msif.recording import Recording, rerun
 from hf_msif.unrolled import check_replay
 
 ROWS, BATCH, EPOCHS = 11, 4, 3  # batches of 4, 4 and 3
@@ -490,3 +491,303 @@ def test_chains_of_both_links_equal_training_all_stages_again(kinds, tmp_path):
             assert expected.abs().min() > 1e-5
             found = torch.tensor([scores.influence(q)[i] for q in range(2)])
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
+
+
+# Columns -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run with momentum, and the model it started from; not to be changed."""
+    folder = tmp_path_factory.mktemp("made") / "run"
+    before, model = pair()
+    run = Run(toy_rows(3, ROWS), [], momentum=0.8, clip=0.2, adam_decay=0.1)
+    run.record(model, folder, before)
+    return run, before, model, folder
+
+
+def test_columns_share_a_sweep_and_equal_single_ones(made, monkeypatch):
+    run, before, model, folder = made
+    tests, steps, backward = toy_rows(7, 4), [], unrolled.Replay.backward
+    monkeypatch.setattr(unrolled.Replay, "backward", lambda self, *given: steps.append(1) or backward(self, *given))
+    found = unrolled_chain(run, before, model, folder)
+    together = found.query(tests)
+    assert len(steps) == 9
+    singles = [found.query([row]) for row in tests]
+    for stage, solution in together.solutions.items():
+        for n, t in solution.items():
+            expected = torch.cat([query.solutions[stage][n] for query in singles])
+            torch.testing.assert_close(t, expected, rtol=1e-10, atol=1e-14)
+    certificates = [query.certificates["second"] for query in singles]
+    assert together.certificates["second"].growth == pytest.approx([c.growth[0] for c in certificates], rel=1e-10)
+    for aggregate, share in (("sum", 1.0), ("mean", 0.25)):
+        group = found.query(tests, aggregate=aggregate)
+        for stage in ("first", "second"):
+            rows = found.link(stage).rows
+            scores = together.score(rows, stage=stage)
+            expected = share * sum(scores.influence(q) for q in range(4))
+            np.testing.assert_allclose(group.score(rows, stage=stage).influence(), expected, rtol=1e-9, atol=1e-13)
+
+
+def test_the_sizes_of_batches_do_not_change_an_answer(made):
+    run, before, model, folder = made
+    whole = unrolled_chain(run, before, model, folder).query(TESTS).score(run.rows, stage="second")
+    assert whole.frame.loss.tolist() == pytest.approx(example_losses(model, parameters_of(model), run.rows)[0].tolist())
+    some = unrolled_chain(run, before, model, folder, batch_size=2).query(TESTS)
+    part = some.score(run.rows[::-3], stage="second", batch_size=3)
+    for q in range(2):
+        np.testing.assert_allclose(part.influence(q), whole.influence(q)[::-3], rtol=1e-12)
+
+
+def test_the_certificate_has_the_norms_of_the_adjoint(made):
+    run, before, model, folder = made
+    found = unrolled_chain(run, before, model, folder)
+    certificate = found.query(TESTS).certificates["second"]
+    assert [t for t, _ in certificate.norms] == [9, 6, 3, 0]
+    assert certificate.norms[0][1] == [1.0, 1.0]
+    run = replace(run, trained=trained_names(model, "all"))
+    start = {n: p.requires_grad_() for n, p in found.link("second").recording.state(0)["parameters"].items()}
+    end = run.end(model, start, graph=True)
+    losses = example_losses(model, end, TESTS)[0]
+    for q in range(2):
+        last, first = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(losses[q], list(p.values()), retain_graph=True)]).norm()
+            for p in (end, start)
+        )
+        assert certificate.norms[-1][1][q] == pytest.approx(float(first / last), rel=1e-9)
+        assert certificate.growth[q] >= max(norms[q] for _, norms in certificate.norms)
+    text = found.query(TESTS).certificate()["stages"]["second"]["text"]
+    assert f"unrolled, column 1: 9 steps; adjoint grew at most {certificate.growth[1]:.2g} times" in text
+    assert certificate.from_dict(certificate.to_dict()) == certificate
+
+
+# A head that goes on --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}])
+def test_a_head_that_goes_on_is_inherited(settings, tmp_path):
+    """Masked LM twice: the second run starts with the first stage's head, which then hangs on it like the encoder."""
+    before, model = tiny.model("bert", "masked", seed=0, **settings), tiny.model("bert", "masked", seed=1, **settings)
+    model.load_state_dict(before.state_dict())
+    corpus, rows, tests = tiny.rows(4, seed=1), tiny.rows(5, seed=2), tiny.rows(2, seed=8)
+    objective = tiny.objective("masked")
+    own = {"optim": "sgd", "learning_rate": 0.05, "per_device_train_batch_size": 2}
+    recording = training.record(
+        model, objective, rows, arguments(tmp_path, **own), tmp_path / "run", previous=before, progress=False
+    )
+    stages = [
+        Stage("one", before, objective, corpus, solver=solvers.CG(damping=0.1)),
+        Stage("two", model, objective, rows, link="unrolled", run=tmp_path / "run"),
+    ]
+    found = MultiStageInfluence(stages, progress=False)
+    link = found.link("two")
+    head = {n for n, _ in before.named_parameters() if n.startswith("cls.")}
+    assert head
+    assert head <= set(link.split.proximal)
+    assert not link.split.head
+    _, b, _ = pull_back(link, found.measurement(rows_of(tests))[0])
+    carried = link.carry(b)
+    assert all(carried[n].any() for n in head)
+
+    step, generator = 1e-5, torch.Generator().manual_seed(0)
+    for chosen in (head, set(b) - head):
+        direction = {n: torch.randn(b[n].shape[1:], generator=generator, dtype=torch.float64) for n in sorted(chosen)}
+        sides = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(before)
+            with torch.no_grad():
+                for n, v in direction.items():
+                    moved.get_parameter(n).add_(sign * step * v)
+            rerun(recording, moved, objective, rows, previous=before)
+            sides.append(tiny.Plain(moved, "masked", objective.collate(rows_of(tests))).sums().detach())
+        slope = sum((carried[n] * v).flatten(1).sum(1) for n, v in direction.items())
+        torch.testing.assert_close(slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+# Interrupted sweeps ---------------------------------------------------------------------------------------------------
+
+
+def sweeps(folder):
+    return list(folder.glob("sweep-*"))
+
+
+def interrupted_sweep(monkeypatch, chain, after, tests=TESTS):
+    """A query that fails in its backward step number `after`."""
+    calls, backward = [], unrolled.Replay.backward
+
+    def failing(self, *given):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return backward(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(unrolled, "SAVE_EVERY", 0.0)
+        patch.setattr(unrolled.Replay, "backward", failing)
+        chain.query(tests)
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """As `made`, in a folder that may be changed, with frozen parameters and a tie."""
+    before, model = pair()
+    run = Run(toy_rows(3, ROWS), [], optim="adamw", rate=0.05, alpha=0.4)
+    run.record(model, tmp_path / "run", before, PATTERNS)
+    return unrolled_chain(run, before, model, tmp_path / "run", PATTERNS), tmp_path / "run"
+
+
+@pytest.mark.parametrize("after", [0, 2, 3, 5, 8])
+def test_an_interrupted_sweep_goes_on_unchanged(own, monkeypatch, after):
+    found, folder = own
+    whole = found.query(TESTS)
+    assert not sweeps(folder)
+    interrupted_sweep(monkeypatch, found, after)
+    assert len(sweeps(folder)) == (after >= 3)
+    steps, backward = [], unrolled.Replay.backward
+    monkeypatch.setattr(
+        unrolled.Replay, "backward", lambda self, s, t, a: steps.append(t) or backward(self, s, t, a)
+    )
+    again = found.query(TESTS)
+    assert steps == list(reversed(range(9 - after // 3 * 3)))
+    for stage, solution in whole.solutions.items():
+        assert all(torch.equal(t, again.solutions[stage][n]) for n, t in solution.items())
+    assert again.certificates == whole.certificates
+    assert not sweeps(folder)
+
+
+def test_a_sweep_of_another_question_is_not_gone_on_with(own, monkeypatch):
+    found, folder = own
+    other = toy_rows(17, 2)
+    whole = found.query(other)
+    interrupted_sweep(monkeypatch, found, 4)
+    (left,) = sweeps(folder)
+    again = found.query(other)
+    assert sweeps(folder) == [left]
+    interrupted_sweep(monkeypatch, found, 4, other)
+    (theirs,) = {*sweeps(folder)} - {left}
+    theirs.write_bytes(left.read_bytes())  # under the right name
+    third = found.query(other)
+    for query in (again, third):
+        for stage, solution in whole.solutions.items():
+            assert all(torch.equal(t, query.solutions[stage][n]) for n, t in solution.items())
+
+
+def test_a_damaged_sweep_starts_anew(own, monkeypatch):
+    found, folder = own
+    whole = found.query(TESTS)
+    interrupted_sweep(monkeypatch, found, 4)
+    (left,) = sweeps(folder)
+    left.write_bytes(left.read_bytes()[:-100])
+    again = found.query(TESTS)
+    for stage, solution in whole.solutions.items():
+        assert all(torch.equal(t, again.solutions[stage][n]) for n, t in solution.items())
+    assert not sweeps(folder)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adjoint_that_grows_is_refused_with_remedies(made, tmp_path):
+    run, before, model, folder = made
+    found = unrolled_chain(run, before, model, folder, max_growth=0.5)
+    with pytest.raises(InputError, match=r"stage 'second': on the way back the adjoint grew .* times at step 9 of 9") as e:
+        found.query(TESTS)
+    for remedy in ("smaller learning rate", "larger batches", "warm-up", "averaging", "fewer steps", "'proximal'"):
+        assert remedy in str(e.value)
+    assert not sweeps(folder)
+
+    before, model = pair()
+    wild = Run(toy_rows(3, ROWS), [], rate=6.0, momentum=0.9, epochs=60, decay=0.0)
+    wild.record(model, tmp_path / "run", before)
+    with pytest.raises(InputError, match=r"grew \d\.\de\+12 times at step \d+ of 180; expected at most 4\.5e\+12"):
+        unrolled_chain(wild, before, model, tmp_path / "run").query(TESTS)
+
+
+def test_a_run_of_other_rows_models_or_stages_is_refused(made):
+    run, before, model, folder = made
+
+    def refused(message, **changes):
+        given = {"run": run, "before": before, "model": model, "folder": folder, **changes}
+        with pytest.raises(InputError, match=f"stage 'second': .*{message}|{message}"):
+            unrolled_chain(**given)
+
+    refused("was trained on other rows", run=replace(run, rows=run.rows[::-1]))
+    changed = [*run.rows[:-1], {**run.rows[-1], "label": 1 - min(1, run.rows[-1]["label"])}]
+    refused("was trained on other rows", run=replace(run, rows=changed))
+    moved = copy.deepcopy(model)
+    moved.head.bias.data += 0.1
+    refused("'head.bias' of its model is .* off the end of the run", model=moved)
+    refused("did not start from stage 'first': 'encoder", before=toy(5))
+    refused(r"do not agree on \['encoder", trainable="head")
+    refused("holds no recorded run", folder=folder / "nowhere")
+
+
+def test_an_unfinished_run_is_refused(own):
+    found, folder = own
+    (folder / "state-00000009.safetensors").rename(folder / "elsewhere")
+    with pytest.raises(InputError, match=r"lacks its state after step 9 of 9: let its training end"):
+        MultiStageInfluence([link.stage for link in found.links], progress=False)
+
+
+def test_a_run_that_left_out_a_row_is_refused(made, tmp_path):
+    run, before, _, _ = made
+    model = pair()[1]
+    run.record(model, tmp_path / "run", before, omit=[3])
+    with pytest.raises(InputError, match=r"left out the rows \['3'\] \(omit\)"):
+        unrolled_chain(run, before, model, tmp_path / "run")
+
+
+def test_rows_that_the_run_did_not_see_have_no_influence(made):
+    run, before, model, folder = made
+    query = unrolled_chain(run, before, model, folder).query(TESTS)
+    with pytest.raises(InputError, match=r"the row 99 is not one of the rows that stage 'second' was trained on"):
+        query.score([run.rows[2], {**run.rows[1], "example_id": 99}], stage="second")
+    with pytest.raises(InputError, match="the row 1 is not one of the rows"):
+        query.score([{**run.rows[1], "label": (run.rows[1]["label"] + 1) % 3}], stage="second")
+    assert len(query.score(toy_rows(4, 3), stage="first")) == 3
+
+
+def test_a_saved_query_knows_its_links(made, tmp_path):
+    run, before, model, folder = made
+    found = unrolled_chain(run, before, model, folder)
+    query = found.query(TESTS)
+    query.save_pretrained(tmp_path)
+    loaded = Query.from_pretrained(tmp_path, unrolled_chain(run, before, model, folder))
+    assert loaded.certificates == query.certificates
+    for stage in ("first", "second"):
+        rows = found.link(stage).rows
+        left, right = (q.score(rows, stage=stage) for q in (query, loaded))
+        assert left.frame.equals(right.frame)
+        assert left.metadata["certificate"] == right.metadata["certificate"]
+    other = unrolled_chain(run, before, model, None, link="proximal", alpha=0.1)
+    with pytest.raises(InputError, match=r"pulled stage 'second' back by a link that is unrolled; the stage's is prox"):
+        Query.from_pretrained(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("mark", "slot"), [(m, s) for s in ("parameters", "first_moment", "second_moment") for m in (3, 6)]
+)
+def test_a_run_that_does_not_repeat_itself_is_refused(own, mark, slot):
+    found, folder = own
+    state = found.links[1].recording.state(mark)
+    for t in state[slot].values():
+        t *= 1.2
+    found.links[1].recording.write(mark, state)
+    with pytest.raises(InputError, match=r"stage 'second': replaying steps \d to \d ends .* away from the recorded"):
+        found.query(TESTS)
+    assert not sweeps(folder)
+
+
+def test_check_replay_measures_the_whole_run(own):
+    found, _ = own
+    link = found.links[1]
+    assert check_replay(link) == 0.0
+    state = link.recording.state(9)
+    way = math.sqrt(sum(float((state["parameters"][n] - p).square().sum()) for n, p in first_state(link).items()))
+    state["parameters"]["head.bias"][0] += 0.1 * way
+    link.recording.write(9, state)
+    assert check_replay(link) == pytest.approx(0.1, rel=0.2)
+
+
+def first_state(link):
+    return link.recording.state(0)["parameters"]
