@@ -29,7 +29,8 @@ class RecordCallback(TrainerCallback):
     The order of the rows, learning rates, random numbers of dropout, and parameters and optimiser state every √T steps
     are recorded; losses and gradients are computed again, from the stage's objective, when the run is replayed. So the
     `Trainer` must minimise that objective, the mean over a step's counted terms, in one process and full precision:
-    replaying checks it, see `Stage(link="unrolled")` and `unrolled.check_replay`.
+    replaying checks it, see `Stage(link="unrolled")` and `unrolled.check_replay`. (Under gradient accumulation the loss
+    that many of transformers' models compute themselves is no such mean: pass `compute_loss_func` there.)
 
     Args:
         folder: where the run is written; must not hold one.
@@ -61,10 +62,16 @@ class RecordCallback(TrainerCallback):
         self.folder, self.objective, self.name = Path(folder).expanduser(), objective, name
         self.rows = as_rows(data, f"the data of stage {name!r}")
         self.previous, self.trainable, self.resized = previous, trainable, resized
+        self._check_folder()
+
+    def _check_folder(self) -> None:
         if (self.folder / "run.json").exists():
-            raise InputError(f"stage {name!r}: {self.folder} holds a recorded run already; expected a new folder.")
+            raise InputError(
+                f"stage {self.name!r}: {self.folder} holds a recorded run already; expected a new folder."
+            )
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        self._check_folder()  # again: a Trainer may train twice
         check_arguments(args, self.name)
         if state.global_step:
             raise InputError(
@@ -72,6 +79,11 @@ class RecordCallback(TrainerCallback):
                 "not recorded; expected a run from its first step."
             )
         self.optimiser = optimisers.from_arguments(args, self.name)
+        if getattr(self.optimiser, "eps_inside_root", False):
+            raise InputError(
+                f"stage {self.name!r}: optim_args has eps_inside_root, which torch's AdamW does not know; expected a "
+                "run by `training.record` for it."
+            )
         sampler = getattr(getattr(train_dataloader, "batch_sampler", None), "sampler", None)
         if sampler is None or len(sampler) != len(self.rows):
             raise InputError(

@@ -48,7 +48,8 @@ class RunCertificate:
     - `steps`: T. `norms`: [[t, ‖λ_t‖ / ‖a‖ a column], ...] on the parameters, at the kept states, last one first.
     - `growth`: the largest such ratio at any step; `limit`: above it the pull-back is refused.
     - `replay_difference`: the largest ‖φ_replayed − φ_recorded‖ / ‖φ_recorded − φ_before‖ over the segments between
-      kept states; 0 where the run repeats itself bit for bit.
+      kept states, of the parameters and of each of the optimiser's buffers (a loss on another scale leaves Adam's
+      steps as they are, but not its moments); 0 where the run repeats itself bit for bit.
     """
 
     steps: int
@@ -117,18 +118,19 @@ def pull_back(link: Link, a: Block) -> tuple[Block, Block, RunCertificate]:
             if begin >= sweep.step:
                 continue
             states = [recording.state(begin, device)]
-            start = states[0]["parameters"]
             for t in range(begin, end):
                 states.append(replay.forward(states[-1], t))
+            found, expected, start = states.pop(), recording.state(end, device), states[0]
             sweep.difference = max(
-                sweep.difference, _gap(states.pop()["parameters"], recording.state(end, device)["parameters"], start)
+                sweep.difference, *(_gap(found[slot], expected[slot], start[slot]) for slot in expected)
             )
             if not sweep.difference <= REPRODUCED:
                 raise InputError(
                     f"stage {name!r}: replaying steps {begin + 1} to {end} ends {sweep.difference:.1e} of their "
-                    f"length away from the recorded state; expected at most {REPRODUCED:.0e}. The run had "
-                    "another loss than the stage's objective, data or random numbers that were not recorded, or "
-                    "attention kernels with dropout of their own (attn_implementation='eager')."
+                    f"length away from the recorded state; expected at most {REPRODUCED:.0e}. The run had another "
+                    "loss than the stage's objective (as many models' own loss is under gradient accumulation), data "
+                    "or random numbers that were not recorded, or attention kernels with dropout of their own "
+                    "(attn_implementation='eager')."
                 )
             for t in reversed(range(begin, end)):
                 replay.backward(states.pop(), t, sweep.adjoint)
