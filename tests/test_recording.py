@@ -177,7 +177,9 @@ def test_dropout_is_replayed(settings, trainable, tmp_path):
     modes = [m.training for m in model.modules()]
     pre = Stage("pre", before, tiny.objective("masked"), tiny.rows(4, seed=1))
     own = {"trainable": trainable, "link": "unrolled", "run": tmp_path / "run"}
-    chain = MultiStageInfluence([pre, Stage("fine", model, tiny.objective("classification"), TEXTS, **own)], None, False)
+    chain = MultiStageInfluence(
+        [pre, Stage("fine", model, tiny.objective("classification"), TEXTS, **own)], None, False
+    )
     random_state = states()
     assert check_replay(chain.links[1]) == 0.0
     _, b, certificate = pull_back(chain.links[1], chain.measurement(TESTS)[0])
@@ -196,9 +198,7 @@ def test_dropout_is_replayed(settings, trainable, tmp_path):
         with torch.no_grad():
             for n, v in direction.items():
                 moved.get_parameter(n).add_(sign * step * v)
-        rerun(
-            recording, moved, tiny.objective("classification"), TEXTS, previous=before, trainable=trainable
-        )
+        rerun(recording, moved, tiny.objective("classification"), TEXTS, previous=before, trainable=trainable)
         assert not moved.training
         sides.append(tiny.Plain(moved, "classification", tiny.objective("classification").collate(TESTS)).sums())
     expected = ((sides[0] - sides[1]) / (2 * step)).detach()
