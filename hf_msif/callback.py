@@ -29,8 +29,8 @@ class RecordCallback(TrainerCallback):
     The order of the rows, learning rates, random numbers of dropout, and parameters and optimiser state every √T steps
     are recorded; losses and gradients are computed again, from the stage's objective, when the run is replayed. So the
     `Trainer` must minimise that objective, the mean over a step's counted terms, in one process and full precision:
-    replaying checks it, see `Stage(link="unrolled")` and `unrolled.check_replay`. (Under gradient accumulation the loss
-    that many of transformers' models compute themselves is no such mean: pass `compute_loss_func` there.)
+    replaying checks it, see `Stage(link="unrolled")` and `unrolled.check_replay`. (Under gradient accumulation the
+    loss that many of transformers' models compute themselves is no such mean: pass `compute_loss_func` there.)
 
     Args:
         folder: where the run is written; must not hold one.

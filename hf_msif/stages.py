@@ -195,8 +195,8 @@ class Link:
             )
         if run.facts["omit"]:
             raise InputError(
-                f"stage {name!r}: the run in {run.folder} left out the rows {run.facts['omit'][:5]} (omit); expected a "
-                "run on all of the stage's data."
+                f"stage {name!r}: the run in {run.folder} left out the rows {run.facts['omit'][:5]} (omit); expected "
+                "a run on all of the stage's data."
             )
         if set(run.trained) != set(self.split.trained):
             odd = sorted(set(run.trained) ^ set(self.split.trained))
