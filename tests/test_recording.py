@@ -1,5 +1,6 @@
 """Recorded runs: what every step reads, that they repeat themselves, and that an interrupted one goes on unchanged."""
 
+import copy
 import json
 import random
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ import pytest
 import tiny
 import torch
 from test_unrolled import arguments, pair, parameters_of
-from toy import ToyObjective, toy, toy_rows
+from toy import ToyConfig, ToyModel, ToyObjective, example_losses, toy, toy_rows
 from transformers import get_scheduler
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, training, vectors
@@ -210,23 +211,20 @@ def test_dropout_is_replayed(settings, trainable, tmp_path):
 # Interruptions ------------------------------------------------------------------------------------------------------
 
 
-class Interruption(Exception):
-    pass
-
-
 def interrupted(monkeypatch, method, after, action):
     """Runs `action` with `Replay.<method>` failing once it has succeeded so often."""
     calls, original = [], getattr(Replay, method)
 
     def patched(self, *given):
         if len(calls) == after:
-            raise Interruption
+            raise KeyboardInterrupt
         calls.append(None)
         return original(self, *given)
 
-    with monkeypatch.context() as patch, pytest.raises(Interruption):
+    with monkeypatch.context() as patch:
         patch.setattr(Replay, method, patched)
-        action()
+        with pytest.raises(KeyboardInterrupt):
+            action()
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 8])
@@ -358,3 +356,52 @@ def test_a_loss_of_nothing_trained(tmp_path):
         training.record(
             toy(1), Constant(), toy_rows(3, 11), arguments("unused", **SGD), tmp_path, name="x", progress=False
         )
+
+
+# Parameters and modules out of the ordinary --------------------------------------------------------------------------
+
+
+class Scaled(ToyModel):
+    """With a parameter without axes and batch normalisation in the encoder, and dropout."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder.temperature = torch.nn.Parameter(torch.tensor(1.5))
+        self.encoder.norm = torch.nn.BatchNorm1d(config.classes)
+        self.dropout = torch.nn.Dropout(0.2)
+
+    def forward(self, x):
+        output = super().forward(x)
+        output.logits = self.dropout(self.encoder.norm(self.encoder.temperature * output.logits))
+        return output
+
+
+def test_a_parameter_without_axes_and_batch_normalisation(tmp_path):
+    """A tie holds the one; the other's statistics stay what they are, as everywhere in the library."""
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(Scaled(ToyConfig()).double().train())
+    before, model = models
+    model.encoder.load_state_dict(before.encoder.state_dict())
+    start = parameters_of(model)
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    recording = record(model, tmp_path, previous=before, alpha=0.3)
+    assert not torch.equal(model.encoder.temperature, before.encoder.temperature)
+    stages = [
+        Stage("one", before, ToyObjective(), toy_rows(2, 8)),
+        Stage("two", model, ToyObjective(), toy_rows(3, 11), link="unrolled", run=tmp_path),
+    ]
+    chain = MultiStageInfluence(stages, progress=False)
+    _, b, _ = pull_back(chain.links[1], chain.measurement(toy_rows(9, 2))[0])
+    assert all(torch.equal(t, buffers[n]) for n, t in model.named_buffers())
+
+    sides, step = [], 1e-5
+    for sign in (1, -1):
+        moved, anchor = Scaled(ToyConfig()).double(), copy.deepcopy(before)
+        moved.load_state_dict(start, strict=False)
+        for other in (moved, anchor):
+            other.encoder.temperature.data += sign * step
+        rerun(recording, moved, ToyObjective(), toy_rows(3, 11), previous=anchor)
+        sides.append(example_losses(moved, dict(moved.named_parameters()), toy_rows(9, 2))[0].detach())
+    torch.testing.assert_close(b["encoder.temperature"], (sides[0] - sides[1]) / (2 * step), rtol=1e-6, atol=1e-9)

@@ -16,6 +16,7 @@ from transformers import TrainingArguments, get_scheduler
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, unrolled, vectors
 from hf_msif.influence import pull_back
 from hf_msif.recording import Recording, rerun
+from hf_msif.sweep import damping_sweep
 from hf_msif.unrolled import check_replay
 
 ROWS, BATCH, EPOCHS = 11, 4, 3  # batches of 4, 4 and 3
@@ -205,7 +206,7 @@ def test_pull_back_equals_central_differences_of_rerunning(setting):
         torch.testing.assert_close(found_slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-6, atol=1e-9)
 
 
-# Against autograd through a run that is written out ------------------------------------------------------------------
+# Against autograd through a run that is written out -----------------------------------------------------------------
 
 
 @dataclass
@@ -357,7 +358,7 @@ def test_pull_back_equals_autograd_through_the_whole_run(settings, trainable, tm
             torch.testing.assert_close(b[n][q], slope, rtol=1e-9, atol=1e-11, msg=lambda m, n=n: f"{n}: {m}")
 
 
-# Against the implicit answer, where the run has converged ------------------------------------------------------------
+# Against the implicit answer, where the run has converged -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("trainable", ["all", "head"])
@@ -392,7 +393,7 @@ def test_a_converged_run_gives_the_implicit_answer(trainable, tmp_path):
         torch.testing.assert_close(influence[:, i], wanted, rtol=1e-6, atol=1e-9)
 
 
-# Chains of both links ------------------------------------------------------------------------------------------------
+# Chains of both links -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -498,7 +499,7 @@ def test_chains_of_both_links_equal_training_all_stages_again(kinds, tmp_path):
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
 
 
-# Columns -------------------------------------------------------------------------------------------------------------
+# Columns ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -558,19 +559,19 @@ def test_the_certificate_has_the_norms_of_the_adjoint(made):
     losses = example_losses(model, end, TESTS)[0]
     for q in range(2):
         last, first = (
-            torch.cat(
-                [g.flatten() for g in torch.autograd.grad(losses[q], list(p.values()), retain_graph=True)]
-            ).norm()
-            for p in (end, start)
+            torch.cat([g.flatten() for g in torch.autograd.grad(losses[q], p, retain_graph=True)]).norm()
+            for p in (list(end.values()), list(start.values()))
         )
         assert certificate.norms[-1][1][q] == pytest.approx(float(first / last), rel=1e-9)
         assert certificate.growth[q] >= max(norms[q] for _, norms in certificate.norms)
-    text = found.query(TESTS).certificate()["stages"]["second"]["text"]
+    facts = found.query(TESTS).certificate()["stages"]["second"]
+    assert (facts["link"], facts["weight_decay"], facts["alpha"]) == ("unrolled", DECAY, None)
+    text = facts["text"]
     assert f"unrolled, column 1: 9 steps; adjoint grew at most {certificate.growth[1]:.2g} times" in text
     assert certificate.from_dict(certificate.to_dict()) == certificate
 
 
-# A head that goes on --------------------------------------------------------------------------------------------------
+# A head that goes on ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}])
@@ -613,7 +614,7 @@ def test_a_head_that_goes_on_is_inherited(settings, tmp_path):
         torch.testing.assert_close(slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-5, atol=1e-8)
 
 
-# Interrupted sweeps ---------------------------------------------------------------------------------------------------
+# Interrupted sweeps -------------------------------------------------------------------------------------------------
 
 
 def sweeps(folder):
@@ -630,10 +631,11 @@ def interrupted_sweep(monkeypatch, chain, after, tests=TESTS):
         calls.append(None)
         return backward(self, *given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(unrolled, "SAVE_EVERY", 0.0)
         patch.setattr(unrolled.Replay, "backward", failing)
-        chain.query(tests)
+        with pytest.raises(KeyboardInterrupt):
+            chain.query(tests)
 
 
 @pytest.fixture
@@ -691,7 +693,7 @@ def test_a_damaged_sweep_starts_anew(own, monkeypatch):
     assert not sweeps(folder)
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_adjoint_that_grows_is_refused_with_remedies(made, tmp_path):
@@ -769,9 +771,7 @@ def test_a_saved_query_knows_its_links(made, tmp_path):
         assert left.frame.equals(right.frame)
         assert left.metadata["certificate"] == right.metadata["certificate"]
     other = unrolled_chain(run, before, model, None, link="proximal", alpha=0.1)
-    with pytest.raises(
-        InputError, match=r"pulled stage 'second' back by a link that is unrolled; the stage's is prox"
-    ):
+    with pytest.raises(InputError, match=r"pulled stage 'second' back by a link that is unrolled"):
         Query.from_pretrained(tmp_path, other)
 
 
@@ -802,3 +802,10 @@ def test_check_replay_measures_the_whole_run(own):
 
 def first_state(link):
     return link.recording.state(0)["parameters"]
+
+
+def test_there_is_no_damping_to_sweep(made):
+    run, before, model, folder = made
+    found = unrolled_chain(run, before, model, folder)
+    with pytest.raises(InputError, match="stage 'second' is pulled back through its run, without a linear system"):
+        damping_sweep(found, TESTS, run.rows, [0.1, 1.0], "second")
