@@ -397,6 +397,7 @@ def check_arguments(arguments: Any, name: str) -> None:
                 f"stage {name!r}: a run with {setting} cannot be recorded; expected one process in full precision "
                 "that minimises the objective itself."
             )
+    optimisers.from_arguments(arguments, name)
 
 
 def _go_on(recording: Recording, model: FunctionalModel, name: str) -> tuple[Slots, int]:
