@@ -17,7 +17,17 @@ from .autodiff import Evaluation, reached
 from .engine import as_rows
 from .errors import InputError
 from .optimisers import Slots
-from .recording import Recording, Schedule, check_arguments, check_finite, interval, known_by, placed, write_state
+from .recording import (
+    Recording,
+    Schedule,
+    check_arguments,
+    check_finite,
+    check_precision,
+    interval,
+    known_by,
+    placed,
+    write_state,
+)
 
 # Slot of a recording → what torch's optimisers call it.
 BUFFERS = {"momentum": "momentum_buffer", "first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
@@ -73,6 +83,11 @@ class RecordCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         self._check_folder()  # again: a Trainer may train twice
         check_arguments(args, self.name)
+        if args.load_best_model_at_end:
+            raise InputError(
+                f"stage {self.name!r}: load_best_model_at_end takes the model back from its end; a recorded "
+                "run ends with its last step: leave it out."
+            )
         if state.global_step:
             raise InputError(
                 f"stage {self.name!r}: the Trainer goes on from step {state.global_step}, and what came before was "
@@ -100,6 +115,7 @@ class RecordCallback(TrainerCallback):
         batch = placed(self.objective.collate(self.rows[:2]), functional)
         with functional.evaluating():
             self.trained = reached(Evaluation(functional, self.objective, batch), roles.trained)
+        check_precision(model, self.trained, self.name)
         optimised = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         odd = [n for n in self.trained if id(model.get_parameter(n)) not in optimised]
         if odd:

@@ -324,6 +324,7 @@ def compose(
         trained = reached(probe, roles.trained)
     if not trained:
         raise InputError(f"stage {roles.stage!r}: the loss depends on none of the trained parameters.")
+    check_precision(model.model, trained, roles.stage)
     return Recording(
         optimisers.from_arguments(arguments, roles.stage),
         arguments.max_grad_norm or None,
@@ -398,6 +399,17 @@ def check_arguments(arguments: Any, name: str) -> None:
                 "that minimises the objective itself."
             )
     optimisers.from_arguments(arguments, name)
+
+
+def check_precision(model: nn.Module, trained: Sequence[str], name: str) -> None:
+    """Refuses parameters that cannot hold what a run leaves."""
+    for key in trained:
+        dtype = model.get_parameter(key).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"stage {name!r}: {key!r} is {dtype}; a recorded run needs float32 or float64: convert it first "
+                "(model.float())."
+            )
 
 
 def _go_on(recording: Recording, model: FunctionalModel, name: str) -> tuple[Slots, int]:
