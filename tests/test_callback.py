@@ -70,18 +70,20 @@ def chain_of(before, model, folder, trainable="all", **settings):
     return MultiStageInfluence([pre, Stage("fine", model, OBJECTIVE, TEXTS, **own)], progress=False)
 
 
+QUIET = dict.fromkeys(DROPOUT, 0.0)
 RUNS = {
-    "adamw": ({**ADAMW, **STEPS}, "all"),
-    "adamw, cosine, max_steps": ({**ADAMW, **STEPS, "max_steps": 7, "lr_scheduler_type": "cosine"}, "all"),
-    "adamw, accumulated, clipped": ({**ADAMW, **ACCUMULATED, "max_grad_norm": 0.5}, "all"),
-    "momentum": ({**MOMENTUM, **STEPS}, "all"),
-    "momentum, accumulated, frozen": ({**MOMENTUM, **ACCUMULATED}, "head"),
-    "last batch dropped": ({**MOMENTUM, **STEPS, "dataloader_drop_last": True}, "all"),
+    "adamw": ({**ADAMW, **STEPS}, "all", DROPOUT),
+    "adamw, cosine, max_steps": ({**ADAMW, **STEPS, "max_steps": 7, "lr_scheduler_type": "cosine"}, "all", DROPOUT),
+    "adamw, accumulated, clipped": ({**ADAMW, **ACCUMULATED, "max_grad_norm": 0.5}, "all", DROPOUT),
+    "momentum": ({**MOMENTUM, **STEPS}, "all", DROPOUT),
+    "momentum, accumulated, frozen": ({**MOMENTUM, **ACCUMULATED}, "head", DROPOUT),
+    "last batch dropped": ({**MOMENTUM, **STEPS, "dataloader_drop_last": True}, "all", DROPOUT),
+    "adamw, no dropout": ({**ADAMW, **STEPS}, "all", QUIET),
+    "momentum, no dropout": ({**MOMENTUM, **ACCUMULATED}, "all", QUIET),
 }
 
 
-@pytest.mark.parametrize("dropout", [DROPOUT, dict.fromkeys(DROPOUT, 0.0)], ids=["dropout", "none"])
-@pytest.mark.parametrize(("settings", "trainable"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(("settings", "trainable", "dropout"), RUNS.values(), ids=RUNS)
 def test_a_trainers_run_is_replayed_and_pulled_back(settings, trainable, dropout, tmp_path):
     before, model, start, _, trainer = trained(tmp_path, settings, trainable, dropout=dropout, loss=mean_of_terms)
     trainer.train()
@@ -219,6 +221,13 @@ def test_arguments_that_are_refused(settings, message, tmp_path):
     with pytest.raises(InputError, match=message):
         trainer.train()
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_trainer_that_goes_back_to_its_best_model(tmp_path):
+    *_, trainer = trained(tmp_path, {**ADAMW, **STEPS})
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(InputError, match="load_best_model_at_end takes the model back"):
+        trainer.train()
 
 
 def test_rows_that_are_not_the_trainers(tmp_path):

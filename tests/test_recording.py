@@ -321,6 +321,13 @@ def test_arguments_that_are_refused(settings, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_in_half_precision(tmp_path):
+    before, model = text_pair(dtype=torch.bfloat16)
+    with pytest.raises(InputError, match=r"'bert\..*' is torch.bfloat16; a recorded run needs float32 or float64"):
+        recorded_texts(model, tmp_path / "run", before)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_holds_no_run(tmp_path):
     with pytest.raises(InputError, match=r"stage 'x': .* holds no recorded run; expected what `training.record`"):
         Recording.from_pretrained(tmp_path, "x")
