@@ -301,8 +301,8 @@ class FunctionalModel:
 
     @contextmanager
     def evaluating(self, dropout: bool = False) -> Iterator[None]:
-        """Evaluation mode (training mode with `dropout`) and attention kernels that have forward-mode and second
-        derivatives; restored on leaving."""
+        """Evaluation mode (training mode with `dropout`, but for batch normalisation, whose statistics would move) and
+        attention kernels that have forward-mode and second derivatives; restored on leaving."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         training = {module: module.training for module in self.model.modules()}
@@ -311,6 +311,9 @@ class FunctionalModel:
         swap = any(kernel not in (None, "eager", "sdpa") for _, kernel in attention)
         try:
             self.model.train(dropout)
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
             if swap:
                 self.model.set_attn_implementation("eager")
             with sdpa_kernel(SDPBackend.MATH):

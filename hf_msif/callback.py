@@ -17,7 +17,17 @@ from .autodiff import Evaluation, reached
 from .engine import as_rows
 from .errors import InputError
 from .optimisers import Slots
-from .recording import Recording, Schedule, check_arguments, check_finite, interval, known_by, placed, write_state
+from .recording import (
+    Recording,
+    Schedule,
+    check_arguments,
+    check_finite,
+    check_precision,
+    interval,
+    known_by,
+    placed,
+    write_state,
+)
 
 # Slot of a recording → what torch's optimisers call it.
 BUFFERS = {"momentum": "momentum_buffer", "first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
@@ -29,7 +39,8 @@ class RecordCallback(TrainerCallback):
     The order of the rows, learning rates, random numbers of dropout, and parameters and optimiser state every √T steps
     are recorded; losses and gradients are computed again, from the stage's objective, when the run is replayed. So the
     `Trainer` must minimise that objective, the mean over a step's counted terms, in one process and full precision:
-    replaying checks it, see `Stage(link="unrolled")` and `unrolled.check_replay`.
+    replaying checks it, see `Stage(link="unrolled")` and `unrolled.check_replay`. (Under gradient accumulation the
+    loss that many of transformers' models compute themselves is no such mean: pass `compute_loss_func` there.)
 
     Args:
         folder: where the run is written; must not hold one.
@@ -61,17 +72,33 @@ class RecordCallback(TrainerCallback):
         self.folder, self.objective, self.name = Path(folder).expanduser(), objective, name
         self.rows = as_rows(data, f"the data of stage {name!r}")
         self.previous, self.trainable, self.resized = previous, trainable, resized
+        self._check_folder()
+
+    def _check_folder(self) -> None:
         if (self.folder / "run.json").exists():
-            raise InputError(f"stage {name!r}: {self.folder} holds a recorded run already; expected a new folder.")
+            raise InputError(
+                f"stage {self.name!r}: {self.folder} holds a recorded run already; expected a new folder."
+            )
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+        self._check_folder()  # again: a Trainer may train twice
         check_arguments(args, self.name)
+        if args.load_best_model_at_end:
+            raise InputError(
+                f"stage {self.name!r}: load_best_model_at_end takes the model back from its end; a recorded "
+                "run ends with its last step: leave it out."
+            )
         if state.global_step:
             raise InputError(
                 f"stage {self.name!r}: the Trainer goes on from step {state.global_step}, and what came before was "
                 "not recorded; expected a run from its first step."
             )
         self.optimiser = optimisers.from_arguments(args, self.name)
+        if getattr(self.optimiser, "eps_inside_root", False):
+            raise InputError(
+                f"stage {self.name!r}: optim_args has eps_inside_root, which torch's AdamW does not know; expected a "
+                "run by `training.record` for it."
+            )
         sampler = getattr(getattr(train_dataloader, "batch_sampler", None), "sampler", None)
         if sampler is None or len(sampler) != len(self.rows):
             raise InputError(
@@ -88,6 +115,7 @@ class RecordCallback(TrainerCallback):
         batch = placed(self.objective.collate(self.rows[:2]), functional)
         with functional.evaluating():
             self.trained = reached(Evaluation(functional, self.objective, batch), roles.trained)
+        check_precision(model, self.trained, self.name)
         optimised = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         odd = [n for n in self.trained if id(model.get_parameter(n)) not in optimised]
         if odd:

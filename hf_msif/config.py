@@ -262,6 +262,11 @@ class Config(Section):
                     f"{key} has polish and link: unrolled; expected one of them: an unrolled stage is what its "
                     "training run left, a polished one is a minimum."
                 )
+            if stage.alpha == "auto" and stage.polish is not None:
+                raise InputError(
+                    f"{key} has polish and alpha: auto; expected α as a number: a polished stage is at the minimum "
+                    "that its α makes."
+                )
             if stage.link == "proximal" and (stage.run is not None or stage.max_growth is not None):
                 raise InputError(f"{key} has run or max_growth, which need link: unrolled.")
             if stage.model.lora is not None and not index:
@@ -274,6 +279,8 @@ class Config(Section):
                     f"{key} would build on the encoder of {names[index - 1]!r}, which has adapters "
                     f"(stages.{names[index - 1]}.model.lora); expected such a stage to be the last one."
                 )
+            if stage.run is not None and stage.model.path is None:
+                raise InputError(f"{key}.run needs {key}.model.path, the model that the run left.")
             if stage.model.head == "feed_forward" and not (index and stage.task == "sequence-classification"):
                 raise InputError(
                     f"{key}.model.head is 'feed_forward'; expected 'auto', unless a later stage has the task "

@@ -21,7 +21,7 @@ from .vectors import Block
 if TYPE_CHECKING:
     from .influence import MultiStageInfluence
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -169,8 +169,8 @@ def _facts(link: Link) -> dict:
         "link": stage.link,
         "N": link.count,
         "examples": len(link.rows),
-        "weight_decay": stage.weight_decay,
-        "alpha": link.recording.alpha if link.recording else link.alpha,
+        "weight_decay": (link.recording or stage).weight_decay,
+        "alpha": (link.recording or link).alpha,
         "alpha_estimate": None,
         "objective": describe(stage.objective),
         "fingerprint": link.fingerprint,

@@ -322,6 +322,9 @@ def compose(
     probe = Evaluation(model, objective, placed(objective.collate(rows[:2]), model))
     with model.evaluating():
         trained = reached(probe, roles.trained)
+    if not trained:
+        raise InputError(f"stage {roles.stage!r}: the loss depends on none of the trained parameters.")
+    check_precision(model.model, trained, roles.stage)
     return Recording(
         optimisers.from_arguments(arguments, roles.stage),
         arguments.max_grad_norm or None,
@@ -394,6 +397,18 @@ def check_arguments(arguments: Any, name: str) -> None:
             raise InputError(
                 f"stage {name!r}: a run with {setting} cannot be recorded; expected one process in full precision "
                 "that minimises the objective itself."
+            )
+    optimisers.from_arguments(arguments, name)
+
+
+def check_precision(model: nn.Module, trained: Sequence[str], name: str) -> None:
+    """Refuses parameters that cannot hold what a run leaves."""
+    for key in trained:
+        dtype = model.get_parameter(key).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"stage {name!r}: {key!r} is {dtype}; a recorded run needs float32 or float64: convert it first "
+                "(model.float())."
             )
 
 

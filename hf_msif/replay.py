@@ -83,7 +83,8 @@ class Replay:
             before = dict(previous.named_parameters()) if isinstance(previous, nn.Module) else previous
             for n in inherited:
                 source, anchor = before[roles.inherited[n]].detach(), parameters[n].clone()
-                anchor[: len(source)] = source.to(anchor)  # all rows, unless a resize added some
+                # all rows, unless a resize added some
+                (anchor[: roles.resized[n]] if n in roles.resized else anchor).copy_(source)
                 self.anchors[n] = anchor
         self.frozen = roles.frozen
         self.decay = {n: recording.weight_decay for n in recording.decayed if recording.weight_decay}

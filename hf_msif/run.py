@@ -266,9 +266,10 @@ class Run:
         return (self.folder / name).is_dir() or self._is_given(name)
 
     def _is_given(self, name: str) -> bool:
-        """Whether the configuration names a finished model and no way to train it."""
+        """Whether the configuration names a finished model and no way to train it, or the run that left it."""
         stage = self.config.stages[name]
-        return stage.model.path is not None and not stage.training and stage.polish is None
+        idle = stage.run is not None or not (stage.training or stage.polish is not None)
+        return stage.model.path is not None and idle
 
     def present_model(self, name: str):
         """The trained model, or an untrained one where training is still to come."""
@@ -311,7 +312,11 @@ class Run:
         import torch
 
         dtype = self.config.stages[name].model.dtype
-        return model if dtype is None else model.to(getattr(torch, dtype))
+        if dtype is None:
+            return model
+        # As a saved model has it: a new head on this encoder is drawn in the same dtype before saving and after.
+        model.config.dtype = model.base_model.config.dtype = getattr(torch, dtype)
+        return model.to(getattr(torch, dtype))
 
     def new_model(self, name: str):
         """The untrained model of a stage: from `model.path`, else from `model.config` (the first stage) or on the
@@ -382,14 +387,18 @@ class Run:
     # --- commands
 
     def to_train(self) -> list[str]:
-        """The stages that `msif train` trains: all but those whose model is given and that have no training
-        settings."""
+        """The stages that `msif train` trains: all but those whose model is given and that have no training settings,
+        or a run."""
+        from .recording import check_arguments
+
         given = [name for name in self.names if self._is_given(name)]
         for name in given:
-            print(f"{name}: {self.config.stages[name].model.path} is taken as it is (no stages.{name}.training)")
+            print(f"{name}: {self.config.stages[name].model.path} is taken as it is (not trained here)")
         names = [name for name in self.names if name not in given]
         for name in names:  # before the first one is trained for hours
-            self.arguments(name)
+            arguments = self.arguments(name)
+            if self.config.stages[name].link == "unrolled":
+                check_arguments(arguments, name)
         return names
 
     def train(self, name: str) -> dict:
@@ -402,6 +411,10 @@ class Run:
         from .adapters import split
 
         stage, index = self.stage_config(name), self.names.index(name)
+        if stage.run is not None:
+            raise InputError(
+                f"stages.{name}.run is a run that was recorded elsewhere; leave it out to train the stage here."
+            )
         arguments = self.arguments(name)
         previous = self.model(self.names[index - 1]) if index else None
         parts = {"train": self.rows(name)}

@@ -196,6 +196,11 @@ class Link:
                 f"stage {name!r}: the run in {run.folder} was trained on other rows than the stage's data; expected "
                 "the same rows in the same order, with the same example ids."
             )
+        if run.facts["omit"]:
+            raise InputError(
+                f"stage {name!r}: the run in {run.folder} left out the rows {run.facts['omit'][:5]} (omit); expected "
+                "a run on all of the stage's data."
+            )
         if set(run.trained) != set(self.split.trained):
             odd = sorted(set(run.trained) ^ set(self.split.trained))
             raise InputError(

@@ -51,6 +51,8 @@ def damping_sweep(
         raise InputError(f"k is {k}; expected at least 1.")
     target = chain.link(stage)
     name, solver = target.stage.name, target.stage.solver
+    if target.recording is not None:
+        raise InputError(f"stage {name!r} is pulled back through its run, without a linear system to damp.")
     if "damping" not in {field.name for field in dataclasses.fields(solver)}:
         raise InputError(
             f"stage {name!r} is solved by {type(solver).__name__}, which has no damping to sweep: use CG."

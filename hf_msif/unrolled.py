@@ -48,7 +48,8 @@ class RunCertificate:
     - `steps`: T. `norms`: [[t, ‖λ_t‖ / ‖a‖ a column], ...] on the parameters, at the kept states, last one first.
     - `growth`: the largest such ratio at any step; `limit`: above it the pull-back is refused.
     - `replay_difference`: the largest ‖φ_replayed − φ_recorded‖ / ‖φ_recorded − φ_before‖ over the segments between
-      kept states; 0 where the run repeats itself bit for bit.
+      kept states, of the parameters and of each of the optimiser's buffers (a loss on another scale leaves Adam's
+      steps as they are, but not its moments); 0 where the run repeats itself bit for bit.
     """
 
     steps: int
@@ -125,18 +126,19 @@ def pull_back(link: Link, a: Block) -> tuple[Block, Block, RunCertificate]:
             if begin >= sweep.step:
                 continue
             states = [recording.state(begin, device)]
-            start = states[0]["parameters"]
             for t in range(begin, end):
                 states.append(replay.forward(states[-1], t))
+            found, expected, start = states.pop(), recording.state(end, device), states[0]
             sweep.difference = max(
-                sweep.difference, _gap(states.pop()["parameters"], recording.state(end, device)["parameters"], start)
+                sweep.difference, *(_gap(found[slot], expected[slot], start[slot]) for slot in expected)
             )
             if not sweep.difference <= REPRODUCED:
                 raise InputError(
                     f"stage {name!r}: replaying steps {begin + 1} to {end} ends {sweep.difference:.1e} of their "
-                    f"length away from the recorded state; expected at most {REPRODUCED:.0e}. The run had "
-                    "another loss than the stage's objective, data or random numbers that were not recorded, or "
-                    "attention kernels with dropout of their own (attn_implementation='eager')."
+                    f"length away from the recorded state; expected at most {REPRODUCED:.0e}. The run had another "
+                    "loss than the stage's objective (as many models' own loss is under gradient accumulation), data "
+                    "or random numbers that were not recorded, or attention kernels with dropout of their own "
+                    "(attn_implementation='eager')."
                 )
             for t in reversed(range(begin, end)):
                 replay.backward(states.pop(), t, sweep.adjoint)
@@ -196,13 +198,10 @@ class _Sweep:
         self.step, self.difference = recording.steps, 0.0
         width = vectors.columns(a)
         self.growth, self.norms = [1.0] * width, [[recording.steps, [1.0] * width]]
-        question = hashlib.sha256(f"{vectors.fingerprint(a)} {recording.settings}".encode()).hexdigest()
-        self.path: Path = recording.folder / f"sweep-{question[:16]}.safetensors"
+        self.question = hashlib.sha256(f"{vectors.fingerprint(a)} {recording.settings}".encode()).hexdigest()
+        self.path: Path = recording.folder / f"sweep-{self.question[:16]}.safetensors"
         self.kept = time.perf_counter()
-        if self.path.is_file():
-            self.adjoint = self._load(replay.engine.device)
-        else:
-            self.adjoint = replay.adjoint(a)
+        self.adjoint = self._load(replay.engine.device) or replay.adjoint(a)
 
     def keep(self) -> None:
         if time.perf_counter() - self.kept < SAVE_EVERY or self.step == 0:
@@ -210,12 +209,20 @@ class _Sweep:
         parts = {"frozen": self.adjoint.frozen, "anchors": self.adjoint.anchors}
         parts |= {f"slot {slot}": own for slot, own in self.adjoint.slots.items()}
         flat = {f"{part}/{name}": t for part, own in parts.items() for name, t in own.items()}
-        passed = {"step": self.step, "difference": self.difference, "growth": self.growth, "norms": self.norms}
+        passed = {key: getattr(self, key) for key in ("question", "step", "difference", "growth", "norms")}
         vectors.save({**flat, "weights/": self.adjoint.weights}, self.path, passed)
         self.kept = time.perf_counter()
 
-    def _load(self, device: torch.device) -> Adjoint:
-        flat, passed = vectors.load(self.path)
+    def _load(self, device: torch.device) -> Adjoint | None:
+        """The copy's adjoint; None where there is none, or one that is damaged or of another question."""
+        from safetensors import SafetensorError
+
+        try:
+            flat, passed = vectors.load(self.path)
+        except (FileNotFoundError, SafetensorError):
+            return None
+        if passed.get("question") != self.question:
+            return None
         vars(self).update(passed)
         parts: dict[str, Block] = {"frozen": {}, "anchors": {}}
         for key, tensor in flat.items():

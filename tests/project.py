@@ -59,6 +59,24 @@ def project(folder: Path) -> Path:
     return path
 
 
+def unrolled_project(folder: Path) -> Path:
+    """As `project`, in float64, both stages trained whole by recorded runs, the first from scratch."""
+    path = project(folder)
+    settings = json.loads(path.read_text())
+    stages = settings["stages"]
+    run = {"optim": "sgd", "optim_args": "momentum=0.5", "learning_rate": 0.1, "per_device_train_batch_size": 8}
+    for name, steps in (("pretraining", 7), ("finetuning", 5)):
+        stages[name]["training"] = {**run, "max_steps": steps}
+        stages[name]["link"] = "unrolled"
+        stages[name]["model"]["dtype"] = "float64"
+    stages["finetuning"] |= {"trainable": "all"}
+    stages["finetuning"]["model"] = {"dtype": "float64"}
+    stages["pretraining"]["model"]["config"] |= {"hidden_dropout_prob": 0.1}
+    settings["validation"] = {"examples": 4, "baselines": ["implicit", "random"]}
+    path.write_text(json.dumps(settings, indent=1))
+    return path
+
+
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
 SIZES |= {"max_position_embeddings": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

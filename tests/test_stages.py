@@ -1,6 +1,7 @@
 """Stages and their links: settings, stationarity, partial freezing, facts measured once, nothing left behind."""
 
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tiny
 import torch
 from test_adapters import photograph
-from toy import ToyObjective, minimise, toy, toy_rows
+from toy import ToyObjective, example_losses, minimise, toy, toy_rows
 from transformers import Trainer
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, vectors
@@ -279,3 +280,110 @@ def test_a_chain_that_does_not_fit_leaves_the_models_as_they_came():
     with pytest.raises(InputError, match="counts as frozen"):
         tiny.chain(before, after, data=(CORPUS, TWEETS))
     assert [photograph(before), photograph(after)] == pictures
+
+
+# α from the checkpoints ---------------------------------------------------------------------------------------------
+
+
+def tied_optimum(alpha, rows, decay=0.02):
+    """A model at the minimum of F + α ‖W − W_before‖², W_before being `toy(0)`'s encoder."""
+    model, before = toy(1), toy(0)
+    anchors = {n: p.detach() for n, p in before.named_parameters() if n.startswith("encoder.")}
+
+    def value(p):
+        sums, counts = example_losses(model, p, rows)
+        total = sums.sum() / counts.sum() + decay / 2 * sum((x**2).sum() for n, x in p.items() if "bias" not in n)
+        return total + alpha * sum(((p[n] - a) ** 2).sum() for n, a in anchors.items())
+
+    start = {n: p.detach() for n, p in model.named_parameters()}
+    model.load_state_dict(minimise(value, start, list(start)))
+    return before, model
+
+
+def automatic(before, model, rows, **settings):
+    stages = [stage("one", model=before), stage("two", model=model, data=rows, weight_decay=0.02, alpha="auto")]
+    stages[1] = dataclasses.replace(stages[1], **settings)
+    return MultiStageInfluence(stages, progress=False)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.7])
+def test_alpha_is_found_at_a_proximal_optimum(alpha):
+    rows = toy_rows(1, 8)
+    before, model = tied_optimum(alpha, rows)
+    link = automatic(before, model, rows, curvature_samples=3).link("two")  # the estimate is of all rows
+    assert link.alpha == pytest.approx(alpha, rel=1e-9)
+    assert link.estimate.remaining < 1e-8
+    given = automatic(before, model, rows, alpha=alpha).link("two")
+    assert given.gradient_norm < 1e-8
+    for n, t in given.ridge.items():
+        assert link.ridge[n] == pytest.approx(t, rel=1e-9)
+
+
+def test_the_estimate_is_its_formula_elsewhere(tmp_path):
+    rows = toy_rows(1, 8)
+    before, model = tied_optimum(0.3, rows)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    chain = automatic(before, model, rows, solver=solvers.CG(damping=1.0, tol=1e-6))
+    link = chain.link("two")
+    names = [n for n, _ in model.named_parameters() if n.startswith("encoder.")]
+    parameters = dict(model.named_parameters())
+    sums, counts = example_losses(model, parameters, rows)
+    value = sums.sum() / counts.sum() + 0.01 * sum((p**2).sum() for n, p in parameters.items() if "bias" not in n)
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(value, [parameters[n] for n in names])])
+    shift = torch.cat([(parameters[n] - before.get_parameter(n)).detach().flatten() for n in names])
+    expected = float(-(slope @ shift) / (2 * shift @ shift))
+    assert link.estimate.alpha == pytest.approx(expected, rel=1e-12)
+    assert link.estimate.distance == pytest.approx(float(shift.norm()), rel=1e-12)
+    assert link.estimate.gradient_norm == pytest.approx(float(slope.norm()), rel=1e-12)
+    remaining = float((slope + 2 * expected * shift).norm() / slope.norm())
+    assert link.estimate.remaining == pytest.approx(remaining, rel=1e-12)
+    assert remaining > 0.01
+    for nearby in (0.99 * expected, 1.01 * expected):
+        assert (slope + 2 * nearby * shift).norm() > (slope + 2 * expected * shift).norm()
+
+    query = chain.query(toy_rows(3, 2))
+    found = query.certificate()["stages"]["two"]
+    assert found["alpha"] == link.alpha
+    assert found["alpha_estimate"] == dataclasses.asdict(link.estimate)
+    assert f"alpha = {expected:.4g} estimated from the checkpoints" in found["text"]
+    assert f"it leaves {remaining:.0%} of the gradient" in found["text"]
+    assert query.certificate()["stages"]["one"]["alpha_estimate"] is None
+    query.save_pretrained(tmp_path)
+    loaded = Query.from_pretrained(tmp_path, automatic(before, model, rows))
+    assert loaded.certificate() == query.certificate()
+    by_hand = automatic(before, model, rows, alpha=expected, solver=solvers.CG(damping=1.0, tol=1e-6))
+    for q in range(2):
+        np.testing.assert_allclose(
+            by_hand.query(toy_rows(3, 2)).score(rows).influence(q), query.score(rows).influence(q), rtol=1e-6
+        )
+
+
+def test_an_estimate_that_is_not_positive_is_warned_about():
+    """The encoder moved up the slope of its loss."""
+    before, rows = toy(0), toy_rows(1, 8)
+    model = toy(1)
+    model.encoder.load_state_dict(before.encoder.state_dict())
+    parameters = dict(model.named_parameters())
+    sums, _ = example_losses(model, parameters, rows)
+    names = [n for n in parameters if n.startswith("encoder.")]
+    slopes = torch.autograd.grad(sums.sum(), [parameters[n] for n in names])
+    with torch.no_grad():
+        for n, slope in zip(names, slopes, strict=True):
+            parameters[n] += 0.05 * slope
+    link = automatic(before, model, rows).link("two")
+    with pytest.warns(UserWarning, match=r"stage 'two': alpha = -.* It is not positive: no proximal term explains"):
+        assert link.alpha < 0
+
+
+def test_an_encoder_that_did_not_move_has_no_alpha():
+    before, model = toy(0), toy(1)
+    model.encoder.load_state_dict(before.encoder.state_dict())
+    link = automatic(before, model, toy_rows(1, 8)).link("two")
+    with pytest.raises(InputError, match=r"stage 'two': alpha is 'auto', but the inherited parameters are those of"):
+        _ = link.alpha
+    frozen = automatic(before, model, toy_rows(1, 8), trainable="head").link("two")
+    assert frozen.alpha is None
+    assert "encoder.gain" not in frozen.ridge

@@ -15,7 +15,8 @@ import tiny
 import torch
 from sklearn.metrics import roc_auc_score
 from test_chain import Chain
-from toy import example_losses
+from test_unrolled import MINIMUM, PATTERNS, RUN, Minimum, Mixed, Run
+from toy import example_losses, toy, toy_rows
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -26,6 +27,7 @@ from hf_msif.validation.baselines import TEXT, Case
 from hf_msif.validation.experiments import random_omissions
 
 IDENTITY = next(baseline for baseline in BASELINES if baseline.__name__ == "identity")
+IMPLICIT = next(baseline for baseline in BASELINES if baseline.__name__ == "implicit")
 
 RNG = np.random.default_rng(0)
 
@@ -645,3 +647,107 @@ def test_mislabelled_pretraining_examples_rank_as_harmful(seed):
     )
     influence = MultiStageInfluence([stage], progress=False).query(held_out, aggregate="sum").score(corpus).influence()
     assert roc_auc_score(np.isin(np.arange(300), wrong), influence) >= 0.9
+
+
+# Unrolled stages ----------------------------------------------------------------------------------------------------
+
+TWO_RUNS = [RUN, (Run, PATTERNS, {"optim": "adamw", "rate": 0.05, "alpha": 0.2})]
+UNROLLED = {
+    "two runs": TWO_RUNS,
+    "run, minimum": [RUN, MINIMUM],
+    "minimum, run": [(Minimum, "all", {}), RUN],
+    "frozen": [RUN, (Run, "head", {"momentum": 0.5})],
+}
+
+
+def without(mixed, stage, index):
+    weights = torch.ones(len(mixed.kinds[stage].rows), dtype=torch.float64)
+    weights[index] = 0.0
+    return mixed.losses(stage, weights).tolist()
+
+
+@pytest.mark.parametrize("kinds", UNROLLED.values(), ids=UNROLLED)
+def test_a_warm_start_repeats_runs(kinds, tmp_path):
+    mixed = Mixed(kinds, tmp_path)
+    stages, tests = [link.stage for link in mixed.chain.links], toy_rows(9, 2)
+    finished = example_losses(mixed.models[-1], mixed.ends[-1], tests)[0].detach().tolist()
+    states = [copy.deepcopy(model.state_dict()) for model in mixed.models]
+    for stage in (0, 1):
+        retrain = WarmStart(stages, tests, stage=f"stage{stage}", tol=1e-11)
+        whole = retrain(frozenset(), 0).losses
+        if all(make is Run for make, *_ in kinds):
+            assert whole == finished
+        np.testing.assert_allclose(whole, finished, rtol=1e-8)
+        for index in (2, 7):
+            expected = without(mixed, stage, index)
+            np.testing.assert_allclose(retrain(frozenset([index]), 0).losses, expected, rtol=1e-7)
+            assert np.abs(np.subtract(expected, whole)).max() > 1e-5
+        moved, again = retrain(frozenset(), 1), retrain(frozenset(), 1)
+        assert moved.losses == again.losses != whole
+        np.testing.assert_allclose(moved.losses, whole, rtol=1e-3)
+    assert all(p.equal(old[n]) for m, old in zip(mixed.models, states, strict=True) for n, p in m.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_removal_effects_of_runs_predict_retraining(stage, tmp_path):
+    gentle = (Run, "all", {"momentum": 0.5, "rate": 0.05})  # leaving out a row is no small step
+    mixed = Mixed([gentle, gentle], tmp_path)
+    stages, tests = [link.stage for link in mixed.chain.links], toy_rows(9, 2)
+    rows = mixed.kinds[stage].rows
+    scores = mixed.chain.query(tests).score(rows, stage=f"stage{stage}")
+    bank = Bank(WarmStart(stages, tests, stage=f"stage{stage}"), progress=False)
+    actual = bank.effects([[i] for i in range(len(rows))])
+    assert correlation(scores.removal_effects(), actual).pearson_r > 0.95
+    assert correlation(scores.removal_effects(), actual).slope == pytest.approx(1, abs=0.2)
+
+
+def from_scratch(mixed, folder, **settings):
+    arguments = [kind.arguments(folder) for kind in mixed.kinds]
+    for given in arguments:
+        given.save_strategy = "no"
+    stages = [link.stage for link in mixed.chain.links]
+    return FromScratch(stages, toy_rows(9, 2), lambda seed: [toy(seed - 5), toy(seed - 4)], arguments, **settings)
+
+
+@pytest.mark.parametrize("kinds", [TWO_RUNS, UNROLLED["frozen"]], ids=["two runs", "frozen"])
+def test_from_scratch_takes_the_steps_of_a_run(kinds, tmp_path):
+    mixed = Mixed(kinds, tmp_path)
+    for stage in (0, 1):
+        retrain = from_scratch(mixed, tmp_path, stage=f"stage{stage}", start=5)
+        whole = retrain(frozenset(), 5).losses
+        assert whole == example_losses(mixed.models[-1], mixed.ends[-1], toy_rows(9, 2))[0].tolist()
+        np.testing.assert_allclose(retrain(frozenset([3]), 5).losses, without(mixed, stage, 3), rtol=1e-9)
+    first, second, again = (retrain(frozenset(), seed).losses for seed in (-1, -2, -1))
+    assert first == again
+    assert len({tuple(x) for x in (first, second, whole)}) == 3
+    np.testing.assert_allclose(first, whole, rtol=1e-3)
+    assert np.abs(np.subtract(retrain(frozenset(), 6).losses, whole)).max() > 1e-2
+
+
+def test_from_scratch_wants_the_arguments_of_a_run_and_no_polish(tmp_path):
+    mixed = Mixed(TWO_RUNS, tmp_path)
+    with pytest.raises(InputError, match="stage 'stage0' has an unrolled link: it is what its run leaves"):
+        from_scratch(mixed, tmp_path, polished=[True, False])
+    stages = [link.stage for link in mixed.chain.links]
+    with pytest.raises(InputError, match="nothing would be trained"):
+        FromScratch(stages, toy_rows(9, 2), lambda seed: [toy(0), toy(1)])
+
+
+def test_settings_know_the_run(tmp_path):
+    mixed = [Mixed(kinds, tmp_path / str(i)) for i, kinds in enumerate([UNROLLED["frozen"], UNROLLED["frozen"]])]
+    mixed.append(Mixed([RUN, (Run, "head", {"momentum": 0.5, "epochs": 4})], tmp_path / "other"))
+    chains = [[link.stage for link in one.chain.links] for one in mixed]
+    one, same, other = (Bank(WarmStart(stages, toy_rows(9, 2))).fingerprint for stages in chains)
+    assert one == same != other
+
+
+def test_the_implicit_baseline_takes_runs_for_minima(tmp_path):
+    kinds = [(Minimum, "all", {}), (Run, "all", {"momentum": 0.5, "alpha": 0.2})]
+    mixed, tests = Mixed(kinds, tmp_path), toy_rows(9, 2)
+    stages, rows = [link.stage for link in mixed.chain.links], mixed.kinds[0].rows
+    found = validation.baselines(mixed.chain, tests, rows, which=[IMPLICIT])
+    solved = MultiStageInfluence([stages[0], replace(stages[1], link="proximal", run=None, alpha="auto")], None, False)
+    expected = solved.query(tests).score(rows).removal_effects()
+    np.testing.assert_allclose(found["implicit"], expected, rtol=1e-10)
+    unrolled = mixed.chain.query(tests).score(rows).removal_effects()
+    assert not np.allclose(unrolled, expected, rtol=0.01)

@@ -277,6 +277,7 @@ class FromScratch(_Chain):
                 arguments.seed, arguments.data_seed = seed, seed
                 settings = {**self._settings(k, models, omit), "progress": False}
                 if s.link == "unrolled":
+                    settings |= {key: getattr(self.recordings[k], key) for key in ("weight_decay", "alpha", "dropout")}
                     training.record(models[k], s.objective, s.data, arguments, None, **settings)
                 else:
                     training.train(models[k], s.objective, s.data, arguments, **settings)
