@@ -359,6 +359,11 @@ def schedule(arguments: Any, size: int) -> Schedule:
     """Rows, epoch and learning rate of every step that `TrainingArguments` mean for `size` rows."""
     from transformers import get_scheduler
 
+    if arguments.dataloader_drop_last or str(arguments.train_sampling_strategy) != "random":
+        raise InputError(
+            "training.record draws every row once an epoch, in random order; expected no dataloader_drop_last and no "
+            "train_sampling_strategy (a RecordCallback records what a Trainer draws)."
+        )
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     an_epoch = math.ceil(size / batch)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
@@ -389,6 +394,8 @@ def check_arguments(arguments: Any, name: str) -> None:
     refused = {
         "bf16 or fp16": arguments.bf16 or arguments.fp16,
         f"{arguments.world_size} processes": arguments.world_size > 1,
+        "several GPUs in one process": arguments.n_gpu > 1,
+        "reduce_lr_on_plateau": arguments.lr_scheduler_type == "reduce_lr_on_plateau",
         "label_smoothing_factor": arguments.label_smoothing_factor,
         "neftune_noise_alpha": arguments.neftune_noise_alpha,
     }

@@ -188,13 +188,20 @@ class Link:
                 )
 
     def _check_run(self) -> None:
-        """The recorded run is that of the stage's rows and objective, starts from the stage before and ends at the
-        stage's model; its `replay`, and what it inherited beside the encoder."""
+        """The recorded run is of the stage's rows and quadratic terms, starts from the stage before and ends at the
+        stage's model; its `replay`, and what it inherited beside the encoder. (Whether its loss is the stage's
+        objective is seen when it is replayed.)"""
         name, run = self.stage.name, self.recording
         if run.facts["rows"] != digest(self.rows):
             raise InputError(
                 f"stage {name!r}: the run in {run.folder} was trained on other rows than the stage's data; expected "
                 "the same rows in the same order, with the same example ids."
+            )
+        alpha = run.alpha if self.stage.alpha in (None, "auto") else self.stage.alpha
+        if (run.weight_decay, run.alpha) != (self.stage.weight_decay, alpha):
+            raise InputError(
+                f"stage {name!r}: weight_decay={self.stage.weight_decay} and alpha={self.stage.alpha}, but the run in "
+                f"{run.folder} was trained with {run.weight_decay} and {run.alpha}; expected the run's own."
             )
         if run.facts["omit"]:
             raise InputError(

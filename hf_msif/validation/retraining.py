@@ -143,6 +143,12 @@ class WarmStart(_Chain):
         **polish_settings,
     ):
         super().__init__(stages, tests, stage, tol, polish_settings, engine)
+        for s, roles, recording in zip(self.stages, self.roles, self.recordings, strict=True):
+            if recording is None and s.alpha == "auto" and roles.proximal:
+                raise InputError(
+                    f"stage {s.name!r}: alpha is 'auto', so training did not tie it, and a warm start would leave "
+                    "where it ended; expected alpha as a number, link='unrolled', or FromScratch."
+                )
         self.perturbation = perturbation
         self._finished: list[nn.Module] | None = None
         self._preconditioners: list = []
