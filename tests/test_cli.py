@@ -128,7 +128,7 @@ def test_score_of_the_last_stage_and_of_a_group(copy):
     options = ("--config", copy / "config.yaml", "--test.aggregate", "sum", "--corpus.stage=finetuning", "--json")
     assert msif("query", *options) == 0
     assert msif("score", *options) == 0
-    scores = Scores.from_parquet(copy / "run" / "scores.parquet")
+    scores = Scores.from_parquet(copy / "run" / "scores-finetuning.parquet")
     assert scores.columns == 1
     assert scores.metadata["stage"] == "finetuning"
     assert scores.frame.example_id.min() >= 100  # data.id_column
