@@ -133,7 +133,7 @@ def _unrolled(link: Link, arguments, columns: int) -> dict:
         "solve_seconds": run.steps * (forward + backward),
         "score_seconds_a_row": forward / step_rows / 3 / columns,
         "state_bytes": state,
-        "states_held": run.interval + 1,
+        "states_held": run.interval + 2,
         "states_kept": len(run.marks),
         "solver_bytes": held_bytes(run, link.model.parameters, columns),
         "vector_bytes": 8 * columns * len(rows),

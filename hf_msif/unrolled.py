@@ -25,6 +25,7 @@ import torch
 
 from . import vectors
 from .errors import InputError
+from .optimisers import Slots
 from .replay import Adjoint, Replay
 from .vectors import Block
 
@@ -86,11 +87,15 @@ class RunCertificate:
 
 
 def held_bytes(recording: Recording, parameters: Mapping[str, Any], columns: int) -> int:
-    """Most bytes that a pull-back holds at a time, beside the graph of one step: a segment's states, the gradient and
-    what it is clipped to, and for each column the adjoint of a state and those of the two gradients."""
+    """Most bytes that a pull-back holds at a time, beside the graph of one step.
+
+    A segment's states; while they are made, the recorded end beside the one that they lead to; on the way back the
+    gradient and what it is clipped to, and for each column the adjoints of a state and of the two gradients.
+    """
     state = recording.bytes_of(parameters)
     own = state // (1 + len(recording.optimiser.buffers))
-    return (recording.interval + 1) * state + 2 * own + columns * (state + 2 * own)
+    backward = recording.interval * state + 2 * own + columns * (state + 2 * own)
+    return max(backward, (recording.interval + 2) * state + columns * state)
 
 
 def growth_limit(dtype: torch.dtype) -> float:
@@ -118,20 +123,14 @@ def pull_back(link: Link, a: Block) -> tuple[Block, Block, RunCertificate]:
     size = vectors.norm(vectors.select(a, recording.trained)).clamp(min=torch.finfo(torch.float64).tiny)
     sweep = _Sweep(recording, replay, a)
     segments = list(itertools.pairwise(recording.marks))
-    device = link.engine.device
     bar = link.engine.bar(desc=f"{name}: back through the run", total=recording.steps, unit=" steps")
     with bar:
         bar.update(recording.steps - sweep.step)
         for begin, end in reversed(segments):
             if begin >= sweep.step:
                 continue
-            states = [recording.state(begin, device)]
-            for t in range(begin, end):
-                states.append(replay.forward(states[-1], t))
-            found, expected, start = states.pop(), recording.state(end, device), states[0]
-            sweep.difference = max(
-                sweep.difference, *(_gap(found[slot], expected[slot], start[slot]) for slot in expected)
-            )
+            states, difference = _segment(recording, replay, begin, end)
+            sweep.difference = max(sweep.difference, difference)
             if not sweep.difference <= REPRODUCED:
                 raise InputError(
                     f"stage {name!r}: replaying steps {begin + 1} to {end} ends {sweep.difference:.1e} of their "
@@ -162,6 +161,16 @@ def pull_back(link: Link, a: Block) -> tuple[Block, Block, RunCertificate]:
         inherited[n] = inherited[n] + anchored
     certificate = RunCertificate(recording.steps, sweep.growth, limit, sweep.difference, sweep.norms)
     return {"weights": adjoint.weights}, inherited, certificate
+
+
+def _segment(recording: Recording, replay: Replay, begin: int, end: int) -> tuple[list[Slots], float]:
+    """The states before each of the steps between two kept ones, and how far they lead from the recorded end."""
+    device = replay.engine.device
+    states = [recording.state(begin, device)]
+    for t in range(begin, end):
+        states.append(replay.forward(states[-1], t))
+    found, expected = states.pop(), recording.state(end, device)
+    return states, max(_gap(found[slot], expected[slot], states[0][slot]) for slot in expected)
 
 
 def _gap(found: Mapping, expected: Mapping, start: Mapping) -> float:
