@@ -261,6 +261,13 @@ def decayed_names(model: nn.Module) -> set[str]:
     return set(get_parameter_names(model, [nn.LayerNorm], forbidden))
 
 
+def write(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Copies values into a model's parameters, in place."""
+    with torch.no_grad():
+        for name, value in parameters.items():
+            model.get_parameter(name).copy_(value)
+
+
 class FunctionalModel:
     """The user's model as a pure function of its parameters; nothing about the model is changed for good.
 

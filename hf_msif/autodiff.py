@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .adapters import FunctionalModel
+from .engine import placed
 from .vectors import Block, columns
 
 
@@ -36,13 +37,16 @@ class Evaluation:
         return {name: self.model.parameters[name].detach().requires_grad_() for name in names}
 
 
-def reached(evaluation: Evaluation, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of `names` that the losses depend on."""
-    leaves = evaluation.leaves(names)
-    total = evaluation.losses(leaves)[0].sum()
-    if not total.requires_grad:
-        return ()
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+def reached(model: FunctionalModel, objective: Any, rows: list[dict], names: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` that the losses of the first rows depend on."""
+    device = next(iter(model.parameters.values())).device
+    evaluation = Evaluation(model, objective, placed(objective.collate(rows[:2]), device))
+    with model.evaluating():
+        leaves = evaluation.leaves(names)
+        total = evaluation.losses(leaves)[0].sum()
+        if not total.requires_grad:
+            return ()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return tuple(name for name, g in zip(leaves, found, strict=True) if g is not None)
 
 

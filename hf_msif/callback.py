@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from . import optimisers, vectors
 from .adapters import FunctionalModel, split
-from .autodiff import Evaluation, reached
+from .autodiff import reached
 from .engine import as_rows
 from .errors import InputError
 from .optimisers import Slots
@@ -25,7 +25,6 @@ from .recording import (
     check_precision,
     interval,
     known_by,
-    placed,
     write_state,
 )
 
@@ -82,7 +81,7 @@ class RecordCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         self._check_folder()  # again: a Trainer may train twice
-        check_arguments(args, self.name)
+        self.optimiser = check_arguments(args, self.name)
         if args.load_best_model_at_end:
             raise InputError(
                 f"stage {self.name!r}: load_best_model_at_end takes the model back from its end; a recorded "
@@ -93,7 +92,6 @@ class RecordCallback(TrainerCallback):
                 f"stage {self.name!r}: the Trainer goes on from step {state.global_step}, and what came before was "
                 "not recorded; expected a run from its first step."
             )
-        self.optimiser = optimisers.from_arguments(args, self.name)
         if getattr(self.optimiser, "eps_inside_root", False):
             raise InputError(
                 f"stage {self.name!r}: optim_args has eps_inside_root, which torch's AdamW does not know; expected a "
@@ -112,9 +110,7 @@ class RecordCallback(TrainerCallback):
         functional = FunctionalModel(model)
         self.initial = vectors.fingerprint(functional.parameters)
         roles = split(self.name, model, self.previous, self.trainable, self.resized)
-        batch = placed(self.objective.collate(self.rows[:2]), functional)
-        with functional.evaluating():
-            self.trained = reached(Evaluation(functional, self.objective, batch), roles.trained)
+        self.trained = reached(functional, self.objective, self.rows, roles.trained)
         check_precision(model, self.trained, self.name)
         optimised = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         odd = [n for n in self.trained if id(model.get_parameter(n)) not in optimised]

@@ -61,7 +61,7 @@ class Engine:
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its tensors on the engine's device."""
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return placed(batch, self.device)
 
     def bar(self, iterable: Iterable | None = None, **settings):
         """A tqdm bar on the main process."""
@@ -100,6 +100,11 @@ class Engine:
         from accelerate.utils import gather_object
 
         return gather_object(items)
+
+
+def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _length(row: dict) -> int:

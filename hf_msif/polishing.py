@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import vectors
-from .adapters import FunctionalModel, Split, decayed_names, split
+from .adapters import FunctionalModel, Split, decayed_names, split, write
 from .autodiff import Evaluation, reached
 from .curvature import Hessian
 from .engine import Engine, as_rows, checked_omission
@@ -173,7 +173,7 @@ def polish(
             bar.update()
         if factorise and search.size <= dense_limit:
             search.factorise()
-    target.write(model)
+    write(model, target.parameters)
     model.eval()
     report = PolishReport(
         name=name,
@@ -217,7 +217,7 @@ class _Target:
         self.engine, self.roles, self.evaluations, self.products = engine, roles, 0, 0
         self.model = FunctionalModel(model, engine.device)
         self.model.parameters |= {name: self.model.parameters[name].clone() for name in roles.trained}
-        names = self._used(objective, rows, roles.trained)
+        names = reached(self.model, objective, rows, roles.trained)  # the rest is held constant
         self.operator = Hessian(self.model, objective, kept, names, engine, batch_size)
         self.parameters = self.operator.parameters
         self.dtype = next(iter(self.parameters.values())).dtype
@@ -229,12 +229,6 @@ class _Target:
             name: roles.tie(name, self.parameters[name], alpha) for name in roles.proximal if name in self.parameters
         }
         self._anchor = {name: self._anchored(name, previous) for name in self._tie}
-
-    def _used(self, objective, rows, names) -> tuple[str, ...]:
-        """What the loss depends on; the rest is held constant, as `Stage` leaves it out."""
-        probe = Evaluation(self.model, objective, self.engine.place(objective.collate(rows[:2])))
-        with self.model.evaluating():
-            return reached(probe, names)
 
     def _count(self, objective, rows, batch_size) -> float:
         total = 0.0
@@ -291,8 +285,3 @@ class _Target:
             for name, strength in terms.items():
                 product[name] = product[name] + strength * v[name]
         return product
-
-    def write(self, model: nn.Module) -> None:
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                model.get_parameter(name).copy_(p)

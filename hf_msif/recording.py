@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import optimisers, vectors
-from .adapters import FunctionalModel, Split, decayed_names, split
-from .autodiff import Evaluation, reached
+from .adapters import FunctionalModel, Split, decayed_names, split, write
+from .autodiff import reached
 from .digests import describe, digest
 from .engine import Engine, as_rows
 from .errors import DivergedError, InputError
@@ -300,9 +300,7 @@ def _run(replay: Replay, slots: Slots, begin: int, model: nn.Module, name: str) 
                 check_finite(slots, name, t + 1)
                 if recording.folder is not None:
                     recording.write(t + 1, slots)
-    with torch.no_grad():
-        for key, value in slots["parameters"].items():
-            model.get_parameter(key).copy_(value)
+    write(model, slots["parameters"])
     model.eval()
 
 
@@ -318,15 +316,13 @@ def compose(
     dropout: bool = True,
 ) -> Recording:
     """The run that `record` would make of these arguments, before its first step."""
-    check_arguments(arguments, roles.stage)
-    probe = Evaluation(model, objective, placed(objective.collate(rows[:2]), model))
-    with model.evaluating():
-        trained = reached(probe, roles.trained)
+    optimiser = check_arguments(arguments, roles.stage)
+    trained = reached(model, objective, rows, roles.trained)
     if not trained:
         raise InputError(f"stage {roles.stage!r}: the loss depends on none of the trained parameters.")
     check_precision(model.model, trained, roles.stage)
     return Recording(
-        optimisers.from_arguments(arguments, roles.stage),
+        optimiser,
         arguments.max_grad_norm or None,
         trained,
         frozenset(trained) & decayed_names(model.model),
@@ -348,11 +344,6 @@ def known_by(rows: list[dict], initial: str, objective: Any, omit: Collection[An
         "objective": describe(objective),
         "omit": sorted(map(repr, omit)),
     }
-
-
-def placed(batch: dict[str, Any], model: FunctionalModel) -> dict[str, Any]:
-    device = next(iter(model.parameters.values())).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def schedule(arguments: Any, size: int) -> Schedule:
@@ -389,8 +380,8 @@ def schedule(arguments: Any, size: int) -> Schedule:
     return Schedule(rows[:steps], [t // an_epoch for t in range(steps)], rates)
 
 
-def check_arguments(arguments: Any, name: str) -> None:
-    """Refuses `TrainingArguments` of a run that cannot be replayed."""
+def check_arguments(arguments: Any, name: str) -> SGD | AdamW:
+    """The optimiser of a run; refuses `TrainingArguments` of one that cannot be replayed."""
     refused = {
         "bf16 or fp16": arguments.bf16 or arguments.fp16,
         f"{arguments.world_size} processes": arguments.world_size > 1,
@@ -405,7 +396,7 @@ def check_arguments(arguments: Any, name: str) -> None:
                 f"stage {name!r}: a run with {setting} cannot be recorded; expected one process in full precision "
                 "that minimises the objective itself."
             )
-    optimisers.from_arguments(arguments, name)
+    return optimisers.from_arguments(arguments, name)
 
 
 def check_precision(model: nn.Module, trained: Sequence[str], name: str) -> None:

@@ -167,9 +167,7 @@ class Link:
 
     def _leave_out_what_the_loss_ignores(self) -> None:
         """A trained tensor that the loss never reads has no curvature: the system would be singular in it."""
-        probe = Evaluation(self.model, self.stage.objective, self.collate(self.rows[:2]))
-        with self.model.evaluating():
-            trained = reached(probe, self.split.trained)
+        trained = reached(self.model, self.stage.objective, self.rows, self.split.trained)
         if not trained:
             raise InputError(f"stage {self.stage.name!r}: the loss depends on none of the trained parameters.")
         unused = {n: "the loss does not depend on it" for n in self.split.trained if n not in set(trained)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import adapters, training, vectors
 from ..adapters import FunctionalModel, Split
@@ -177,7 +177,7 @@ class WarmStart(_Chain):
         for k in range(self.target, len(models)):
             models[k], recording = copy.deepcopy(models[k]), self.recordings[k]
             if recording is not None:
-                _put(models[k], recording.state(0)["parameters"])
+                adapters.write(models[k], recording.state(0)["parameters"])
             if k:
                 names = self.roles[k].frozen if recording is None else self.roles[k].inherited
                 hand_on(models[k - 1], models[k], self.roles[k], names)
@@ -290,12 +290,6 @@ class FromScratch(_Chain):
             if self.polished[k]:
                 reports.append(self.polish(k, models, omit))
         return self.measured(models[-1], reports)
-
-
-def _put(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in parameters.items():
-            model.get_parameter(name).copy_(value)
 
 
 def perturb(model: nn.Module, names: Collection[str], size: float, seed: int) -> None:
