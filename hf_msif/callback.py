@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from . import optimisers, vectors
 from .adapters import FunctionalModel, split
 from .autodiff import reached
-from .engine import as_rows
+from .corpus import as_rows
 from .errors import InputError
 from .optimisers import Slots
 from .recording import (

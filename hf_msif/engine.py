@@ -1,22 +1,26 @@
 """The only room that knows Accelerate: exact shards of the data, one reduction a pass, progress bars.
 
-Every pass over data goes through `Engine`. Rows are cut into one shard a process without padding or repetition (a
-prepared data loader would repeat rows of an uneven last batch, and sums would be wrong), and each process's sums are
-added once at the end.
+Every pass over data goes through `Engine`. Rows are dealt out to the processes without padding or repetition (a
+prepared data loader would repeat rows of an uneven last batch, and sums would be wrong), so that each has about as
+much text; their sums are added once at the end. What fails in one process ends all of them with its message.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 
-from .errors import InputError
-from .vectors import Block
+from .errors import InputError, ProcessError
+from .vectors import Block, across
 
 
 class Engine:
@@ -25,13 +29,14 @@ class Engine:
     Args:
         accelerator: an `accelerate.Accelerator`; made when none is given.
         progress: show tqdm bars on the main process.
+        sharded: each process holds its part of a solver's vectors, see `slices`.
     """
 
-    def __init__(self, accelerator=None, progress: bool = True):
+    def __init__(self, accelerator=None, progress: bool = True, sharded: bool = False):
         from accelerate import Accelerator
 
         self.accelerator = accelerator or Accelerator()
-        self.progress = progress
+        self.progress, self.sharded = progress, sharded
         # Read once: making TrainingArguments later resets the state that an Accelerator reads them from.
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
@@ -45,23 +50,172 @@ class Engine:
                 "or Accelerator(cpu=True)."
             )
 
-    def shard(self, indices: Sequence[int]) -> Sequence[int]:
-        """This process's part of `indices`: every index in exactly one process."""
-        return indices[self.rank :: self.processes]
+    # --- shards
+
+    def shard(self, costs: Sequence[float]) -> list[int]:
+        """The indices of this process's part, largest cost first; every index is in exactly one process.
+
+        The sorted indices are dealt out to and fro, so that the processes' totals differ by less than the largest
+        cost.
+        """
+        order = np.argsort(-np.asarray(costs, dtype=float), kind="stable")
+        lap, place = np.divmod(np.arange(len(order)), self.processes)
+        owner = np.where(lap % 2, self.processes - 1 - place, place)
+        return order[owner == self.rank].tolist()
 
     def batches(
         self, rows: Sequence[dict], collate: Callable, batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """This process's batches as (row indices, batch on the device), longest rows first: little is padding."""
-        order = sorted(range(len(rows)), key=lambda i: (_length(rows[i]), i), reverse=True)
-        mine = self.shard(order)
+        mine = self.shard([_length(row) for row in rows])
         for start in range(0, len(mine), batch_size):
-            indices = list(mine[start : start + batch_size])
+            indices = mine[start : start + batch_size]
             yield indices, self.place(collate([rows[i] for i in indices]))
+
+    def rounds(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+        """Consecutive rows, `size` at a time, the same on every process.
+
+        A stream is read by the main process alone, one round ahead, and broadcast: whatever order it comes in, all
+        processes agree on it, and it is fetched once.
+        """
+        if isinstance(rows, Sequence):
+            for start in range(0, len(rows), size):
+                yield list(rows[start : start + size])
+            return
+        stream = iter(rows) if self.is_main else iter(())
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(lambda: list(islice(stream, size)))
+            while True:
+                with self.together():
+                    found = ahead.result()
+                found = self.broadcast(found)
+                if not found:
+                    return
+                ahead = reader.submit(lambda: list(islice(stream, size)))
+                yield found
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its tensors on the engine's device."""
         return placed(batch, self.device)
+
+    # --- what the processes tell each other
+
+    def sum(self, like: Mapping[str, Tensor], parts: Iterable[Block]) -> Block:
+        """Σ parts over all batches of all processes; accumulated in float64, returned in the dtype of `like`."""
+        flat, total = _buffer(like, spare=1)
+        failure = self._accumulate(total, parts)
+        if self.processes > 1:
+            flat[-1] = float(failure is not None)
+            distributed.all_reduce(flat)  # in place: a copy would be one more vector
+            if flat[-1]:
+                self._raise(failure)
+        elif failure is not None:
+            raise failure
+        return {name: t.to(like[name].dtype) for name, t in total.items()}
+
+    def sum_sliced(self, like: Mapping[str, Tensor], parts: Iterable[Block]) -> Tensor:
+        """`sum` as this process's slice of it, (Q, ⌈P/processes⌉) in float64; see `slices`."""
+        width = next(iter(like.values())).shape[0]
+        size = sum(t[0].numel() for t in like.values())
+        flat, total = _buffer(like)
+        failure = self._accumulate(total, parts)
+        failed = self.add(torch.tensor([float(failure is not None)], device=self.device))
+        if failed[0]:
+            self._raise(failure)
+        whole = (
+            torch.cat([t.reshape(width, -1) for t in total.values()], 1) if len(total) > 1 else flat.view(width, -1)
+        )
+        del flat, total
+        if self.processes == 1:
+            return whole
+        length = self.slice_length(size)
+        whole = torch.nn.functional.pad(whole, (0, length * self.processes - size))
+        found = whole.new_empty(width, length)
+        for q in range(width):
+            _reduce_scatter(found[q], whole[q])
+        return found
+
+    def _accumulate(self, total: Block, parts: Iterable[Block]) -> Exception | None:
+        try:
+            for part in parts:
+                for name, t in part.items():
+                    total[name] += t
+        except Exception as error:
+            return error
+        return None
+
+    def add(self, values: Tensor) -> Tensor:
+        """A small tensor, added up over the processes."""
+        if self.processes > 1:
+            values = values.clone()
+            distributed.all_reduce(values)
+        return values
+
+    def gather(self, items: list) -> list:
+        """The lists of all processes, one after another, on every process."""
+        if self.processes == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.processes == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work of each process on its own, nothing that needs another one: what fails in one is raised in all."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.processes == 1:
+            if failure is not None:
+                raise failure
+        elif self.add(torch.tensor([float(failure is not None)], device=self.device))[0]:
+            self._raise(failure)
+
+    def _raise(self, failure: Exception | None) -> None:
+        """Raises the first process's failure: there its own, elsewhere its message."""
+        mine = [] if failure is None else [(self.rank, type(failure).__name__, str(failure))]
+        rank, kind, text = self.gather(mine)[0]
+        if failure is not None and rank == self.rank:
+            raise failure
+        if kind == InputError.__name__:
+            raise InputError(text)
+        raise ProcessError(f"process {rank} of {self.processes} failed: {kind}: {text}")
+
+    # --- vectors in slices
+
+    def slice_length(self, size: int) -> int:
+        """Entries of a vector of `size` entries that each process holds; the last one's are padded with zeros."""
+        return -(-size // self.processes)
+
+    def cut(self, row: Tensor) -> Tensor:
+        """This process's slice of a vector that all of them have."""
+        length = self.slice_length(len(row))
+        mine = row[self.rank * length : (self.rank + 1) * length]
+        return torch.nn.functional.pad(mine, (0, length - len(mine))).clone()
+
+    def join(self, mine: Tensor, size: int) -> Tensor:
+        """The vector of which each process has a slice, whole on every one."""
+        if self.processes == 1:
+            return mine
+        whole = mine.new_empty(self.processes * len(mine))
+        _all_gather(whole, mine.contiguous())
+        return whole[:size]
+
+    def slices(self):
+        """Inside, inner products of blocks are those of the whole vectors whose slices the blocks hold."""
+        return across(self.add) if self.processes > 1 else nullcontext()
+
+    # --- what people see
 
     def bar(self, iterable: Iterable | None = None, **settings):
         """A tqdm bar on the main process."""
@@ -71,35 +225,22 @@ class Engine:
         return tqdm(iterable, disable=hidden, dynamic_ncols=True, leave=False, **settings)
 
     @contextmanager
-    def solver_bar(self, description: str, solver: Any) -> Iterator[Callable[[int, float], None]]:
+    def solver_bar(self, stage: str, solver: Any) -> Iterator[Callable[[int, float], None]]:
         """A bar over the iterations of a solver; yields its `progress(iteration, residual)`."""
-        with self.bar(desc=description, total=getattr(solver, "max_iter", None), unit=" iterations") as bar:
+        settings = {"desc": f"{stage}: inverse curvature", "total": getattr(solver, "max_iter", None)}
+        with self.bar(**settings, unit=" iterations") as bar:
 
             def progress(iteration: int, residual: float) -> None:
                 bar.set_postfix(residual=f"{residual:.1e}", refresh=False)
                 bar.update(iteration - bar.n)
+                self.log({f"{stage}/residual": residual}, iteration)
 
             yield progress
 
-    def sum(self, like: dict[str, Tensor], parts: Iterable[Block]) -> Block:
-        """Σ parts over all batches of all processes; accumulated in float64, returned in the dtype of `like`."""
-        total = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in like.items()}
-        for part in parts:
-            for name, t in part.items():
-                total[name] += t
-        if self.processes > 1:
-            sizes = [t.numel() for t in total.values()]
-            flat = self.accelerator.reduce(torch.cat([t.flatten() for t in total.values()]), reduction="sum")
-            total = {name: piece.view_as(t) for (name, t), piece in zip(total.items(), flat.split(sizes), strict=True)}
-        return {name: t.to(like[name].dtype) for name, t in total.items()}
-
-    def gather(self, items: list) -> list:
-        """The lists of all processes, one after another, on every process."""
-        if self.processes == 1:
-            return items
-        from accelerate.utils import gather_object
-
-        return gather_object(items)
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Values for the trackers, where the accelerator has some (`Accelerator(log_with=...)`, `init_trackers`)."""
+        if getattr(self.accelerator, "trackers", None):
+            self.accelerator.log(dict(values), step=step)
 
 
 def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -111,43 +252,20 @@ def _length(row: dict) -> int:
     return max((len(value) for value in row.values() if isinstance(value, str)), default=0)
 
 
-def as_rows(data, what: str) -> list[dict]:
-    """Any sensible table (a Dataset, dicts, or strings, column "text") as a list of dicts that carry `example_id`.
-
-    Raises:
-        InputError: it is no such table (several splits, a stream, a data frame), is empty, or repeats an id.
-    """
-    # Iterated, a mapping (several splits, one row) or a data frame would pass off its column names as sentences.
-    named = isinstance(data, Mapping) or hasattr(data, "iterrows")
-    if isinstance(data, str) or named or not hasattr(data, "__len__"):
-        way_out = ""
-        if hasattr(data, "iterrows"):
-            way_out = ": convert it with Dataset.from_pandas"
-        elif named:
-            way_out = f" (it has the keys {list(data)[:5]}: pick one split, or put a single row into a list)"
-        raise InputError(
-            f"{what} is a {type(data).__name__}; expected a datasets.Dataset or a list of rows or of strings{way_out}."
-        )
-    if len(data) == 0:
-        raise InputError(f"{what} is empty; expected at least one row: check the path, the split and the filters.")
-    rows = []
-    for index, row in enumerate(data):
-        if not isinstance(row, (str, Mapping)):
-            raise InputError(f"{what}: row {index} is a {type(row).__name__}; expected a dict or a string.")
-        rows.append({"example_id": index, **({"text": row} if isinstance(row, str) else row)})
-    if len({row["example_id"] for row in rows}) != len(rows):
-        raise InputError(f"{what} repeats an example_id; ids name rows and seed their masks, so each must occur once.")
-    return rows
+def _buffer(like: Mapping[str, Tensor], spare: int = 0) -> tuple[Tensor, Block]:
+    """Zeros in float64 for all tensors of a block in one piece, `spare` entries more at its end, and the block of
+    views of it."""
+    first = next(iter(like.values()))
+    sizes = [t.numel() for t in like.values()]
+    flat = torch.zeros(sum(sizes) + spare, dtype=torch.float64, device=first.device)
+    pieces = flat[: len(flat) - spare].split(sizes)
+    return flat, {name: piece.view(t.shape) for (name, t), piece in zip(like.items(), pieces, strict=True)}
 
 
-def checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> frozenset:
-    """The ids to leave out of `rows`, some of them but not all."""
-    omit, known = frozenset(omit), {row["example_id"] for row in rows}
-    if omit - known:
-        raise InputError(
-            f"omit names {sorted(omit - known, key=repr)[:5]}, which are no example_id of the data of stage {name!r}; "
-            f"they look like {rows[0]['example_id']!r}."
-        )
-    if omit == known:
-        raise InputError(f"omit names every row of the data of stage {name!r}; expected some to be left.")
-    return omit
+def _reduce_scatter(mine: Tensor, whole: Tensor) -> None:
+    # torch 2.13 renamed both and warns about the older names
+    (getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor)(mine, whole)
+
+
+def _all_gather(whole: Tensor, mine: Tensor) -> None:
+    (getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor)(whole, mine)

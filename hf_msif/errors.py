@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class DivergedError(InputError):
     """A training whose loss or weights stopped being finite: nothing of it is worth keeping."""
+
+
+class ProcessError(RuntimeError):
+    """Another process of the launch failed, not by bad input; the message is its own."""

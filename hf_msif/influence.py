@@ -13,22 +13,32 @@ influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x�
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import unrolled, vectors
 from .autodiff import Evaluation, gradient
-from .engine import Engine, as_rows
+from .checkpoints import Checkpoint
+from .checkpoints import at as checkpoint_at
+from .corpus import as_rows
+from .digests import digest
+from .engine import Engine
 from .errors import InputError
 from .query import Query
-from .solvers import Certificate, solve
+from .solvers import Certificate
 from .stages import Link, Stage, bind
 from .unrolled import RunCertificate
 from .vectors import Block
 
 
-def pull_back(link: Link, adjoint: Block, solver: Any = None) -> tuple[Block, Block, Certificate | RunCertificate]:
+def pull_back(
+    link: Link, adjoint: Block, solver: Any = None, checkpoint: Checkpoint | None = None
+) -> tuple[Block, Block, Certificate | RunCertificate]:
     """One stage of the chain: solves for u_k and hands the adjoint on to what the stage inherited.
 
     A stage with an unrolled link is pulled back through its run (`unrolled.pull_back`), whatever the solver.
@@ -37,16 +47,15 @@ def pull_back(link: Link, adjoint: Block, solver: Any = None) -> tuple[Block, Bl
         link: the stage.
         adjoint: a = ∂f/∂φ_k, on the trained and the frozen names, (Q, *parameter.shape).
         solver: in the place of the stage's own.
+        checkpoint: where the solver's state is kept now and then, and gone on from.
 
     Returns:
         u_k on the trained names; b on the inherited names; the certificate of the solve.
     """
     if link.recording is not None:
         return unrolled.pull_back(link, adjoint)
-    solver = solver or link.stage.solver
-    with link.engine.solver_bar(f"{link.stage.name}: inverse curvature", solver) as progress:
-        trained = vectors.select(adjoint, link.split.trained)
-        solution = solve(link.operator, trained, solver, link.solver_state(solver), progress)
+    trained = vectors.select(adjoint, link.split.trained)
+    solution = link.solve(trained, solver or link.stage.solver, checkpoint)
     u = solution.value
     inherited: Block = {}
     if link.split.frozen:
@@ -63,6 +72,8 @@ class MultiStageInfluence:
         stages: first (pretraining) to last (the finetuning whose predictions are explained).
         accelerator: an `accelerate.Accelerator`; made when none is given.
         progress: show progress bars.
+        sharded: each process holds its slice of a solver's vectors instead of all of them (`slices`): their memory
+            falls with the number of processes, and a product has one more exchange.
 
     Raises:
         InputError: the stages do not fit together; the message names the first tensor that differs.
@@ -91,8 +102,8 @@ class MultiStageInfluence:
     array([-2.,  2.])
     """
 
-    def __init__(self, stages: Sequence[Stage], accelerator=None, progress: bool = True):
-        self.engine = Engine(accelerator, progress)
+    def __init__(self, stages: Sequence[Stage], accelerator=None, progress: bool = True, sharded: bool = False):
+        self.engine = Engine(accelerator, progress, sharded)
         self.links = bind(stages, self.engine)
 
     def link(self, stage: str | None = None) -> Link:
@@ -104,12 +115,14 @@ class MultiStageInfluence:
             raise InputError(f"there is no stage {stage!r}; the stages are {list(found)}.")
         return found[stage]
 
-    def query(self, tests, aggregate: str | None = None) -> Query:
+    def query(self, tests, aggregate: str | None = None, checkpoints: str | os.PathLike | None = None) -> Query:
         """Pulls the loss of test examples back through all stages: one IHVP a stage, whatever the size of the corpus.
 
         Args:
             tests: examples of the last stage (rows as its objective reads them).
             aggregate: None: one column a test example; "sum" or "mean": one column for the group, eq. (8).
+            checkpoints: a folder for copies of a long solve; the same question, asked again there after an
+                interruption, goes on from them, also on another number of processes.
 
         Returns:
             `Query`: u_k of every stage with the certificates.
@@ -124,13 +137,22 @@ class MultiStageInfluence:
         rows = as_rows(tests, "the test examples")
         adjoint, losses = self.measurement(rows, aggregate)
         solutions, certificates = {}, {}
+        question = digest([rows, aggregate or "", *(link.question for link in self.links)]) if checkpoints else ""
+        kept = {link: checkpoint_at(checkpoints, link.stage.name, question, self.engine) for link in self.links}
         for link in reversed(self.links):
-            u, inherited, certificate = pull_back(link, adjoint)
+            found = _finished(link, kept[link])
+            u, inherited, certificate = found or pull_back(link, adjoint, checkpoint=kept[link])
             judge(link.stage.name, certificate)
             solutions[link.stage.name], certificates[link.stage.name] = u, certificate
             if link.before is not None:
+                if kept[link] is not None and found is None:
+                    flat = {f"{part}/{n}": t for part, b in (("u", u), ("b", inherited)) for n, t in b.items()}
+                    kept[link].save(flat, {"done": True, "certificate": certificate.to_dict()})
                 adjoint = link.carry(inherited)
-        return Query(solutions, certificates, rows, losses, aggregate, self)
+        query = Query(solutions, certificates, rows, losses, aggregate, self)
+        for checkpoint in filter(None, kept.values()):
+            checkpoint.forget()
+        return query
 
     def measurement(self, rows: list[dict], aggregate: str | None = None) -> tuple[Block, list[float]]:
         """∇f at the final parameters, one column a test example or one for the group, eq. (8), and the losses f."""
@@ -140,21 +162,45 @@ class MultiStageInfluence:
         names = (*last.split.trained, *last.split.frozen)
         # A backward pass an example goes through the whole batch: alone it pays for itself only.
         size = 1 if aggregate is None else last.stage.batch_size
-        parts, losses = [], []
-        with last.model.evaluating():
-            for start in range(0, len(rows), size):
-                batch = last.collate(rows[start : start + size])
+        width = len(rows) if aggregate is None else 1
+        like = {n: last.model.parameters[n].new_empty(1).expand(width, *last.model.parameters[n].shape) for n in names}
+        found: list[tuple[int, float]] = []
+
+        def parts() -> Iterator[Block]:
+            for indices, batch in self.engine.batches(rows, last.stage.objective.collate, size):
                 evaluation = Evaluation(last.model, last.stage.objective, batch)
-                parts.append(gradient(evaluation, names))
-                losses += evaluation.losses({})[0].tolist()
+                found.extend(zip(indices, evaluation.losses({})[0].tolist(), strict=True))
+                own = gradient(evaluation, names)
+                if aggregate is None:
+                    yield {n: _in_column(g, indices[0], width) for n, g in own.items()}
+                else:
+                    yield {n: g.unsqueeze(0) for n, g in own.items()}
+
+        with last.model.evaluating():
+            adjoint = self.engine.sum(like, parts())
+        losses = [loss for _, loss in sorted(self.engine.gather(found))]
         odd = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         if odd:
             raise InputError(f"the loss of the test examples with example_id {odd[:5]} is not finite.")
-        adjoint = vectors.stack(parts)
-        if aggregate is not None:
-            share = 1.0 if aggregate == "sum" else 1.0 / len(rows)
-            adjoint = {name: share * t.sum(0, keepdim=True) for name, t in adjoint.items()}
-        return adjoint, losses
+        return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), losses
+
+
+def _in_column(g: Tensor, index: int, width: int) -> Tensor:
+    """A block's tensor that holds g in one column."""
+    return g.new_zeros(width, *g.shape).index_copy_(0, torch.tensor([index], device=g.device), g.unsqueeze(0))
+
+
+def _finished(link: Link, checkpoint: Checkpoint | None):
+    """What `pull_back` found for the same question before an interruption; None where it did not finish."""
+    found = checkpoint.load() if checkpoint is not None else None
+    if found is None or "done" not in found[1]:
+        return None
+    parts: dict[str, Block] = {"u": {}, "b": {}}
+    for key, t in found[0].items():
+        part, name = key.split("/", 1)
+        parts[part][name] = t.to(link.engine.device)
+    kind = Certificate if link.recording is None else RunCertificate
+    return parts["u"], parts["b"], kind.from_dict(found[1]["certificate"])
 
 
 def judge(stage: str, certificate: Certificate | RunCertificate) -> None:

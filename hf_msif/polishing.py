@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from . import logistic, vectors
 from .adapters import FunctionalModel, Split, decayed_names, split, write
 from .autodiff import Evaluation, reached
+from .corpus import as_rows, checked_omission
 from .curvature import Hessian
-from .engine import Engine, as_rows, checked_omission
+from .engine import Engine
 from .errors import InputError
 from .minimise import Newton, Preconditioner, State, lbfgs, nearby
 from .vectors import Block

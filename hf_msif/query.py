@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import vectors
+from .corpus import Stream
 from .digests import describe
 from .errors import InputError
 from .files import write_whole
@@ -58,17 +59,29 @@ class Query:
         """Number of query columns: test examples, or one for a group."""
         return vectors.columns(next(iter(self.solutions.values())))
 
-    def score(self, corpus, stage: str | None = None, batch_size: int | None = None) -> Scores:
+    def score(self, corpus, stage: str | None = None, batch_size: int | None = None, **more) -> Scores:
         """Influence of every row of `corpus`, as an example of `stage` (the first by default), on the test loss.
 
-        Rows carry `example_id` as in the stage's data (it seeds a sentence's mask); rows without one are numbered.
+        Args:
+            corpus: a table or a stream of rows, see `corpus.as_corpus`. They carry `example_id` as in the stage's
+                data (it seeds a sentence's mask); rows without one are numbered.
+            stage: whose examples the rows are.
+            batch_size: rows a batch; None: the stage's own. It does not change a score.
+            output_dir: folder for the finished file, scores.parquet (scores-STAGE.parquet for another stage than the
+                first), and meanwhile for parts that survive the process.
+            resume: go on with what an interrupted scoring left in `output_dir`, on any number of processes; what
+                changed in the meantime is refused by name.
+            keep: only so many rows of largest, smallest and least absolute influence, with moments and a histogram of
+                all of them: for corpora whose scores need not all be kept.
+            dtype: "bfloat16" computes in it where autocast does; its error is measured, printed and in the metadata.
+            part_rows: rows a part, which is what an interruption can cost; 4,096 by default.
 
         Returns:
             `Scores` with `influence` = ∂f/∂ε (eq. (6), positive = harmful) and `removal_effect` = −influence / N.
         """
         from .scoring import score
 
-        return score(self, corpus, stage, batch_size)
+        return score(self, corpus, stage, batch_size, **more)
 
     def certificate(self) -> dict:
         """JSON-able: how far every stage can be trusted, with its N and settings.
@@ -135,7 +148,7 @@ class Query:
                     f"the model of stage {link.stage.name!r} is not the one that the query in {folder} was made "
                     "with: query again."
                 )
-            if len(link.rows) != saved["examples"]:
+            if not isinstance(link.rows, Stream) and len(link.rows) != saved["examples"]:
                 raise InputError(
                     f"the data of stage {link.stage.name!r} have {len(link.rows):,} rows, but {saved['examples']:,} "
                     f"when the query in {folder} was made: query again."
@@ -168,7 +181,7 @@ def _facts(link: Link) -> dict:
     found = {
         "link": stage.link,
         "N": link.count,
-        "examples": len(link.rows),
+        "examples": link.examples,
         "weight_decay": (link.recording or stage).weight_decay,
         "alpha": (link.recording or link).alpha,
         "alpha_estimate": None,

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from . import vectors
 from .adapters import FunctionalModel, Split
 from .autodiff import Evaluation
+from .corpus import checked_omission
 from .curvature._operator import _counts
-from .engine import Engine, checked_omission
+from .engine import Engine
 from .objectives import of_epoch
 from .optimisers import Slots, clipped
 from .vectors import Block

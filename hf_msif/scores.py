@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,9 +21,14 @@ if TYPE_CHECKING:
 
 ORDERS = ("absolute", "harmful", "helpful")
 METADATA_KEY = b"hf_msif"
+DUPLICATES = 3  # place of that column
 
 
-@dataclass
+def pack(metadata: dict) -> bytes:
+    """Metadata as a Parquet schema holds it."""
+    return json.dumps(metadata, default=str, ensure_ascii=False).encode()
+
+
 class Scores:
     """Influence of every scored row on the test loss.
 
@@ -37,11 +41,16 @@ class Scores:
     - `removal_effect` = −influence / N: predicted change of the test loss when x is removed and all stages are
       trained again.
 
-    With several query columns the names end in `_0`, `_1`, … in the order of the test examples.
+    With several query columns the names end in `_0`, `_1`, … in the order of the test examples. Of a file the frame
+    is read when it is asked for; `top`, `bottom` and `influence` read the columns and rows that they need.
+
+    Where only the extremes were kept, `metadata["kept"]` says how many, with moments and a histogram of all
+    influences, and there is no column `duplicates`.
     """
 
-    frame: pd.DataFrame
-    metadata: dict = field(default_factory=dict)
+    def __init__(self, frame: pd.DataFrame, metadata: dict | None = None):
+        self._source: _Frame | _File = _Frame(frame)
+        self.metadata = metadata or {}
 
     @classmethod
     def build(
@@ -49,35 +58,23 @@ class Scores:
         rows: Sequence[dict],
         influence: np.ndarray,
         count: float,
-        columns: dict[str, list],
+        columns: dict[str, Any],
         metadata: dict,
         text_column: str = "text",
     ) -> Scores:
         """Assembles scores from rows in corpus order and an array of influences, shape (rows, Q)."""
-        import pandas as pd
+        found = with_duplicates(frame_of(rows, influence, count, columns, text_column))
+        return cls(found, {**metadata, "columns": influence.shape[1]})
 
-        contents = [row.get(text_column, "") for row in rows]
-        texts = [value if isinstance(value, str) else "" for value in contents]  # an image has none
-        table = {
-            "example_id": [row["example_id"] for row in rows],
-            "text": texts,
-            "text_sha256": [
-                hashlib.sha256(value.encode()).hexdigest() if isinstance(value, str) else digest(value)
-                for value in contents
-            ],
-        }
-        frame = pd.DataFrame({**table, **columns})
-        frame.insert(3, "duplicates", frame.groupby("text_sha256")["text_sha256"].transform("size"))
-        width, pairs = influence.shape[1], {}
-        for q in range(width):
-            suffix = "" if width == 1 else f"_{q}"
-            pairs[f"influence{suffix}"] = influence[:, q]
-            pairs[f"removal_effect{suffix}"] = -influence[:, q] / count
-        # At once: pandas warns about a frame that grows by more than a hundred columns, one by one.
-        return cls(pd.concat([frame, pd.DataFrame(pairs)], axis=1), {**metadata, "columns": width})
+    @property
+    def frame(self) -> pd.DataFrame:
+        """All rows and columns."""
+        if isinstance(self._source, _File):
+            self._source = _Frame(self._source.whole())
+        return self._source.frame
 
     def __len__(self) -> int:
-        return len(self.frame)
+        return len(self._source)
 
     @property
     def columns(self) -> int:
@@ -86,7 +83,7 @@ class Scores:
 
     def influence(self, query: int = 0) -> np.ndarray:
         """Influence on the loss of test example number `query`, in corpus order."""
-        return self.frame[f"influence{self._suffix(query)}"].to_numpy()
+        return self._source.column(f"influence{self._suffix(query)}")
 
     def removal_effects(self) -> np.ndarray:
         """Predicted changes of all test losses on removal of each row, shape (rows, queries)."""
@@ -94,11 +91,11 @@ class Scores:
 
     def top(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
         """The first k rows by "absolute" influence, or as "harmful" (most positive), or "helpful" (most negative)."""
-        return self._ordered(by, query).head(k)
+        return self._picked(self._order(by, query)[:k], query)
 
     def bottom(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
         """The k rows at the other end of the order: with "absolute", the least influential ones, smallest first."""
-        return self._ordered(by, query).iloc[::-1].head(k).reset_index(drop=True)
+        return self._picked(self._order(by, query)[::-1][:k], query)
 
     def to_pandas(self) -> pd.DataFrame:
         return self.frame.copy()
@@ -114,9 +111,9 @@ class Scores:
         import pyarrow.parquet as pq
 
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
-        packed = json.dumps(self.metadata, default=str, ensure_ascii=False).encode()
+        packed = pack(self.metadata)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: packed})
-        write_whole(path, lambda part: pq.write_table(table, part))
+        write_whole(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike) -> Scores:
@@ -125,19 +122,19 @@ class Scores:
         Raises:
             InputError: there is no such file, or it holds no scores.
         """
-        import pyarrow.parquet as pq
-
         if not Path(path).is_file():
             raise InputError(
                 f"{path} does not exist; expected the Parquet file that `msif score` or `Scores.to_parquet` writes."
             )
-        table = pq.read_table(path)
-        packed = (table.schema.metadata or {}).get(METADATA_KEY)
+        found = cls.__new__(cls)
+        found._source = _File(path)
+        packed = found._source.metadata.get(METADATA_KEY)
         if packed is None:
             raise InputError(
                 f"{path} is a Parquet file without scores' metadata; expected one that `Scores.to_parquet` wrote."
             )
-        return cls(table.to_pandas(), json.loads(packed))
+        found.metadata = json.loads(packed)
+        return found
 
     def _suffix(self, query: int) -> str:
         if not 0 <= query < self.columns:
@@ -146,14 +143,106 @@ class Scores:
             )
         return "" if self.columns == 1 else f"_{query}"
 
-    def _ordered(self, by: str, query: int) -> pd.DataFrame:
+    def _order(self, by: str, query: int) -> np.ndarray:
+        """Places of the rows, first to last; ties in corpus order."""
         if by not in ORDERS:
             raise InputError(f"by is {by!r}; expected one of {list(ORDERS)}.")
+        value = self.influence(query)
+        key = {"absolute": -abs(value), "harmful": -value, "helpful": value}[by]
+        return np.argsort(key, kind="stable")
+
+    def _picked(self, places: np.ndarray, query: int) -> pd.DataFrame:
+        kept = self.metadata.get("kept", {}).get("keep")
+        if kept is not None and len(places) > kept:
+            raise InputError(f"these scores kept the {kept:,} most extreme rows of each order, not {len(places):,}.")
         suffix = self._suffix(query)
-        value = self.frame[f"influence{suffix}"]
-        key = {"absolute": -value.abs(), "harmful": -value, "helpful": value}[by]
-        shown = self.frame.rename(
-            columns={f"influence{suffix}": "influence", f"removal_effect{suffix}": "removal_effect"}
-        )
-        names = ["example_id", "influence", "removal_effect", "loss", "terms", "duplicates", "text"]
-        return shown.loc[key.sort_values(kind="stable").index, names].reset_index(drop=True)
+        names = {f"influence{suffix}": "influence", f"removal_effect{suffix}": "removal_effect"}
+        shown = self._source.rows(places).rename(columns=names)
+        order = ["example_id", "influence", "removal_effect", "loss", "terms", "duplicates", "text"]
+        return shown[[name for name in order if name in shown]]
+
+
+class _Frame:
+    """Scores in memory."""
+
+    def __init__(self, frame: pd.DataFrame):
+        self.frame = frame
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def column(self, name: str) -> np.ndarray:
+        return self.frame[name].to_numpy()
+
+    def rows(self, places: np.ndarray) -> pd.DataFrame:
+        return self.frame.iloc[places].reset_index(drop=True)
+
+
+class _File:
+    """Scores in a Parquet file, held open: what replaces it later does not mix with it."""
+
+    def __init__(self, path: str | os.PathLike):
+        import pyarrow.parquet as pq
+
+        self.file = pq.ParquetFile(path, page_checksum_verification=True)
+        self.metadata = self.file.schema_arrow.metadata or {}
+
+    def __len__(self) -> int:
+        return self.file.metadata.num_rows
+
+    def whole(self) -> pd.DataFrame:
+        return self.file.read().to_pandas()
+
+    def column(self, name: str) -> np.ndarray:
+        return self.file.read([name])[name].to_numpy()
+
+    def rows(self, places: np.ndarray) -> pd.DataFrame:
+        """A row group at a time."""
+        import pandas as pd
+
+        sizes = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        group = np.searchsorted(starts, places, side="right") - 1
+        found = []
+        for g in np.unique(group):
+            here = np.flatnonzero(group == g)
+            frame = self.file.read_row_group(int(g)).take(places[here] - starts[g]).to_pandas()
+            found.append(frame.set_axis(here))
+        if not found:
+            return self.file.schema_arrow.empty_table().to_pandas()
+        return pd.concat(found).sort_index().reset_index(drop=True)
+
+
+def frame_of(
+    rows: Sequence[dict], influence: np.ndarray, count: float, columns: dict[str, Any], text_column: str = "text"
+) -> pd.DataFrame:
+    """The columns of `Scores` but `duplicates`."""
+    import pandas as pd
+
+    contents = [row.get(text_column, "") for row in rows]
+    table = {
+        "example_id": [row["example_id"] for row in rows],
+        "text": [value if isinstance(value, str) else "" for value in contents],  # an image has none
+        "text_sha256": [
+            hashlib.sha256(value.encode()).hexdigest() if isinstance(value, str) else digest(value)
+            for value in contents
+        ],
+    }
+    width, pairs = influence.shape[1], {}
+    for q in range(width):
+        suffix = "" if width == 1 else f"_{q}"
+        pairs[f"influence{suffix}"] = influence[:, q]
+        pairs[f"removal_effect{suffix}"] = -influence[:, q] / count
+    # At once: pandas warns about a frame that grows by more than a hundred columns, one by one.
+    return pd.concat([pd.DataFrame({**table, **columns}), pd.DataFrame(pairs)], axis=1)
+
+
+def influence_columns(width: int) -> list[str]:
+    """Names of the influence columns of so many queries."""
+    return ["influence"] if width == 1 else [f"influence_{q}" for q in range(width)]
+
+
+def with_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with how often each row's text or image occurs in it."""
+    frame.insert(DUPLICATES, "duplicates", frame.groupby("text_sha256")["text_sha256"].transform("size"))
+    return frame

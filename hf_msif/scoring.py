@@ -2,85 +2,244 @@
 
 from __future__ import annotations
 
+import math
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
-from torch import Tensor
 
 from . import vectors
 from .autodiff import Evaluation, directional
+from .corpus import Stream, as_corpus
 from .digests import describe, digest
-from .engine import as_rows
 from .errors import InputError
+from .extremes import Extremes
+from .parts import Collected, KeptParts, Parts
 from .query import Query
-from .scores import Scores
+from .scores import Scores, frame_of, influence_columns
 from .stages import Link
-from .vectors import Block
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PART_ROWS = 4096
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+COMPARED = 64  # rows scored in both precisions
 
 
-def score(query: Query, corpus, stage: str | None = None, batch_size: int | None = None) -> Scores:
+def score(
+    query: Query,
+    corpus,
+    stage: str | None = None,
+    batch_size: int | None = None,
+    output_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    keep: int | None = None,
+    dtype: str | None = None,
+    part_rows: int = PART_ROWS,
+) -> Scores:
     """I(x) = −⟨u_k, ∇ℓ_x⟩ for every row x of `corpus`: one forward-mode pass a query column, 3 F a column.
 
     Of an unrolled stage the rows are its own, and I(x) = N ∂f/∂w_x is known already; a forward pass adds their losses.
+    See `Query.score` for the arguments.
 
     Raises:
-        InputError: empty corpus, unknown stage, a batch size below 1, a loss that is not finite (rows are named), or a
-            row that an unrolled stage's run did not see.
+        InputError: empty corpus, unknown stage, a setting out of range, a loss that is not finite (rows are named), a
+            row that an unrolled stage's run did not see, or an interrupted scoring of something else in `output_dir`.
     """
     link = query.chain.link(stage)
-    rows = as_rows(corpus, "the corpus")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for the stage's own.")
-    engine, objective = link.engine, link.stage.objective
-    u = query.solutions[link.stage.name]
-    recorded = _recorded(link, u, rows) if link.recording is not None else None
-    found = []
-    bar = engine.bar(total=len(rows), desc=f"scoring {link.stage.name}", unit=" rows")
+    _check(batch_size, keep, dtype, part_rows, resume, output_dir)
+    source = as_corpus(corpus, "the corpus")
+    engine, size = link.engine, batch_size or link.stage.batch_size
+    scorer = _Scorer(query, link, size, DTYPES[dtype or "float32"])
+    path = None if output_dir is None else Path(output_dir) / _file_name(query, link)
+    with engine.together():
+        sink = _sink(scorer, path, resume, keep, dtype, part_rows) if path is None or engine.is_main else None
+    # Enough rows at a time that sorting them by length pays, on every process.
+    parts_a_round = max(1, math.ceil(4 * size * engine.processes / part_rows))
+    done, started, error = 0, time.perf_counter(), None
+    total = None if isinstance(source, Stream) else len(source)
+    bar = engine.bar(total=total, desc=f"scoring {link.stage.name}", unit=" sentences")
     with bar, link.model.evaluating():
-        for indices, batch in engine.batches(rows, objective.collate, batch_size or link.stage.batch_size):
-            evaluation = Evaluation(link.model, objective, batch)
+        for rows in engine.rounds(source, parts_a_round * part_rows):
+            numbered = {(done + i) // part_rows: rows[i : i + part_rows] for i in range(0, len(rows), part_rows)}
+            with engine.together():
+                todo = [n for n, some in numbered.items() if sink.missing(n, some)] if sink is not None else None
+            todo = engine.broadcast(todo)
+            pending = [row for n in todo for row in numbered[n]]
+            if pending:
+                if scorer.autocast and error is None:
+                    error = scorer.error(pending)
+                found = scorer.measured(pending, bar)
+                with engine.together():
+                    if sink is not None:
+                        _hand_over(scorer, sink, todo, numbered, found)
+            done += len(rows)
+            bar.n = done
+            bar.refresh()
+            engine.log({"scored": done, "sentences_a_second": done / (time.perf_counter() - started)}, done)
+    metadata = scorer.metadata | {"columns": query.columns}
+    if error is not None:
+        metadata["bfloat16_error"] = error
+    if path is None:
+        return sink.scores(metadata)
+    with engine.together():
+        if engine.is_main:
+            sink.finish(-(-done // part_rows), metadata)
+    return Scores.from_parquet(path)
+
+
+def _check(batch_size, keep, dtype, part_rows, resume, output_dir) -> None:
+    for name, value in (("batch_size", batch_size), ("keep", keep), ("part_rows", part_rows)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            way_out = ", or None for the stage's own" if name == "batch_size" else ""
+            raise InputError(f"{name} is {value!r}; expected at least 1{way_out}.")
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"dtype is {dtype!r}; expected one of {list(DTYPES)}, or None for the model's own.")
+    if resume and output_dir is None:
+        raise InputError("resume needs output_dir, the folder in which the interrupted scoring kept its parts.")
+
+
+def _file_name(query: Query, link: Link) -> str:
+    first = query.chain.links[0] is link
+    return "scores.parquet" if first else f"scores-{link.stage.name}.parquet"
+
+
+def _sink(scorer: _Scorer, path: Path | None, resume: bool, keep: int | None, dtype: str | None, part_rows: int):
+    """Where scores go: memory, parts on disk, or an account of the extremes in either."""
+    extremes = Extremes(keep, influence_columns(scorer.query.columns)) if keep else None
+    if path is None:
+        return Collected(extremes)
+    manifest = {**scorer.identity, "keep": keep, "dtype": dtype or "float32", "part_rows": part_rows}
+    if extremes is not None:
+        return KeptParts(path, manifest, resume, extremes)
+    return Parts(path, manifest, resume)
+
+
+def _hand_over(scorer: _Scorer, sink, todo: Sequence[int], numbered: dict[int, list[dict]], found: _Found) -> None:
+    start = 0
+    for number in todo:
+        rows = numbered[number]
+        own = slice(start, start + len(rows))
+        start += len(rows)
+        sink.add(number, rows, scorer.frame(rows, found, own), int(found.cut[own].sum()))
+
+
+@dataclass
+class _Found:
+    """Of rows in their order: influence (rows, Q), and loss, terms and whether the text was cut, (rows,)."""
+
+    influence: np.ndarray
+    loss: np.ndarray
+    terms: np.ndarray
+    cut: np.ndarray
+
+
+class _Scorer:
+    """A query's stage at work on rows."""
+
+    def __init__(self, query: Query, link: Link, batch_size: int, autocast: torch.dtype | None):
+        self.query, self.link, self.engine = query, link, link.engine
+        self.objective, self.batch_size, self.autocast = link.stage.objective, batch_size, autocast
+        self.u = query.solutions[link.stage.name]
+        self.count = query.facts[link.stage.name]["N"]
+
+    def measured(self, rows: list[dict], bar=None, autocast: bool = True) -> _Found:
+        """Every process scores its share; all of them get everything."""
+        mine: list[tuple[list[int], np.ndarray]] = []
+        with self.engine.together():
+            recorded = self._recorded(rows) if self.link.recording is not None else None
+            for indices, batch in self.engine.batches(rows, self.objective.collate, self.batch_size):
+                known = None if recorded is None else recorded[indices]
+                values = self._batch(batch, known, autocast)
+                _check_finite(values, [rows[i] for i in indices])
+                cut = batch.get("truncated", torch.zeros(len(indices))).to(values)
+                mine.append((indices, torch.column_stack([values, cut]).cpu().numpy()))
+                if bar is not None:
+                    bar.update(len(indices) * self.engine.processes)
+        own = [(np.concatenate([i for i, _ in mine]), np.concatenate([v for _, v in mine]))] if mine else []
+        found = self.engine.gather(own)
+        order, values = (np.concatenate(column) for column in zip(*found, strict=True))
+        values = values[np.argsort(order)]
+        return _Found(values[:, 2:-1], values[:, 0], values[:, 1], values[:, -1])
+
+    def _batch(self, batch: dict, recorded: torch.Tensor | None, autocast: bool) -> torch.Tensor:
+        """(B, 2 + Q) in float64: loss, terms, influences."""
+        evaluation = Evaluation(self.link.model, self.objective, batch)
+        low = self.autocast if autocast else None
+        with torch.autocast(self.engine.device.type, dtype=low) if low else nullcontext():
             if recorded is not None:
-                influence = recorded[indices]
                 with torch.no_grad():
                     sums, counts = evaluation.losses({})
+                slopes = [recorded]
             else:
-                slopes, sums, counts = [], None, None
-                for q in range(query.columns):
-                    slope, sums, counts = directional(evaluation, vectors.column(u, q))
+                slopes = []
+                for q in range(self.query.columns):
+                    slope, sums, counts = directional(evaluation, vectors.column(self.u, q))
                     slopes.append(-slope.double())
-                influence = torch.stack(slopes, 1)
-            _check_finite(torch.column_stack([sums, influence]), [rows[i] for i in indices])
-            cut = batch.get("truncated", torch.zeros(len(indices)))
-            values = (influence.tolist(), sums.tolist(), counts.tolist(), cut.tolist())
-            found += list(zip(indices, *values, strict=True))
-            bar.update(len(indices) * engine.processes)
-    found = sorted(engine.gather(found))
-    metadata = {"stage": link.stage.name, "N": link.count, "objective": describe(objective)}
-    metadata |= {
-        "truncated": int(sum(row[4] for row in found)),
-        "certificate": query.certificate(),
-        "tests": query.tests,
-    }
-    return Scores.build(
-        rows=[rows[index] for index, *_ in found],
-        influence=np.array([row[1] for row in found]),
-        count=link.count,
-        text_column=getattr(objective, "text_column", getattr(objective, "image_column", "text")),
-        columns={"loss": [row[2] for row in found], "terms": [row[3] for row in found]},
-        metadata=metadata,
-    )
+        return torch.column_stack([sums.double(), counts.double(), *slopes])
 
+    def frame(self, rows: list[dict], found: _Found, own: slice) -> pd.DataFrame:
+        """The rows' columns of `Scores`."""
+        column = getattr(self.objective, "text_column", getattr(self.objective, "image_column", "text"))
+        columns = {"loss": found.loss[own], "terms": found.terms[own]}
+        return frame_of(rows, found.influence[own], self.count, columns, column)
 
-def _recorded(link: Link, u: Block, rows: list[dict]) -> Tensor:
-    """N ∂f/∂w of the rows, (rows, Q)."""
-    places = {row["example_id"]: (i, digest(row)) for i, row in enumerate(link.rows)}
-    for row in rows:
-        if places.get(row["example_id"], ("", ""))[1] != digest(row):
-            raise InputError(
-                f"the row {row['example_id']!r} is not one of the rows that stage {link.stage.name!r} was trained on: "
-                "through its run (link='unrolled') only those have an influence. Score rows of its data, or use "
-                "link='proximal'."
+    def error(self, rows: list[dict]) -> dict[str, Any]:
+        """Of bfloat16 against the model's own dtype, on some of the rows: the root mean square of the differences in
+        units of that of the influences, and the rank correlation; worst column."""
+        from scipy.stats import spearmanr
+
+        some = rows[:: max(1, len(rows) // COMPARED)][:COMPARED]
+        low, high = (self.measured(some, autocast=on).influence for on in (True, False))
+        size = np.sqrt((high**2).mean(0)).clip(min=np.finfo(float).tiny)
+        relative = float((np.sqrt(((low - high) ** 2).mean(0)) / size).max())
+        ranks = [spearmanr(x, y).statistic for x, y in zip(low.T, high.T, strict=True)] if len(some) > 2 else [np.nan]
+        found = {"rows": len(some), "relative": relative, "rank_correlation": float(min(ranks))}
+        if self.engine.is_main:
+            print(
+                f"bfloat16 against {next(iter(self.u.values())).dtype} on {len(some)} rows: relative error "
+                f"{relative:.1e}, rank correlation {found['rank_correlation']:.4f}"
             )
-    return link.count * u["weights"].T[[places[row["example_id"]][0] for row in rows]]
+        return found
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        found = {"stage": self.link.stage.name, "N": self.count, "objective": describe(self.objective)}
+        return found | {"certificate": self.query.certificate(), "tests": self.query.tests}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on, name → digest."""
+        found = {"the ranked stage": self.link.stage.name}
+        for name, facts in self.query.facts.items():
+            found[f"the model of stage {name!r}"] = facts["fingerprint"]
+        found["the query"] = digest([vectors.fingerprint(self.u), self.query.tests, self.query.aggregate or ""])
+        found["the objective"] = digest(describe(self.objective))
+        return found
+
+    def _recorded(self, rows: list[dict]) -> torch.Tensor:
+        """N ∂f/∂w of the rows, (rows, Q)."""
+        places = self._places
+        for row in rows:
+            if places.get(row["example_id"], ("", ""))[1] != digest(row):
+                raise InputError(
+                    f"the row {row['example_id']!r} is not one of the rows that stage {self.link.stage.name!r} was "
+                    "trained on: through its run (link='unrolled') only those have an influence. Score rows of its "
+                    "data, or use link='proximal'."
+                )
+        return self.count * self.u["weights"].T[[places[row["example_id"]][0] for row in rows]]
+
+    @cached_property
+    def _places(self) -> dict[Any, tuple[int, str]]:
+        return {row["example_id"]: (i, digest(row)) for i, row in enumerate(self.link.rows)}
 
 
 def _check_finite(values: torch.Tensor, rows: list[dict]) -> None:

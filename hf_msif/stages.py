@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from . import adapters, vectors
 from .adapters import FunctionalModel, Split
 from .autodiff import Evaluation, reached
+from .checkpoints import Checkpoint, SolverCheckpoint
+from .corpus import Stream, as_corpus, as_rows, first
 from .curvature import Curvature, GaussNewton, Hessian
-from .digests import digest
-from .engine import Engine, as_rows
+from .curvature._operator import _counts
+from .digests import describe, digest
+from .engine import Engine
 from .errors import InputError
 from .recording import Recording
 from .replay import Replay
-from .solvers import CG
+from .slices import Sliced
+from .solvers import CG, Dense, Identity, Solution, solve
 from .vectors import Block
 
 CURVATURES = {"gauss_newton": GaussNewton, "hessian": Hessian}
@@ -41,7 +45,8 @@ class Stage:
             belong to the stage and its encoder is inherited as ever; never modified.
         objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
         data: the stage's training examples: a `datasets.Dataset`, a list of dicts, or a list of strings. A column
-            `example_id` names rows (and seeds their masks); rows without one are numbered.
+            `example_id` names rows (and seeds their masks); rows without one are numbered. Of a first stage with
+            `curvature_samples` also a stream, see `corpus.as_corpus`: it is read twice, for the subset and for N.
         trainable: "all", "head" (everything not inherited) or a list of name patterns. What is inherited and not
             trained is frozen (Case 1), what is inherited and trained hangs on the stage before by `link` (Case 2).
             With LoRA, "head" is the adapters and all that is new; PEFT alone holds new tensors outside of
@@ -141,7 +146,6 @@ class Link:
         recording: the run, where the link is unrolled.
         model: the stage's model as a function of its parameters.
         rows: the stage's data.
-        curvature_rows: the fixed random subset on which `operator` is estimated.
     """
 
     def __init__(self, stage: Stage, before: Link | None, engine: Engine):
@@ -156,8 +160,15 @@ class Link:
         )
         self._solver_states: dict[Any, Any] = {}
         self.model = FunctionalModel(stage.model, engine.device)
-        self.rows = as_rows(stage.data, f"the data of stage {stage.name!r}")
-        self.curvature_rows = self.subset(stage.curvature_samples)
+        what = f"the data of stage {stage.name!r}"
+        found = as_corpus(stage.data, what) if before is None else None
+        self.rows = found if isinstance(found, Stream) else as_rows(stage.data, what)
+        if found is self.rows and (stage.curvature_samples is None or stage.link == "unrolled"):
+            raise InputError(
+                f"{what} is a stream, and curvature_samples is {stage.curvature_samples} and link {stage.link!r}; "
+                "expected a number of rows on which to estimate the curvature, and a proximal link: through its run a "
+                "stage needs all rows at hand."
+            )
         self._check_finite()
         self._leave_out_what_the_loss_ignores()
         self.recording = Recording.from_pretrained(stage.run, stage.name) if stage.link == "unrolled" else None
@@ -167,7 +178,7 @@ class Link:
 
     def _leave_out_what_the_loss_ignores(self) -> None:
         """A trained tensor that the loss never reads has no curvature: the system would be singular in it."""
-        trained = reached(self.model, self.stage.objective, self.rows, self.split.trained)
+        trained = reached(self.model, self.stage.objective, first(self.rows, 2), self.split.trained)
         if not trained:
             raise InputError(f"stage {self.stage.name!r}: the loss depends on none of the trained parameters.")
         unused = {n: "the loss does not depend on it" for n in self.split.trained if n not in set(trained)}
@@ -266,6 +277,11 @@ class Link:
         return self.engine.place(self.stage.objective.collate(rows))
 
     @cached_property
+    def curvature_rows(self) -> list[dict]:
+        """The fixed random subset on which `operator` is estimated."""
+        return self.subset(self.stage.curvature_samples)
+
+    @cached_property
     def operator(self) -> Curvature:
         """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
         return self.curvature(self.curvature_rows)
@@ -276,10 +292,30 @@ class Link:
         ridge = self.ridge if ridge is None else ridge
         return kind(self.model, stage.objective, rows, self.split.trained, self.engine, stage.batch_size, ridge)
 
-    def solver_state(self, solver: Any) -> Any:
+    def solve(self, b: Block, solver: Any, checkpoint: Checkpoint | None = None) -> Solution:
+        """The solver's system with the stage's curvature and right-hand sides b; Krylov vectors in slices where the
+        engine is sharded."""
+        engine, operator = self.engine, self.operator
+        keeper = None
+        with engine.solver_bar(self.stage.name, solver) as progress:
+            if engine.sharded and not isinstance(solver, (Dense, Identity)):
+                sliced = Sliced(operator, engine)
+                if checkpoint is not None:
+                    keeper = SolverCheckpoint(checkpoint, sliced.join_rows, sliced.cut_rows)
+                with engine.slices():
+                    state = self._solver_state(solver, sliced)
+                    found = solve(sliced, sliced.cut(b), solver, state, progress, keeper)
+                return replace(found, value=sliced.join(found.value))
+            if checkpoint is not None:
+                keeper = SolverCheckpoint(
+                    checkpoint, vectors.flatten, lambda rows: vectors.unflatten(rows, b, rows.dtype)
+                )
+            return solve(operator, b, solver, self._solver_state(solver, operator), progress, keeper)
+
+    def _solver_state(self, solver: Any, operator: Any) -> Any:
         """What the solver pays once per operator (damping, factorisation), kept for later queries."""
         if solver not in self._solver_states:
-            self._solver_states[solver] = solver.init(self.operator)
+            self._solver_states[solver] = solver.init(operator)
         return self._solver_states[solver]
 
     @cached_property
@@ -344,6 +380,10 @@ class Link:
 
     def subset(self, size: int | None) -> list[dict]:
         """So many random rows of the stage's data, the same for the same seed; None: all of them."""
+        if isinstance(self.rows, Stream):
+            with self.engine.together():
+                found = self.rows.sample(size, self.stage.seed) if self.engine.is_main else None
+            return self.engine.broadcast(found)
         if size is None or size >= len(self.rows):
             return self.rows
         return random.Random(self.stage.seed).sample(self.rows, size)
@@ -351,16 +391,30 @@ class Link:
     @cached_property
     def count(self) -> float:
         """N_k = Σ count_i over *all* of the stage's data: the removal of an example has the effect −influence/N_k."""
+        return self._size[0]
+
+    @property
+    def examples(self) -> int:
+        """How many rows the stage's data have."""
+        return self._size[1] if isinstance(self.rows, Stream) else len(self.rows)
+
+    @cached_property
+    def _size(self) -> tuple[float, int]:
+        """N and the number of rows, by one pass over them."""
         built = vars(self).get("operator")  # a saved query is scored without one
-        if built is not None and built.examples == len(self.rows):
-            return built.count
-        total = 0.0
-        counts = getattr(self.stage.objective, "counts", None)
-        with torch.no_grad(), self.model.evaluating():
-            for _, batch in self.engine.batches(self.rows, self.stage.objective.collate, self.stage.batch_size):
-                found = counts(batch) if counts else Evaluation(self.model, self.stage.objective, batch).losses({})[1]
-                total += float(found.double().sum())
-        return sum(self.engine.gather([total]))
+        if built is not None and not isinstance(self.rows, Stream) and built.examples == len(self.rows):
+            return built.count, built.examples
+        total, examples, objective, size = 0.0, 0, self.stage.objective, self.stage.batch_size
+        total_rows = None if isinstance(self.rows, Stream) else len(self.rows)
+        bar = self.engine.bar(total=total_rows, desc=f"{self.stage.name}: counting", unit=" sentences")
+        with bar, torch.no_grad(), self.model.evaluating():
+            for rows in self.engine.rounds(self.rows, 64 * size * self.engine.processes):
+                with self.engine.together():
+                    for _, batch in self.engine.batches(rows, objective.collate, size):
+                        total += float(_counts(Evaluation(self.model, objective, batch)).double().sum())
+                examples += len(rows)
+                bar.update(len(rows))
+        return sum(self.engine.gather([total])), examples
 
     @cached_property
     def gradient_norm(self) -> float:
@@ -375,6 +429,14 @@ class Link:
         for name in self.split.proximal:
             total[name] += 2 * self.alpha * self._shift(name)
         return float(vectors.norm(total))
+
+    @cached_property
+    def question(self) -> str:
+        """What the stage's pull-back depends on, beside the adjoint that it is given."""
+        stage = self.stage
+        settings = [stage.trainable, stage.weight_decay, stage.alpha, stage.link, stage.curvature, repr(stage.solver)]
+        rows = self.curvature_rows if self.recording is None else [self.recording.settings]
+        return digest([self.fingerprint, repr(settings), describe(stage.objective), rows])
 
     @cached_property
     def fingerprint(self) -> str:

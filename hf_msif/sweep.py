@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .engine import as_rows
+from .corpus import as_rows
 from .errors import InputError
 from .influence import MultiStageInfluence, judge, pull_back
 from .query import Query

@@ -22,8 +22,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import vectors
 from .adapters import FunctionalModel, Split, decayed_names, forward, split
 from .autodiff import Evaluation
+from .corpus import as_rows, checked_omission
 from .digests import describe, digest
-from .engine import Engine, as_rows, checked_omission
+from .engine import Engine
 from .errors import DivergedError, InputError
 from .files import write_json
 from .lora import has_adapters, unwrapped

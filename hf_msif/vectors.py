@@ -12,7 +12,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,25 @@ from torch import Tensor
 from .files import write_whole
 
 Block = dict[str, Tensor]
+
+_ADD: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("add", default=None)
+
+
+@contextmanager
+def across(add: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """Inside, blocks hold one slice of longer vectors, other processes the others: inner products are those of the
+    whole vectors, which `add` (a sum over processes) makes of the slices' own. None: blocks are whole again."""
+    token = _ADD.set(add)
+    try:
+        yield
+    finally:
+        _ADD.reset(token)
+
+
+def whole(values: Tensor) -> Tensor:
+    """Sums over a slice as sums over the whole vectors, see `across`."""
+    add = _ADD.get()
+    return values if add is None else add(values)
 
 
 def columns(x: Mapping[str, Tensor]) -> int:
@@ -56,7 +77,7 @@ def dot(x: Block, y: Block) -> Tensor:
         left = _rows(t).double()
         right = left if y[name] is t else _rows(y[name]).double()
         total += torch.linalg.vecdot(left, right)
-    return total
+    return whole(total)
 
 
 def norm(x: Block) -> Tensor:
@@ -121,11 +142,14 @@ def put_(x: Block, index: Tensor, y: Block) -> Block:
     return x
 
 
-def rademacher(parameters: Mapping[str, Tensor], columns: int, seed: int) -> Block:
-    """A block of independent ±1 entries shaped like `parameters`, the same for the same seed on any device."""
-    generator = torch.Generator().manual_seed(seed)
+def rademacher(parameters: Mapping[str, Tensor], columns: int, seed: int, only: int | None = None) -> Block:
+    """A block of independent ±1 entries shaped like `parameters`, the same for the same seed on any device.
+
+    `only`: column number q of it alone, a block of one column, in that much memory.
+    """
+    generator, own = torch.Generator().manual_seed(seed), slice(None) if only is None else slice(only, only + 1)
     return {
-        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator) * 2 - 1).to(p)
+        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator)[own] * 2 - 1).to(p)
         for name, p in parameters.items()
     }
 
@@ -135,11 +159,12 @@ def flatten(x: Block) -> Tensor:
     return torch.cat([_rows(t) for t in x.values()], dim=1)
 
 
-def unflatten(matrix: Tensor, like: Mapping[str, Tensor]) -> Block:
-    """Inverse of `flatten`; `like` is a block that gives names, shapes and dtypes (its Q is ignored)."""
+def unflatten(matrix: Tensor, like: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Block:
+    """Inverse of `flatten`; `like` is a block that gives names, shapes and dtypes, unless `dtype` says another one
+    (its Q is ignored)."""
     sizes = [math.prod(t.shape[1:]) for t in like.values()]
     return {
-        name: part.reshape(matrix.shape[0], *t.shape[1:]).to(t)
+        name: part.reshape(matrix.shape[0], *t.shape[1:]).to(t.device, dtype or t.dtype)
         for (name, t), part in zip(like.items(), matrix.split(sizes, dim=1), strict=True)
     }
 

@@ -106,7 +106,7 @@ def test_a_write_that_fails_spoils_nothing(tmp_path, monkeypatch):
     build().to_parquet(path)
     before = path.read_bytes()
 
-    def half(table, where):
+    def half(table, where, **settings):
         where.write_bytes(b"half a file")
         raise OSError("disk full")
 

@@ -181,29 +181,12 @@ def test_text_from_another_column(exact):
     assert scores.frame.duplicates.tolist() == [1] * len(TWEETS)
 
 
-def test_ranks_share_the_rows_and_find_the_same(exact, monkeypatch):
-    """Three ranks in turn, each keeping to itself what it would have gathered."""
-    expected = matrix(exact.query.score(CORPUS))
-    engine, found = copy.copy(exact.chain.engine), {}
-    monkeypatch.setattr(exact.chain.link("pre"), "engine", engine)
-    monkeypatch.setattr(type(engine), "gather", lambda self, items: items)
-    for rank in range(3):
-        engine.rank, engine.processes = rank, 3
-        scores = exact.query.score(CORPUS, batch_size=2)
-        assert len(scores) == len(CORPUS) // 3
-        found |= dict(zip(scores.frame.example_id, matrix(scores), strict=True))
-    exact.equal(np.stack([found[i] for i in range(len(CORPUS))]), expected)
-
-
 # What is refused -----------------------------------------------------------------------------------------------------
 
 BAD = {
     "empty": ([], "the corpus is empty; expected at least one row"),
     "a string": ("vote", "the corpus is a str; expected"),
-    "a stream": (
-        datasets.Dataset.from_list(CORPUS).to_iterable_dataset(),
-        "the corpus is a IterableDataset; expected",
-    ),
+    "a generator": ((row for row in CORPUS), "the corpus is a generator; expected"),
     "all splits": (
         datasets.DatasetDict(train=datasets.Dataset.from_list(CORPUS)),
         "the corpus is a DatasetDict; expected",

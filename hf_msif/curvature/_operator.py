@@ -52,20 +52,25 @@ class Curvature:
         self.parameters = {name: model.parameters[name] for name in names}
         self.ridge = dict(ridge or {})
         self.examples = len(rows)
-        self.evaluations = [
-            Evaluation(model, objective, batch, memo={})
-            for _, batch in engine.batches(rows, objective.collate, batch_size)
-        ]
+        with engine.together():
+            self.evaluations = [
+                Evaluation(model, objective, batch, memo={})
+                for _, batch in engine.batches(rows, objective.collate, batch_size)
+            ]
 
     @cached_property
     def count(self) -> float:
         """N: the number of counted terms of all examples."""
-        with torch.no_grad(), self.model.evaluating():
+        with torch.no_grad(), self.model.evaluating(), self.engine.together():
             mine = sum((float(_counts(e).double().sum()) for e in self._passing()), 0.0)
         return sum(self.engine.gather([mine]))
 
     def _product(self, evaluation: Evaluation, v: Block) -> Block:
         raise NotImplementedError
+
+    def products(self, v: Block) -> Iterator[Block]:
+        """Σ C_i v of each of this process's batches."""
+        return (self._product(evaluation, v) for evaluation in self._passing())
 
     def matvec(self, v: Block) -> Block:
         """A v for every column of v, tensors of shape (Q, *parameter.shape): one pass over the data, one reduction.
@@ -73,7 +78,7 @@ class Curvature:
         Accumulated in float64 over batches and processes, returned in the dtype of v.
         """
         with self.model.evaluating():
-            total = self.engine.sum(v, (self._product(e, v) for e in self._passing()))
+            total = self.engine.sum(v, self.products(v))
         product = {name: t / self.count for name, t in total.items()}
         for name, strength in self.ridge.items():
             product[name] = product[name] + strength * v[name]

@@ -50,12 +50,15 @@ class Counted:
 def check_finite(x: Block, what: str) -> None:
     """Raises InputError when `what`, the block x, holds NaN or inf."""
     for name, t in x.items():
-        if not t.isfinite().all():
+        bad = (~t.isfinite().all()).double().reshape(1)
+        if vectors.whole(bad)[0]:  # on every process, where each holds a slice
             raise InputError(f"{what} holds NaN or inf in parameter {name!r}.")
 
 
 def dimension(operator: Operator) -> int:
-    """P, the number of scalars among the operator's parameters."""
+    """P, the number of scalars among the operator's parameters (of the whole vectors, where it works on slices)."""
+    if hasattr(operator, "dimension"):
+        return operator.dimension
     return sum(p.numel() for p in operator.parameters.values())
 
 
@@ -82,7 +85,8 @@ def damping(solver: Any, operator: Operator, squared: bool = False) -> Damping:
     if hasattr(operator, "trace") and not squared:
         trace = float(operator.trace())
     else:
-        v = vectors.rademacher(operator.parameters, columns=4, seed=0)
+        sliced = getattr(operator, "random", None)
+        v = sliced(4) if sliced else vectors.rademacher(operator.parameters, columns=4, seed=0)
         product = Counted(operator, v)(v, torch.arange(4))
         trace = vectors.dot(product if squared else v, product).mean().item()
     mean = trace / dimension(operator)

@@ -6,11 +6,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from .. import vectors
 from ..vectors import Block
 from ._operator import Operator, check_finite
 
 Progress = Callable[[int, float], None]
+
+
+class Keeper(Protocol):
+    """Keeps the state of a long solve, see `checkpoints.SolverCheckpoint`."""
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        ...
+
+    def save(self, blocks: Mapping[str, Block], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Replaces what was saved before."""
+        ...
+
+    def load(self) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]] | None:
+        """What was saved last, None where nothing was."""
+        ...
 
 
 class Solver(Protocol):
@@ -20,7 +38,9 @@ class Solver(Protocol):
         """What is paid once an operator: the value of damping="auto", a factorisation."""
         ...
 
-    def compute(self, operator: Operator, b: Block, state: Any, progress: Progress | None) -> Solution:
+    def compute(
+        self, operator: Operator, b: Block, state: Any, progress: Progress | None, keeper: Keeper | None
+    ) -> Solution:
         """What is paid once a right-hand side."""
         ...
 
@@ -95,7 +115,12 @@ class Solution:
 
 
 def solve(
-    operator: Operator, b: Block, solver: Solver, state: Any = None, progress: Progress | None = None
+    operator: Operator,
+    b: Block,
+    solver: Solver,
+    state: Any = None,
+    progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> Solution:
     """Solves the system that `solver` defines, (A + λI)u = b for most, for each of the Q columns of `b` independently.
 
@@ -106,6 +131,7 @@ def solve(
         state: `solver.init(operator)`, when several blocks are solved with the same operator and solver.
         progress: called as `progress(iteration, residual)` once an iteration, with the largest relative residual
             (as the recurrence estimates it) among the columns that were still running.
+        keeper: keeps the state of a Krylov solver now and then; what it kept of the same question is gone on from.
 
     Returns:
         `Solution(value, certificate)`. A column that did not converge is *reported* in the certificate, never raised.
@@ -137,4 +163,4 @@ def solve(
             raise ValueError(f"b[{name!r}] has shape, dtype and device {found}, the operator expects {expected}.")
     b = {name: b[name].detach() for name in parameters}
     check_finite(b, "b")
-    return solver.compute(operator, b, solver.init(operator) if state is None else state, progress)
+    return solver.compute(operator, b, solver.init(operator) if state is None else state, progress, keeper)

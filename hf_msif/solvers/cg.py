@@ -13,7 +13,7 @@ from .. import vectors
 from ..vectors import Block
 from ._krylov import krylov
 from ._operator import Counted, Damping, Operator, check_settings, damping, eps
-from ._solve import Certificate, Progress, Solution
+from ._solve import Certificate, Keeper, Progress, Solution
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,17 @@ class CG:
         """λ, at the cost of four products when it must be estimated."""
         return damping(self, operator)
 
-    def compute(self, operator: Operator, b: Block, state: Damping, progress: Progress | None = None) -> Solution:
+    def compute(
+        self,
+        operator: Operator,
+        b: Block,
+        state: Damping,
+        progress: Progress | None = None,
+        keeper: Keeper | None = None,
+    ) -> Solution:
         """One block of right-hand sides; called by `solve`."""
         product = Counted(operator, b)
-        u, report = krylov(ConjugateGradients, product, b, state.value, self, progress)
+        u, report = krylov(ConjugateGradients, product, b, state.value, self, product.counts, progress, keeper)
         certificate = Certificate(
             "cg", state.value, mean_eigenvalue=state.mean_eigenvalue, matvecs=product.counts.tolist(), **report
         )

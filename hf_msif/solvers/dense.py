@@ -12,7 +12,7 @@ from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
 from ._operator import Counted, Damping, Operator, check_settings, damping, dimension, eps
-from ._solve import Certificate, Progress, Solution
+from ._solve import Certificate, Keeper, Progress, Solution
 
 
 class Factorisation(NamedTuple):
@@ -85,7 +85,12 @@ class Dense:
         return Factorisation(damping(self, operator), *torch.linalg.eigh((matrix + matrix.T) / 2))
 
     def compute(
-        self, operator: Operator, b: Block, state: Factorisation, progress: Progress | None = None
+        self,
+        operator: Operator,
+        b: Block,
+        state: Factorisation,
+        progress: Progress | None = None,
+        keeper: Keeper | None = None,
     ) -> Solution:
         """One block of right-hand sides, one product a column to check it; called by `solve`."""
         shift, basis = state.damping.value, state.eigenvectors

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .. import vectors
 from ..vectors import Block
 from ._operator import Operator
-from ._solve import Certificate, Progress, Solution
+from ._solve import Certificate, Keeper, Progress, Solution
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,14 @@ class Identity:
     def init(self, operator: Operator) -> None:
         """Nothing is paid once."""
 
-    def compute(self, operator: Operator, b: Block, state: None = None, progress: Progress | None = None) -> Solution:
+    def compute(
+        self,
+        operator: Operator,
+        b: Block,
+        state: None = None,
+        progress: Progress | None = None,
+        keeper: Keeper | None = None,
+    ) -> Solution:
         """A copy of b; called by `solve`."""
         count = vectors.columns(b)
         certificate = Certificate(

@@ -10,7 +10,7 @@ from .. import vectors
 from ..vectors import Block
 from ._krylov import krylov
 from ._operator import Counted, Damping, Operator, check_settings, damping
-from ._solve import Certificate, Progress, Solution
+from ._solve import Certificate, Keeper, Progress, Solution
 from .cg import ConjugateGradients
 
 
@@ -53,7 +53,14 @@ class SquaredCG:
         """λ, at the cost of four products when it must be estimated."""
         return damping(self, operator, squared=True)
 
-    def compute(self, operator: Operator, b: Block, state: Damping, progress: Progress | None = None) -> Solution:
+    def compute(
+        self,
+        operator: Operator,
+        b: Block,
+        state: Damping,
+        progress: Progress | None = None,
+        keeper: Keeper | None = None,
+    ) -> Solution:
         """One block of right-hand sides; called by `solve`."""
         product, size = Counted(operator, b), vectors.norm(b)
         unsquared = (size > 0).to(size)
@@ -69,7 +76,8 @@ class SquaredCG:
             unsquared[index] = vectors.norm(rest) / size[index]
             return vectors.add(product(rest, index), u, -state.value)
 
-        u, report = krylov(ConjugateGradients, squared, rhs, state.value, self, progress, residual)
+        counts = product.counts
+        u, report = krylov(ConjugateGradients, squared, rhs, state.value, self, counts, progress, keeper, residual)
         certificate = Certificate(
             "squared_cg",
             state.value,

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import vectors
 from ..adapters import encoder
 from ..autodiff import Evaluation, example_gradients
-from ..engine import as_rows
+from ..corpus import as_rows
 from ..errors import InputError
 from ..influence import MultiStageInfluence
 from ..objectives import tokenized

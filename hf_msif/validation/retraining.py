@@ -12,8 +12,9 @@ from torch import nn
 from .. import adapters, training, vectors
 from ..adapters import FunctionalModel, Split
 from ..autodiff import Evaluation
+from ..corpus import as_rows
 from ..digests import describe, digest
-from ..engine import Engine, as_rows
+from ..engine import Engine
 from ..errors import InputError
 from ..polishing import PolishReport, polish
 from ..recording import Recording, rerun

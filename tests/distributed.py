@@ -1,0 +1,205 @@
+"""What a process of a real launch does: run by `torchrun` on gloo, with a folder in which the one-process results lie.
+
+Each check asserts the world's size first; a failed assertion in any process fails the launch.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+import toy
+from accelerate import Accelerator
+
+from hf_msif import InputError, MultiStageInfluence, Stage, solvers, vectors
+from hf_msif.engine import Engine
+from hf_msif.errors import ProcessError
+
+CORPUS = tiny.rows(23, seed=7, longest=18)
+TESTS = tiny.rows(3, seed=8)
+
+
+def chain(dtype, sharded=False, curvature="gauss_newton", corpus=17, solver=None, pretraining=()):
+    """A BERT pretrained and finetuned with its encoder trained, so that both stages have a mixed or proximal term."""
+    before = tiny.model("bert", "masked", dtype=dtype)
+    after = tiny.finetuned(before, "bert", dtype=dtype)
+    # The same few iterations everywhere: what differs is what the processes add up.
+    solver = solver or solvers.CG(damping=0.5, tol=1e-12, max_iter=3)
+    first = {"solver": solver, "curvature": curvature, "batch_size": 4, "weight_decay": 0.01, **dict(pretraining)}
+    stages = [
+        Stage("pre", before, tiny.objective("masked"), tiny.rows(corpus, seed=1, longest=18), **first),
+        Stage(
+            "fine",
+            after,
+            tiny.objective("classification"),
+            tiny.rows(9, seed=2),
+            trainable=["*.layer.*", "classifier*"],
+            alpha=0.3,
+            solver=solver,
+            batch_size=2,
+        ),
+    ]
+    return MultiStageInfluence(stages, progress=False, sharded=sharded)
+
+
+def results(dtype, **settings):
+    """Query vectors, residuals and scores of the whole pipeline."""
+    made = chain(dtype, **settings)
+    query = made.query(TESTS)
+    found = {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.items()}
+    for name, rows in (("many", CORPUS), ("few", CORPUS[:2]), ("one", CORPUS[:1])):
+        scores = query.score(rows, batch_size=3)
+        found[f"scores/{name}"] = torch.tensor(np.stack([scores.influence(q) for q in range(3)]))
+    found["alone"] = torch.tensor(query.score(CORPUS, stage="fine").influence(1))
+    group = made.query(TESTS, aggregate="mean")
+    found |= {f"group/{n}": t for n, t in group.solutions["pre"].items()}
+    found["N"] = torch.tensor([made.link("pre").count, made.link("fine").count])
+    found["norm"] = torch.tensor([made.link(name).gradient_norm for name in ("pre", "fine")])
+    return found
+
+
+CASES = {
+    "float64": {"dtype": torch.float64},
+    "float32": {"dtype": torch.float32},
+    "sharded": {"dtype": torch.float64, "sharded": True},
+    "sharded-minres": {
+        "dtype": torch.float64,
+        "sharded": True,
+        "curvature": "hessian",
+        "solver": solvers.MinRes(damping=3.0, tol=1e-12, max_iter=3),
+    },
+    "sharded-auto": {"dtype": torch.float64, "sharded": True, "solver": solvers.CG(tol=1e-12, max_iter=3)},
+    "one-sentence": {"dtype": torch.float64, "corpus": 1},
+    "two-sentences": {"dtype": torch.float64, "corpus": 2},
+}
+
+
+def same(folder, world):
+    """The results of one process, to 1e-10 in float64 and 1e-5 in float32."""
+    for name, settings in CASES.items():
+        expected, _ = vectors.load(folder / f"{name}.safetensors")
+        tolerance = 1e-5 if settings["dtype"] == torch.float32 else 1e-10
+        sizes: dict[str, float] = {}  # of whole vectors: a key's bias, say, has no gradient but rounding
+        for key, t in expected.items():
+            sizes[key.split("/")[0]] = max(sizes.get(key.split("/")[0], 0.0), float(t.abs().max()))
+        for key, found in results(**settings).items():
+            size = sizes[key.split("/")[0]]
+            gap = float((found - expected[key]).abs().max())
+            assert gap <= tolerance * size, f"{name}: {key} differs by {gap / size:.1e} in a world of {world}"
+
+
+def sliced(folder, world):
+    """A process holds its slice of a solver's vectors, no more."""
+    from hf_msif.slices import Sliced
+
+    made = chain(torch.float64, sharded=True)
+    operator = Sliced(made.link("pre").operator, made.engine)
+    whole = sum(p.numel() for p in operator.operator.parameters.values())
+    v = {n: torch.randn(2, *p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(0)) for n, p in
+         operator.operator.parameters.items()}  # fmt: skip
+    with made.engine.slices():
+        mine = operator.cut(v)
+        assert mine["slice"].shape == (2, -(-whole // world))
+        product = operator.matvec(mine)
+        assert product["slice"].shape == mine["slice"].shape
+        norms = vectors.norm(mine)
+    torch.testing.assert_close(norms, vectors.norm(v), rtol=1e-12, atol=0)
+    torch.testing.assert_close(operator.join(mine), v, rtol=0, atol=0)
+    tiny.close(operator.join(product), operator.operator.matvec(v), 1e-12)
+
+
+def failing(folder, world):
+    """What fails in one process is raised in all, with its message; what they do next still works."""
+    engine = Engine(progress=False)
+    last, like = world - 1, {"w": torch.zeros(1, 2)}
+
+    def parts():
+        yield {"w": torch.ones(1, 2)}
+        if engine.rank == last:
+            raise InputError("the third sentence is bad")
+
+    with pytest.raises(InputError, match=r"^the third sentence is bad$"):
+        engine.sum(like, parts())
+    other = f"^process {last} of {world} failed: MemoryError: no memory left$"
+
+    def alone():
+        with engine.together():
+            if engine.rank == last:
+                raise MemoryError("no memory left")
+
+    with pytest.raises((ProcessError, MemoryError), match="no memory" if engine.rank == last else other):
+        alone()
+    assert engine.sum(like, [{"w": torch.full((1, 2), 2.0)}])["w"].tolist() == [[2.0 * world] * 2]
+    assert engine.gather([engine.rank]) == list(range(world))
+    assert engine.broadcast(f"from {engine.rank}") == "from 0"
+    bad = [*CORPUS[:5], {"example_id": "odd", "text": None}]
+    with pytest.raises(InputError, match="'odd' has None in column 'text'"):
+        chain(torch.float64).query(TESTS[:1]).score(bad, batch_size=1)
+
+
+def streams(folder, world):
+    """A stream is read once, by the main process, and scored as the table that it comes from."""
+    query = chain(torch.float64).query(TESTS[:1])
+    table = [{**row, "example_id": f"0:{i}"} for i, row in enumerate(CORPUS)]
+    expected = query.score(table)
+    read = []
+
+    def rows():
+        for row in table:
+            read.append(row["example_id"])
+            yield row
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    found = query.score(stream, part_rows=5, batch_size=1)
+    assert found.frame.drop(columns="influence").equals(expected.frame.drop(columns="influence")) or world > 1
+    np.testing.assert_allclose(found.influence(), expected.influence(), rtol=1e-10)
+    assert found.frame.example_id.tolist() == [row["example_id"] for row in table]
+    assert query.chain.engine.is_main or not read
+
+
+def durable(folder, world):
+    """Parts of one world, finished by this one: `tests/test_durable.py` has the rest."""
+    query = chain(torch.float64).query(TESTS)
+    expected = query.score(CORPUS)
+    found = query.score(CORPUS, output_dir=folder / f"out-{world}", part_rows=4)
+    assert found.frame.example_id.tolist() == expected.frame.example_id.tolist()
+    for q in range(3):
+        np.testing.assert_allclose(found.influence(q), expected.influence(q), rtol=1e-10)
+    kept = query.score(CORPUS, output_dir=folder / f"kept-{world}", part_rows=4, keep=3)
+    assert kept.top(3, query=2).example_id.tolist() == expected.top(3, query=2).example_id.tolist()
+    assert kept.metadata["kept"]["all"][0]["count"] == len(CORPUS)
+
+
+def runs(folder, world):
+    """An unrolled stage: every step's batch is shared by the processes."""
+    from test_unrolled import recorded_chain
+
+    query = recorded_chain(folder / "run").query(toy.toy_rows(9, 3))
+    expected, _ = vectors.load(folder / "run.safetensors")
+    for stage, u in query.solutions.items():
+        for name, t in u.items():
+            torch.testing.assert_close(t, expected[f"{stage}/{name}"], rtol=1e-9, atol=1e-12)
+
+
+CHECKS = (same, sliced, failing, streams, durable)
+
+
+def main():
+    folder, size = Path(sys.argv[1]), int(sys.argv[2])
+    accelerator = Accelerator()
+    assert accelerator.num_processes == size, f"{accelerator.num_processes} processes run, not {size}"
+    assert size == 1 or torch.distributed.get_backend() == "gloo"
+    warnings.filterwarnings("ignore", message=".*not solved to tolerance")
+    for check in CHECKS:
+        check(folder, size)
+        if accelerator.is_main_process:
+            print(f"{check.__name__}: passed in a world of {size}", flush=True)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
