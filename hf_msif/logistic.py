@@ -121,25 +121,26 @@ def _terms(target: Any, name: str, stage: str) -> Terms:
     some = {n: (torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5).to(p) for n, p in like.items()}
     limit = 1e-9 if target.dtype == torch.float64 else 1e-3
     parts = []
-    for evaluation in target.operator._passing():
-        x, _, slopes, _ = _slopes(evaluation, zero, name, stage)
-        # The slope of w · CE with label y at zero logits: w (1/C − 1 at y).
-        classes = slopes.shape[1]
-        labels = slopes.argmin(1)
-        weights = -slopes.gather(1, labels[:, None])[:, 0] * classes / (classes - 1)
-        _, logits, slopes, total = _slopes(evaluation, some, name, stage)
-        expected = weights[:, None] * (logits.softmax(1) - nn.functional.one_hot(labels, classes))
-        losses = weights * nn.functional.cross_entropy(logits, labels, reduction="none")
-        size = max(float(weights.abs().max()), 1e-300) if len(weights) else 1.0
-        gap = float((slopes - expected).abs().max()) if len(weights) else 0.0
-        if not (gap <= limit * size and abs(total - float(losses.sum())) <= limit * (1 + abs(total))):
-            raise InputError(
-                f"the losses of stage {stage!r} ({type(evaluation.objective).__name__}) are not softmax "
-                f"cross-entropies of the outputs of {name!r}, one weight a term; method='sklearn' is for those: "
-                f"{WAY_OUT}."
-            )
-        used = weights != 0
-        parts.append(tuple(t[used].cpu().numpy() for t in (x, labels, weights)))
+    with target.engine.together():
+        for evaluation in target.operator._passing():
+            x, _, slopes, _ = _slopes(evaluation, zero, name, stage)
+            # The slope of w · CE with label y at zero logits: w (1/C − 1 at y).
+            classes = slopes.shape[1]
+            labels = slopes.argmin(1)
+            weights = -slopes.gather(1, labels[:, None])[:, 0] * classes / (classes - 1)
+            _, logits, slopes, total = _slopes(evaluation, some, name, stage)
+            expected = weights[:, None] * (logits.softmax(1) - nn.functional.one_hot(labels, classes))
+            losses = weights * nn.functional.cross_entropy(logits, labels, reduction="none")
+            size = max(float(weights.abs().max()), 1e-300) if len(weights) else 1.0
+            gap = float((slopes - expected).abs().max()) if len(weights) else 0.0
+            if not (gap <= limit * size and abs(total - float(losses.sum())) <= limit * (1 + abs(total))):
+                raise InputError(
+                    f"the losses of stage {stage!r} ({type(evaluation.objective).__name__}) are not softmax "
+                    f"cross-entropies of the outputs of {name!r}, one weight a term; method='sklearn' is for those: "
+                    f"{WAY_OUT}."
+                )
+            used = weights != 0
+            parts.append(tuple(t[used].cpu().numpy() for t in (x, labels, weights)))
     parts = target.engine.gather(parts)
     return Terms(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
