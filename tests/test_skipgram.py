@@ -16,9 +16,10 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    TrainingArguments,
 )
 
-from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
+from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training
 from hf_msif.adapters import FunctionalModel, split
 from hf_msif.autodiff import Evaluation, directional, gauss_newton_product, gradient, hessian_product
 from hf_msif.models import (
@@ -432,6 +433,45 @@ def test_the_commands(tmp_path, capsys):
     found = json.loads((tmp_path / "run" / "finetuning.json").read_text())["polish"]
     assert found["reached"]
     assert (found["parameters"], found["solver"]) == (2 * 4 + 2, "newton-cholesky")
+
+
+def test_pretraining_through_its_own_run(tmp_path):
+    """Other negatives in every epoch; against taking the run's steps again, by plain autograd, with a weight moved."""
+    made, corpus, tweets, tests = model(), tiny.rows(10, seed=3), tiny.rows(8, seed=4), tiny.rows(1, seed=5)
+    start, chosen, table = copy.deepcopy(made), objective(corpus), "encoder.embeddings.weight"
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.5}
+    settings |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "report_to": []}
+    training.record(
+        made, chosen, corpus, TrainingArguments(str(tmp_path), **settings), tmp_path / "run", progress=False
+    )
+    after = FeedForwardClassifier.from_encoder(made, 2, num_labels=2)
+    task = objectives.SequenceClassification(TOKENIZER)
+    stages = [
+        Stage("pre", made, chosen, corpus, link="unrolled", run=tmp_path / "run"),
+        Stage("fine", after, task, tweets, "head", 0.5, solver=solvers.Dense(tol=1e-6)),
+    ]
+    query = MultiStageInfluence(stages, progress=False).query(tests)
+    found, fine, pre = query.score(corpus), query.chain.link("fine"), query.chain.link("pre")
+    schedule = pre.recording.schedule
+    assert set(schedule.epochs) == {0, 1}
+    # What finetuning hands back, ∂f/∂W_T; all the rest is the run.
+    b = gradient(Evaluation(fine.model, task, task.collate(tests)), [table])[table]
+    b = b - fine.operator.mixed(query.solutions["fine"], (table,))[table][0]
+
+    def end(index, weight):
+        parameters = {n: p.detach() for n, p in start.named_parameters()}
+        for rows, epoch in zip(schedule.rows, schedule.epochs, strict=True):
+            leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+            batch = objectives.of_epoch(chosen, epoch).collate([{"example_id": i, **corpus[i]} for i in rows])
+            sums, counts = chosen.losses(FunctionalModel(start).bind(leaves), batch)
+            weights = torch.tensor([weight if i == index else 1.0 for i in rows], dtype=torch.float64)
+            slopes = torch.autograd.grad((weights * sums).sum() / counts.sum(), list(leaves.values()))
+            parameters = {n: p - 0.5 * g for (n, p), g in zip(leaves.items(), slopes, strict=True)}
+        return float((b * parameters[table]).sum().detach())
+
+    for index in (0, 4, 9):
+        expected = pre.count * (end(index, 1 + 1e-4) - end(index, 1 - 1e-4)) / 2e-4
+        np.testing.assert_allclose(found.influence()[index], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
