@@ -17,6 +17,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("distributed")
     for name, settings in distributed.CASES.items():
         vectors.save(distributed.results(**settings), path / f"{name}.safetensors")
+    distributed.record_run(path)
+    vectors.save(distributed.unrolled(path), path / "unrolled.safetensors")
     return path
 
 
