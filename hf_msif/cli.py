@@ -177,11 +177,10 @@ def _configured(given: argparse.Namespace, config) -> dict:
         print(f"query written to {report['query']} in {report['seconds']} s")
     elif given.command == "score":
         print(plain(report["table"]))
-        if "kept" in report:
-            print(f"{report['kept']['all'][0]['count']:,} rows scored, of which the extremes are kept")
+        kept = f" ({report['rows_kept']:,} of them kept)" if "kept" in report else ""
         print(
-            f"{report['rows']:,} rows scored in {report['seconds']} s; {report['scores']} and {report['table1']}.md, "
-            ".parquet written"
+            f"{report['rows']:,} rows scored{kept} in {report['seconds']} s; {report['scores']} and "
+            f"{report['table1']}.md, .parquet written"
         )
         if report.get("figure"):
             print(f"{report['figure']} written: each test image beside its most harmful and most helpful ones")

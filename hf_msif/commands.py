@@ -65,7 +65,8 @@ def score(run: Run, resume: bool = False, keep: int | None = None) -> dict:
     path, beside = run.output("scores.parquet"), run.output("table1")
     report = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(beside)}
     if "kept" in scores.metadata:
-        report["kept"] = scores.metadata["kept"]
+        report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
+        report["rows"] = report["kept"]["all"][0]["count"]
     with engine.together():
         report["table"] = table_one(scores)
         if engine.is_main:

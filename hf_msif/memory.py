@@ -40,7 +40,7 @@ def activation_bytes(operator: Curvature) -> int:
         return 0
     evaluation = operator.evaluations[0]  # the longest rows
     v = vectors.rademacher(operator.parameters, 1, seed=0)
-    known = {p.untyped_storage().data_ptr() for p in operator.model.parameters.values()}
+    known = {p.untyped_storage()._cdata for p in operator.model.parameters.values()}
     with operator.model.evaluating(), _saved(known) as kept:
         operator._product(evaluation, v)
     return sum(kept.values())
@@ -53,8 +53,8 @@ def _saved(known: set[int]) -> Iterator[dict[int, int]]:
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if not t._is_zerotensor() and storage._cdata not in known:  # a zero tensor has no memory
+            kept[storage._cdata] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
