@@ -178,7 +178,11 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
 
     stages = [link.stage for link in chain.links]
     given = {name: run.polishing(name) for name in run.names}
-    own = {tuple(sorted(some.items())) for some in given.values() if some is not None}
+    # Which method finds a stage's minimum is no matter of the retraining, which takes the one for any stage.
+    own = [
+        {key: value for key, value in some.items() if key != "method"} for some in given.values() if some is not None
+    ]
+    own = {tuple(sorted(some.items())) for some in own}
     if len(own) > 1:
         raise InputError(
             f"the stages' polish settings differ ({given}), but a retraining polishes all stages alike: give them the "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,8 +23,17 @@ from torch.nn.functional import cross_entropy
 from . import pixels
 from .errors import InputError
 
+# In files of their own; loaded on first use, since they take this one's helpers.
+_HOMES = {"SkipGram": ".skipgram"}
+
 Batch = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _texts(rows: Rows, column: str) -> list[str]:
@@ -64,6 +74,22 @@ def _tokenize(tokenizer, texts: list[str], max_length: int | None) -> tuple[Batc
 def tokenized(objective: Any, rows: Rows) -> Batch:
     """The whole, unmasked texts of rows as a text objective's model reads them: token ids and their masks."""
     return _tokenize(objective.tokenizer, _texts(rows, objective.text_column), objective.max_length)[0]
+
+
+def ordinary_tokens(tokenizer, encoded: Batch) -> np.ndarray:
+    """Where the tokens of `_tokenize` are neither padding nor special, (B, T)."""
+    ids, real = encoded["input_ids"].numpy(), encoded["attention_mask"].numpy().astype(bool)
+    ordinary = ~np.isin(ids, np.array(tokenizer.all_special_ids, dtype=ids.dtype))
+    # The vocabulary's own [UNK] is a token of the sentence like any other: it is predicted too.
+    if tokenizer.unk_token_id is not None:
+        ordinary |= ids == tokenizer.unk_token_id
+    return ordinary & real
+
+
+def seeded(seed: int, example_id: Any, draw: int) -> np.random.Generator:
+    """Random numbers that are a pure function of the three."""
+    digest = hashlib.sha256(f"{seed}\x1f{example_id}\x1f{draw}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
 
 
 def _reduce(sums: Tensor, counts: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -137,18 +163,10 @@ class MaskedLM:
                 "probability in (0, 1] and at least one draw."
             )
 
-    def _generator(self, example_id: Any, draw: int) -> np.random.Generator:
-        digest = hashlib.sha256(f"{self.seed}\x1f{example_id}\x1f{draw}".encode()).digest()
-        return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
-
     def collate(self, rows: Rows) -> Batch:
         encoded, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
         ids = encoded["input_ids"].numpy()
-        special = np.isin(ids, np.array(self.tokenizer.all_special_ids, dtype=ids.dtype))
-        ordinary = ~special & encoded["attention_mask"].numpy().astype(bool)
-        # The vocabulary's own [UNK] is a token of the sentence like any other: it is predicted too.
-        if self.tokenizer.unk_token_id is not None:
-            ordinary |= (ids == self.tokenizer.unk_token_id) & encoded["attention_mask"].numpy().astype(bool)
+        ordinary = ordinary_tokens(self.tokenizer, encoded)
         inputs = np.repeat(ids, self.draws, axis=0)
         where, labels = [], []
         for i, row in enumerate(rows):
@@ -157,7 +175,7 @@ class MaskedLM:
                 continue
             number = max(1, round(self.mask_probability * len(candidates)))
             for d in range(self.draws):
-                generator = self._generator(row["example_id"], self.first_draw + d)
+                generator = seeded(self.seed, row["example_id"], self.first_draw + d)
                 chosen = np.sort(generator.choice(candidates, size=number, replace=False))
                 action = generator.random(number)
                 substitute = generator.integers(len(self.tokenizer), size=number)

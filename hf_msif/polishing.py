@@ -1,4 +1,4 @@
-"""Brings a small model to a stationary point of its stage's F: L-BFGS, then trust-region Newton-CG.
+"""Brings a small model to a stationary point of its stage's F: L-BFGS, then trust-region Newton-CG, or scikit-learn.
 
 Influence functions and the truth they are compared with are derivatives of a *minimum*: a retraining that stops a
 gradient of 1e-4 short of it measures where training stopped, not what an example did.
@@ -11,12 +11,12 @@ import time
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import vectors
+from . import logistic, vectors
 from .adapters import FunctionalModel, Split, decayed_names, split, write
 from .autodiff import Evaluation, reached
 from .corpus import as_rows, checked_omission
@@ -40,12 +40,13 @@ class PolishReport:
         objective, objective_before: F, and F before.
         gradient_norm, gradient_norm_before: ‖∇F‖ over the trained parameters, and before.
         tol, reached: whether gradient_norm ≤ tol.
-        lbfgs_iterations, newton_iterations: accepted steps of either.
-        evaluations: passes over the data for F and ∇F; products: Hessian products.
+        lbfgs_iterations, newton_iterations: accepted steps of either; scikit-learn's count as Newton's.
+        evaluations: passes over the data for F and ∇F; products: Hessian products. Not those inside of scikit-learn.
         smallest_ritz: an upper bound of the Hessian's smallest eigenvalue (exact where it was written out), from the
             last Newton steps; None where none was needed, or where a preconditioner was given.
         negative_curvature: the last Newton step met a direction of negative curvature: no minimum.
         seconds: wall time.
+        solver: scikit-learn's solver where it found the minimum; None: our own.
         preconditioner: for `polish` of a nearby F; None where CG was short.
     """
 
@@ -64,6 +65,7 @@ class PolishReport:
     smallest_ritz: float | None
     negative_curvature: bool
     seconds: float
+    solver: str | None = None
     preconditioner: Preconditioner | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,10 +76,13 @@ class PolishReport:
         end = "" if self.reached else " NOT reached"
         ritz = "" if self.smallest_ritz is None else f", smallest curvature {self.smallest_ritz:.2g}"
         before, after = self.gradient_norm_before, self.gradient_norm
+        way = f"{self.lbfgs_iterations} L-BFGS and {self.newton_iterations} Newton steps"
+        if self.solver is not None:
+            way = f"scikit-learn's {self.solver}, {self.newton_iterations} steps"
         return (
             f"{self.name}: ‖∇F‖ {before:.1e} → {after:.1e} (tol {self.tol:.0e}{end}), "
-            f"F {self.objective_before:.6g} → {self.objective:.6g}; {self.lbfgs_iterations} L-BFGS and "
-            f"{self.newton_iterations} Newton steps, {self.products} Hessian products{ritz}; {self.seconds:.1f} s"
+            f"F {self.objective_before:.6g} → {self.objective:.6g}; {way}, "
+            f"{self.products} Hessian products{ritz}; {self.seconds:.1f} s"
         )
 
 
@@ -92,6 +97,7 @@ def polish(
     alpha: float | None = None,
     resized: bool = False,
     omit: Collection[Any] = (),
+    method: Literal["newton", "sklearn"] = "newton",
     tol: float | None = None,
     lbfgs_iter: int = 500,
     max_iter: int = 50,
@@ -114,6 +120,9 @@ def polish(
     all later CG; the report carries it, for retrainings nearby. Batches are collated once, outputs of frozen encoders
     are computed once.
 
+    With method="sklearn" scikit-learn's LogisticRegression does the same for a linear softmax head on a constant
+    encoder (`logistic.minimise` has the correspondence), in float64; the report's gradient is ours all the same.
+
     Args:
         model: changed in place at the end (not on an exception), left in evaluation mode.
         objective, data, previous, trainable, weight_decay, alpha: as in `train` and `Stage`.
@@ -121,6 +130,8 @@ def polish(
         omit: example ids whose losses are taken out of F. N stays that of all rows, which is ε = −1/N of eq. (4), the
             removal that `removal_effect` predicts; dividing by the new N instead would scale the losses against the
             quadratic terms, a shift common to all removals of one size.
+        method: "newton" for any stage; "sklearn" for a linear head, on which `lbfgs_iter`, `cg_iter` and
+            `preconditioner` have no effect.
         tol: of ‖∇F‖; default 1e-9 in float64, 1e-4 in float32.
         lbfgs_iter: most L-BFGS iterations; 0 skips them.
         max_iter: most Newton steps.
@@ -138,7 +149,8 @@ def polish(
         `PolishReport`. A tolerance that was not reached is warned about, never hidden.
 
     Raises:
-        InputError: bad rows, nothing left after `omit`, ids in `omit` that no row has, or F not finite.
+        InputError: bad rows, nothing left after `omit`, ids in `omit` that no row has, or F not finite; with
+            method="sklearn", a head that is not linear, losses that are no weighted softmax cross-entropies, or α.
 
     >>> from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
     >>> from hf_msif.objectives import ImageClassification
@@ -150,6 +162,8 @@ def polish(
     >>> report.reached, round(report.objective, 4)  # black images: the entropy of 1/4, 0.5623, by the biases alone
     (True, 0.5623)
     """
+    if method not in ("newton", "sklearn"):
+        raise InputError(f"stage {name!r}: method is {method!r}; expected 'newton' or 'sklearn'.")
     started = time.perf_counter()
     engine = engine or Engine(progress=False)
     rows = as_rows(data, f"the data of stage {name!r}")
@@ -161,14 +175,16 @@ def polish(
         if not math.isfinite(state.value):
             raise InputError(f"stage {name!r}: F is {state.value}; its training diverged, or the data are bad.")
         bar.set_postfix(gradient=f"{state.norm:.1e}")
-        first = 0
-        if preconditioner is not None and lbfgs_iter:
+        first, steps, solver = 0, 0, None
+        if method == "sklearn":
+            point, solver, steps = logistic.minimise(target, name, tol, max_iter, dense_limit)
+            state = target.at(point)
+        elif preconditioner is not None and lbfgs_iter:
             state, first = nearby(target, state, preconditioner, tol, lbfgs_iter, bar)
         elif state.norm > max(tol, HANDOVER) and lbfgs_iter:
             state, first = lbfgs(target, max(tol, HANDOVER), lbfgs_iter, bar)
         search = Newton(target, state, preconditioner, cg_iter, dense_limit)
-        steps = 0
-        while search.state.norm > tol and steps < max_iter and search.step():
+        while solver is None and search.state.norm > tol and steps < max_iter and search.step():
             steps += 1
             bar.set_postfix(gradient=f"{search.state.norm:.1e}", refresh=False)
             bar.update()
@@ -192,6 +208,7 @@ def polish(
         smallest_ritz=search.smallest,
         negative_curvature=search.negative,
         seconds=round(time.perf_counter() - started, 3),
+        solver=solver,
         preconditioner=search.preconditioner,
     )
     if not report.reached:
@@ -225,11 +242,11 @@ class _Target:
         omitted = [row for row in rows if row["example_id"] in omit]
         self.count = self.operator.count + self._count(objective, omitted, batch_size)
         self._share = self.operator.count / self.count
-        self._decay = {name: weight_decay for name in names if weight_decay and name in decayed_names(model)}
-        self._tie = {
+        self.decay = {name: weight_decay for name in names if weight_decay and name in decayed_names(model)}
+        self.tie = {
             name: roles.tie(name, self.parameters[name], alpha) for name in roles.proximal if name in self.parameters
         }
-        self._anchor = {name: self._anchored(name, previous) for name in self._tie}
+        self._anchor = {name: self._anchored(name, previous) for name in self.tie}
 
     def _count(self, objective, rows, batch_size) -> float:
         total = 0.0
@@ -273,16 +290,16 @@ class _Target:
         return parts | {"": total.detach().reshape(1)}
 
     def _quadratic(self):
-        for name, strength in self._decay.items():
+        for name, strength in self.decay.items():
             yield strength, name, self.parameters[name].unsqueeze(0)
-        for name, strength in self._tie.items():
+        for name, strength in self.tie.items():
             yield strength, name, (self.parameters[name] - self._anchor[name]).unsqueeze(0)
 
     def matvec(self, v: Block) -> Block:
         """∂²F v for every column, at the present point."""
         self.products += vectors.columns(v)
         product = vectors.scale(self.operator.matvec(v), self._share)
-        for terms in (self._decay, self._tie):
+        for terms in (self.decay, self.tie):
             for name, strength in terms.items():
                 product[name] = product[name] + strength * v[name]
         return product

@@ -25,6 +25,7 @@ from .files import write_json
 KINDS = {
     "masked-lm": ("MaskedLM", "AutoModelForMaskedLM"),
     "causal-lm": ("CausalLM", "AutoModelForCausalLM"),
+    "skip-gram": ("SkipGram", "AutoModelForPreTraining"),
     "sequence-classification": ("SequenceClassification", "AutoModelForSequenceClassification"),
     "image-classification": ("ImageClassification", "AutoModelForImageClassification"),
 }
@@ -111,9 +112,9 @@ class Run:
 
         stage = self.config.stages[name]
         kind = getattr(objectives, KINDS[stage.task][0])
-        ours = ["tokenizer", "processor", "text_column", "image_column", "label_column", "dtype"]  # known otherwise
-        given = settings(kind, stage.objective, f"stages.{name}.objective", without=ours)
-        if stage.task == "masked-lm":
+        ours = ["tokenizer", "processor", "text_column", "image_column", "label_column", "dtype", "unigrams"]
+        given = settings(kind, stage.objective, f"stages.{name}.objective", without=ours)  # known otherwise
+        if stage.task in ("masked-lm", "skip-gram"):
             given.setdefault("seed", self.config.seed)
         if stage.task == "image-classification":
             return kind(dtype=stage.model.dtype or "float32", **given)
@@ -230,6 +231,8 @@ class Run:
         """The stage's objective; sentences are cut at what the model takes, where no max_length says less."""
         if self.content(name) == "image":
             return self.objectives[name]
+        if self.config.stages[name].task == "skip-gram" and self.objectives[name].unigrams is None:
+            self.objectives[name] = self.objectives[name].fitted(self.rows(name))
         objective, limit = self.objectives[name], getattr(model.base_model.config, "max_position_embeddings", None)
         vocabulary = model.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > vocabulary:

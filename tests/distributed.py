@@ -16,7 +16,7 @@ import torch
 import toy
 from accelerate import Accelerator
 
-from hf_msif import InputError, MultiStageInfluence, Stage, solvers, vectors
+from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training, vectors
 from hf_msif.engine import Engine
 from hf_msif.errors import ProcessError
 
@@ -204,7 +204,31 @@ def runs(folder, world):
         torch.testing.assert_close(found, expected[key], rtol=1e-9, atol=1e-12)
 
 
-CHECKS = (same, sliced, failing, streams, durable, runs)
+def linear_head(folder, world):
+    """scikit-learn gets the terms of all processes; one whose losses are no cross-entropies is refused by all."""
+    rows, settings = toy.toy_rows(2, 30), {"trainable": ["head.*"], "weight_decay": 0.05, "batch_size": 7}
+    found, newton = toy.toy(1), toy.toy(1)
+    engine = Engine(progress=False)
+    report = training.polish(found, toy.ToyObjective(), rows, method="sklearn", engine=engine, **settings)
+    assert report.gradient_norm < 1e-12
+    training.polish(newton, toy.ToyObjective(), rows, tol=1e-12, engine=engine, **settings)
+    torch.testing.assert_close(found.head.weight, newton.head.weight, rtol=0, atol=1e-10)
+    with pytest.raises(InputError, match=r"losses of stage 'stage' \(OneIsOdd\) are not softmax"):
+        training.polish(newton, OneIsOdd(), rows, method="sklearn", engine=engine, **settings)
+
+
+class OneIsOdd(toy.ToyObjective):
+    """Row 5's loss, which one process has, is no cross-entropy."""
+
+    def collate(self, rows):
+        return super().collate(rows) | {"odd": torch.tensor([row["example_id"] == 5 for row in rows])}
+
+    def losses(self, call, batch):
+        sums, counts = super().losses(call, batch)
+        return sums + batch["odd"] * sums**2, counts
+
+
+CHECKS = (same, sliced, failing, streams, durable, runs, linear_head)
 
 
 def main():

@@ -2,6 +2,13 @@
 
 from .classifier import FeedForwardClassifier, FeedForwardClassifierConfig
 from .cnn import ConvNetConfig, ConvNetForImageClassification, ConvNetModel
+from .skipgram import (
+    SkipGramConfig,
+    SkipGramForPreTraining,
+    SkipGramForSequenceClassification,
+    SkipGramModel,
+)
+from .word2vec import from_word2vec
 
 __all__ = [
     "ConvNetConfig",
@@ -9,4 +16,9 @@ __all__ = [
     "ConvNetModel",
     "FeedForwardClassifier",
     "FeedForwardClassifierConfig",
+    "SkipGramConfig",
+    "SkipGramForPreTraining",
+    "SkipGramForSequenceClassification",
+    "SkipGramModel",
+    "from_word2vec",
 ]

@@ -14,6 +14,14 @@ from ..adapters import OPTIONAL_MODULE
 from ..errors import InputError
 
 
+def mean_state(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T, d) → (B, d): the mean over the real tokens, where `attention_mask` is one; without a mask over all."""
+    if attention_mask is None:
+        return states.mean(1)
+    weights = attention_mask.to(states).unsqueeze(-1)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
 class FeedForwardClassifierConfig(PretrainedConfig):
     """Configuration of `FeedForwardClassifier`.
 
@@ -95,8 +103,7 @@ class FeedForwardClassifier(PreTrainedModel):
         if "token_type_ids" not in inspect.signature(self.encoder.forward).parameters:
             inputs.pop("token_type_ids", None)
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        weights = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).to(states).unsqueeze(-1)
-        mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+        mean = mean_state(states, attention_mask)
         return SequenceClassifierOutput(logits=self.classifier(torch.tanh(self.hidden(mean))))
 
 

@@ -1,0 +1,17 @@
+"""The whole recipe in one go: train both stages, query, score, Table 1.
+
+python recipes/skipgram_gop_debate/run.py --config recipes/skipgram_gop_debate/config.yaml [--section.key value ...]
+"""
+
+import sys
+
+from hf_msif.cli import main
+
+ARGUMENTS = sys.argv[1:]
+
+# Each step is the command of the same name; the first that fails ends the recipe with its exit code.
+for command in ("plan", "train", "query", "score"):
+    print(f"\n== msif {command}", file=sys.stderr, flush=True)  # stdout is the commands' own, JSON with --json
+    code = main([command, *ARGUMENTS])
+    if code:
+        sys.exit(code)
