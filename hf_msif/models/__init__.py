@@ -2,11 +2,17 @@
 
 from .classifier import FeedForwardClassifier, FeedForwardClassifierConfig
 from .cnn import ConvNetConfig, ConvNetForImageClassification, ConvNetModel
+from .elmo import ElmoConfig, ElmoForBidirectionalLM, ElmoForSequenceClassification, ElmoModel, ElmoTokenizer
 
 __all__ = [
     "ConvNetConfig",
     "ConvNetForImageClassification",
     "ConvNetModel",
+    "ElmoConfig",
+    "ElmoForBidirectionalLM",
+    "ElmoForSequenceClassification",
+    "ElmoModel",
+    "ElmoTokenizer",
     "FeedForwardClassifier",
     "FeedForwardClassifierConfig",
 ]
