@@ -105,6 +105,7 @@ class ElmoModel(ElmoPreTrainedModel):
         self.forward_layers, self.backward_layers = (
             nn.ModuleList(LstmLayer(config) for _ in range(config.num_hidden_layers)) for _ in range(2)
         )
+        self.dropout = nn.Dropout(config.dropout)
         self.scalar_mix = ScalarMix(config) if add_scalar_mix else None
         self._carried: dict[str, tuple[Tensor, Tensor]] = {}
         self.post_init()
@@ -140,17 +141,17 @@ class ElmoModel(ElmoPreTrainedModel):
 
     def _stack(self, direction: str, x: Tensor, packing: Packing) -> list[Tensor]:
         """The layers of one direction over packed words: the words, then the outputs."""
-        found, dropout = [x], self.config.dropout
+        found = [x]
         for depth, layer in enumerate(getattr(self, f"{direction}_layers")):
             key, start = f"{direction}.{depth}", None
             if self.config.stateful:
                 start = self._start(key, packing, x)
-            out, end = layer(functional.dropout(x, dropout, self.training), packing.sizes, start)
+            out, end = layer(self.dropout(x), packing.sizes, start)
             if self.config.stateful:
                 self._carry(key, packing, end)
             x = out + x if depth and self.config.use_skip_connections else out
             found.append(x)
-        return [*found[:-1], functional.dropout(x, dropout, self.training)]
+        return [*found[:-1], self.dropout(x)]
 
     @staticmethod
     def _unpacked(packed: Tensor, packing: Packing, shape: torch.Size) -> Tensor:
