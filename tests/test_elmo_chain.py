@@ -1,10 +1,12 @@
 """ELMo in the library: its objective, roles of its tensors, influence against dense algebra, from YAML to scores."""
 
+import copy
 import json
 import math
 from pathlib import Path
 
 import pandas as pd
+import peft
 import pytest
 import tiny
 import torch
@@ -168,6 +170,26 @@ def test_chunks_do_not_change_a_score(pair, monkeypatch):
         torch.testing.assert_close(directional(evaluation, v)[0], whole, rtol=1e-12, atol=0)
 
 
+def test_adapters_in_the_recurrence(pair):
+    """LoRA on the very products of the recurrence: found by name, and in the derivative."""
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["state", "projection"])
+    model = peft.inject_adapter_in_model(config, copy.deepcopy(pair[1]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p += 0.3
+    roles = split("fine", model, pair[0], "head")
+    assert len([name for name in roles.head if ".state.lora_" in name]) == 8
+    objective = tiny.objective("characters")
+    batch, functional = objective.collate(TWEETS), FunctionalModel(model)
+    v = {n: t[0] for n, t in tiny.block({n: functional.parameters[n] for n in roles.head}, 1, 0).items()}
+    with functional.evaluating():
+        found = directional(Evaluation(functional, objective, batch), v)[0]
+    plain = tiny.Plain(model, "characters", batch)
+    torch.testing.assert_close(found, plain.along(v, plain.sums), rtol=1e-6, atol=1e-8)
+    assert len(tiny.chain(pair[0], model, data=(CORPUS, TWEETS)).query(TESTS).score(CORPUS)) == len(CORPUS)
+
+
 # --- from YAML
 
 
@@ -206,6 +228,21 @@ def test_from_yaml_to_scores(tmp_path, capsys):
     assert frame["influence_0"].abs().min() > 0
     assert (tmp_path / "run" / "table1.md").read_text().count("\n") >= 3
     capsys.readouterr()
+
+
+def test_an_unrolled_stage_from_yaml(tmp_path):
+    """The encoder is finetuned too, by a recorded run that is pulled back; dropout is on in it."""
+    path = project(tmp_path)
+    settings = json.loads(path.read_text())
+    run = {"max_steps": 4, "learning_rate": 0.01, "per_device_train_batch_size": 8}
+    settings["stages"]["finetuning"] |= {"trainable": "all", "link": "unrolled", "training": run}
+    path.write_text(json.dumps(settings))
+    for command in ("train", "query", "score"):
+        assert msif(command, "--config", path) == 0, command
+    frame = pd.read_parquet(tmp_path / "run" / "scores.parquet")
+    assert frame["influence_0"].abs().min() > 0
+    certificate = json.loads(next((tmp_path / "run" / "query").glob("*.json")).read_text())
+    assert "finetuning" in json.dumps(certificate)
 
 
 def test_training_lowers_the_exact_loss(pair):

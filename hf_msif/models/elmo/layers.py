@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -155,8 +156,31 @@ class ScalarMix(nn.Module):
 def exact_losses(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
     """−log p(target) over all words, (M,), from states (M, projection); the logits are not kept."""
     rows = max(1, CHUNK // head.out_features)
-    pairs = zip(states.split(rows), targets.split(rows), strict=True)
-    return torch.cat([functional.cross_entropy(head(s), t, reduction="none") for s, t in pairs])
+    chunks = list(zip(states.split(rows), targets.split(rows), strict=True))
+    # An adapter's layer is no plain product; and what goes backward needs the graph.
+    if type(head) is nn.Linear and not torch.is_grad_enabled():
+        return torch.cat([_losses_with_tangent(s, head.weight, head.bias, t) for s, t in chunks])
+    return torch.cat([functional.cross_entropy(head(s), t, reduction="none") for s, t in chunks])
+
+
+def _losses_with_tangent(states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """As above, with the tangent of forward mode by hand: dℓ = Σ_v r_v dz_v for r = p − 1_target is ⟨rW, ds⟩
+    + ⟨r dW, s⟩ + ⟨r, db⟩, so that no tangent of the logits is made: three products and one pass over p."""
+    (s, ds), (w, dw), (b, db) = (forward_ad.unpack_dual(x) for x in (states, weight, bias))
+    log_p = functional.linear(s, w, b).log_softmax(1)
+    losses = -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+    if ds is None and dw is None and db is None:
+        return losses
+    r = log_p.exp_()
+    r[torch.arange(len(r), device=r.device), targets] -= 1
+    tangent = torch.zeros_like(losses)
+    if ds is not None:
+        tangent += ((r @ w) * ds).sum(1)
+    if dw is not None:
+        tangent += ((r @ dw) * s).sum(1)
+    if db is not None:
+        tangent += r @ db
+    return forward_ad.make_dual(losses, tangent)
 
 
 def sampled_losses(head: nn.Linear, states: Tensor, targets: Tensor, samples: int) -> Tensor:
