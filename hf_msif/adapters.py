@@ -276,6 +276,11 @@ class FunctionalModel:
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
+        if getattr(getattr(model, "config", None), "stateful", False):
+            raise InputError(
+                f"{type(model).__name__} carries its state from batch to batch (config.stateful): a sentence's loss "
+                "depends on what was read before it. Set model.config.stateful = False."
+            )
         self.model = model
         self.parameters = {n: self._raise(p.detach(), device) for n, p in model.named_parameters()}
         self.buffers = {n: self._raise(b.detach(), device) for n, b in model.named_buffers()}

@@ -109,7 +109,9 @@ class Solver(Section):
 class StageConfig(Section):
     """One stage: what is trained on what, and how it is differentiated (see `hf_msif.Stage`)."""
 
-    task: Literal["masked-lm", "causal-lm", "skip-gram", "sequence-classification", "image-classification"]
+    task: Literal[
+        "masked-lm", "causal-lm", "bidirectional-lm", "skip-gram", "sequence-classification", "image-classification"
+    ]
     """decides objective and model class"""
     data: Data
     model: Model = Model()

@@ -26,6 +26,7 @@ KINDS = {
     "masked-lm": ("MaskedLM", "AutoModelForMaskedLM"),
     "causal-lm": ("CausalLM", "AutoModelForCausalLM"),
     "skip-gram": ("SkipGram", "AutoModelForPreTraining"),
+    "bidirectional-lm": ("BidirectionalLM", "AutoModelForPreTraining"),
     "sequence-classification": ("SequenceClassification", "AutoModelForSequenceClassification"),
     "image-classification": ("ImageClassification", "AutoModelForImageClassification"),
 }
@@ -42,6 +43,8 @@ class Run:
     def __init__(self, config: Config, progress: bool = True):
         import torch
         from transformers import AutoTokenizer
+
+        from . import models  # noqa: F401  (registers its tokenizer and classes with the Auto classes)
 
         if config.threads is not None:
             torch.set_num_threads(config.threads)
