@@ -276,6 +276,11 @@ class FunctionalModel:
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
+        if getattr(getattr(model, "config", None), "stateful", False):
+            raise InputError(
+                f"{type(model).__name__} carries its state from batch to batch (config.stateful): a sentence's loss "
+                "depends on what was read before it. Set model.config.stateful = False."
+            )
         self.model = model
         self.parameters = {n: self._raise(p.detach(), device) for n, p in model.named_parameters()}
         self.buffers = {n: self._raise(b.detach(), device) for n, b in model.named_buffers()}
@@ -438,3 +443,11 @@ def _constant_modules(model: nn.Module, varying: set[str]) -> list[tuple[str, nn
 def memo_bytes(memo: dict) -> int:
     """Memory held by a memo of `FunctionalModel.bind`."""
     return sum(t.numel() * t.element_size() for t in tree_leaves(memo) if isinstance(t, Tensor))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether the model draws random numbers in training mode: in modules, or by rates in its configuration."""
+    modules = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+    rates = getattr(model, "config", None)
+    rates = rates.to_dict() if rates is not None else {}
+    return modules or any("drop" in key and isinstance(p, float) and p > 0 for key, p in rates.items())

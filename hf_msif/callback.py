@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from . import optimisers, vectors
-from .adapters import FunctionalModel, split
+from .adapters import FunctionalModel, has_dropout, split
 from .autodiff import reached
 from .corpus import as_rows
 from .errors import InputError
@@ -121,7 +121,7 @@ class RecordCallback(TrainerCallback):
             )
         decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
         self.decayed = frozenset(n for n in self.trained if id(model.get_parameter(n)) in decayed)
-        self.dropout, self.rates, self.generators = _has_dropout(model), [], []
+        self.dropout, self.rates, self.generators = has_dropout(model), [], []
         self.interval = interval(state.max_steps)
         self._write(0, self._state(model, optimizer))
 
@@ -220,10 +220,3 @@ class _Noted:
     def set_epoch(self, epoch: int) -> None:
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    modules = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
-    rates = getattr(model, "config", None)
-    rates = rates.to_dict() if rates is not None else {}
-    return modules or any("drop" in key and isinstance(p, float) and p > 0 for key, p in rates.items())

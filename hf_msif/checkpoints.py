@@ -84,7 +84,7 @@ class SolverCheckpoint:
 
     def save(self, blocks: Mapping[str, Block], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         flat = {f"block/{name}": self.flatten(block).cpu() for name, block in blocks.items()}
-        self.checkpoint.save({**flat, **{f"tensor/{name}": t for name, t in tensors.items()}}, dict(facts))
+        self.checkpoint.save({**flat, **{f"tensor/{name}": t.clone() for name, t in tensors.items()}}, dict(facts))
 
     def load(self) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]] | None:
         found = self.checkpoint.load()

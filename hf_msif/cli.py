@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import json
 import math
+import os
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, ProcessError
 
 DESCRIPTION = "Which sentences of the pretraining corpus made this finetuned model say this about this tweet?"
+SHARED = ("query", "score", "sweep")  # the commands that several processes do together
 CONFIGURED = {
     "plan": "what a run will cost: parameters in each role, memory, passes, time; nothing is written",
     "train": "train a stage (--stage NAME) or all of them, first to last",
@@ -62,10 +66,17 @@ def parser() -> Parser:
     demo.add_argument("--output_dir", default="runs/demo", help="folder for models, scores and tables")
     demo.add_argument("--seed", type=int, default=0, help="of data, training and masks")
     for name, text in CONFIGURED.items():
-        stage = "[--stage NAME] " if name == "train" else ""
+        stage = {"train": "[--stage NAME] ", "score": "[--resume] [--keep top=K] ", "plan": "[--processes N] "}.get(
+            name, ""
+        )
         usage = f"msif {name} --config FILE.yaml [--section.key VALUE ...] {stage}[--json]"
         command = add(name, text, usage=usage)
         command.configured = True
+        if name == "plan":
+            command.add_argument("--processes", type=int, default=1, help="of the launch that is planned")
+        if name == "score":
+            command.add_argument("--resume", action="store_true", help="go on with an interrupted scoring")
+            command.add_argument("--keep", metavar="top=K", help="write only the K most extreme rows of each order")
         if name == "train":
             command.add_argument("--stage", metavar="NAME", help="the stage to train; default: all, in order")
     show = add("top", "the most influential rows of a finished run")
@@ -88,18 +99,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given, rest = reader.parse_known_args(arguments)
     except SystemExit as end:
         return end.code
-    # With --json, stdout belongs to the one object.
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # With --json, stdout belongs to the one object; of several processes the main one speaks.
     prose = contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext()
+    if rank:
+        prose = contextlib.redirect_stdout(io.StringIO())
     try:
-        with prose, _short_warnings():
+        if processes > 1 and given.command not in SHARED:
+            raise InputError(
+                f"it was started as {processes} processes, but only {', '.join(SHARED)} share their work; expected "
+                f"msif {given.command} without a launcher."
+            )
+        with prose, _short_warnings(silent=rank > 0):
             result = _run(given, rest)
-    except (InputError, OSError) as error:
-        print(f"msif {given.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (InputError, OSError, ProcessError) as error:
+        who = "" if processes == 1 else f" (process {rank})"
+        print(f"msif {given.command}: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"msif {given.command}: interrupted; finished files are whole.", file=sys.stderr)
         return 130
-    if given.json:
+    if given.json and not rank:
         print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
     return 0
 
@@ -144,19 +164,23 @@ def _configured(given: argparse.Namespace, config) -> dict:
     if given.command == "plan":
         from .plan import plan
 
-        report = plan(run)
+        if given.processes < 1:
+            raise InputError(f"--processes is {given.processes}; expected at least 1.")
+        report = plan(run, given.processes)
         print(report["text"])
         return report
-    report = getattr(commands, given.command)(run)
+    more = {"resume": given.resume, "keep": _kept(given.keep)} if given.command == "score" else {}
+    report = getattr(commands, given.command)(run, **more)
     if given.command == "query":
         for name, stage in report["stages"].items():
             print(f"{name}: {stage['text']}")
         print(f"query written to {report['query']} in {report['seconds']} s")
     elif given.command == "score":
         print(plain(report["table"]))
+        kept = f" ({report['rows_kept']:,} of them kept)" if "kept" in report else ""
         print(
-            f"{report['rows']:,} rows scored in {report['seconds']} s; {report['scores']} and {report['table1']}.md, "
-            ".parquet written"
+            f"{report['rows']:,} rows scored{kept} in {report['seconds']} s; {report['scores']} and "
+            f"{report['table1']}.md, .parquet written"
         )
         if report.get("figure"):
             print(f"{report['figure']} written: each test image beside its most harmful and most helpful ones")
@@ -179,6 +203,16 @@ def _configured(given: argparse.Namespace, config) -> dict:
                     f"{name.replace('_', ' ')}: {gain['mean']:+.5f}{ends} over {report['repetitions']} repetition(s)"
                 )
     return report
+
+
+def _kept(text: str | None) -> int | None:
+    """K of top=K."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"top=([1-9]\d*)", text)
+    if found is None:
+        raise InputError(f"--keep is {text!r}; expected top=K, for example --keep top=1000.")
+    return int(found[1])
 
 
 def _top(given: argparse.Namespace) -> dict:
@@ -249,11 +283,12 @@ def _scores(run: str, stage: str | None, k: int):
 
 
 @contextlib.contextmanager
-def _short_warnings():
+def _short_warnings(silent: bool = False):
     """Warnings as one line each, without the source line that raised them."""
 
     def show(message, category, filename, lineno, file=None, line=None):
-        print(f"warning: {message}", file=sys.stderr)
+        if not silent:
+            print(f"warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -3,6 +3,7 @@ files below `run_dir`, whole or not at all, and returns what the command line pr
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -21,38 +22,60 @@ if TYPE_CHECKING:
 
 
 def query(run: Run) -> dict:
-    """Asks about the test rows; writes `run_dir/query`."""
+    """Asks about the test rows; writes `run_dir/query`. Long solves are kept in `run_dir/query.checkpoints`, and an
+    interrupted one goes on from there."""
+    from . import memory
+
     started = time.perf_counter()
     models, tests = run.models(), run.tests()
-    found = run.chain(models).query(tests, run.aggregate)
+    chain, kept = run.chain(models), run.folder / "query.checkpoints"
+    if run.config.memory_check:
+        memory.check(chain.links, 1 if run.aggregate else len(tests))
+    found = chain.query(tests, run.aggregate, checkpoints=kept)
     found.save_pretrained(run.folder / "query")
+    if chain.engine.is_main:
+        shutil.rmtree(kept, ignore_errors=True)
     seconds = round(time.perf_counter() - started, 1)
     return {"seconds": seconds, "query": str(run.folder / "query"), **found.certificate()}
 
 
-def score(run: Run) -> dict:
+def score(run: Run, resume: bool = False, keep: int | None = None) -> dict:
     """Scores the corpus for the saved query; writes scores and Table 1 as Parquet and Markdown, and for images the
-    paper's Figure 3."""
+    paper's Figure 3. Parts that are finished lie in `run_dir/scores.parts` meanwhile, for `resume`; with `keep` only
+    so many extreme rows of each order are written."""
     from .pictures import extremes
     from .query import Query
     from .tables import table_one, write_table
 
     if not (run.folder / "query" / "query.json").is_file():
         raise InputError(f"there is no query in {run.folder} yet; run msif query with the same --config first.")
-    asked = Query.from_pretrained(run.folder / "query", run.chain())
-    corpus = run.corpus()
+    asked, chosen = Query.from_pretrained(run.folder / "query", run.chain()), run.config.corpus
+    corpus, engine = run.corpus(), asked.chain.engine
     started = time.perf_counter()
-    scores = asked.score(corpus, stage=run.config.corpus.stage)
+    scores = asked.score(
+        corpus,
+        stage=chosen.stage,
+        output_dir=run.folder,
+        resume=resume,
+        keep=keep,
+        dtype=chosen.dtype,
+        part_rows=chosen.part_rows,
+    )
     seconds = round(time.perf_counter() - started, 1)
     path, beside = run.output("scores.parquet"), run.output("table1")
-    scores.to_parquet(path)
-    table = table_one(scores)
-    write_table(table, beside)
-    report = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(beside), "table": table}
-    if run.content(run.ranked) == run.content(run.names[-1]) == "image":
-        by_id = {row["example_id"]: row for row in run.test_side()}
-        tests = [by_id[row["example_id"]] for row in asked.tests]
-        report["figure"] = _drawn(run.output("figure3.png"), lambda path: extremes(scores, tests, corpus, path))
+    report = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(beside)}
+    if "kept" in scores.metadata:
+        report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
+        report["rows"] = report["kept"]["all"][0]["count"]
+    with engine.together():
+        report["table"] = table_one(scores)
+        if engine.is_main:
+            write_table(report["table"], beside)
+            if run.content(run.ranked) == run.content(run.names[-1]) == "image":
+                by_id = {row["example_id"]: row for row in run.test_side()}
+                tests = [by_id[row["example_id"]] for row in asked.tests]
+                figure = run.output("figure3.png")
+                report["figure"] = _drawn(figure, lambda path: extremes(scores, tests, corpus, path))
     return report
 
 

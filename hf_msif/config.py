@@ -61,6 +61,9 @@ class Data(Section):
     """share of the texts or images (not rows: equal ones stay together) set aside for testing, by hash"""
     part: Literal["train", "test", "all"] = "train"
     """which side of that split the stage is trained on"""
+    streaming: bool = False
+    """read rows when they are needed instead of holding them: a corpus larger than memory, for a first stage with
+    curvature_samples whose model is given"""
     max_rows: Count | None = None
     """use the first so many rows (of the side that is trained on, where there is a test_split)"""
 
@@ -106,7 +109,9 @@ class Solver(Section):
 class StageConfig(Section):
     """One stage: what is trained on what, and how it is differentiated (see `hf_msif.Stage`)."""
 
-    task: Literal["masked-lm", "causal-lm", "skip-gram", "sequence-classification", "image-classification"]
+    task: Literal[
+        "masked-lm", "causal-lm", "bidirectional-lm", "skip-gram", "sequence-classification", "image-classification"
+    ]
     """decides objective and model class"""
     data: Data
     model: Model = Model()
@@ -171,6 +176,10 @@ class Corpus(Section):
     """so many random rows of that stage's data; null: all"""
     seed: int = 0
     """of the choice"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of scoring; bfloat16 is measured against the model's own on some rows, and the error printed"""
+    part_rows: Count = 4096
+    """rows a part of a scoring under way: what an interruption can cost"""
 
 
 class Validation(Section):
@@ -230,6 +239,12 @@ class Config(Section):
     """λ of `msif sweep`, for the ranked stage"""
     seed: int = 0
     """of training and of the masks"""
+    sharded: bool = False
+    """each process holds its slice of a solver's vectors, whose memory then falls with the number of processes"""
+    memory_check: bool = True
+    """refuse a query or a scoring that cannot fit into memory before it starts"""
+    trackers: list[str] = []
+    """of Accelerate (tensorboard, wandb, ...): residuals of the solvers, sentences scored a second"""
     threads: Count | None = None
     """of the CPU; null: PyTorch's choice. One is the fastest for models of a few thousand parameters"""
 
@@ -248,6 +263,15 @@ class Config(Section):
             classifies = stage.task.endswith("-classification")
             if stage.task != "image-classification" and self.tokenizer is None:
                 raise InputError(f"tokenizer is missing; {key} has the task {stage.task}, which reads texts.")
+            if stage.data.streaming and (index or stage.curvature_samples is None or stage.data.has_test_side):
+                raise InputError(
+                    f"{key}.data.streaming is for a first stage with curvature_samples and without test_split or "
+                    "test_fraction; expected its rows to be at hand, or those settings to be so."
+                )
+            if stage.data.streaming and (stage.link == "unrolled" or classifies):
+                raise InputError(
+                    f"{key}.data.streaming is for implicit stages of language models; expected streaming: false."
+                )
             if stage.data.test_split is not None and stage.data.test_fraction > 0:
                 raise InputError(f"{key}.data has test_split and test_fraction; expected one of them.")
             if classifies and stage.data.label_column is None:

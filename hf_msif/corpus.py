@@ -140,14 +140,17 @@ def _check_ids(ids: Iterable, what: str) -> None:
         )
 
 
-def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus") -> Stream:
-    """Local files as one stream, in the order given; rows are named by their file and their place in it."""
+def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", builder: str | None = None) -> Stream:
+    """Local files as one stream, in the order given; rows are named by their file and their place in it.
+
+    `builder`: of `datasets`, that reads them; None: by their endings.
+    """
     paths, names = [Path(path).expanduser() for path in paths], Counter()
     for path in paths:
         names[path.name] += 1
         if not path.is_file():
             raise InputError(f"{what}: the file {str(path)!r} does not exist; set it to where the data is.")
-        if _builder(path) is None:
+        if builder is None and _builder(path) is None:
             raise InputError(
                 f"{what}: {path.name!r} has an ending that says nothing of its format; expected one of "
                 f"{', '.join(BUILDERS)}, or one of them with .gz."
@@ -160,7 +163,7 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus") -> 
         from datasets import load_dataset
 
         for path in paths:
-            streamed = load_dataset(_builder(path), data_files=[str(path)], split="train", streaming=True)
+            streamed = load_dataset(builder or _builder(path), data_files=[str(path)], split="train", streaming=True)
             for number, row in enumerate(streamed):
                 yield {"example_id": f"{path.name}:{number}", **row}
 

@@ -6,10 +6,12 @@ import difflib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import glob
 
 from .config import Data
+from .corpus import Stream, as_corpus, from_files
 from .digests import digest
 from .errors import InputError
 
@@ -30,29 +32,93 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
     key = f"stages.{stage}.data"
     held_out = data.part == "test" and data.test_split is not None
     table = _table(data, data.test_split if held_out else data.split, key)
-    source_column, limit = getattr(data, f"{content}_column"), None if held_out else data.max_rows
-    roles = {f"{content}_column": source_column, "label_column": data.label_column, "id_column": data.id_column}
-    columns = {role: column for role, column in roles.items() if column is not None}
-    for role, column in [*columns.items(), *((f"keep.{column}", column) for column in data.keep)]:
-        if column not in table.column_names:
-            near = difflib.get_close_matches(column, table.column_names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise InputError(f"{key}.{role}: there is no column {column!r} among {table.column_names}{hint}")
-    admitted = {column: {str(_whole(value)) for value in values} for column, values in data.keep.items()}
-    for column, values in admitted.items():
+    columns = _columns(data, content, table.column_names, key)
+    for column, values in _admitted(data).items():
         found = {str(_whole(value)) for value in table.unique(column)}
         if values - found:
             raise InputError(
                 f"{key}.keep.{column} admits {min(values - found)!r}, which no row has; the column holds "
                 f"{sorted(found)[:10]}."
             )
-    rows, dropped = [], Counter()
-    table = table.select_columns(sorted({*columns.values(), *admitted}))
-    for number, source in enumerate(_sources(table)):
+    table, dropped = table.select_columns(sorted({*columns.values(), *data.keep})), Counter()
+    limit = None if held_out else data.max_rows
+    rows = []
+    for row in _rows(_sources(table), data, content, key, dropped, held_out):
         if limit is not None and len(rows) >= limit:
-            dropped["beyond max_rows"] = len(table) - number
+            dropped["beyond max_rows"] = len(table) - len(rows) - dropped.total()
             break
-        row = {"example_id": number, content: source[source_column]}
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{key}: no row of {len(table):,} is left{_left_out(dropped)}; expected at least one.")
+    _report(data, stage, len(rows), dropped)
+    ids = Counter(row["example_id"] for row in rows)
+    repeated = [i for i, count in ids.items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"{key}.id_column: {data.id_column!r} repeats {len(repeated):,} ids (first {repeated[0]!r}), but ids name "
+            "rows and seed their masks; give a column without repeats, or none."
+        )
+    return rows
+
+
+def stream_rows(data: Data, stage: str, content: str = "text") -> Stream:
+    """As `load_rows`, one after another and never held together. A row's id is its file's name and its place in it
+    ("news.txt:17"), of a Hub dataset its shard's number and its place, or that of `id_column`; what was left out is
+    counted and printed when they have all been read once."""
+    key = f"stages.{stage}.data"
+    source = _source(data, key)
+    head = next(iter(source))
+    _columns(data, content, list(head), key)
+    reported = []
+
+    def read() -> Iterator[dict]:
+        dropped, count = Counter(), 0
+        for row in _rows(source, data, content, key, dropped, held_out=False):
+            if data.max_rows is not None and count >= data.max_rows:
+                break
+            count += 1
+            yield row
+        if not reported:
+            reported.append(True)
+            _report(data, stage, count, dropped)
+
+    return Stream(read, f"the data of stage {stage!r}")
+
+
+def _source(data: Data, key: str) -> Stream:
+    """All rows of a `data` section, streamed, with ids."""
+    files = data.data_files
+    local = isinstance(files, (str, list)) and data.path in ("text", "json", "csv", "parquet")
+    if local and not any("://" in file for file in ([files] if isinstance(files, str) else files)):
+        found = [path for file in _files(files, f"{key}.data_files") for path in sorted(glob(file)) or [file]]
+        return from_files(found, f"{key}.data_files", data.path)
+    return as_corpus(_table(data, data.split, key), key)
+
+
+def _columns(data: Data, content: str, known: list[str], key: str) -> dict[str, str]:
+    """Role → column, all of them there."""
+    roles = {f"{content}_column": getattr(data, f"{content}_column"), "label_column": data.label_column}
+    roles["id_column"] = data.id_column
+    columns = {role: column for role, column in roles.items() if column is not None}
+    for role, column in [*columns.items(), *((f"keep.{column}", column) for column in data.keep)]:
+        if column not in known:
+            near = difflib.get_close_matches(column, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise InputError(f"{key}.{role}: there is no column {column!r} among {known}{hint}")
+    return columns
+
+
+def _admitted(data: Data) -> dict[str, set[str]]:
+    return {column: {str(_whole(value)) for value in values} for column, values in data.keep.items()}
+
+
+def _rows(
+    sources: Iterable[dict], data: Data, content: str, key: str, dropped: Counter, held_out: bool
+) -> Iterator[dict]:
+    """The rows that are used, named and with their roles' columns; those left out are counted by reason."""
+    admitted, source_column = _admitted(data), getattr(data, f"{content}_column")
+    for number, source in enumerate(sources):
+        row = {"example_id": source.get("example_id", number), content: source[source_column]}
         if data.id_column is not None:
             row["example_id"] = source[data.id_column]
         if data.label_column is not None:
@@ -62,7 +128,7 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
             raise InputError(
                 f"{key}.text_column: {data.text_column!r} holds {value!r} in row {number}; expected text."
             )
-        if any(str(source[column]) not in values for column, values in admitted.items()):
+        if any(str(_whole(source[column])) not in values for column, values in admitted.items()):
             dropped["not in keep"] += 1
         elif value is None or (content == "text" and not value.strip()):
             dropped[f"no {content}"] += 1
@@ -71,20 +137,16 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
         elif not held_out and data.part != "all" and not _is_on_side(value, data):
             dropped[f"not in the {data.part} part"] += 1
         else:
-            rows.append(row)
+            yield row
+
+
+def _left_out(dropped: Counter) -> str:
+    return "".join(f", {count:,} left out ({why})" for why, count in dropped.items())
+
+
+def _report(data: Data, stage: str, count: int, dropped: Counter) -> None:
     part = f" ({data.part})" if data.has_test_side else ""
-    left_out = "".join(f", {count:,} left out ({why})" for why, count in dropped.items())
-    if not rows:
-        raise InputError(f"{key}: no row of {len(table):,} is left{left_out}; expected at least one.")
-    print(f"{stage}{part}: {len(rows):,} rows of {len(table):,}{left_out}")
-    ids = Counter(row["example_id"] for row in rows)
-    repeated = [i for i, count in ids.items() if count > 1]
-    if repeated:
-        raise InputError(
-            f"{key}.id_column: {data.id_column!r} repeats {len(repeated):,} ids (first {repeated[0]!r}), but ids name "
-            "rows and seed their masks; give a column without repeats, or none."
-        )
-    return rows
+    print(f"{stage}{part}: {count:,} rows of {count + dropped.total():,}{_left_out(dropped)}")
 
 
 def _table(data: Data, split: str, key: str):
@@ -98,7 +160,9 @@ def _table(data: Data, split: str, key: str):
         files = None if data.data_files is None else _files(data.data_files, f"{key}.data_files")
     try:
         with _silent_datasets():
-            return load_dataset(os.path.expanduser(data.path), data.name, data_files=files, split=split)
+            return load_dataset(
+                os.path.expanduser(data.path), data.name, data_files=files, split=split, streaming=data.streaming
+            )
     except Exception as error:
         cause = error
         while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing

@@ -67,7 +67,7 @@ class Engine:
         self, rows: Sequence[dict], collate: Callable, batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """This process's batches as (row indices, batch on the device), longest rows first: little is padding."""
-        mine = self.shard([_length(row) for row in rows])
+        mine = self.shard([length(row) for row in rows])
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]
             yield indices, self.place(collate([rows[i] for i in indices]))
@@ -248,7 +248,8 @@ def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _length(row: dict) -> int:
+def length(row: dict) -> int:
+    """What a row costs: the length of its text, 0 for an image."""
     return max((len(value) for value in row.values() if isinstance(value, str)), default=0)
 
 

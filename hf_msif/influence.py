@@ -53,7 +53,7 @@ def pull_back(
         u_k on the trained names; b on the inherited names; the certificate of the solve.
     """
     if link.recording is not None:
-        return unrolled.pull_back(link, adjoint)
+        return unrolled.pull_back(link, adjoint, checkpoint.question + link.stage.name if checkpoint else None)
     trained = vectors.select(adjoint, link.split.trained)
     solution = link.solve(trained, solver or link.stage.solver, checkpoint)
     u = solution.value

@@ -1,4 +1,4 @@
-"""A task's per-example losses: masked LM, causal LM, classification of texts and of images.
+"""A task's per-example losses: masked, causal and bidirectional LM, classification of texts and of images.
 
 An objective is any object with two methods: `collate(rows) -> batch`, where rows are dicts that carry `example_id`
 and a batch is a dict of tensors, and `losses(call, batch) -> (sums, counts)`, both of shape (B,), where
@@ -49,23 +49,27 @@ def _texts(rows: Rows, column: str) -> list[str]:
     return texts
 
 
-def _tokenize(tokenizer, texts: list[str], max_length: int | None) -> tuple[Batch, Tensor]:
-    """Right-padded token ids, and which rows were cut.
+def _tokenize(tokenizer, texts: list[str], max_length: int | None, **settings) -> tuple[Batch, Tensor]:
+    """Right-padded token ids (a token may have a list of them, its characters), and which rows were cut.
 
     Left padding would shift a sentence's absolute positions by the length of its padding partner.
     """
     limit = max_length or tokenizer.model_max_length
-    encoded = tokenizer(texts, truncation=False, padding=False, verbose=False)
+    encoded = tokenizer(texts, truncation=False, padding=False, verbose=False, **settings)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     truncated = torch.tensor([n > limit for n in lengths])
     if truncated.any():
-        encoded = tokenizer(texts, truncation=True, max_length=limit, padding=False)
+        encoded = tokenizer(texts, truncation=True, max_length=limit, padding=False, **settings)
+    if "truncated" in encoded:  # inside of words
+        truncated |= torch.tensor(encoded["truncated"])
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id or 0
+    first = next((ids[0] for ids in encoded["input_ids"] if len(ids)), pad)
+    pad = [pad] * len(first) if isinstance(first, list) else pad
     width = max(1, max(len(ids) for ids in encoded["input_ids"]))
     batch = {}
-    for key, fill in (("input_ids", pad), ("attention_mask", 0), ("token_type_ids", 0)):
+    for key, fill in (("input_ids", pad), ("attention_mask", 0), ("token_type_ids", 0), ("labels", -100)):
         if key in encoded:
             batch[key] = torch.tensor([list(ids) + [fill] * (width - len(ids)) for ids in encoded[key]])
     return batch, truncated
@@ -248,6 +252,54 @@ class CausalLM:
         terms = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
         sums = (terms * mask[:, 1:]).sum(1)
         return _reduce(sums, mask[:, 1:].sum(1).to(sums.dtype), self.reduction)
+
+
+@dataclass(frozen=True)
+class BidirectionalLM:
+    """Both neighbours of every token, ELMo's task: ℓ_i = Σ_t −log p(token_t | all before it) − log p(token_t | all
+    after it), each over the full vocabulary, a sentence's end as the last target of either direction.
+
+    A sentence of n words has 2 (n + 1) terms. Where no derivative goes backward, the logits are not kept.
+
+    Args:
+        tokenizer: an `ElmoTokenizer` with a vocabulary of words.
+        max_length: longer sentences are cut (and counted), ends included; default: none is.
+        reduction, text_column: as in `MaskedLM`.
+    """
+
+    tokenizer: Any
+    max_length: int | None = None
+    reduction: str = "token"
+    text_column: str = "text"
+
+    def __post_init__(self):
+        _check_reduction(self.reduction)
+        if not getattr(self.tokenizer, "words", None):
+            raise InputError(
+                f"BidirectionalLM got a {type(self.tokenizer).__name__} without words to predict; expected an "
+                "ElmoTokenizer with a vocabulary: build one with ElmoTokenizer.train, or `python -m "
+                "hf_msif.models.elmo.vocabulary`."
+            )
+
+    def collate(self, rows: Rows) -> Batch:
+        texts = _texts(rows, self.text_column)
+        batch, truncated = _tokenize(self.tokenizer, texts, self.max_length, return_labels=True)
+        return batch | {"truncated": truncated}
+
+    def counts(self, batch: Batch) -> Tensor:
+        counts = 2 * batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
+        return _reduce(torch.zeros_like(counts), counts, self.reduction)[1]
+
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        output, real = call(**inputs, output_logits=torch.is_grad_enabled()), batch["attention_mask"][:, 1:].bool()
+        terms = getattr(output, "losses", None)
+        if terms is None:
+            logits = _logits(output, "BidirectionalLM", 3)
+            targets = torch.stack([batch["labels"][:, 1:][real], batch["labels"][:, :-1][real]])
+            terms = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        sums = terms.new_zeros(len(real)).index_add(0, real.nonzero()[:, 0], terms.sum(0))
+        return _reduce(sums, 2 * real.sum(1).to(sums), self.reduction)
 
 
 class _Classification:

@@ -12,29 +12,29 @@ import torch
 from . import vectors
 from .adapters import memo_bytes
 from .autodiff import Evaluation, directional
+from .corpus import Stream
 from .curvature._operator import MEMO_BYTES, TRACE_PROBES
+from .memory import activation_bytes, available_bytes, size, solver_bytes
 from .optimisers import start
 from .recording import compose
 from .replay import Replay
-from .solvers import Dense
 from .stages import Link
 from .unrolled import held_bytes
 
 if TYPE_CHECKING:
     from .run import Run
 
-# Vectors that a solver holds beside the right-hand side, in units of one.
-SOLVER_BLOCKS = {"CG": 5, "SquaredCG": 6, "MinRes": 12, "Identity": 1, "Dense": 2}
 
-
-def plan(run: Run) -> dict:
+def plan(run: Run, processes: int = 1) -> dict:
     """Split, memory, passes, time and disk of a run, and the text that says so.
 
-    Stages that are not trained yet are measured with untrained weights; times are estimates from one batch.
+    Stages that are not trained yet are measured with untrained weights; times are estimates from one batch, those of
+    several processes without what they spend on telling each other.
     """
     models = {name: run.present_model(name) for name in run.names}
     columns = 1 if run.aggregate else len(run.tests())
-    corpus = len(run.corpus())
+    rows = run.corpus()
+    corpus = None if isinstance(rows, Stream) else len(rows)
     chain = run.chain(models, planned=True)
     lines, stages = [], {}
     for link in chain.links:
@@ -46,37 +46,55 @@ def plan(run: Run) -> dict:
                 f"  run of {cost['steps']:,} steps of up to {cost['step_rows']} rows: "
                 f"{_time(cost['training_seconds'])} to train; back through it with {columns} column(s) "
                 f"{_time(cost['solve_seconds'])}",
-                f"  {cost['states_held']} states of {_size(cost['state_bytes'])} held at a time, with adjoints "
-                f"{_size(cost['solver_bytes'])}; model {_size(cost['model_bytes'])}; {cost['states_kept']} states on "
-                f"disk, {_size(cost['disk_bytes'])}",
+                f"  {cost['states_held']} states of {size(cost['state_bytes'])} held at a time, with adjoints "
+                f"{size(cost['solver_bytes'])}; model {size(cost['model_bytes'])}; {cost['states_kept']} states on "
+                f"disk, {size(cost['disk_bytes'])}",
             ]
             continue
-        stages[name] = cost = _stage(link, columns)
+        stages[name] = cost = _stage(link, columns, processes)
         lines += [
             f"  one pass of {cost['curvature_examples']:,} rows: {_time(cost['forward_seconds'])} forward, "
             f"{_time(cost['product_seconds'])} a curvature product with {columns} column(s)",
-            f"  solve: at most {cost['products']:,} products, {_time(cost['solve_seconds'])}; vectors "
-            f"{_size(cost['solver_bytes'])}, model {_size(cost['model_bytes'])}"
-            + (f", outputs of the frozen encoder {_size(cost['memo_bytes'])}" if cost["memo_bytes"] else ""),
+            f"  solve: at most {cost['products']:,} products, {_time(cost['solve_seconds'])}",
+            f"  memory on each of {processes} process(es): vectors {size(cost['solver_bytes'])}, model "
+            f"{size(cost['model_bytes'])}, a batch's activations {size(cost['activation_bytes'])}"
+            + (f", outputs of the frozen encoder {size(cost['memo_bytes'])}" if cost["memo_bytes"] else ""),
         ]
-    seconds = corpus * stages[run.ranked]["score_seconds_a_row"] * columns
+    one = stages[run.ranked]["score_seconds_a_row"] * columns / processes
+    seconds, counted = one * (corpus or 1000), f"{corpus:,} rows" if corpus else "1,000 rows of the stream"
     disk = sum(cost["vector_bytes"] + cost.get("disk_bytes", 0) for cost in stages.values())
     lines += [
-        f"scoring {corpus:,} rows for {columns} column(s): {_time(seconds)}",
-        f"disk: {_size(disk)} for the query and recorded runs, about {_size(corpus * (300 + 16 * columns))} for the "
-        "scores",
+        f"scoring {counted} for {columns} column(s): {_time(seconds)}",
+        f"disk: {size(disk)} for the query and recorded runs, about {size((corpus or 1000) * (300 + 16 * columns))} "
+        f"for the scores of {counted}",
     ]
+    needed = sum(cost["model_bytes"] for cost in stages.values())
+    needed += max(cost["solver_bytes"] + cost.get("activation_bytes", 0) for cost in stages.values())
+    free = available_bytes(chain.engine.device)
+    lines.append(f"memory: {size(needed)} at a time on each process, of {size(free)} free")
+    if needed > free:
+        lines.append("this does not fit: msif query would refuse (see memory_check)")
     splits = {link.stage.name: link.split.table() for link in chain.links}
-    return {"text": "\n".join(lines), "stages": stages, "splits": splits, "score_seconds": seconds, "disk_bytes": disk}
+    return {
+        "text": "\n".join(lines),
+        "stages": stages,
+        "splits": splits,
+        "score_seconds": seconds,
+        "disk_bytes": disk,
+        "memory_bytes": needed,
+        "free_bytes": free,
+    }
 
 
-def _stage(link: Link, columns: int) -> dict:
+def _stage(link: Link, columns: int, processes: int) -> dict:
     """Costs of a stage. A product is timed with the outputs of constant modules in the memo, as all passes but the
     first find them, and on one batch of middling length; a full pass is so much longer as its forward passes are."""
     stage, solver = link.stage, link.stage.solver
-    size, examples = stage.batch_size, min(stage.curvature_samples or len(link.rows), len(link.rows))
-    rows = link.subset(min(4 * size, len(link.rows)))
-    batches = list(link.engine.batches(rows, stage.objective.collate, size))
+    batch_size, examples = stage.batch_size, stage.curvature_samples
+    if not isinstance(link.rows, Stream):
+        examples = min(examples or len(link.rows), len(link.rows))
+    rows = link.subset(min(4 * batch_size, examples))
+    batches = list(link.engine.batches(rows, stage.objective.collate, batch_size))
     indices, batch = batches[len(batches) // 2]
     operator = link.curvature([rows[i] for i in indices])
     v = vectors.rademacher(operator.parameters, columns, seed=0)
@@ -94,8 +112,7 @@ def _stage(link: Link, columns: int) -> dict:
     usual = kept * warm + (1 - kept) * cold
     products = _products(solver, width, columns)
     mixed = every * (3 + 4 * columns) if link.split.frozen else 0.0  # of autodiff.hessian_product
-    vector_bytes = sum(t.numel() * t.element_size() for t in v.values())
-    dense = 16 * width**2 if isinstance(solver, Dense) else 0
+    vector_bytes = sum(t.numel() * t.elementsize() for t in v.values())
     return {
         "forward_seconds": every,
         "curvature_examples": examples,
@@ -105,9 +122,10 @@ def _stage(link: Link, columns: int) -> dict:
         "solve_seconds": products * usual + (cold - usual if products else 0.0) + mixed,
         "score_seconds_a_row": score,
         "vector_bytes": vector_bytes,
-        "solver_bytes": vector_bytes * SOLVER_BLOCKS[type(solver).__name__] + dense,
+        "solver_bytes": solver_bytes(link, solver, columns, processes),
+        "activation_bytes": activation_bytes(link.curvature([rows[i] for i in batches[0][0]])),
         "memo_bytes": int(kept * memo) if products else 0,
-        "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
+        "model_bytes": sum(p.numel() * p.elementsize() for p in link.model.parameters.values()),
     }
 
 
@@ -138,7 +156,7 @@ def _unrolled(link: Link, arguments, columns: int) -> dict:
         "solver_bytes": held_bytes(run, link.model.parameters, columns),
         "vector_bytes": 8 * columns * len(rows),
         "disk_bytes": len(run.marks) * state,
-        "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
+        "model_bytes": sum(p.numel() * p.elementsize() for p in link.model.parameters.values()),
     }
 
 
@@ -169,11 +187,3 @@ def _time(seconds: float) -> str:
     if seconds < 120:
         return f"about {seconds:.2g} s" if seconds < 10 else f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return ""

@@ -107,8 +107,13 @@ class Query:
         )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all."""
-        folder = Path(folder)
+        """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all. Of several
+        processes the main one writes."""
+        with self.chain.engine.together():
+            if self.chain.engine.is_main:
+                self._write(Path(folder))
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # What can fail comes before the first file: tensors of one query must not lie beside the text of another.
         plain = (str, int, float, bool, type(None))  # pixels stay where they came from

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import vectors
-from .adapters import FunctionalModel, Split
+from .adapters import FunctionalModel, Split, has_dropout
 from .autodiff import Evaluation
 from .corpus import checked_omission
 from .curvature._operator import _counts
-from .engine import Engine
+from .engine import Engine, length
 from .objectives import of_epoch
 from .optimisers import Slots, clipped
 from .vectors import Block
@@ -35,10 +35,10 @@ class Adjoint:
     """The adjoint on a run's state, and what has fallen on everything else on the way back; Q columns each.
 
     Attributes:
-        slots: slot → block, on parameters and buffers.
-        frozen: on inherited parameters that the run holds constant.
-        anchors: on the values that α ties parameters to, eq. (12).
-        weights: ∂f/∂w_i of the weight of every row in every step, (Q, rows), float64.
+        slots: slot → block, on parameters and buffers; the same on every process.
+        frozen: on inherited parameters that the run holds constant; parts that add up (`Replay.whole`).
+        anchors: on the values that α ties parameters to, eq. (12); the same on every process.
+        weights: ∂f/∂w_i of the weight of every row in every step, (Q, rows), float64; parts that add up.
     """
 
     slots: dict[str, Block]
@@ -89,6 +89,8 @@ class Replay:
                 self.anchors[n] = anchor
         self.frozen = roles.frozen
         self.decay = {n: recording.weight_decay for n in recording.decayed if recording.weight_decay}
+        # Random numbers of dropout depend on the whole batch: every process then runs all of it.
+        self.shared = engine.processes > 1 and not (recording.dropout and has_dropout(model.model))
         self._collated: tuple[Any, list] = (None, [])
 
     # --- forward
@@ -133,7 +135,11 @@ class Replay:
                 found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
                 for name, g in zip(leaves, found, strict=True):
                     total[name] = total[name] + g if name in total else g
-        return total
+        return self._added(total, parameters)
+
+    def _added(self, mine: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the processes' shares of a batch add up to."""
+        return self.engine.sum(like, [dict(mine)]) if self.shared else dict(mine)
 
     # --- backward
 
@@ -146,22 +152,45 @@ class Replay:
         frozen = vectors.clone(vectors.select(a, self.frozen))
         anchors = vectors.zeros_like({n: trained[n] for n in self.ties})
         weights = torch.zeros(width, len(self.rows), dtype=torch.float64, device=self.engine.device)
-        return Adjoint(slots, frozen, anchors, weights)
+        return self.own(Adjoint(slots, frozen, anchors, weights))
+
+    def whole(self, adjoint: Adjoint) -> Adjoint:
+        """An adjoint with the parts that processes share added up."""
+        if not self.shared:
+            return adjoint
+        parts = {**adjoint.frozen, "": adjoint.weights}
+        found = self.engine.sum(parts, [parts])
+        return replace(adjoint, frozen={n: found[n] for n in adjoint.frozen}, weights=found[""])
+
+    def own(self, adjoint: Adjoint) -> Adjoint:
+        """The inverse of `whole`: the main process has all of it."""
+        if not self.shared or self.engine.is_main:
+            return adjoint
+        frozen, weights = vectors.zeros_like(adjoint.frozen), torch.zeros_like(adjoint.weights)
+        return replace(adjoint, frozen=frozen, weights=weights)
 
     def backward(self, slots: Slots, t: int, adjoint: Adjoint) -> None:
         """Undoes step t in place: `slots` is the state before it. Cost (6 + about 5 Q) F of the step's batch."""
-        single = len(self._evaluations(t)) == 1
-        gradient = None if single else self._gradient(slots["parameters"], t)
-        direct: dict[str, Block] = {}
-        gamma: Block = {}
-        with self._step(t) as parts:
+        parameters, parts = slots["parameters"], self._evaluations(t)
+        graph = None
+        if len(parts) == 1:  # its graph gives the gradient too
+            with self._step(t):
+                graph = self._graph(*parts[0], parameters)
+            gradient = self._added({name: g.detach() for name, g in graph[0].items()}, parameters)
+        else:
+            gradient = self._gradient(parameters, t)
+        direct, gamma = self._through_update(slots, gradient, t, adjoint)
+        width = vectors.columns(gamma)
+        more = (
+            {n: p.new_zeros(width, *p.shape) for n, p in parameters.items()} if self.shared else direct["parameters"]
+        )
+        with self._step(t):
             for evaluation, indices, count in parts:
-                graph = self._graph(evaluation, indices, count, slots["parameters"])
-                if gradient is None:
-                    gradient = {name: g.detach() for name, g in graph[0].items()}
-                if not gamma:
-                    direct, gamma = self._through_update(slots, gradient, t, adjoint)
-                self._through_gradient(graph, gamma, indices, direct["parameters"], adjoint)
+                graph = graph or self._graph(evaluation, indices, count, parameters)
+                self._through_gradient(graph, gamma, indices, more, adjoint)
+                graph = None
+        if self.shared:
+            vectors.add_(direct["parameters"], self._added(more, more))
         adjoint.slots = direct
 
     def _graph(self, evaluation, indices, count, parameters):
@@ -231,13 +260,17 @@ class Replay:
         rows, objective = schedule.rows[t], of_epoch(self.objective, schedule.epochs[t])
         key = (rows, objective)
         if self._collated[0] != key:
-            parts = []
-            for start in range(0, len(rows), size):
-                some = rows[start : start + size]
+            parts, mine = [], rows
+            if self.shared:
+                mine = [rows[i] for i in self.engine.shard([length(self.rows[i]) for i in rows])]
+            for start in range(0, len(mine), size):
+                some = mine[start : start + size]
                 batch = self.engine.place(objective.collate([self.rows[i] for i in some]))
                 parts.append((Evaluation(self.model, objective, batch), torch.tensor(some, device=self.engine.device)))
             with torch.no_grad(), self.model.evaluating():
                 total = sum(float(_counts(evaluation).double().sum()) for evaluation, _ in parts)
+            if self.shared:
+                total = sum(self.engine.gather([total]))
             self._collated = key, [(*part, total or 1.0) for part in parts]  # no term: the data say nothing
         return self._collated[1]
 

@@ -10,11 +10,13 @@ import os
 import random
 import shutil
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .config import Config, StageConfig, settings, unknown_key
-from .data import first_line, load_rows
+from .corpus import Stream
+from .data import first_line, load_rows, stream_rows
 from .digests import digest
 from .errors import DivergedError, InputError
 from .files import write_json
@@ -24,6 +26,7 @@ KINDS = {
     "masked-lm": ("MaskedLM", "AutoModelForMaskedLM"),
     "causal-lm": ("CausalLM", "AutoModelForCausalLM"),
     "skip-gram": ("SkipGram", "AutoModelForPreTraining"),
+    "bidirectional-lm": ("BidirectionalLM", "AutoModelForPreTraining"),
     "sequence-classification": ("SequenceClassification", "AutoModelForSequenceClassification"),
     "image-classification": ("ImageClassification", "AutoModelForImageClassification"),
 }
@@ -40,6 +43,8 @@ class Run:
     def __init__(self, config: Config, progress: bool = True):
         import torch
         from transformers import AutoTokenizer
+
+        from . import models  # noqa: F401  (registers its tokenizer and classes with the Auto classes)
 
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -190,13 +195,16 @@ class Run:
             raise InputError(f"there is no stage {name!r} in the configuration; its stages are {self.names}.")
         return self.config.stages[name]
 
-    def rows(self, name: str, part: str | None = None) -> list[dict]:
+    def rows(self, name: str, part: str | None = None) -> list[dict] | Stream:
         """The stage's rows, of its own part of the data or another one; loaded once, labels checked."""
         data = self.config.stages[name].data
         data = data.model_copy(update={"part": part or data.part})
         if (name, data.part) not in self._rows:
-            rows = load_rows(data, name, self.content(name))
-            self._check_labels(name, rows)
+            if data.streaming:
+                rows = stream_rows(data, name, self.content(name))
+            else:
+                rows = load_rows(data, name, self.content(name))
+                self._check_labels(name, rows)
             self._rows[name, data.part] = rows
         return self._rows[name, data.part]
 
@@ -418,6 +426,11 @@ class Run:
             raise InputError(
                 f"stages.{name}.run is a run that was recorded elsewhere; leave it out to train the stage here."
             )
+        if stage.data.streaming:
+            raise InputError(
+                f"stages.{name}.data.streaming is for a stage whose model is given (model.path); expected streaming: "
+                "false to train it here."
+            )
         arguments = self.arguments(name)
         previous = self.model(self.names[index - 1]) if index else None
         parts = {"train": self.rows(name)}
@@ -523,7 +536,24 @@ class Run:
             )
             for name, stage in self.config.stages.items()
         ]
-        return MultiStageInfluence(stages, progress=self.progress)
+        return MultiStageInfluence(stages, self.accelerator, self.progress, self.config.sharded)
+
+    @cached_property
+    def accelerator(self):
+        """One for all passes, with the trackers that the configuration asks for."""
+        from accelerate import Accelerator
+
+        trackers = self.config.trackers
+        try:
+            made = Accelerator(log_with=trackers or None, project_dir=str(self.folder))
+            if trackers:
+                missing = set(trackers) - {str(getattr(found, "value", found)) for found in made.log_with}
+                if missing:
+                    raise ValueError(f"{sorted(missing)} cannot be used here, is it installed")
+                made.init_trackers("hf_msif", config={"config": self.config.model_dump_json()})
+        except (ValueError, ImportError) as error:
+            raise InputError(f"trackers: {first_line(error)}.") from error
+        return made
 
     def _link(self, name: str, planned: bool) -> dict[str, Any]:
         stage = self.config.stages[name]
@@ -571,10 +601,12 @@ class Run:
             raise InputError(f"test.wrong is for classification; stage {name!r} has another task.")
         return training.mistakes(model, objective, rows, self.config.stages[name].batch_size)
 
-    def corpus(self) -> list[dict]:
+    def corpus(self) -> list[dict] | Stream:
         """The rows that are ranked."""
         chosen = self.config.corpus
         rows = self.rows(self.ranked)
+        if isinstance(rows, Stream):
+            return rows if chosen.sample is None else rows.sample(chosen.sample, chosen.seed)
         if chosen.sample is None or chosen.sample >= len(rows):
             return rows
         return random.Random(chosen.seed).sample(rows, chosen.sample)

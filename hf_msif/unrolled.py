@@ -15,15 +15,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import vectors
+from .checkpoints import Checkpoint
 from .errors import InputError
 from .optimisers import Slots
 from .replay import Adjoint, Replay
@@ -103,7 +102,7 @@ def growth_limit(dtype: torch.dtype) -> float:
     return 1e-3 / torch.finfo(dtype).eps
 
 
-def pull_back(link: Link, a: Block) -> tuple[Block, Block, RunCertificate]:
+def pull_back(link: Link, a: Block, question: str | None = None) -> tuple[Block, Block, RunCertificate]:
     """One stage of the chain through its recorded run; all columns share one backward sweep.
 
     A sweep that was interrupted goes on from its last copy in the run's folder.
@@ -111,6 +110,8 @@ def pull_back(link: Link, a: Block) -> tuple[Block, Block, RunCertificate]:
     Args:
         link: a stage with `link="unrolled"`.
         a: ∂f/∂φ_T on the trained and the frozen names, (Q, *parameter.shape).
+        question: what `a` is the answer to, by which a copy of an interrupted sweep is known; None: by `a` itself,
+            which differs by rounding on another number of processes.
 
     Returns:
         {"weights": ∂f/∂w_i of every row, (Q, rows)}; b on the inherited names; the certificate.
@@ -121,7 +122,7 @@ def pull_back(link: Link, a: Block) -> tuple[Block, Block, RunCertificate]:
     recording, replay, name = link.recording, link.replay, link.stage.name
     limit = link.stage.max_growth or growth_limit(replay.dtype)
     size = vectors.norm(vectors.select(a, recording.trained)).clamp(min=torch.finfo(torch.float64).tiny)
-    sweep = _Sweep(recording, replay, a)
+    sweep = _Sweep(recording, replay, a, question)
     segments = list(itertools.pairwise(recording.marks))
     bar = link.engine.bar(desc=f"{name}: back through the run", total=recording.steps, unit=" steps")
     with bar:
@@ -153,8 +154,8 @@ def pull_back(link: Link, a: Block) -> tuple[Block, Block, RunCertificate]:
             sweep.step = begin
             sweep.norms.append([begin, grown])
             sweep.keep()
-    sweep.forget()
-    adjoint = sweep.adjoint
+    sweep.copy.forget()
+    adjoint = replay.whole(sweep.adjoint)
     own = adjoint.slots["parameters"]
     inherited = {n: adjoint.frozen[n] if n in adjoint.frozen else own[n] for n in link.split.inherited}
     for n, anchored in adjoint.anchors.items():
@@ -203,43 +204,36 @@ def check_replay(link: Link) -> float:
 class _Sweep:
     """A backward sweep under way, and its copy in the run's folder."""
 
-    def __init__(self, recording: Recording, replay: Replay, a: Block):
-        self.step, self.difference = recording.steps, 0.0
+    def __init__(self, recording: Recording, replay: Replay, a: Block, question: str | None):
+        self.step, self.difference, self.replay = recording.steps, 0.0, replay
         width = vectors.columns(a)
         self.growth, self.norms = [1.0] * width, [[recording.steps, [1.0] * width]]
-        self.question = hashlib.sha256(f"{vectors.fingerprint(a)} {recording.settings}".encode()).hexdigest()
-        self.path: Path = recording.folder / f"sweep-{self.question[:16]}.safetensors"
-        self.kept = time.perf_counter()
-        self.adjoint = self._load(replay.engine.device) or replay.adjoint(a)
+        asked = f"{question or vectors.fingerprint(a)} {recording.settings}"
+        asked = hashlib.sha256(asked.encode()).hexdigest()
+        self.copy = Checkpoint(recording.folder / f"sweep-{asked[:16]}.safetensors", asked, replay.engine, SAVE_EVERY)
+        self.adjoint = self._load() or replay.adjoint(a)
 
     def keep(self) -> None:
-        if time.perf_counter() - self.kept < SAVE_EVERY or self.step == 0:
+        if not self.copy.due() or self.step == 0:
             return
-        parts = {"frozen": self.adjoint.frozen, "anchors": self.adjoint.anchors}
-        parts |= {f"slot {slot}": own for slot, own in self.adjoint.slots.items()}
+        adjoint = self.replay.whole(self.adjoint)
+        parts = {"frozen": adjoint.frozen, "anchors": adjoint.anchors}
+        parts |= {f"slot {slot}": own for slot, own in adjoint.slots.items()}
         flat = {f"{part}/{name}": t for part, own in parts.items() for name, t in own.items()}
-        passed = {key: getattr(self, key) for key in ("question", "step", "difference", "growth", "norms")}
-        vectors.save({**flat, "weights/": self.adjoint.weights}, self.path, passed)
-        self.kept = time.perf_counter()
+        passed = {key: getattr(self, key) for key in ("step", "difference", "growth", "norms")}
+        self.copy.save({**flat, "weights/": adjoint.weights}, passed)
 
-    def _load(self, device: torch.device) -> Adjoint | None:
+    def _load(self) -> Adjoint | None:
         """The copy's adjoint; None where there is none, or one that is damaged or of another question."""
-        from safetensors import SafetensorError
-
-        try:
-            flat, passed = vectors.load(self.path)
-        except (FileNotFoundError, SafetensorError):
+        found = self.copy.load()
+        if found is None:
             return None
-        if passed.get("question") != self.question:
-            return None
-        vars(self).update(passed)
+        flat, passed = found
+        vars(self).update({key: passed[key] for key in ("step", "difference", "growth", "norms")})
         parts: dict[str, Block] = {"frozen": {}, "anchors": {}}
         for key, tensor in flat.items():
             part, name = key.split("/", 1)
-            parts.setdefault(part, {})[name] = tensor.to(device)
+            parts.setdefault(part, {})[name] = tensor.to(self.replay.engine.device)
         weights = parts.pop("weights")[""]
         slots = {part.removeprefix("slot "): own for part, own in parts.items() if part.startswith("slot ")}
-        return Adjoint(slots, parts["frozen"], parts["anchors"], weights)
-
-    def forget(self) -> None:
-        self.path.unlink(missing_ok=True)
+        return self.replay.own(Adjoint(slots, parts["frozen"], parts["anchors"], weights))

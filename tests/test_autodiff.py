@@ -8,14 +8,14 @@ from hf_msif import autodiff, vectors
 from hf_msif.adapters import FunctionalModel
 from hf_msif.autodiff import Evaluation
 
-CASES = {"masked": "bert", "classification": "bert", "causal": "gpt2"}
+CASES = {"masked": "bert", "classification": "bert", "causal": "gpt2", "bidirectional": "elmo", "characters": "elmo"}
 
 
 class Case:
     def __init__(self, task, size=3):
         name = CASES[task]
-        if task == "classification":
-            self.before = tiny.model(name, "masked")
+        if task in ("classification", "characters"):
+            self.before = tiny.model(name, "bidirectional" if name == "elmo" else "masked")
             self.user = tiny.finetuned(self.before, name, num_labels=3)
         else:
             self.before, self.user = None, tiny.model(name, task)
@@ -102,11 +102,11 @@ def test_hessian_is_symmetric(case):
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-10 * float(matrix.abs().max()))
 
 
-@pytest.mark.parametrize("task", ["masked", "classification"])
+@pytest.mark.parametrize("task", ["masked", "classification", "bidirectional", "characters"])
 def test_mixed_product(task):
     """∂/∂encoder ⟨∇_head ℓ, v⟩: v lives on the head, the result on the encoder."""
     case = Case(task)
-    encoder = tuple(n for n in case.names if n.startswith("bert.") and "pooler" not in n)
+    encoder = tuple(n for n in case.names if n.startswith(("bert.", "elmo.")) and "pooler" not in n)
     head = tuple(n for n in case.names if n not in encoder)
     v = case.direction(columns=2, seed=5, names=head)
     found = case.run(autodiff.hessian_product, v, encoder)

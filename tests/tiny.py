@@ -9,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hf_msif import MultiStageInfluence, Stage, objectives, solvers
+from hf_msif.models import ElmoConfig, ElmoTokenizer
 
 # Threads cost such small tensors more time than they save.
 torch.set_num_threads(1)
@@ -82,12 +83,17 @@ CONFIGS = {
         num_hidden_layers=layers, **_NARROW | {"num_key_value_heads": 1} | kw
     ),
 }
+_CHARACTERS = {"filters": [[1, 3], [2, 4]], "character_size": 3, "num_highway_layers": 1, "dropout": 0.1}
+_CHARACTERS |= {"cell_size": 8, "projection_size": 4, "cell_clip": 0.8, "projection_clip": 0.6}
+_CHARACTERS |= {"vocab_size": 12, "classifier_hidden_size": 6}
 CAUSAL = ("gpt2", "llama")
 MASKED = tuple(name for name in CONFIGS if name not in CAUSAL)
 CLASSES = {
     "masked": transformers.AutoModelForMaskedLM,
     "causal": transformers.AutoModelForCausalLM,
     "classification": transformers.AutoModelForSequenceClassification,
+    "bidirectional": transformers.AutoModelForPreTraining,
+    "characters": transformers.AutoModelForSequenceClassification,
     "base": transformers.AutoModel,
 }
 
@@ -105,13 +111,17 @@ def model(name, task, seed=0, layers=1, dtype=torch.float64, attention=None, **c
     """A model in train mode, with dropout configured: the library must switch it off."""
     torch.manual_seed(seed)
     settings = {"attn_implementation": attention} if attention else {}
-    made = CLASSES[task].from_config(CONFIGS[name](layers, **config), **settings)
+    if name == "elmo":
+        config = ElmoConfig(num_hidden_layers=layers + 1, **_CHARACTERS | config)
+    else:
+        config = CONFIGS[name](layers, **config)
+    made = CLASSES[task].from_config(config, **settings)
     return perturbed(made, seed).to(dtype).train()
 
 
 def finetuned(before, name, seed=1, **settings):
     """A classifier on the encoder of `before`."""
-    made = model(name, "classification", seed, **settings)
+    made = model(name, "characters" if name == "elmo" else "classification", seed, **settings)
     made.base_model.load_state_dict(before.base_model.state_dict(), strict=False)
     return made
 
@@ -121,19 +131,24 @@ def objective(task, **settings):
         return objectives.MaskedLM(tokenizer(), **{"mask_probability": 0.4, **settings})
     if task == "causal":
         return objectives.CausalLM(tokenizer(template=False), **settings)
+    if task in ("bidirectional", "characters"):
+        words = ElmoTokenizer.train([" ".join(WORDS[len(SPECIAL) :])], size=12, model_max_length=LENGTH)
+        kind = objectives.BidirectionalLM if task == "bidirectional" else objectives.SequenceClassification
+        return kind(words, **settings)
     return objectives.SequenceClassification(tokenizer(), **settings)
 
 
 def chain(before, after, tol=1e-3, data=(), pretraining=(), **finetuning):
     """Pretraining and finetuning, the encoder frozen unless `finetuning` says otherwise."""
     corpus, tweets = data or (rows(6, seed=1), rows(5, seed=2))
-    task = "causal" if before.config.model_type in CAUSAL else "masked"
+    tasks = {"msif_elmo": ("bidirectional", "characters"), **dict.fromkeys(CAUSAL, ("causal", "classification"))}
+    task, then = tasks.get(before.config.model_type, ("masked", "classification"))
     solver = solvers.CG(damping=0.5, tol=tol, max_iter=400)
     finetuning = {"trainable": "head", "solver": solver, **finetuning}
     return MultiStageInfluence(
         [
             Stage("pre", before, objective(task), corpus, **{"solver": solver, **dict(pretraining)}),
-            Stage("fine", after, objective("classification"), tweets, **finetuning),
+            Stage("fine", after, objective(then), tweets, **finetuning),
         ],
         progress=False,
     )
@@ -153,9 +168,12 @@ class Plain:
         logits = self.model(**inputs).logits
         if self.task == "masked":
             return logits[batch["rows"], batch["columns"]], batch["labels"], batch["rows"]
-        if self.task == "classification":
+        if self.task in ("classification", "characters"):
             return logits, batch["labels"], torch.arange(len(logits))
         owner, position = batch["attention_mask"][:, 1:].nonzero(as_tuple=True)
+        if self.task == "bidirectional":
+            words = [batch["labels"][owner, position + 1], batch["labels"][owner, position]]
+            return logits.flatten(0, 1), torch.cat(words), owner.repeat(2)
         return logits[owner, position], batch["input_ids"][owner, position + 1], owner
 
     def sums(self):

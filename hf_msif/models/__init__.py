@@ -2,6 +2,7 @@
 
 from .classifier import FeedForwardClassifier, FeedForwardClassifierConfig
 from .cnn import ConvNetConfig, ConvNetForImageClassification, ConvNetModel
+from .elmo import ElmoConfig, ElmoForBidirectionalLM, ElmoForSequenceClassification, ElmoModel, ElmoTokenizer
 from .skipgram import (
     SkipGramConfig,
     SkipGramForPreTraining,
@@ -14,6 +15,11 @@ __all__ = [
     "ConvNetConfig",
     "ConvNetForImageClassification",
     "ConvNetModel",
+    "ElmoConfig",
+    "ElmoForBidirectionalLM",
+    "ElmoForSequenceClassification",
+    "ElmoModel",
+    "ElmoTokenizer",
     "FeedForwardClassifier",
     "FeedForwardClassifierConfig",
     "SkipGramConfig",

@@ -1,0 +1,205 @@
+"""What ELMo is made of: a character CNN for words, LSTMs with projection, a scalar mix, a softmax over many words.
+
+All of it is plain differentiable operations: forward mode, reverse mode and both on top of each other are exact
+(cuDNN's LSTM has no second derivative).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...errors import InputError
+from .configuration import ElmoConfig
+
+# Logits that are held at a time where they are not kept: 256 MiB in float32.
+CHUNK = 2**26
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The real tokens of a batch without its padding: step by step, in each step the longest sentences first.
+
+    Attributes:
+        order: (B,) sentences, longest first.
+        sizes: how many sentences have a step t.
+        forward: (N,) place of the packed tokens in the flattened (B·T) batch, sentences read from their first token.
+        backward: the same, read from their own last token.
+        place: (B·T,) where a token of the batch is in `forward`; N for padding.
+        turned: (N,) where the tokens of `backward` are in `forward`; it is its own inverse.
+    """
+
+    order: Tensor
+    sizes: list[int]
+    forward: Tensor
+    backward: Tensor
+    place: Tensor
+    turned: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Packing:
+        """Packing of a right-padded attention mask (B, T)."""
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise InputError("the attention mask has padding before or inside a sentence; ELMo expects it at the end.")
+        rows, width = mask.shape
+        lengths, order = mask.sum(1).sort(descending=True, stable=True)
+        steps = torch.arange(width, device=mask.device).unsqueeze(1)
+        real = steps < lengths
+        start = order * width
+        forward = (start + steps)[real]
+        backward = (start + lengths - 1 - steps)[real]
+        place = torch.full((rows * width,), len(forward), device=mask.device)
+        place[forward] = torch.arange(len(forward), device=mask.device)
+        sizes = [size for size in real.sum(1).tolist() if size]
+        return cls(order, sizes, forward, backward, place, place[backward])
+
+
+class Highway(nn.Module):
+    """y = c · relu(W_t x + b_t) + (1 − c) · x with c = sigmoid(W_c x + b_c) (Srivastava et al., 2015)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.transform, self.carry = nn.Linear(width, width), nn.Linear(width, width)
+        self.carry.initial_bias = (slice(None), -2.0)  # mostly the input, to begin with
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.carry(x))
+        return x + gate * (torch.relu(self.transform(x)) - x)
+
+
+class CharacterEncoder(nn.Module):
+    """Character ids (N, 50) → word vectors (N, projection): embedding, convolutions with a maximum over the positions,
+    highway layers, projection. Each distinct word is computed once."""
+
+    def __init__(self, config: ElmoConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.n_characters, config.character_size, padding_idx=0)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(config.character_size, number, width) for width, number in config.filters
+        )
+        self.activation = torch.relu if config.activation == "relu" else torch.tanh
+        self.highways = nn.ModuleList(Highway(config.n_filters) for _ in range(config.num_highway_layers))
+        self.projection = nn.Linear(config.n_filters, config.projection_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        words, which = torch.unique(ids, dim=0, return_inverse=True)
+        characters = self.embedding(words).transpose(1, 2)
+        # The activation is monotone: after the maximum there is less of it to compute.
+        features = [self.activation(convolution(characters).max(-1).values) for convolution in self.convolutions]
+        x = torch.cat(features, 1)
+        for highway in self.highways:
+            x = highway(x)
+        return self.projection(x)[which]
+
+
+class LstmLayer(nn.Module):
+    """One direction of one layer: gates (i, j, f, o) = W_x x + b + W_h h; c ← clip(σ(f) c + σ(i) tanh(j));
+    h ← clip(P (σ(o) tanh(c))) (Sak et al., 2014).
+
+    The forget gate's +1 of TensorFlow is in the bias.
+    """
+
+    def __init__(self, config: ElmoConfig):
+        super().__init__()
+        self.cell_clip, self.projection_clip = config.cell_clip, config.projection_clip
+        self.input = nn.Linear(config.projection_size, 4 * config.cell_size)
+        self.input.initial_bias = (slice(2 * config.cell_size, 3 * config.cell_size), 1.0)  # remember, to begin with
+        self.state = nn.Linear(config.projection_size, 4 * config.cell_size, bias=False)
+        self.projection = nn.Linear(config.cell_size, config.projection_size, bias=False)
+
+    def forward(
+        self, x: Tensor, sizes: list[int], start: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Packed input (N, projection) → packed output (N, projection), and the last (h, c) of every sentence.
+
+        Without a `start` all begin at zero. One product with W_x serves all steps; `split`, whose derivative is one
+        concatenation, keeps the backward pass linear in the length.
+        """
+        h, c = start if start is not None else (None, None)
+        outputs, ended = [], []
+        for gates in self.input(x).split(sizes):
+            if h is not None:
+                if len(h) > len(gates):
+                    ended.append((h[len(gates) :], c[len(gates) :]))
+                    h, c = h[: len(gates)], c[: len(gates)]
+                gates = gates + self.state(h)
+            i, j, f, o = gates.chunk(4, 1)
+            written = torch.sigmoid(i) * torch.tanh(j)
+            c = written if c is None else torch.sigmoid(f) * c + written
+            if self.cell_clip is not None:
+                c = c.clamp(-self.cell_clip, self.cell_clip)
+            h = self.projection(torch.sigmoid(o) * torch.tanh(c))
+            if self.projection_clip is not None:
+                h = h.clamp(-self.projection_clip, self.projection_clip)
+            outputs.append(h)
+        ended.append((h, c))
+        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
+
+
+class ScalarMix(nn.Module):
+    """γ Σ_l softmax(s)_l h_l over the word vectors and the LSTM layers (Peters et al., 2018, eq. (1))."""
+
+    def __init__(self, config: ElmoConfig):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(config.num_hidden_layers + 1))
+        self.gamma = nn.Parameter(torch.ones(1))
+
+    def forward(self, layers: tuple[Tensor, ...]) -> Tensor:
+        weights = self.scores.softmax(0)
+        return self.gamma * sum(w * h for w, h in zip(weights, layers, strict=True))
+
+
+def exact_losses(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+    """−log p(target) over all words, (M,), from states (M, projection); the logits are not kept."""
+    rows = max(1, CHUNK // head.out_features)
+    chunks = list(zip(states.split(rows), targets.split(rows), strict=True))
+    # An adapter's layer is no plain product; and what goes backward needs the graph.
+    if type(head) is nn.Linear and not torch.is_grad_enabled():
+        return torch.cat([_losses_with_tangent(s, head.weight, head.bias, t) for s, t in chunks])
+    return torch.cat([functional.cross_entropy(head(s), t, reduction="none") for s, t in chunks])
+
+
+def _losses_with_tangent(states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """As above, with the tangent of forward mode by hand: dℓ = Σ_v r_v dz_v for r = p − 1_target is ⟨rW, ds⟩
+    + ⟨r dW, s⟩ + ⟨r, db⟩, so that no tangent of the logits is made: three products and one pass over p."""
+    (s, ds), (w, dw), (b, db) = (forward_ad.unpack_dual(x) for x in (states, weight, bias))
+    log_p = functional.linear(s, w, b).log_softmax(1)
+    losses = -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+    if ds is None and dw is None and db is None:
+        return losses
+    r = log_p.exp_()
+    r[torch.arange(len(r), device=r.device), targets] -= 1
+    tangent = torch.zeros_like(losses)
+    if ds is not None:
+        tangent += ((r @ w) * ds).sum(1)
+    if dw is not None:
+        tangent += ((r @ dw) * s).sum(1)
+    if db is not None:
+        tangent += r @ db
+    return forward_ad.make_dual(losses, tangent)
+
+
+def sampled_losses(head: nn.Linear, states: Tensor, targets: Tensor, samples: int) -> Tensor:
+    """−log p(target) with Σ_words exp(s) estimated from words drawn by their rank (Jean et al., 2015), (M,).
+
+    Words are drawn with replacement, word k with q_k = log((k + 2)/(k + 1)) / log(V + 1), which falls like a frequency
+    where the vocabulary is sorted by it; Σ_k exp(s_k) ≈ exp(s_target) + Σ_drawn≠target exp(s_k) / (samples q_k), an
+    unbiased estimate of the denominator.
+    """
+    size = head.out_features
+    drawn = torch.rand(samples, device=states.device, dtype=torch.float64)
+    drawn = ((size + 1) ** drawn).long().sub(1).clamp(0, size - 1)
+    ranks = drawn.double()
+    log_q = (torch.log((ranks + 2) / (ranks + 1)) / torch.log(torch.tensor(size + 1.0))).log().to(states)
+    scores = (
+        functional.linear(states, head.weight[drawn], head.bias[drawn])
+        - log_q
+        - torch.log(torch.tensor(float(samples))).to(states)
+    )
+    scores = scores.masked_fill(drawn == targets.unsqueeze(1), -torch.inf)
+    right = (states * head.weight[targets]).sum(1) + head.bias[targets]
+    return torch.cat([right.unsqueeze(1), scores], 1).logsumexp(1) - right
