@@ -4,7 +4,7 @@ import pytest
 import torch
 from project import SIZES, msif, project
 
-from hf_msif import config, plan, solvers
+from hf_msif import config, memory, plan, solvers
 from hf_msif.adapters import memo_bytes
 from hf_msif.curvature import Curvature
 from hf_msif.influence import pull_back
@@ -122,4 +122,4 @@ def test_times_are_readable(seconds, text):
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (2048, "2.0 KiB"), (3 * 2**40, "3072.0 GiB")])
 def test_sizes_are_readable(size, text):
-    assert plan._size(size) == text
+    assert memory.size(size) == text
