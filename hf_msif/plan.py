@@ -112,6 +112,7 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
     usual = kept * warm + (1 - kept) * cold
     products = _products(solver, width, columns)
     mixed = every * (3 + 4 * columns) if link.split.frozen else 0.0  # of autodiff.hessian_product
+    every, cold, usual, mixed = (seconds / processes for seconds in (every, cold, usual, mixed))
     vector_bytes = sum(t.numel() * t.element_size() for t in v.values())
     return {
         "forward_seconds": every,
