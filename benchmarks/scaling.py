@@ -7,7 +7,7 @@
 
 Speed: `torchrun` starts so many processes, which score the same text file by `Query.score` with parts on disk; the
 clock runs from the first round to the finished file, without the start of Python. The model is the BERT of
-recipes/bert_gop_debate with random weights, sentences are random words. Memory: the same with a tiny model; what is
+benchmarks/scoring.py with random weights, sentences are random words. Memory: the same with a tiny model; what is
 compared is the largest resident set of the main process. Bars: at least 1.8 times the sentences a second; at most 1.1
 times the memory. Nothing is downloaded.
 
@@ -33,13 +33,13 @@ from pathlib import Path
 BARS = {"speed": 1.8, "memory": 1.1}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MODELS = {
-    "small": {"vocab_size": 30522, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    | {"intermediate_size": 512},
+    "small": {"vocab_size": 30522, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"intermediate_size": 1024},
     "tiny": {"vocab_size": 200, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     | {"intermediate_size": 8},
     "base": {"vocab_size": 30522},
 }
-SENTENCES, CORPUS, SEED = 1500, 30_000_000, 0
+SENTENCES, CORPUS, SEED = 1000, 30_000_000, 0
 
 
 def main(given: list[str] | None = None) -> int:

@@ -242,7 +242,7 @@ class Config(Section):
     sharded: bool = False
     """each process holds its slice of a solver's vectors, whose memory then falls with the number of processes"""
     memory_check: bool = True
-    """refuse a query or a scoring that cannot fit into memory before it starts"""
+    """refuse a query whose vectors and activations cannot fit into memory, before it starts"""
     trackers: list[str] = []
     """of Accelerate (tensorboard, wandb, ...): residuals of the solvers, sentences scored a second"""
     threads: Count | None = None

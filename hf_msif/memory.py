@@ -79,11 +79,12 @@ def check(links: list[Link], columns: int) -> None:
     for link in links:
         if link.recording is not None:
             continue
+        operator = link.operator  # the processes make it together
         with link.engine.together():
             held = solver_bytes(link, link.stage.solver, columns, link.engine.processes)
             free = available_bytes(link.engine.device)
             # Measured only where the vectors leave room to do so.
-            active = activation_bytes(link.operator) if held < free else 0
+            active = activation_bytes(operator) if held < free else 0
             if held + active > free:
                 sharded = "" if link.engine.sharded else ", sharded: true on more processes"
                 raise InputError(

@@ -112,7 +112,8 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
     usual = kept * warm + (1 - kept) * cold
     products = _products(solver, width, columns)
     mixed = every * (3 + 4 * columns) if link.split.frozen else 0.0  # of autodiff.hessian_product
-    vector_bytes = sum(t.numel() * t.elementsize() for t in v.values())
+    every, cold, usual, mixed = (seconds / processes for seconds in (every, cold, usual, mixed))
+    vector_bytes = sum(t.numel() * t.element_size() for t in v.values())
     return {
         "forward_seconds": every,
         "curvature_examples": examples,
@@ -125,7 +126,7 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
         "solver_bytes": solver_bytes(link, solver, columns, processes),
         "activation_bytes": activation_bytes(link.curvature([rows[i] for i in batches[0][0]])),
         "memo_bytes": int(kept * memo) if products else 0,
-        "model_bytes": sum(p.numel() * p.elementsize() for p in link.model.parameters.values()),
+        "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
     }
 
 
@@ -156,7 +157,7 @@ def _unrolled(link: Link, arguments, columns: int) -> dict:
         "solver_bytes": held_bytes(run, link.model.parameters, columns),
         "vector_bytes": 8 * columns * len(rows),
         "disk_bytes": len(run.marks) * state,
-        "model_bytes": sum(p.numel() * p.elementsize() for p in link.model.parameters.values()),
+        "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
     }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from project import SIZES, msif, project
 
-from hf_msif import config, plan, solvers
+from hf_msif import config, memory, plan, solvers
 from hf_msif.adapters import memo_bytes
 from hf_msif.curvature import Curvature
 from hf_msif.influence import pull_back
@@ -122,4 +122,30 @@ def test_times_are_readable(seconds, text):
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (2048, "2.0 KiB"), (3 * 2**40, "3072.0 GiB")])
 def test_sizes_are_readable(size, text):
-    assert plan._size(size) == text
+    assert memory.size(size) == text
+
+
+def test_what_each_of_several_processes_holds(path, run, capsys):
+    flags = ["--config", path, "--stages.finetuning.trainable", "all", "--stages.finetuning.alpha", "1.0"]
+    assert msif("plan", *flags, "--sharded", "true", "--processes", "4") == 0
+    assert "memory on each of 4 process(es)" in capsys.readouterr().out
+    one = run(("sharded", True))
+    alone, four = (plan.plan(one, processes)["stages"]["pretraining"] for processes in (1, 4))
+    vector = four["vector_bytes"]
+    assert four["solver_bytes"] == pytest.approx((5 / 4 + 4) * vector, abs=1)
+    assert alone["solver_bytes"] == 9 * vector
+    assert alone["activation_bytes"] == four["activation_bytes"] > 0
+    assert four["products"] == alone["products"]
+    assert msif("plan", *flags, "--processes", "0") == 2
+    assert "--processes is 0; expected at least 1" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said_and_refused(path, run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    assert "this does not fit: msif query would refuse" in plan.plan(run())["text"]
+    capsys.readouterr()
+    flags = ["--config", path, "--test.number", "1"]
+    assert msif("query", *flags) == 2
+    assert "memory_check: false to try all the same" in capsys.readouterr().err
+    assert msif("query", *flags, "--memory_check", "false") == 0
