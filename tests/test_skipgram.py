@@ -239,6 +239,16 @@ def test_gauss_newton_is_the_dense_one(central, directions):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_a_linear_map_undone_changes_no_score(central):
+    """v → v A, u → u A⁻ᵀ: the Gauss-Newton matrix is singular there, and no example's gradient has a part in it."""
+    step = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    v, u = central.point.encoder.embeddings.weight.detach(), central.point.context.weight.detach()
+    along = {"encoder.embeddings.weight": v @ step, "context.weight": -u @ step.T}
+    assert float(directional(evaluation(central.point), along)[0].abs().max()) < 1e-12
+    product = gauss_newton_product(evaluation(central.point), {name: t.unsqueeze(0) for name, t in along.items()})
+    assert max(float(t.abs().max()) for t in product.values()) < 1e-12
+
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 
