@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import choices
 from .digests import digest
 from .errors import InputError
 from .files import write_json, write_whole
@@ -177,7 +178,7 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
     from . import validation
 
     stages = [link.stage for link in chain.links]
-    given = {name: run.polishing(name) for name in run.names}
+    given = {name: choices.polishing(run.config, name) for name in run.names}
     # Which method finds a stage's minimum is no matter of the retraining, which takes the one for any stage.
     own = [
         {key: value for key, value in some.items() if key != "method"} for some in given.values() if some is not None

@@ -14,22 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .config import Config, StageConfig, settings, unknown_key
+from . import choices
+from .config import Config, StageConfig
 from .corpus import Stream
 from .data import first_line, load_rows, stream_rows
 from .digests import digest
 from .errors import DivergedError, InputError
 from .files import write_json
-
-# task → the objective's name, and the Auto class of its models
-KINDS = {
-    "masked-lm": ("MaskedLM", "AutoModelForMaskedLM"),
-    "causal-lm": ("CausalLM", "AutoModelForCausalLM"),
-    "skip-gram": ("SkipGram", "AutoModelForPreTraining"),
-    "bidirectional-lm": ("BidirectionalLM", "AutoModelForPreTraining"),
-    "sequence-classification": ("SequenceClassification", "AutoModelForSequenceClassification"),
-    "image-classification": ("ImageClassification", "AutoModelForImageClassification"),
-}
 
 
 class Run:
@@ -56,11 +47,11 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
         for name in self.names:
-            self._training(name)
-            self.polishing(name)
-            self._new_config(name)
-        self.adapters = {name: self._adapter(name) for name in self.names}
-        self.solvers = {name: self._solver(name) for name in self.names}
+            choices.training(self.config, name)
+            choices.polishing(self.config, name)
+            choices.new_config(self.config, name)
+        self.adapters = {name: choices.adapter(self.config, name) for name in self.names}
+        self.solvers = {name: choices.solver(self.config, name) for name in self.names}
         self.tokenizer = None
         if config.tokenizer is not None:
             try:
@@ -70,24 +61,9 @@ class Run:
                     f"tokenizer: cannot load {config.tokenizer!r} ({first_line(error)}); expected a Hub id or a "
                     "folder."
                 ) from error
-        self.objectives = {name: self._objective(name) for name in self.names}
+        self.objectives = {name: choices.objective(self.config, name, self.tokenizer) for name in self.names}
 
-    # --- settings of other libraries, checked
-
-    def _training(self, name: str) -> dict[str, Any]:
-        from transformers import TrainingArguments
-
-        given, key = self.config.stages[name].training, f"stages.{name}.training"
-        return settings(TrainingArguments, given, key, without=["output_dir"])
-
-    def polishing(self, name: str) -> dict[str, Any] | None:
-        """The settings of `training.polish`, or None where a stage is not polished."""
-        from .polishing import polish
-
-        given = self.config.stages[name].polish
-        ours = ["model", "objective", "data", "previous", "trainable", "weight_decay", "alpha", "resized", "omit"]
-        ours += ["factorise", "preconditioner", "batch_size", "engine", "name"]  # of the stage, or of a retraining
-        return None if given is None else settings(polish, given, f"stages.{name}.polish", without=ours)
+    # --- what a stage is made of
 
     def arguments(self, name: str, **overrides):
         """`TrainingArguments` refuse what this machine cannot do, which is no matter once the stage is trained."""
@@ -98,77 +74,11 @@ class Run:
         defaults = {"report_to": [], "save_strategy": "no", "seed": self.config.seed, "logging_nan_inf_filter": False}
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()
         try:
-            return TrainingArguments(str(self._checkpoints(name)), **{**defaults, **self._training(name), **overrides})
+            return TrainingArguments(
+                str(self._checkpoints(name)), **{**defaults, **choices.training(self.config, name), **overrides}
+            )
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"stages.{name}.training: {first_line(error)}.") from error
-
-    def _solver(self, name: str):
-        from . import solvers
-
-        solver = self.config.stages[name].solver
-        kinds = {"cg": "CG", "squared_cg": "SquaredCG", "minres": "MinRes", "identity": "Identity", "dense": "Dense"}
-        kind = getattr(solvers, kinds[solver.name])
-        return kind(**settings(kind, solver.model_dump(exclude={"name"}, exclude_none=True), f"stages.{name}.solver"))
-
-    def _objective(self, name: str):
-        from . import objectives
-
-        stage = self.config.stages[name]
-        kind = getattr(objectives, KINDS[stage.task][0])
-        ours = ["tokenizer", "processor", "text_column", "image_column", "label_column", "dtype", "unigrams"]
-        given = settings(kind, stage.objective, f"stages.{name}.objective", without=ours)  # known otherwise
-        if stage.task in ("masked-lm", "skip-gram"):
-            given.setdefault("seed", self.config.seed)
-        if stage.task == "image-classification":
-            return kind(dtype=stage.model.dtype or "float32", **given)
-        return kind(self.tokenizer, **given)
-
-    def _new_config(self, name: str):
-        """Configuration of a new model, or None where the stage starts from a model."""
-        from transformers import AutoConfig
-
-        from . import models  # noqa: F401  (registers its classes with the Auto classes)
-
-        given, key = self.config.stages[name].model.config, f"stages.{name}.model.config"
-        if given is None:
-            return None
-        if "model_type" not in given:
-            raise InputError(f"{key}.model_type is missing; expected a model type of transformers, e.g. bert.")
-        try:
-            default = AutoConfig.for_model(given["model_type"])
-            known = {"num_labels", *default.to_dict(), *default.attribute_map}
-            odd = [k for k in given if k not in known]
-            if odd:
-                raise InputError(unknown_key(f"{key}.{odd[0]}", [f"{key}.{k}" for k in sorted(known)]))
-            return AutoConfig.for_model(**given)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"{key}: {first_line(error)}.") from error
-
-    def _adapter(self, name: str):
-        """The `peft.LoraConfig` of a new model, or None where it has no adapters."""
-        from . import lora
-
-        given, key = self.config.stages[name].model.lora, f"stages.{name}.model.lora"
-        if given is None:
-            return None
-        kind = lora.library(key).LoraConfig
-        ours = ["task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"]
-        ours += ["inference_mode", "runtime_config", "bias"]  # known otherwise, or said by `trainable`
-        checked = settings(kind, given, key, without=ours)
-        start = checked.get("init_lora_weights", True)
-        if start not in (True, False, "gaussian", "orthogonal"):
-            raise InputError(
-                f"{key}.init_lora_weights is {start!r}, which changes the inherited weights to begin with; expected "
-                "true, false, gaussian or orthogonal."
-            )
-        try:
-            return kind(**checked)
-        except (ValueError, TypeError, ImportError) as error:
-            raise InputError(f"{key}: {first_line(error)}.") from error
-
-    # --- what a stage is made of
 
     @property
     def ranked(self) -> str:
@@ -317,7 +227,7 @@ class Run:
 
         from . import models  # noqa: F401  (registers its classes with the Auto classes)
 
-        return getattr(transformers, KINDS[self.config.stages[name].task][1])
+        return getattr(transformers, choices.KINDS[self.config.stages[name].task][1])
 
     def _cast(self, name: str, model):
         import torch
@@ -373,7 +283,7 @@ class Run:
                 return FeedForwardClassifier.from_encoder(before.base_model, stage.model.hidden_size, **classes)
             config = copy.deepcopy(before.base_model.config)
         else:
-            config = self._new_config(name)
+            config = choices.new_config(self.config, name)
         if config is None:
             raise InputError(
                 f"stages.{name}.model has neither path nor config; expected a checkpoint to start from, or the "
@@ -499,7 +409,7 @@ class Run:
             self.rows(name),
             batch_size=self.config.stages[name].batch_size,
             engine=Engine(progress=self.progress),
-            **self.polishing(name),
+            **choices.polishing(self.config, name),
             **self._terms(name, previous),
         )
 

@@ -10,10 +10,9 @@ import torch
 from project import image_project, msif
 from toy import ToyObjective, example_losses, toy, toy_rows
 
-from hf_msif import InputError, config, training
+from hf_msif import InputError, choices, config, training
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification, FeedForwardClassifier
 from hf_msif.objectives import ImageClassification
-from hf_msif.run import Run
 
 ROWS, DECAY = toy_rows(2, 30), 0.05
 
@@ -194,4 +193,4 @@ def test_by_configuration(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["n"] == 3
     assert msif("train", *given, "--stages.finetuning.polish.method", "cholesky") == 2
     assert "stages.finetuning.polish.method is cholesky; expected one of newton, sklearn" in capsys.readouterr().err
-    assert Run(config.load(path), progress=False).polishing("finetuning") == {"max_iter": 30}
+    assert choices.polishing(config.load(path), "finetuning") == {"max_iter": 30}
