@@ -180,7 +180,7 @@ class Parts(Durable):
         packed = {METADATA_KEY: pack({**metadata, "truncated": truncated})}
 
         def write(target: Path) -> None:
-            with _counted(paths) as counts, TemporaryWriter(target) as writer:
+            with _counted(paths) as counts, _Writer(target) as writer:
                 start = 0
                 for path in paths:
                     table = pq.read_table(path)
@@ -258,13 +258,13 @@ class KeptParts(Durable):
         shutil.rmtree(self.folder)
 
 
-class TemporaryWriter:
+class _Writer:
     """A Parquet writer that takes its schema from the first table."""
 
     def __init__(self, path: Path):
         self.path, self.writer = path, None
 
-    def __enter__(self) -> TemporaryWriter:
+    def __enter__(self) -> _Writer:
         return self
 
     def write(self, table) -> None:
