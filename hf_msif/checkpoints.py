@@ -45,12 +45,25 @@ class Checkpoint:
                 vectors.save(tensors, self.path, {"question": self.question, **facts})
         self.kept = time.perf_counter()
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The copy, on every process; None where there is none that can be used."""
-        found = None
-        if self.engine.is_main:
-            found = self._read()
-        return self.engine.broadcast(found)
+    def load(self, place: Callable[[str, Tensor], Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The copy, on every process; None where there is none that can be used.
+
+        `place` makes of each tensor, on the device, what is kept of it: they come one after another.
+        """
+        found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        with self.engine.together():
+            if self.engine.is_main:
+                found = self._read()
+        shapes = None if found is None else ({k: (t.shape, t.dtype) for k, t in found[0].items()}, found[1])
+        shapes = self.engine.broadcast(shapes)
+        if shapes is None:
+            return None
+        tensors = {}
+        for key, (shape, dtype) in shapes[0].items():
+            own = found[0].pop(key) if found is not None else torch.empty(shape, dtype=dtype)
+            t = self.engine.from_main(own.to(self.engine.device))
+            tensors[key] = t if place is None else place(key, t)
+        return tensors, shapes[1]
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         from safetensors import SafetensorError
@@ -63,8 +76,9 @@ class Checkpoint:
 
     def forget(self) -> None:
         """Removes the copy."""
-        if self.engine.is_main:
-            Path(self.path).unlink(missing_ok=True)
+        with self.engine.together():
+            if self.engine.is_main:
+                self.path.unlink(missing_ok=True)
 
 
 class SolverCheckpoint:
@@ -83,17 +97,21 @@ class SolverCheckpoint:
         self.due = checkpoint.due
 
     def save(self, blocks: Mapping[str, Block], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        flat = {f"block/{name}": self.flatten(block).cpu() for name, block in blocks.items()}
-        self.checkpoint.save({**flat, **{f"tensor/{name}": t.clone() for name, t in tensors.items()}}, dict(facts))
+        flat = {f"tensor/{name}": t.clone() for name, t in tensors.items()}
+        for name, block in blocks.items():
+            rows = self.flatten(block)  # of slices all processes together
+            if self.checkpoint.engine.is_main:
+                flat[f"block/{name}"] = rows.cpu()
+        self.checkpoint.save(flat, dict(facts))
 
     def load(self) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]] | None:
-        found = self.checkpoint.load()
+        found = self.checkpoint.load(lambda key, t: self.unflatten(t) if key.startswith("block/") else t)
         if found is None or "done" in found[1]:
             return None
-        device, parts = self.checkpoint.engine.device, ({}, {})
-        for key, t in found[0].items():
+        parts: tuple[dict, dict] = ({}, {})
+        for key, value in found[0].items():
             kind, name = key.split("/", 1)
-            parts[kind == "tensor"][name] = self.unflatten(t.to(device)) if kind == "block" else t.to(device)
+            parts[kind == "tensor"][name] = value
         return (*parts, found[1])
 
 

@@ -102,6 +102,7 @@ def validate(run: Run) -> dict:
     the retrainings in `run_dir/bank`, where the next call finds them."""
     from . import validation
 
+    _refuse_streams(run, "validate")
     settings, name = run.config.validation, run.ranked
     chosen = _baselines(settings.baselines)
     started = time.perf_counter()
@@ -147,6 +148,7 @@ def cleanse(run: Run) -> dict:
 
     from .run import Run
 
+    _refuse_streams(run, "cleanse")
     settings = run.config.cleanse
     if settings.retrain == "no" and settings.seeds > 1:
         raise InputError("cleanse.seeds are repetitions of a retraining; set cleanse.retrain, or leave seeds out.")
@@ -207,6 +209,15 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
     return validation.FromScratch(
         stages, tests, run.fresh, arguments, polished, run.ranked, run.config.seed, **settings
     )
+
+
+def _refuse_streams(run: Run, command: str) -> None:
+    streamed = [name for name, stage in run.config.stages.items() if stage.data.streaming]
+    if streamed:
+        raise InputError(
+            f"stages.{streamed[0]}.data.streaming is true, but msif {command} trains again and needs the rows at "
+            "hand; expected streaming: false, with data.max_rows where they are too many."
+        )
 
 
 def _baselines(names: list[str] | None):

@@ -72,8 +72,13 @@ def compare(
         resamples, level, seed: of the bootstrap.
 
     Raises:
-        InputError: scores that are not finite.
+        InputError: scores that are not finite, or of which only the extremes were kept.
     """
+    if any("kept" in s.metadata for s in (first, second)):
+        raise InputError(
+            "compare got scores of which only the extremes were kept (--keep), whose means are not those of the "
+            "corpus; expected all scores."
+        )
     values = [np.stack([s.influence(q) for q in range(s.columns)], axis=1) for s in (first, second)]
     if not all(np.isfinite(v).all() for v in values):
         raise InputError("compare got influences that are not finite.")

@@ -80,7 +80,8 @@ def as_corpus(data, what: str) -> Sequence[dict] | Stream:
     """Anything whose rows can be scored, without reading it: a table (`as_rows`; a Dataset stays on disk), a
     `datasets.IterableDataset`, a `Stream`, or files as `pathlib.Path`s (text, JSON lines, CSV, Parquet; gzip too).
 
-    Rows of files are named "file.txt:17", those of a streamed dataset "shard:17", unless they have an `example_id`.
+    Rows of files are named "file.txt:17", those of a streamed dataset are numbered as those of a table, unless they
+    have an `example_id`.
 
     Raises:
         InputError: it is none of these, or a file does not exist or has another ending.
@@ -94,7 +95,7 @@ def as_corpus(data, what: str) -> Sequence[dict] | Stream:
     if isinstance(data, (list, tuple)) and data and all(isinstance(path, Path) for path in data):
         return from_files(data, what)
     if isinstance(data, IterableDataset):
-        return Stream(lambda: _streamed(data), what)
+        return Stream(lambda: ({"example_id": number, **row} for number, row in enumerate(data)), what)
     if isinstance(data, Dataset) and len(data):
         table = Table(data)
         if not table.numbered:
@@ -164,8 +165,17 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
 
         for path in paths:
             streamed = load_dataset(builder or _builder(path), data_files=[str(path)], split="train", streaming=True)
-            for number, row in enumerate(streamed):
+            rows, number = iter(streamed), 0
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    break
+                except Exception as error:  # of whatever reads the format
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+                    raise InputError(f"{what}: {path.name} cannot be read after row {number}: {reason}.") from error
                 yield {"example_id": f"{path.name}:{number}", **row}
+                number += 1
 
     return Stream(read, what)
 
@@ -173,15 +183,6 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
 def _builder(path: Path) -> str | None:
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     return BUILDERS.get(suffixes[-1]) if suffixes else None
-
-
-def _streamed(dataset) -> Iterator[dict]:
-    """A shard at a time, so that a row's name does not depend on how many of them are read at once."""
-    count = dataset.num_shards
-    for shard in range(count):
-        part = dataset.shard(count, shard) if count > 1 else dataset
-        for number, row in enumerate(part):
-            yield {"example_id": f"{shard}:{number}", **row}
 
 
 def first(rows: Iterable[dict], size: int) -> list[dict]:

@@ -90,6 +90,11 @@ def _source(data: Data, key: str) -> Stream:
     files = data.data_files
     local = isinstance(files, (str, list)) and data.path in ("text", "json", "csv", "parquet")
     if local and not any("://" in file for file in ([files] if isinstance(files, str) else files)):
+        if data.split != "train":
+            raise InputError(
+                f"{key}.split is {data.split!r}, but streamed files have no splits; expected 'train', and max_rows "
+                "for the first so many rows."
+            )
         found = [path for file in _files(files, f"{key}.data_files") for path in sorted(glob(file)) or [file]]
         return from_files(found, f"{key}.data_files", data.path)
     return as_corpus(_table(data, data.split, key), key)
@@ -118,6 +123,7 @@ def _rows(
     """The rows that are used, named and with their roles' columns; those left out are counted by reason."""
     admitted, source_column = _admitted(data), getattr(data, f"{content}_column")
     for number, source in enumerate(sources):
+        source = {column: _whole(value) for column, value in source.items()}
         row = {"example_id": source.get("example_id", number), content: source[source_column]}
         if data.id_column is not None:
             row["example_id"] = source[data.id_column]
@@ -128,7 +134,7 @@ def _rows(
             raise InputError(
                 f"{key}.text_column: {data.text_column!r} holds {value!r} in row {number}; expected text."
             )
-        if any(str(_whole(source[column])) not in values for column, values in admitted.items()):
+        if any(str(source[column]) not in values for column, values in admitted.items()):
             dropped["not in keep"] += 1
         elif value is None or (content == "text" and not value.strip()):
             dropped[f"no {content}"] += 1
@@ -221,7 +227,7 @@ def _silent_datasets() -> Iterator[None]:
 def _sources(table) -> Iterator[dict]:
     for batch in table.iter(1000):
         for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, map(_whole, values), strict=True))
+            yield dict(zip(batch, values, strict=True))
 
 
 def _whole(value):

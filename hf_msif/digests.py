@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,3 +42,21 @@ def describe(settings) -> dict:
         k: v for k, v in vars(settings).items() if isinstance(v, (str, int, float, bool, tuple, list, type(None)))
     }
     return {"class": type(settings).__name__, **plain}
+
+
+def fingerprint(objective) -> str:
+    """SHA-256 of an objective's settings, and of its tokenizer or image processor where it has one."""
+    parts = [describe(objective)]
+    tokenizer, processor = (getattr(objective, name, None) for name in ("tokenizer", "processor"))
+    if tokenizer is not None:
+        vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+        parts += [type(tokenizer).__name__, repr(vocabulary), getattr(tokenizer, "model_max_length", None)]
+        parts.append(str(getattr(tokenizer, "special_tokens_map", "")))
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            rules = json.loads(backend.to_str())
+            # What the latest call asked for is no part of it.
+            parts.append(repr({key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}))
+    if hasattr(processor, "to_dict"):
+        parts.append(repr(processor.to_dict()))
+    return digest(parts)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from itertools import islice
 from typing import Any
 
@@ -33,9 +34,7 @@ class Engine:
     """
 
     def __init__(self, accelerator=None, progress: bool = True, sharded: bool = False):
-        from accelerate import Accelerator
-
-        self.accelerator = accelerator or Accelerator()
+        self.accelerator = accelerator or new_accelerator()
         self.progress, self.sharded = progress, sharded
         # Read once: making TrainingArguments later resets the state that an Accelerator reads them from.
         self.device: torch.device = self.accelerator.device
@@ -80,7 +79,9 @@ class Engine:
         """
         if isinstance(rows, Sequence):
             for start in range(0, len(rows), size):
-                yield list(rows[start : start + size])
+                with self.together():
+                    found = list(rows[start : start + size])
+                yield found
             return
         stream = iter(rows) if self.is_main else iter(())
         with ThreadPoolExecutor(1) as reader:
@@ -158,6 +159,13 @@ class Engine:
         from accelerate.utils import gather_object
 
         return gather_object(items)
+
+    def from_main(self, t: Tensor) -> Tensor:
+        """The main process's values of a tensor of the same shape, on every process."""
+        if self.processes > 1:
+            t = t.contiguous()
+            distributed.broadcast(t, src=0)
+        return t
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
@@ -241,6 +249,15 @@ class Engine:
         """Values for the trackers, where the accelerator has some (`Accelerator(log_with=...)`, `init_trackers`)."""
         if getattr(self.accelerator, "trackers", None):
             self.accelerator.log(dict(values), step=step)
+
+
+def new_accelerator(**settings):
+    """An Accelerator whose processes wait for the main one as long as it reads a corpus or puts parts together (by
+    default ten minutes); a process that dies is noticed by the launcher all the same."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))], **settings)
 
 
 def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def _saved(known: set[int]) -> Iterator[dict[int, int]]:
 def available_bytes(device: torch.device) -> int:
     """Memory that is free on the device for this process; on a CPU its share of what the machine has."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, to be used again
+        return torch.cuda.mem_get_info(device)[0] + kept
     import psutil
 
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -224,7 +224,11 @@ class KeptParts(Durable):
             return True
         self.passed = _chained(self.passed, rows)
         if number == self.done - 1 and self.passed != self.chain:
-            raise self._changed(0, rows)
+            raise InputError(
+                f"the corpus changed since the scoring in {self.folder} was interrupted: some of the rows up to "
+                f"{rows[-1]['example_id']!r} are not those that were scored; expected the same corpus to go on, or "
+                "delete the folder to score from the beginning."
+            )
         return False
 
     def add(self, number: int, rows: Sequence[dict], frame: pd.DataFrame, truncated: int) -> None:
@@ -308,18 +312,20 @@ def _counted(paths: Sequence[Path]) -> Iterator[np.ndarray]:
     import pyarrow.parquet as pq
 
     total = sum(pq.read_metadata(path).num_rows for path in paths)
-    classes = -(-total // HASHED_AT_ONCE)
-    with TemporaryFile(dir=paths[0].parent) as file:
-        counts = np.memmap(file, dtype=np.int32, mode="w+", shape=(total,))
+    classes, start = -(-total // HASHED_AT_ONCE), 0
+    with TemporaryFile(dir=paths[0].parent) as one, TemporaryFile(dir=paths[0].parent) as two:
+        hashes = np.memmap(one, dtype=np.uint64, mode="w+", shape=(total,))
+        counts = np.memmap(two, dtype=np.int32, mode="w+", shape=(total,))
+        for path in paths:
+            texts = pq.read_table(path, columns=["text_sha256"])["text_sha256"].to_pylist()
+            hashes[start : start + len(texts)] = [int(text[:16], 16) for text in texts]
+            start += len(texts)
         for residue in range(classes):
-            hashes, places, start = [], [], 0
-            for path in paths:
-                texts = pq.read_table(path, columns=["text_sha256"])["text_sha256"].to_pylist()
-                own = np.array([int(text[:16], 16) for text in texts], dtype=np.uint64)
-                here = np.flatnonzero(own % np.uint64(classes) == residue)
-                hashes.append(own[here])
-                places.append(here + start)
-                start += len(own)
-            _, which, found = np.unique(np.concatenate(hashes), return_inverse=True, return_counts=True)
-            counts[np.concatenate(places)] = found[which]
+            here = [
+                np.flatnonzero(hashes[i : i + HASHED_AT_ONCE] % np.uint64(classes) == residue) + i
+                for i in range(0, total, HASHED_AT_ONCE)
+            ]
+            places = np.concatenate(here)
+            _, which, found = np.unique(hashes[places], return_inverse=True, return_counts=True)
+            counts[places] = found[which]
         yield counts

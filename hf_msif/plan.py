@@ -12,7 +12,7 @@ import torch
 from . import vectors
 from .adapters import memo_bytes
 from .autodiff import Evaluation, directional
-from .corpus import Stream
+from .corpus import Stream, first
 from .curvature._operator import MEMO_BYTES, TRACE_PROBES
 from .memory import activation_bytes, available_bytes, size, solver_bytes
 from .optimisers import start
@@ -33,8 +33,8 @@ def plan(run: Run, processes: int = 1) -> dict:
     """
     models = {name: run.present_model(name) for name in run.names}
     columns = 1 if run.aggregate else len(run.tests())
-    rows = run.corpus()
-    corpus = None if isinstance(rows, Stream) else len(rows)
+    streamed = isinstance(run.rows(run.ranked), Stream)
+    corpus = run.config.corpus.sample if streamed else len(run.corpus())
     chain = run.chain(models, planned=True)
     lines, stages = [], {}
     for link in chain.links:
@@ -68,10 +68,9 @@ def plan(run: Run, processes: int = 1) -> dict:
         f"disk: {size(disk)} for the query and recorded runs, about {size((corpus or 1000) * (300 + 16 * columns))} "
         f"for the scores of {counted}",
     ]
-    needed = sum(cost["model_bytes"] for cost in stages.values())
-    needed += max(cost["solver_bytes"] + cost.get("activation_bytes", 0) for cost in stages.values())
+    needed = max(cost["solver_bytes"] + cost.get("activation_bytes", 0) for cost in stages.values())
     free = available_bytes(chain.engine.device)
-    lines.append(f"memory: {size(needed)} at a time on each process, of {size(free)} free")
+    lines.append(f"memory: {size(needed)} at a time on each process beside the models, of {size(free)} free")
     if needed > free:
         lines.append("this does not fit: msif query would refuse (see memory_check)")
     splits = {link.stage.name: link.split.table() for link in chain.links}
@@ -93,7 +92,8 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
     batch_size, examples = stage.batch_size, stage.curvature_samples
     if not isinstance(link.rows, Stream):
         examples = min(examples or len(link.rows), len(link.rows))
-    rows = link.subset(min(4 * batch_size, examples))
+    wanted = min(4 * batch_size, examples)
+    rows = first(link.rows, wanted) if isinstance(link.rows, Stream) else link.subset(wanted)
     batches = list(link.engine.batches(rows, stage.objective.collate, batch_size))
     indices, batch = batches[len(batches) // 2]
     operator = link.curvature([rows[i] for i in indices])

@@ -59,6 +59,12 @@ class Query:
         """Number of query columns: test examples, or one for a group."""
         return vectors.columns(next(iter(self.solutions.values())))
 
+    @property
+    def plain_tests(self) -> list[dict]:
+        """The test rows as they are saved: pixels stay where they came from."""
+        plain = (str, int, float, bool, type(None))
+        return [{key: value for key, value in row.items() if isinstance(value, plain)} for row in self.tests]
+
     def score(self, corpus, stage: str | None = None, batch_size: int | None = None, **more) -> Scores:
         """Influence of every row of `corpus`, as an example of `stage` (the first by default), on the test loss.
 
@@ -116,9 +122,7 @@ class Query:
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # What can fail comes before the first file: tensors of one query must not lie beside the text of another.
-        plain = (str, int, float, bool, type(None))  # pixels stay where they came from
-        tests = [{key: value for key, value in row.items() if isinstance(value, plain)} for row in self.tests]
-        state = {"format": FORMAT, "tests": tests, **self.certificate()}
+        state = {"format": FORMAT, "tests": self.plain_tests, **self.certificate()}
         text = json.dumps(state, indent=2, default=str, ensure_ascii=False)
         flat = {f"{stage}/{name}": t for stage, u in self.solutions.items() for name, t in u.items()}
         vectors.save(flat, folder / "query.safetensors")

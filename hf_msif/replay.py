@@ -9,7 +9,7 @@ count_i for every example of the batch at once.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class Replay:
     def _gradient(self, parameters: Mapping[str, Tensor], t: int) -> dict[str, Tensor]:
         """∇ of the data's part of F_B."""
         total: dict[str, Tensor] = {}
-        with self._step(t) as parts:
+        with self._step(t) as parts, self._alone():
             for evaluation, indices, count in parts:
                 leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
                 sums, _ = evaluation.losses(leaves)
@@ -174,7 +174,7 @@ class Replay:
         parameters, parts = slots["parameters"], self._evaluations(t)
         graph = None
         if len(parts) == 1:  # its graph gives the gradient too
-            with self._step(t):
+            with self._step(t), self._alone():
                 graph = self._graph(*parts[0], parameters)
             gradient = self._added({name: g.detach() for name, g in graph[0].items()}, parameters)
         else:
@@ -184,7 +184,7 @@ class Replay:
         more = (
             {n: p.new_zeros(width, *p.shape) for n, p in parameters.items()} if self.shared else direct["parameters"]
         )
-        with self._step(t):
+        with self._step(t), self._alone():
             for evaluation, indices, count in parts:
                 graph = graph or self._graph(evaluation, indices, count, parameters)
                 self._through_gradient(graph, gamma, indices, more, adjoint)
@@ -260,19 +260,23 @@ class Replay:
         rows, objective = schedule.rows[t], of_epoch(self.objective, schedule.epochs[t])
         key = (rows, objective)
         if self._collated[0] != key:
-            parts, mine = [], rows
+            parts, mine, device = [], rows, self.engine.device
             if self.shared:
                 mine = [rows[i] for i in self.engine.shard([length(self.rows[i]) for i in rows])]
-            for start in range(0, len(mine), size):
-                some = mine[start : start + size]
-                batch = self.engine.place(objective.collate([self.rows[i] for i in some]))
-                parts.append((Evaluation(self.model, objective, batch), torch.tensor(some, device=self.engine.device)))
-            with torch.no_grad(), self.model.evaluating():
+            with torch.no_grad(), self.model.evaluating(), self._alone():
+                for start in range(0, len(mine), size):
+                    some = mine[start : start + size]
+                    batch = self.engine.place(objective.collate([self.rows[i] for i in some]))
+                    parts.append((Evaluation(self.model, objective, batch), torch.tensor(some, device=device)))
                 total = sum(float(_counts(evaluation).double().sum()) for evaluation, _ in parts)
             if self.shared:
                 total = sum(self.engine.gather([total]))
             self._collated = key, [(*part, total or 1.0) for part in parts]  # no term: the data say nothing
         return self._collated[1]
+
+    def _alone(self):
+        """Around what each process does of a shared step on its own: what fails in one ends all."""
+        return self.engine.together() if self.shared else nullcontext()
 
     @contextmanager
     def _step(self, t: int) -> Iterator[list[tuple[Evaluation, Tensor, float]]]:

@@ -451,11 +451,11 @@ class Run:
     @cached_property
     def accelerator(self):
         """One for all passes, with the trackers that the configuration asks for."""
-        from accelerate import Accelerator
+        from .engine import new_accelerator
 
         trackers = self.config.trackers
         try:
-            made = Accelerator(log_with=trackers or None, project_dir=str(self.folder))
+            made = new_accelerator(log_with=trackers or None, project_dir=str(self.folder))
             if trackers:
                 missing = set(trackers) - {str(getattr(found, "value", found)) for found in made.log_with}
                 if missing:
@@ -513,10 +513,17 @@ class Run:
 
     def corpus(self) -> list[dict] | Stream:
         """The rows that are ranked."""
+        from .engine import Engine
+
         chosen = self.config.corpus
         rows = self.rows(self.ranked)
         if isinstance(rows, Stream):
-            return rows if chosen.sample is None else rows.sample(chosen.sample, chosen.seed)
+            if chosen.sample is None:
+                return rows
+            engine = Engine(self.accelerator, progress=False)  # the main process reads it, for all of them
+            with engine.together():
+                found = rows.sample(chosen.sample, chosen.seed) if engine.is_main else None
+            return engine.broadcast(found)
         if chosen.sample is None or chosen.sample >= len(rows):
             return rows
         return random.Random(chosen.seed).sample(rows, chosen.sample)

@@ -18,7 +18,7 @@ import torch
 from . import vectors
 from .autodiff import Evaluation, directional
 from .corpus import Stream, as_corpus
-from .digests import describe, digest
+from .digests import describe, digest, fingerprint
 from .errors import InputError
 from .extremes import Extremes
 from .parts import Collected, KeptParts, Parts
@@ -221,8 +221,10 @@ class _Scorer:
         found = {"the ranked stage": self.link.stage.name}
         for name, facts in self.query.facts.items():
             found[f"the model of stage {name!r}"] = facts["fingerprint"]
-        found["the query"] = digest([vectors.fingerprint(self.u), self.query.tests, self.query.aggregate or ""])
-        found["the objective"] = digest(describe(self.objective))
+        found["the query"] = digest(
+            [vectors.fingerprint(self.u), self.query.plain_tests, self.query.aggregate or "", self.count]
+        )
+        found["the objective or its tokenizer"] = fingerprint(self.objective)
         return found
 
     def _recorded(self, rows: list[dict]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .checkpoints import Checkpoint, SolverCheckpoint
 from .corpus import Stream, as_corpus, as_rows, first
 from .curvature import Curvature, GaussNewton, Hessian
 from .curvature._operator import _counts
-from .digests import describe, digest
+from .digests import digest, fingerprint
 from .engine import Engine
 from .errors import InputError
 from .recording import Recording
@@ -436,7 +436,7 @@ class Link:
         stage = self.stage
         settings = [stage.trainable, stage.weight_decay, stage.alpha, stage.link, stage.curvature, repr(stage.solver)]
         rows = self.curvature_rows if self.recording is None else [self.recording.settings]
-        return digest([self.fingerprint, repr(settings), describe(stage.objective), rows])
+        return digest([self.fingerprint, repr(settings), fingerprint(stage.objective), rows])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -55,3 +55,10 @@ def test_signed_influences_are_related_test_by_test():
 def test_influences_that_are_not_finite_are_refused():
     with pytest.raises(InputError, match="not finite"):
         compare(scores([1, np.nan]), scores([1, 2]))
+
+
+def test_kept_extremes_are_no_corpus():
+    whole, kept = scores(np.ones((4, 1))), scores(np.ones((4, 1)))
+    kept.metadata["kept"] = {"keep": 1}
+    with pytest.raises(InputError, match="of which only the extremes were kept"):
+        compare(whole, kept)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from project import msif, project
 
-from hf_msif import InputError, MultiStageInfluence, Stage, solvers
+from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
 from hf_msif.config import Data
 from hf_msif.corpus import Stream, Table, as_corpus, first
 from hf_msif.data import load_rows, stream_rows
+from hf_msif.digests import fingerprint
 
 TEXTS = [row["text"] for row in tiny.rows(7, seed=3)]
 
@@ -62,12 +64,13 @@ def test_files_follow_one_another(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_streamed_dataset_names_rows_by_shard(shards):
+def test_a_streamed_dataset_numbers_its_rows(shards):
     table = datasets.Dataset.from_dict({"text": TEXTS})
     rows = list(as_corpus(table.to_iterable_dataset(num_shards=shards), "the corpus"))
     assert [row["text"] for row in rows] == TEXTS
-    assert len({row["example_id"] for row in rows}) == 7
-    assert [row["example_id"] for row in rows][:2] == ["0:0", "0:1"]
+    assert [row["example_id"] for row in rows] == list(range(7))  # as those of the table
+    some = list(as_corpus(table.to_iterable_dataset(num_shards=shards).take(5), "the corpus"))
+    assert [row["text"] for row in some] == TEXTS[:5]
     own = table.add_column("example_id", [f"id{i}" for i in range(7)]).to_iterable_dataset()
     assert [row["example_id"] for row in as_corpus(own, "the corpus")] == [f"id{i}" for i in range(7)]
 
@@ -101,7 +104,7 @@ def test_a_sample_is_uniform_and_the_same_for_the_same_seed():
 
 
 def test_a_stage_on_a_stream_is_the_stage_on_its_rows():
-    rows = [{"example_id": f"0:{i}", **{k: r[k] for k in ("text",)}} for i, r in enumerate(tiny.rows(12, seed=5))]
+    rows = [{"example_id": row["example_id"], "text": row["text"]} for row in tiny.rows(12, seed=5)]
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": row["text"]} for row in rows]))
     model, solver = tiny.model("bert", "masked"), solvers.CG(damping=1.0, max_iter=3)
     settings = {"solver": solver, "curvature_samples": 12, "batch_size": 4}
@@ -160,6 +163,12 @@ def test_what_is_no_corpus(tmp_path):
         ).query(tmp_path / "a.txt")
 
 
+def test_a_file_that_cannot_be_read_says_where(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(InputError, match=r"the corpus: a.jsonl cannot be read after row [01]: "):
+        list(as_corpus(tmp_path / "a.jsonl", "the corpus"))
+
+
 def test_memory_that_is_not_there_is_refused(monkeypatch):
     from hf_msif import memory
 
@@ -179,3 +188,35 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 12 * size)
     with pytest.raises(InputError, match=r"stage 'pre' needs about .* but .* are free: expected a smaller batch_size"):
         memory.check(chain.links, 2)
+
+
+def test_an_objective_is_known_by_its_tokenizer():
+    """A changed vocabulary or length is another objective; what a tokenizer was last asked for is not."""
+    objective = tiny.objective("masked")
+    known = fingerprint(objective)
+    objective.tokenizer(["vote " * 40], truncation=True, max_length=5, padding=True)
+    assert fingerprint(objective) == known == fingerprint(tiny.objective("masked"))
+    assert fingerprint(tiny.objective("masked", mask_probability=0.5)) != known
+    words = [*tiny.WORDS[:-2], tiny.WORDS[-1], tiny.WORDS[-2]]
+    assert fingerprint(objectives.MaskedLM(tiny.tokenizer(words=words), mask_probability=0.4)) != known
+    assert fingerprint(objectives.MaskedLM(tiny.tokenizer(template=False), mask_probability=0.4)) != known
+    shorter = tiny.tokenizer()
+    shorter.model_max_length = 9
+    assert fingerprint(objectives.MaskedLM(shorter, mask_probability=0.4)) != known
+
+
+@pytest.mark.parametrize("command", ["validate", "cleanse", "train"])
+def test_commands_that_train_want_the_rows_at_hand(tmp_path, capsys, command):
+    path = project(tmp_path / "project")
+    flags = ["--config", path, "--stages.pretraining.data.streaming", "true"]
+    assert msif(command, *flags, "--stages.pretraining.curvature_samples", "5") == 2
+    assert "stages.pretraining.data.streaming is" in capsys.readouterr().err
+    assert msif(command, *flags) == 2
+    assert "streaming is for a first stage with curvature_samples" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_stream_reads_its_beginning(tmp_path, capsys):
+    path = project(tmp_path / "project")
+    flags = ["--config", path, "--stages.pretraining.data.streaming", "true"]
+    assert msif("plan", *flags, "--stages.pretraining.curvature_samples", "5") == 0
+    assert "scoring 1,000 rows of the stream for 2 column(s)" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import vectors
@@ -63,7 +64,7 @@ class SquaredCG:
     ) -> Solution:
         """One block of right-hand sides; called by `solve`."""
         product, size = Counted(operator, b), vectors.norm(b)
-        unsquared = (size > 0).to(size)
+        unsquared = torch.where(size > 0, torch.nan, 0.0)
         index = unsquared.nonzero().flatten()
         rhs = vectors.put_(vectors.zeros_like(b), index, product(vectors.take(b, index), index))
 
@@ -78,6 +79,10 @@ class SquaredCG:
 
         counts = product.counts
         u, report = krylov(ConjugateGradients, squared, rhs, state.value, self, counts, progress, keeper, residual)
+        unsquared[unsquared.isnan() & (vectors.norm(u) == 0)] = 1.0  # Hb = 0: nothing was done
+        left = unsquared.isnan().nonzero().flatten()  # finished before an interruption
+        if len(left):
+            residual(vectors.take(u, left), left)
         certificate = Certificate(
             "squared_cg",
             state.value,
