@@ -134,7 +134,8 @@ def test_what_each_of_several_processes_holds(path, run, capsys):
     vector = four["vector_bytes"]
     assert four["solver_bytes"] == pytest.approx((5 / 4 + 4) * vector, abs=1)
     assert alone["solver_bytes"] == 9 * vector
-    assert alone["activation_bytes"] == four["activation_bytes"] > 0
+    assert alone["activation_bytes"] == pytest.approx(four["activation_bytes"], rel=0.05)
+    assert four["activation_bytes"] > 0
     assert four["products"] == alone["products"]
     assert msif("plan", *flags, "--processes", "0") == 2
     assert "--processes is 0; expected at least 1" in capsys.readouterr().err

@@ -64,7 +64,7 @@ class SquaredCG:
     ) -> Solution:
         """One block of right-hand sides; called by `solve`."""
         product, size = Counted(operator, b), vectors.norm(b)
-        unsquared = torch.where(size > 0, torch.nan, 0.0)
+        unsquared = torch.where(size > 0, torch.nan, size)  # known when the residual is
         index = unsquared.nonzero().flatten()
         rhs = vectors.put_(vectors.zeros_like(b), index, product(vectors.take(b, index), index))
 
