@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from .config import Config, settings, unknown_key
-from .data import first_line
-from .errors import InputError
+from .errors import InputError, first_line
 
 # task → the objective's name, and the Auto class of its models
 KINDS = {

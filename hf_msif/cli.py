@@ -257,7 +257,7 @@ def _scores(run: str, stage: str | None, k: int):
     """The scores of a run folder, of a stage that is named or of the one in scores.parquet."""
     from pathlib import Path
 
-    from .data import first_line
+    from .errors import first_line
     from .scores import Scores
 
     if k < 1:

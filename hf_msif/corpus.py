@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 # What `datasets` reads a file of such a name with; an ending .gz is its own affair.
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -172,8 +172,9 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
                 except StopIteration:
                     break
                 except Exception as error:  # of whatever reads the format
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-                    raise InputError(f"{what}: {path.name} cannot be read after row {number}: {reason}.") from error
+                    raise InputError(
+                        f"{what}: {path.name} cannot be read after row {number}: {first_line(error)}."
+                    ) from error
                 yield {"example_id": f"{path.name}:{number}", **row}
                 number += 1
 

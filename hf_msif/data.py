@@ -13,7 +13,7 @@ from glob import glob
 from .config import Data
 from .corpus import Stream, as_corpus, from_files
 from .digests import digest
-from .errors import InputError
+from .errors import InputError, first_line
 
 DIGITS = "sklearn:digits"
 
@@ -63,7 +63,7 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
 
 def stream_rows(data: Data, stage: str, content: str = "text") -> Stream:
     """As `load_rows`, one after another and never held together. A row's id is its file's name and its place in it
-    ("news.txt:17"), of a Hub dataset its shard's number and its place, or that of `id_column`; what was left out is
+    ("news.txt:17"), of a Hub dataset its number, or that of `id_column`; what was left out is
     counted and printed when they have all been read once."""
     key = f"stages.{stage}.data"
     source = _source(data, key)
@@ -201,11 +201,6 @@ def _digits():
 
     found = load_digits()
     return Dataset.from_dict({"image": found.images.tolist(), "label": found.target.tolist()})
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line without its full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 @contextmanager

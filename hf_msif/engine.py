@@ -160,6 +160,12 @@ class Engine:
 
         return gather_object(items)
 
+    def sample(self, stream: Any, size: int, seed: int) -> list[dict]:
+        """`Stream.sample`, read by the main process for all of them."""
+        with self.together():
+            found = stream.sample(size, seed) if self.is_main else None
+        return self.broadcast(found)
+
     def from_main(self, t: Tensor) -> Tensor:
         """The main process's values of a tensor of the same shape, on every process."""
         if self.processes > 1:

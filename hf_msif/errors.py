@@ -11,3 +11,8 @@ class DivergedError(InputError):
 
 class ProcessError(RuntimeError):
     """Another process of the launch failed, not by bad input; the message is its own."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

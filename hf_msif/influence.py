@@ -198,7 +198,7 @@ def _finished(link: Link, checkpoint: Checkpoint | None):
     parts: dict[str, Block] = {"u": {}, "b": {}}
     for key, t in found[0].items():
         part, name = key.split("/", 1)
-        parts[part][name] = t.to(link.engine.device)
+        parts[part][name] = t
     kind = Certificate if link.recording is None else RunCertificate
     return parts["u"], parts["b"], kind.from_dict(found[1]["certificate"])
 

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from .digests import digest
 from .errors import InputError
 from .extremes import Extremes
 from .files import write_json, write_whole
-from .scores import DUPLICATES, METADATA_KEY, Scores, pack
+from .scores import DUPLICATES, METADATA_KEY, Scores, pack, with_duplicates, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,8 +57,6 @@ class Collected:
 
     def scores(self, metadata: dict) -> Scores:
         import pandas as pd
-
-        from .scores import with_duplicates
 
         metadata = {**metadata, "truncated": self.truncated}
         if self.extremes is not None:
@@ -151,14 +150,9 @@ class Parts(Durable):
         return False
 
     def add(self, number: int, rows: Sequence[dict], frame: pd.DataFrame, truncated: int) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         facts = {"number": number, "rows": rows_digest(rows), "truncated": truncated}
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: pack(facts)})
         with self._full_disk():
-            write_whole(self._path(number), lambda part: pq.write_table(table, part, write_page_checksum=True))
+            write_frame(frame, facts, self._path(number))
         self.known[number] = facts["rows"]
 
     def _path(self, number: int) -> Path:
@@ -204,12 +198,10 @@ class KeptParts(Durable):
         super().__init__(path, manifest, resume)
 
     def _open(self) -> None:
-        import time
-
         import pyarrow.parquet as pq
 
-        self.clock, self.done, self.chain, self.passed = time.monotonic, 0, "", ""
-        self.kept, path = self.clock(), self.folder / "kept.parquet"
+        self.done, self.chain, self.passed = 0, "", ""
+        self.kept, path = time.monotonic(), self.folder / "kept.parquet"
         if path.is_file():
             facts = _facts(path)
             if facts is None:
@@ -234,22 +226,17 @@ class KeptParts(Durable):
     def add(self, number: int, rows: Sequence[dict], frame: pd.DataFrame, truncated: int) -> None:
         self.extremes.add(frame)
         self.done, self.chain, self.truncated = number + 1, _chained(self.chain, rows), self.truncated + truncated
-        if self.clock() - self.kept >= self.EVERY:
+        if time.monotonic() - self.kept >= self.EVERY:
             self._save(self.folder / "kept.parquet", self._state())
-            self.kept = self.clock()
+            self.kept = time.monotonic()
 
     def _state(self) -> dict:
         state = {"done": self.done, "chain": self.chain, "truncated": self.truncated}
         return state | {"moments": self.extremes.state()}
 
     def _save(self, path: Path, facts: dict) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pa.Table.from_pandas(self.extremes.frame, preserve_index=False)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: pack(facts)})
         with self._full_disk():
-            write_whole(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
+            write_frame(self.extremes.frame, facts, path)
 
     def finish(self, parts: int, metadata: dict) -> None:
         if parts < self.done:

@@ -17,9 +17,9 @@ from typing import Any
 from . import choices
 from .config import Config, StageConfig
 from .corpus import Stream
-from .data import first_line, load_rows, stream_rows
+from .data import load_rows, stream_rows
 from .digests import digest
-from .errors import DivergedError, InputError
+from .errors import DivergedError, InputError, first_line
 from .files import write_json
 
 
@@ -520,10 +520,7 @@ class Run:
         if isinstance(rows, Stream):
             if chosen.sample is None:
                 return rows
-            engine = Engine(self.accelerator, progress=False)  # the main process reads it, for all of them
-            with engine.together():
-                found = rows.sample(chosen.sample, chosen.seed) if engine.is_main else None
-            return engine.broadcast(found)
+            return Engine(self.accelerator, progress=False).sample(rows, chosen.sample, chosen.seed)
         if chosen.sample is None or chosen.sample >= len(rows):
             return rows
         return random.Random(chosen.seed).sample(rows, chosen.sample)

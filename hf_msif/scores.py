@@ -29,6 +29,16 @@ def pack(metadata: dict) -> bytes:
     return json.dumps(metadata, default=str, ensure_ascii=False).encode()
 
 
+def write_frame(frame: pd.DataFrame, metadata: dict, path: str | os.PathLike) -> None:
+    """Writes a Parquet file with metadata in its schema and checksums of its pages, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: pack(metadata)})
+    write_whole(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
+
+
 class Scores:
     """Influence of every scored row on the test loss.
 
@@ -107,13 +117,7 @@ class Scores:
 
     def to_parquet(self, path: str | os.PathLike) -> None:
         """Writes one Parquet file with the metadata in its schema, whole or not at all."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pa.Table.from_pandas(self.frame, preserve_index=False)
-        packed = pack(self.metadata)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: packed})
-        write_whole(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
+        write_frame(self.frame, self.metadata, path)
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike) -> Scores:

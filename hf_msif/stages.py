@@ -381,9 +381,7 @@ class Link:
     def subset(self, size: int | None) -> list[dict]:
         """So many random rows of the stage's data, the same for the same seed; None: all of them."""
         if isinstance(self.rows, Stream):
-            with self.engine.together():
-                found = self.rows.sample(size, self.stage.seed) if self.engine.is_main else None
-            return self.engine.broadcast(found)
+            return self.engine.sample(self.rows, size, self.stage.seed)
         if size is None or size >= len(self.rows):
             return self.rows
         return random.Random(self.stage.seed).sample(self.rows, size)
