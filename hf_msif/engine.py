@@ -2,7 +2,7 @@
 
 Every pass over data goes through `Engine`. Rows are dealt out to the processes without padding or repetition (a
 prepared data loader would repeat rows of an uneven last batch, and sums would be wrong), so that each has about as
-much text; their sums are added once at the end. What fails in one process ends all of them with its message.
+much to do; their sums are added once at the end. What fails in one process ends all of them with its message.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from .dealing import deal
 from .errors import InputError, ProcessError
 from .vectors import Block, across
 
@@ -51,24 +51,15 @@ class Engine:
 
     # --- shards
 
-    def shard(self, costs: Sequence[float]) -> list[int]:
-        """The indices of this process's part, largest cost first; every index is in exactly one process.
-
-        The sorted indices are dealt out to and fro, so that the processes' totals differ by less than the largest
-        cost.
-        """
-        order = np.argsort(-np.asarray(costs, dtype=float), kind="stable")
-        lap, place = np.divmod(np.arange(len(order)), self.processes)
-        owner = np.where(lap % 2, self.processes - 1 - place, place)
-        return order[owner == self.rank].tolist()
+    def deal(self, rows: Sequence[dict], size: int) -> list[list[int]]:
+        """This process's batches as row indices, the longest rows first; see `dealing.deal`."""
+        return deal([length(row) for row in rows], size, self.processes)[self.rank]
 
     def batches(
         self, rows: Sequence[dict], collate: Callable, batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """This process's batches as (row indices, batch on the device), longest rows first: little is padding."""
-        mine = self.shard([length(row) for row in rows])
-        for start in range(0, len(mine), batch_size):
-            indices = mine[start : start + batch_size]
+        """This process's batches as (row indices, batch on the device)."""
+        for indices in self.deal(rows, batch_size):
             yield indices, self.place(collate([rows[i] for i in indices]))
 
     def rounds(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:

@@ -21,7 +21,7 @@ from .adapters import FunctionalModel, Split, has_dropout
 from .autodiff import Evaluation
 from .corpus import checked_omission
 from .curvature._operator import _counts
-from .engine import Engine, length
+from .engine import Engine
 from .objectives import of_epoch
 from .optimisers import Slots, clipped
 from .vectors import Block
@@ -260,12 +260,13 @@ class Replay:
         rows, objective = schedule.rows[t], of_epoch(self.objective, schedule.epochs[t])
         key = (rows, objective)
         if self._collated[0] != key:
-            parts, mine, device = [], rows, self.engine.device
+            parts, device = [], self.engine.device
+            shares = [range(start, min(len(rows), start + size)) for start in range(0, len(rows), size)]
             if self.shared:
-                mine = [rows[i] for i in self.engine.shard([length(self.rows[i]) for i in rows])]
+                shares = self.engine.deal([self.rows[i] for i in rows], size)
             with torch.no_grad(), self.model.evaluating(), self._alone():
-                for start in range(0, len(mine), size):
-                    some = mine[start : start + size]
+                for share in shares:
+                    some = [rows[i] for i in share]
                     batch = self.engine.place(objective.collate([self.rows[i] for i in some]))
                     parts.append((Evaluation(self.model, objective, batch), torch.tensor(some, device=device)))
                 total = sum(float(_counts(evaluation).double().sum()) for evaluation, _ in parts)
