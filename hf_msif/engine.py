@@ -58,9 +58,16 @@ class Engine:
     def batches(
         self, rows: Sequence[dict], collate: Callable, batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """This process's batches as (row indices, batch on the device)."""
-        for indices in self.deal(rows, batch_size):
-            yield indices, self.place(collate([rows[i] for i in indices]))
+        """This process's batches as (row indices, batch on the device).
+
+        While an accelerator computes, a thread makes the next one: tokenising would take as long as the derivatives.
+        """
+        mine = self.deal(rows, batch_size)
+        # On a CPU a thread would take from the cores that compute.
+        each = map if self.device.type == "cpu" else _one_ahead
+        made = each(lambda indices: collate([rows[i] for i in indices]), mine)
+        for indices, batch in zip(mine, made, strict=True):
+            yield indices, self.place(batch)
 
     def rounds(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
         """Consecutive rows, `size` at a time, the same on every process.
@@ -265,6 +272,17 @@ def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 def length(row: dict) -> int:
     """What a row costs: the length of its text, 0 for an image."""
     return max((len(value) for value in row.values() if isinstance(value, str)), default=0)
+
+
+def _one_ahead(make: Callable, items: Iterable) -> Iterator:
+    """`map`, but a thread makes the next one while the last one is used."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as maker:
+        pending = [maker.submit(make, item) for item in islice(items, 1)]
+        while pending:
+            made = pending.pop().result()
+            pending += [maker.submit(make, item) for item in islice(items, 1)]
+            yield made
 
 
 def _buffer(like: Mapping[str, Tensor], spare: int = 0) -> tuple[Tensor, Block]:

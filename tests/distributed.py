@@ -1,4 +1,6 @@
-"""What a process of a real launch does: run by `torchrun` on gloo, with a folder in which the one-process results lie.
+"""What a process of a real launch does: run by `torchrun`, with a folder in which the one-process results lie.
+
+On a machine with fewer GPUs than processes these share them: by gloo, since NCCL wants a GPU for each.
 
 Each check asserts the world's size first; a failed assertion in any process fails the launch.
 """
@@ -15,6 +17,7 @@ import tiny
 import torch
 import toy
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training, vectors
 from hf_msif.engine import Engine
@@ -89,7 +92,7 @@ def same(folder, world):
             sizes[key.split("/")[0]] = max(sizes.get(key.split("/")[0], 0.0), float(t.abs().max()))
         for key, found in results(**settings).items():
             size = sizes[key.split("/")[0]]
-            gap = float((found - expected[key]).abs().max())
+            gap = float((found.cpu() - expected[key]).abs().max())
             assert gap <= tolerance * size, f"{name}: {key} differs by {gap / size:.1e} in a world of {world}"
 
 
@@ -100,8 +103,7 @@ def sliced(folder, world):
     made = chain(torch.float64, sharded=True)
     operator = Sliced(made.link("pre").operator, made.engine)
     whole = sum(p.numel() for p in operator.operator.parameters.values())
-    v = {n: torch.randn(2, *p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(0)) for n, p in
-         operator.operator.parameters.items()}  # fmt: skip
+    v = vectors.rademacher(operator.operator.parameters, 2, seed=0)
     with made.engine.slices():
         mine = operator.cut(v)
         assert mine["slice"].shape == (2, -(-whole // world))
@@ -116,10 +118,10 @@ def sliced(folder, world):
 def failing(folder, world):
     """What fails in one process is raised in all, with its message; what they do next still works."""
     engine = Engine(progress=False)
-    last, like = world - 1, {"w": torch.zeros(1, 2)}
+    last, like = world - 1, {"w": torch.zeros(1, 2, device=engine.device)}
 
     def parts():
-        yield {"w": torch.ones(1, 2)}
+        yield {"w": torch.ones_like(like["w"])}
         if engine.rank == last:
             raise InputError("the third sentence is bad")
 
@@ -134,7 +136,7 @@ def failing(folder, world):
 
     with pytest.raises((ProcessError, MemoryError), match="no memory" if engine.rank == last else other):
         alone()
-    assert engine.sum(like, [{"w": torch.full((1, 2), 2.0)}])["w"].tolist() == [[2.0 * world] * 2]
+    assert engine.sum(like, [{"w": torch.full_like(like["w"], 2.0)}])["w"].tolist() == [[2.0 * world] * 2]
     assert engine.gather([engine.rank]) == list(range(world))
     assert engine.broadcast(f"from {engine.rank}") == "from 0"
     bad = [*CORPUS[:5], {"example_id": "odd", "text": None}]
@@ -201,7 +203,7 @@ def runs(folder, world):
     """An unrolled stage: the processes share every step's batch, also where one of them has no row of it."""
     expected, _ = vectors.load(folder / "unrolled.safetensors")
     for key, found in unrolled(folder).items():
-        torch.testing.assert_close(found, expected[key], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.cpu(), expected[key], rtol=1e-9, atol=1e-12)
 
 
 def linear_head(folder, world):
@@ -233,9 +235,11 @@ CHECKS = (same, sliced, failing, streams, durable, runs, linear_head)
 
 def main():
     folder, size = Path(sys.argv[1]), int(sys.argv[2])
-    accelerator = Accelerator()
+    backend = "gloo" if size > torch.cuda.device_count() else "nccl"
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
     assert accelerator.num_processes == size, f"{accelerator.num_processes} processes run, not {size}"
-    assert size == 1 or torch.distributed.get_backend() == "gloo"
+    assert accelerator.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert size == 1 or torch.distributed.get_backend() == backend
     warnings.filterwarnings("ignore", message=".*not solved to tolerance")
     for check in CHECKS:
         check(folder, size)

@@ -1,4 +1,7 @@
-"""Real launches of 1, 2, 3 and 4 processes on gloo find what one process finds; the checks are in `distributed.py`."""
+"""Real launches of 1, 2, 3 and 4 processes find what one process finds; the checks are in `distributed.py`.
+
+On gloo and the CPU; on a machine with GPUs on those, by NCCL where there are enough of them.
+"""
 
 import os
 import subprocess
@@ -49,7 +52,8 @@ def launch(processes, *arguments, timeout=600, check=True, **variables):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_any_number_of_processes_finds_the_same(folder, processes):
-    done = launch(processes, Path(distributed.__file__), folder, processes)
+    cpu = str(not torch.cuda.is_available()).lower()
+    done = launch(processes, Path(distributed.__file__), folder, processes, ACCELERATE_USE_CPU=cpu)
     for check in distributed.CHECKS:
         assert f"{check.__name__}: passed in a world of {processes}" in done.stdout
 

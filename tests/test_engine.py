@@ -1,6 +1,7 @@
 """Exact shards by simulated ranks, sums in float64, and tables of any sensible kind as rows."""
 
 import itertools
+import threading
 
 import datasets
 import numpy as np
@@ -40,6 +41,27 @@ def test_batches_hold_rows_of_like_length(engine):
     lengths = [[len(rows[i]["text"]) for i in indices] for indices, _ in engine().batches(rows, lambda r: {}, 8)]
     spans = sorted((min(some), max(some)) for some in lengths)
     assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))
+
+
+def test_on_an_accelerator_the_next_batch_is_made_while_one_is_used(engine):
+    made, begun, begins = engine(), [], threading.Semaphore(0)
+    made.device = torch.device("meta")
+
+    def collate(rows):
+        begun.append(len(rows))
+        begins.release()
+        if len(begun) == 4:
+            raise InputError("the fourth is bad")
+        return {}
+
+    found = made.batches([{"text": "a"}] * 10, collate, 2)
+    for number in (1, 2, 3):
+        next(found)
+        while len(begun) <= number:
+            assert begins.acquire(timeout=60)
+        assert len(begun) == number + 1
+    with pytest.raises(InputError, match="the fourth"):
+        next(found)
 
 
 def test_tensors_move_and_other_things_pass(engine):
