@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py               # two processes of one thread against one, in turn; on two idle cores
     python benchmarks/scaling.py --memory      # peak memory on 20,000 and on 200,000 streamed sentences
+    python benchmarks/scaling.py --throughput  # BERT-base on this machine's GPU, by precision
     python benchmarks/scaling.py --simulate    # 30 million sentences with BERT-base on 1 to 512 GPUs, estimated
     python benchmarks/scaling.py --check       # exit code 1 if a bar is missed (also with --memory)
 
@@ -10,6 +11,10 @@ clock runs from the first round to the finished file, without the start of Pytho
 benchmarks/scoring.py with random weights, sentences are random words. Memory: the same with a tiny model; what is
 compared is the largest resident set of the main process. Bars: at least 1.8 times the sentences a second; at most 1.1
 times the memory. Nothing is downloaded.
+
+Throughput: a list of sentences is scored by one process with parts on disk, in float32, in float32 with TF32 matrix
+products (`torch.set_float32_matmul_precision("high")`) and in bfloat16; the error of the other two is against the
+first. A product is one with the Gauss-Newton matrix on 2,048 sentences.
 
 The simulation takes from this machine what a sentence costs outside of the model (reading and broadcasting, on the
 main process; tokenising, on each; writing, on the main process), counts the floating point operations of BERT-base,
@@ -47,8 +52,8 @@ def main(given: list[str] | None = None) -> int:
     settings = arguments(given)
     if settings.worker:
         return work(settings)
-    if settings.simulate:
-        simulate(settings)
+    if settings.simulate or settings.throughput:
+        (simulate if settings.simulate else throughput)(settings)
         return 0
     return memory(settings) if settings.memory else speed(settings)
 
@@ -56,16 +61,18 @@ def main(given: list[str] | None = None) -> int:
 def arguments(given: list[str] | None) -> argparse.Namespace:
     reader = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     reader.add_argument("--memory", action="store_true")
+    reader.add_argument("--throughput", action="store_true")
     reader.add_argument("--simulate", action="store_true")
     reader.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
-    reader.add_argument("--sentences", type=int, default=SENTENCES, help="of the comparison of speeds")
+    reader.add_argument("--sentences", type=int, default=SENTENCES, help="of the comparison of speeds, of throughput")
+    reader.add_argument("--batch-size", type=int, default=256, help="of throughput")
+    reader.add_argument("--model", default="base", choices=[*MODELS], help="of throughput")
     reader.add_argument("--repeats", type=int, default=3)
     reader.add_argument("--tflops", type=float, default=20.0, help="sustained float32 TFLOP/s of a GPU")
     reader.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of the network at a GPU")
     reader.add_argument("--latency", type=float, default=30.0, help="µs of a step of a collective")
     reader.add_argument("--queries", type=int, default=1)
     reader.add_argument("--worker", help=argparse.SUPPRESS)
-    reader.add_argument("--model", default="small", help=argparse.SUPPRESS)
     return reader.parse_args(given)
 
 
@@ -135,7 +142,7 @@ def launch(path: Path, processes: int, model: str) -> dict:
     return report
 
 
-def query_of(model: str, curvature_rows: list[dict], progress: bool = False):
+def query_of(model: str, curvature_rows: list[dict], batch_size: int = 64):
     """A question to one stage, with the identity for its curvature: what is measured is scoring."""
     import torch
     from transformers import BertConfig, BertForMaskedLM
@@ -145,8 +152,8 @@ def query_of(model: str, curvature_rows: list[dict], progress: bool = False):
     torch.manual_seed(SEED)
     made = BertForMaskedLM(BertConfig(max_position_embeddings=130, **MODELS[model]))
     objective = objectives.MaskedLM(tokenizer(), max_length=128)
-    stage = Stage("pretraining", made, objective, curvature_rows, solver=solvers.Identity(), batch_size=64)
-    return MultiStageInfluence([stage], progress=progress).query(curvature_rows[:1])
+    stage = Stage("pretraining", made, objective, curvature_rows, solver=solvers.Identity(), batch_size=batch_size)
+    return MultiStageInfluence([stage], progress=False).query(curvature_rows[:1])
 
 
 def tokenizer():
@@ -180,6 +187,68 @@ def work(settings: argparse.Namespace) -> int:
         report = {"rate": len(scores) / seconds, "peak": peak, "processes": engine.processes, "rows": len(scores)}
         print(json.dumps(report))
     return 0
+
+
+def throughput(settings: argparse.Namespace) -> None:
+    """A table of sentences a second, by precision."""
+    import numpy as np
+    import torch
+    from tabulate import tabulate
+
+    from hf_msif import vectors
+    from hf_msif.corpus import from_files
+
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(from_files([sentences(Path(folder), settings.sentences)]))
+    asked = query_of(settings.model, rows[:2048], settings.batch_size)
+    (link,) = asked.chain.links
+    device, objective = link.engine.device, link.stage.objective
+    cuda = device.type == "cuda"
+    finish = torch.cuda.synchronize if cuda else lambda: None
+    started = time.perf_counter()
+    for start in range(0, len(rows), settings.batch_size):
+        objective.collate(rows[start : start + settings.batch_size])
+    collate = (time.perf_counter() - started) / len(rows)
+
+    def scored(dtype: str | None):
+        with tempfile.TemporaryDirectory() as folder:
+            return asked.score(rows, output_dir=folder, dtype=dtype).influence()
+
+    table, exact, v = [], None, vectors.rademacher(link.model.parameters, 1, seed=SEED)
+    operator = link.curvature(rows[:2048])
+    for name, precision, dtype in (
+        ("float32", "highest", None),
+        ("float32, TF32 products", "high", None),
+        ("bfloat16", "highest", "bfloat16"),
+    ):
+        torch.set_float32_matmul_precision(precision)
+        asked.score(rows[: 4 * settings.batch_size], dtype=dtype)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        found = scored(dtype)
+        seconds = time.perf_counter() - started
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else ""
+        exact = found if exact is None else exact
+        error = np.sqrt(((found - exact) ** 2).mean() / (exact**2).mean())
+        product = ""
+        if dtype is None:
+            operator.matvec(v)
+            finish()
+            started = time.perf_counter()
+            operator.matvec(v)
+            finish()
+            product = f"{time.perf_counter() - started:.2f} s"
+        rate = f"{len(rows) / seconds:,.0f}"
+        table.append([name, rate, f"{error:.1e}", product, peak])
+        print(f"{name}: {rate} sentences/s", flush=True)
+    print(tabulate(table, ["", "sentences/s", "error", "a product", "peak memory"], tablefmt="github"))
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(
+        f"{where}, torch {torch.__version__}: {settings.model} model, {len(rows):,} sentences in batches of "
+        f"{settings.batch_size}; tokenising {collate * 1e6:.0f} µs a sentence, in a thread ahead on a GPU"
+    )
 
 
 # --- what is estimated
