@@ -56,22 +56,24 @@ def _tokenize(tokenizer, texts: list[str], max_length: int | None, **settings) -
     """
     limit = max_length or tokenizer.model_max_length
     encoded = tokenizer(texts, truncation=False, padding=False, verbose=False, **settings)
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    truncated = torch.tensor([n > limit for n in lengths])
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    truncated = torch.from_numpy(lengths > limit)
     if truncated.any():
         encoded = tokenizer(texts, truncation=True, max_length=limit, padding=False, **settings)
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     if "truncated" in encoded:  # inside of words
         truncated |= torch.tensor(encoded["truncated"])
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id or 0
-    first = next((ids[0] for ids in encoded["input_ids"] if len(ids)), pad)
-    pad = [pad] * len(first) if isinstance(first, list) else pad
-    width = max(1, max(len(ids) for ids in encoded["input_ids"]))
+    real = np.arange(max(1, lengths.max())) < lengths[:, None]
     batch = {}
     for key, fill in (("input_ids", pad), ("attention_mask", 0), ("token_type_ids", 0), ("labels", -100)):
         if key in encoded:
-            batch[key] = torch.tensor([list(ids) + [fill] * (width - len(ids)) for ids in encoded[key]])
+            values = np.array([value for row in encoded[key] for value in row], dtype=np.int64)
+            padded = np.full(real.shape + values.shape[1:], fill, dtype=np.int64)
+            padded[real] = values
+            batch[key] = torch.from_numpy(padded)
     return batch, truncated
 
 
@@ -169,28 +171,26 @@ class MaskedLM:
 
     def collate(self, rows: Rows) -> Batch:
         encoded, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
-        ids = encoded["input_ids"].numpy()
-        ordinary = ordinary_tokens(self.tokenizer, encoded)
+        ids, vocabulary = encoded["input_ids"].numpy(), len(self.tokenizer)
         inputs = np.repeat(ids, self.draws, axis=0)
-        where, labels = [], []
-        for i, row in enumerate(rows):
-            (candidates,) = np.nonzero(ordinary[i])
+        lines, columns, actions, substitutes = [], [], [], []
+        for i, (row, ordinary) in enumerate(zip(rows, ordinary_tokens(self.tokenizer, encoded), strict=True)):
+            (candidates,) = ordinary.nonzero()
             if len(candidates) == 0:
                 continue
             number = max(1, round(self.mask_probability * len(candidates)))
             for d in range(self.draws):
                 generator = seeded(self.seed, row["example_id"], self.first_draw + d)
-                chosen = np.sort(generator.choice(candidates, size=number, replace=False))
-                action = generator.random(number)
-                substitute = generator.integers(len(self.tokenizer), size=number)
-                line = i * self.draws + d
-                labels.append(ids[i, chosen])
-                where.append(np.stack([np.full(number, line), chosen]))
-                inputs[line, chosen] = np.where(
-                    action < 0.8, self.tokenizer.mask_token_id, np.where(action < 0.9, substitute, ids[i, chosen])
-                )
-        where = np.concatenate(where, axis=1) if where else np.zeros((2, 0), dtype=np.int64)
-        labels = np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64)
+                lines += [i * self.draws + d] * number
+                columns.append(np.sort(generator.choice(candidates, size=number, replace=False)))
+                actions.append(generator.random(number))
+                substitutes.append(generator.integers(vocabulary, size=number))
+        where = np.array(lines, dtype=np.int64), np.concatenate([np.zeros(0, dtype=np.int64), *columns])
+        labels = inputs[where]
+        if columns:
+            action, substitute = np.concatenate(actions), np.concatenate(substitutes)
+            mask = self.tokenizer.mask_token_id
+            inputs[where] = np.where(action < 0.8, mask, np.where(action < 0.9, substitute, labels))
         batch = {key: value.repeat_interleave(self.draws, dim=0) for key, value in encoded.items()}
         batch["input_ids"] = torch.from_numpy(inputs)
         batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
@@ -238,8 +238,6 @@ class CausalLM:
 
     def collate(self, rows: Rows) -> Batch:
         batch, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
-        if batch["input_ids"].dtype != torch.long:  # only empty sentences
-            batch = {key: value.long() for key, value in batch.items()}
         return batch | {"truncated": truncated}
 
     def counts(self, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,8 @@ def score(
     done, started, error = 0, time.perf_counter(), None
     total = None if isinstance(source, Stream) else len(source)
     bar = engine.bar(total=total, desc=f"scoring {link.stage.name}", unit=" sentences")
-    with bar, link.model.evaluating():
+    with bar, link.model.evaluating(), ThreadPoolExecutor(1) as writer:
+        written: list[Future] = []  # while a round is scored, the one before it is written
         for rows in engine.rounds(source, parts_a_round * part_rows):
             numbered = {(done + i) // part_rows: rows[i : i + part_rows] for i in range(0, len(rows), part_rows)}
             with engine.together():
@@ -79,8 +81,10 @@ def score(
                     error = scorer.error(pending)
                 found = scorer.measured(pending, bar)
                 with engine.together():
+                    while written:
+                        written.pop().result()
                     if sink is not None:
-                        _hand_over(scorer, sink, todo, numbered, found)
+                        written.append(writer.submit(_hand_over, scorer, sink, todo, numbered, found))
             done += len(rows)
             bar.n = done
             bar.refresh()
@@ -88,6 +92,9 @@ def score(
     metadata = scorer.metadata | {"columns": query.columns}
     if error is not None:
         metadata["bfloat16_error"] = error
+    with engine.together():
+        while written:
+            written.pop().result()
     if path is None:
         return sink.scores(metadata)
     with engine.together():
