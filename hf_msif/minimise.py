@@ -160,8 +160,8 @@ class Newton:
             noise = 50 * torch.finfo(self.target.dtype).eps * max(1.0, abs(self.state.value))
             if not math.isfinite(trial.value):  # too far: overflow
                 ratio = -math.inf
-            elif predicted <= noise:  # F cannot tell any more; its gradient can
-                ratio = 1.0 if trial.norm < self.state.norm else 0.0
+            elif predicted <= noise:  # F cannot tell any more; its gradients at both ends can (trapezoidal rule)
+                ratio = -0.5 * (_dot(self.state.gradient, step) + _dot(trial.gradient, step)) / predicted
             else:
                 ratio = (self.state.value - trial.value) / predicted
             on_boundary = length >= 0.99 * self.radius
@@ -173,7 +173,7 @@ class Newton:
                 self.state = trial
                 return True
             self.target.at(self.state.point)
-            if predicted <= noise or self.radius < 1e-12:
+            if self.radius < 1e-12:
                 return False
 
     def _direction(self) -> tuple[Block, float, float]:

@@ -401,7 +401,7 @@ class Failing:
     def losses(self, call, batch):
         self.left -= 1
         if self.left == 0 and self.where == "inside":
-            batch = {**batch, "input_ids": batch["input_ids"] + 10_000}
+            batch = {**batch, "input_ids": batch["input_ids"].double()}  # an index must be an integer
         result = self.objective.losses(call, batch)
         if self.left == 0:
             raise RuntimeError("interrupted")
@@ -424,7 +424,7 @@ def test_the_models_leave_as_they_came_when_something_fails(where, stage, at):
         else:
             msif.query(tiny.rows(1, seed=8)).score(tiny.rows(3), stage="fine")
 
-    with pytest.raises((RuntimeError, IndexError), match=r"interrupted|out of range"):
+    with pytest.raises(RuntimeError, match=r"interrupted|indices"):
         run()
     assert [photograph(model) for model in models] == before
 

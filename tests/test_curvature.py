@@ -56,18 +56,19 @@ DENSE = {"hessian": dense_hessian, "gauss_newton": dense_gauss_newton}
 def operator(kind, names=None, batch_size=4, ridge=None, objective=None, model=None):
     model = model or toy(0)
     names = tuple(names or dict(model.named_parameters()))
-    functional, engine = FunctionalModel(model), Engine(progress=False)
+    engine = Engine(progress=False)
+    functional = FunctionalModel(model, engine.device)
     return KINDS[kind](functional, objective or ToyObjective(), ROWS, names, engine, batch_size, ridge)
 
 
 def matrix(found):
     """The operator written out, a column at a time by unit vectors."""
     like = vectors.stack([found.parameters])
-    return vectors.flatten(found.matvec(vectors.unflatten(torch.eye(vectors.numel(like), dtype=torch.float64), like)))
+    return vectors.flatten(found.matvec(vectors.unflatten(torch.eye(vectors.numel(like)).double(), like))).cpu()
 
 
 def near(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,7 +133,7 @@ def test_a_stage_puts_the_quadratic_terms_on_their_names():
     expected = {"encoder.gain": 0.62, "encoder.upper.weight": 0.62, "encoder.upper.bias": 0.6, "head.weight": 0.02}
     assert two.ridge == pytest.approx(expected)
     names = list(two.operator.parameters)
-    ridge = torch.cat([0 * p.flatten() + expected.get(n, 0.0) for n, p in two.operator.parameters.items()])
+    ridge = torch.cat([0 * p.flatten().cpu() + expected.get(n, 0.0) for n, p in two.operator.parameters.items()])
     near(matrix(two.operator), dense_hessian(after, names) + torch.diag(ridge))
 
 
@@ -143,7 +144,7 @@ def test_mixed_and_gradient():
     dense = dense_hessian(model, [*trained, *frozen])
     size = sum(p.numel() for p in found.parameters.values())
     v = tiny.block(found.parameters, 3, seed=4)
-    near(vectors.flatten(found.mixed(v, frozen)), vectors.flatten(v) @ dense[:size, size:])
+    near(vectors.flatten(found.mixed(v, frozen)), vectors.flatten(v).cpu() @ dense[:size, size:])
 
     sums, counts = example_losses(model, dict(model.named_parameters()), ROWS)
     gradients = torch.autograd.grad(sums.sum() / counts.sum(), [model.get_parameter(n) for n in trained])

@@ -326,7 +326,7 @@ def test_a_masked_lm_goes_on_with_lora(pair, memo):
         progress=False,
     )
     link = msif.link("more")
-    batch = link.collate(CORPUS)
+    batch = link.stage.objective.collate(CORPUS)
     plain = tiny.Plain(model, "masked", batch)
     functional = FunctionalModel(model)
     with functional.evaluating(), torch.no_grad():

@@ -465,8 +465,8 @@ def test_pretraining_through_its_own_run(tmp_path):
     schedule = pre.recording.schedule
     assert set(schedule.epochs) == {0, 1}
     # What finetuning hands back, ∂f/∂W_T; all the rest is the run.
-    b = gradient(Evaluation(fine.model, task, task.collate(tests)), [table])[table]
-    b = b - fine.operator.mixed(query.solutions["fine"], (table,))[table][0]
+    b = gradient(Evaluation(fine.model, task, fine.collate(tests)), [table])[table]
+    b = (b - fine.operator.mixed(query.solutions["fine"], (table,))[table][0]).cpu()
 
     def end(index, weight):
         parameters = {n: p.detach() for n, p in start.named_parameters()}

@@ -1,7 +1,6 @@
 """Every solver against dense NumPy, by property over one list: a new solver is one line in CASES."""
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -264,7 +263,7 @@ def test_restarts_until_the_true_residual_agrees(case):
     else:
         assert certificate.status == ["stalled"]
         assert "stalled" in str(certificate)
-    restarts = sum(later > 3 * earlier for earlier, later in itertools.pairwise(seen))
+    restarts = sum(residual <= solver.tol for residual in seen[:-1])  # believed, and not true
     assert certificate.matvecs[0] == case.passes * (certificate.iterations[0] + 1 + restarts) + case.passes - 1
 
 

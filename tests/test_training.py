@@ -413,7 +413,7 @@ def test_a_rate_beyond_reason_is_reported(tmp_path):
             toy(0),
             ToyObjective(),
             toy_rows(1, 8),
-            arguments(tmp_path, max_steps=9, learning_rate=1e200),
+            arguments(tmp_path, max_steps=9, learning_rate=1e308),
             progress=False,
         )
 

@@ -423,7 +423,7 @@ def test_from_scratch_by_polishing():
     retrain, rows = scratch()
     full, again, other = retrain(frozenset(), 0), retrain(frozenset(), 0), retrain(frozenset(), 1)
     assert full.reached
-    assert full.losses == again.losses
+    assert full.losses == pytest.approx(again.losses, rel=1e-6)  # a GPU adds in any order
     without = retrain(frozenset(row["example_id"] for row in rows[:4]), 0)
     assert 1e-4 < np.abs(np.subtract(without.losses, full.losses)).max() < 2
     assert full.losses != other.losses

@@ -9,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hf_msif import MultiStageInfluence, Stage, objectives, solvers
+from hf_msif.engine import placed
 from hf_msif.models import ElmoConfig, ElmoTokenizer
 
 # Threads cost such small tensors more time than they save.
@@ -155,10 +156,14 @@ def chain(before, after, tol=1e-3, data=(), pretraining=(), **finetuning):
 
 
 class Plain:
-    """One batch's losses by an ordinary copy of the model: evaluation mode, all logits, −log softmax at targets."""
+    """One batch's losses by an ordinary copy of the model: evaluation mode, all logits, −log softmax at targets.
+
+    On the CPU, wherever the library computes.
+    """
 
     def __init__(self, model, task, batch):
-        self.model, self.task, self.batch = copy.deepcopy(model).eval().requires_grad_(True), task, batch
+        self.model, self.task = copy.deepcopy(model).cpu().eval().requires_grad_(True), task
+        self.batch = placed(batch, torch.device("cpu"))
         self.parameters = dict(self.model.named_parameters())
 
     def scored(self):
@@ -203,12 +208,12 @@ class Plain:
     def _move(self, direction, step):
         with torch.no_grad():
             for name, v in direction.items():
-                self.parameters[name] += step * v
+                self.parameters[name] += step * v.to(self.parameters[name])
 
 
 def block(parameters, columns, seed):
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(columns, *p.shape, generator=generator, dtype=p.dtype) for n, p in parameters.items()}
+    return {n: torch.randn(columns, *p.shape, generator=generator, dtype=p.dtype).to(p) for n, p in parameters.items()}
 
 
 def close(found, expected, tolerance):
@@ -217,7 +222,9 @@ def close(found, expected, tolerance):
     size = max(float(t.abs().max()) for t in expected.values())
     assert size > 0
     for name, t in expected.items():
-        torch.testing.assert_close(found[name], t, rtol=0, atol=tolerance * size, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name].cpu(), t.cpu(), rtol=0, atol=tolerance * size, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def alone(rank=0, world=1, **more):
