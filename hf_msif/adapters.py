@@ -338,6 +338,21 @@ class FunctionalModel:
                     config._attn_implementation = kernel
 
 
+def check_vocabulary(name: str, model: nn.Module, objective: Any) -> None:
+    """An id beyond the embedding table ends a CUDA process without a word about tokens."""
+    try:
+        rows = unwrapped(model).get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):  # no such table: images, models of the user's own
+        return
+    tokens = getattr(getattr(objective, "tokenizer", None), "__len__", lambda: 0)()
+    if tokens > rows:
+        raise InputError(
+            f"the tokenizer has {tokens:,} tokens, the model of stage {name!r} {rows:,}; expected at most as many: "
+            "enlarge the model (model.resize_token_embeddings; model.config.vocab_size in a configuration), or give "
+            "the tokenizer that belongs to it."
+        )
+
+
 def _configs(model: nn.Module) -> list[PretrainedConfig]:
     """Every configuration that the model's modules hold, each once and before those nested in it."""
     found: dict[int, PretrainedConfig] = {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import choices
+from .adapters import check_vocabulary
 from .config import Config, StageConfig
 from .corpus import Stream
 from .data import load_rows, stream_rows
@@ -147,13 +148,7 @@ class Run:
         if self.config.stages[name].task == "skip-gram" and self.objectives[name].unigrams is None:
             self.objectives[name] = self.objectives[name].fitted(self.rows(name))
         objective, limit = self.objectives[name], getattr(model.base_model.config, "max_position_embeddings", None)
-        vocabulary = model.get_input_embeddings().num_embeddings
-        if len(self.tokenizer) > vocabulary:
-            raise InputError(
-                f"the tokenizer {self.config.tokenizer!r} has {len(self.tokenizer):,} tokens, the model of stage "
-                f"{name!r} {vocabulary:,}; expected at most as many: set model.config.vocab_size, or give the "
-                "tokenizer that belongs to the model."
-            )
+        check_vocabulary(name, model, objective)
         if limit is None or (objective.max_length or self.tokenizer.model_max_length) <= limit:
             return objective
         if objective.max_length is not None:

@@ -170,6 +170,7 @@ class Link:
                 "stage needs all rows at hand."
             )
         self._check_finite()
+        adapters.check_vocabulary(stage.name, stage.model, stage.objective)
         self._leave_out_what_the_loss_ignores()
         self.recording = Recording.from_pretrained(stage.run, stage.name) if stage.link == "unrolled" else None
         if self.recording is not None:

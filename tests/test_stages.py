@@ -387,3 +387,10 @@ def test_an_encoder_that_did_not_move_has_no_alpha():
     frozen = automatic(before, model, toy_rows(1, 8), trainable="head").link("two")
     assert frozen.alpha is None
     assert "encoder.gain" not in frozen.ridge
+
+
+def test_a_tokenizer_that_the_model_has_no_room_for_is_refused():
+    """Only some of its rows would fail, and on a GPU without a word about tokens."""
+    small = tiny.model("bert", "masked", vocab_size=len(tiny.WORDS) - 1)
+    with pytest.raises(InputError, match=r"tokenizer has 25 tokens, the model of stage 'pre' 24.*resize_token_emb"):
+        MultiStageInfluence([Stage("pre", small, tiny.objective("masked"), tiny.rows(4))], progress=False)
