@@ -12,9 +12,8 @@ benchmarks/scoring.py with random weights, sentences are random words. Memory: t
 compared is the largest resident set of the main process. Bars: at least 1.8 times the sentences a second; at most 1.1
 times the memory. Nothing is downloaded.
 
-Throughput: a list of sentences is scored by one process with parts on disk, in float32, in float32 with TF32 matrix
-products (`torch.set_float32_matmul_precision("high")`) and in bfloat16; the error of the other two is against the
-first. A product is one with the Gauss-Newton matrix on 2,048 sentences.
+Throughput: a list of sentences is scored by one process with parts on disk, by precision and batch size; the error is
+against float32. A product is one with the Gauss-Newton matrix on 2,048 sentences.
 
 The simulation takes from this machine what a sentence costs outside of the model (reading and broadcasting, on the
 main process; tokenising, on each; writing, on the main process), counts the floating point operations of BERT-base,
@@ -65,7 +64,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     reader.add_argument("--simulate", action="store_true")
     reader.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
     reader.add_argument("--sentences", type=int, default=SENTENCES, help="of the comparison of speeds, of throughput")
-    reader.add_argument("--batch-size", type=int, default=256, help="of throughput")
+    reader.add_argument("--batch-size", type=int, nargs="+", default=[256, 1024], help="of throughput")
     reader.add_argument("--model", default="base", choices=[*MODELS], help="of throughput")
     reader.add_argument("--repeats", type=int, default=3)
     reader.add_argument("--tflops", type=float, default=20.0, help="sustained float32 TFLOP/s of a GPU")
@@ -190,7 +189,7 @@ def work(settings: argparse.Namespace) -> int:
 
 
 def throughput(settings: argparse.Namespace) -> None:
-    """A table of sentences a second, by precision."""
+    """A table of sentences a second, by precision and batch size."""
     import numpy as np
     import torch
     from tabulate import tabulate
@@ -201,53 +200,49 @@ def throughput(settings: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         rows = list(from_files([sentences(Path(folder), settings.sentences)]))
-    asked = query_of(settings.model, rows[:2048], settings.batch_size)
+    asked = query_of(settings.model, rows[:2048])
     (link,) = asked.chain.links
-    device, objective = link.engine.device, link.stage.objective
-    cuda = device.type == "cuda"
+    cuda = link.engine.device.type == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
     started = time.perf_counter()
-    for start in range(0, len(rows), settings.batch_size):
-        objective.collate(rows[start : start + settings.batch_size])
+    for start in range(0, len(rows), 64):
+        link.stage.objective.collate(rows[start : start + 64])
     collate = (time.perf_counter() - started) / len(rows)
 
-    def scored(dtype: str | None):
+    def scored(some: list[dict], **settings):
         with tempfile.TemporaryDirectory() as folder:
-            return asked.score(rows, output_dir=folder, dtype=dtype).influence()
+            return asked.score(some, output_dir=folder, **settings).influence()
 
-    table, exact, v = [], None, vectors.rademacher(link.model.parameters, 1, seed=SEED)
+    table, exact = [], None
+    for size in settings.batch_size:
+        for dtype in ("float32", "tf32", "bfloat16"):
+            scored(rows[: 2 * size], dtype=dtype, batch_size=size)  # what the first pass pays for
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            found = scored(rows, dtype=dtype, batch_size=size)
+            seconds = time.perf_counter() - started
+            peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else ""
+            exact = found if exact is None else exact
+            error = np.sqrt(((found - exact) ** 2).mean() / (exact**2).mean())
+            table.append([size, dtype, f"{len(rows) / seconds:,.0f}", f"{error:.1e}", peak])
+            print(" ".join(map(str, table[-1])), flush=True)
+    print(tabulate(table, ["batch", "precision", "sentences/s", "error", "peak memory"], tablefmt="github"))
+    times, v = [], vectors.rademacher(link.model.parameters, 1, seed=SEED)
     operator = link.curvature(rows[:2048])
-    for name, precision, dtype in (
-        ("float32", "highest", None),
-        ("float32, TF32 products", "high", None),
-        ("bfloat16", "highest", "bfloat16"),
-    ):
+    for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
-        asked.score(rows[: 4 * settings.batch_size], dtype=dtype)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        found = scored(dtype)
-        seconds = time.perf_counter() - started
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else ""
-        exact = found if exact is None else exact
-        error = np.sqrt(((found - exact) ** 2).mean() / (exact**2).mean())
-        product = ""
-        if dtype is None:
-            operator.matvec(v)
+        for _ in range(2):
             finish()
             started = time.perf_counter()
             operator.matvec(v)
             finish()
-            product = f"{time.perf_counter() - started:.2f} s"
-        rate = f"{len(rows) / seconds:,.0f}"
-        table.append([name, rate, f"{error:.1e}", product, peak])
-        print(f"{name}: {rate} sentences/s", flush=True)
-    print(tabulate(table, ["", "sentences/s", "error", "a product", "peak memory"], tablefmt="github"))
+        times.append(time.perf_counter() - started)
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(
-        f"{where}, torch {torch.__version__}: {settings.model} model, {len(rows):,} sentences in batches of "
-        f"{settings.batch_size}; tokenising {collate * 1e6:.0f} µs a sentence, in a thread ahead on a GPU"
+        f"a Gauss-Newton product on 2,048 sentences in batches of 64: {times[0]:.2f} s in float32, {times[1]:.2f} s "
+        f"with TF32 products; tokenising {collate * 1e6:.0f} µs a sentence, in a thread ahead on a GPU\n"
+        f"{where}, torch {torch.__version__}: {settings.model} model, {len(rows):,} sentences"
     )
 
 

@@ -176,8 +176,9 @@ class Corpus(Section):
     """so many random rows of that stage's data; null: all"""
     seed: int = 0
     """of the choice"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """of scoring; bfloat16 is measured against the model's own on some rows, and the error printed"""
+    dtype: Literal["float32", "tf32", "bfloat16"] | None = None
+    """of scoring; tf32 (matrix products of a GPU) and bfloat16 are measured against the model's own precision on some
+    rows, and the error printed"""
     part_rows: Count = 4096
     """rows a part of a scoring under way: what an interruption can cost"""
 

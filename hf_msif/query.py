@@ -79,7 +79,8 @@ class Query:
                 changed in the meantime is refused by name.
             keep: only so many rows of largest, smallest and least absolute influence, with moments and a histogram of
                 all of them: for corpora whose scores need not all be kept.
-            dtype: "bfloat16" computes in it where autocast does; its error is measured, printed and in the metadata.
+            dtype: "tf32" has matrix products of float32 in it, where a GPU can; "bfloat16" computes in it where
+                autocast does. The error is measured, printed and in the metadata as `dtype_error`.
             part_rows: rows a part, which is what an interruption can cost; 4,096 by default.
 
         Returns:

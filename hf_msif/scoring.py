@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PART_ROWS = 4096
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "tf32", "bfloat16")
 COMPARED = 64  # rows scored in both precisions
 
 
@@ -59,12 +59,13 @@ def score(
     _check(batch_size, keep, dtype, part_rows, resume, output_dir)
     source = as_corpus(corpus, "the corpus")
     engine, size = link.engine, batch_size or link.stage.batch_size
-    scorer = _Scorer(query, link, size, DTYPES[dtype or "float32"])
+    scorer = _Scorer(query, link, size, None if dtype == "float32" else dtype)
     path = None if output_dir is None else Path(output_dir) / _file_name(query, link)
     with engine.together():
         sink = _sink(scorer, path, resume, keep, dtype, part_rows) if path is None or engine.is_main else None
-    # Enough rows at a time that sorting them by length pays, on every process.
-    parts_a_round = max(1, math.ceil(4 * size * engine.processes / part_rows))
+    # Enough rows at a time that sorting them by length pays, on every process, and that what happens once a round
+    # (its first batch is waited for, results are gathered) is little.
+    parts_a_round = math.ceil(16 * size * engine.processes / part_rows)
     done, started, error = 0, time.perf_counter(), None
     total = None if isinstance(source, Stream) else len(source)
     bar = engine.bar(total=total, desc=f"scoring {link.stage.name}", unit=" sentences")
@@ -77,7 +78,7 @@ def score(
             todo = engine.broadcast(todo)
             pending = [row for n in todo for row in numbered[n]]
             if pending:
-                if scorer.autocast and error is None:
+                if scorer.dtype and error is None:
                     error = scorer.error(pending)
                 found = scorer.measured(pending, bar)
                 with engine.together():
@@ -91,7 +92,7 @@ def score(
             engine.log({"scored": done, "sentences_a_second": done / (time.perf_counter() - started)}, done)
     metadata = scorer.metadata | {"columns": query.columns}
     if error is not None:
-        metadata["bfloat16_error"] = error
+        metadata["dtype_error"] = {"dtype": dtype, **error}
     with engine.together():
         while written:
             written.pop().result()
@@ -152,20 +153,20 @@ class _Found:
 class _Scorer:
     """A query's stage at work on rows."""
 
-    def __init__(self, query: Query, link: Link, batch_size: int, autocast: torch.dtype | None):
+    def __init__(self, query: Query, link: Link, batch_size: int, dtype: str | None):
         self.query, self.link, self.engine = query, link, link.engine
-        self.objective, self.batch_size, self.autocast = link.stage.objective, batch_size, autocast
+        self.objective, self.batch_size, self.dtype = link.stage.objective, batch_size, dtype
         self.u = query.solutions[link.stage.name]
         self.count = query.facts[link.stage.name]["N"]
 
-    def measured(self, rows: list[dict], bar=None, autocast: bool = True) -> _Found:
+    def measured(self, rows: list[dict], bar=None, reduced: bool = True) -> _Found:
         """Every process scores its share; all of them get everything."""
         mine: list[tuple[list[int], np.ndarray]] = []
         with self.engine.together():
             recorded = self._recorded(rows) if self.link.recording is not None else None
             for indices, batch in self.engine.batches(rows, self.objective.collate, self.batch_size):
                 known = None if recorded is None else recorded[indices]
-                values = self._batch(batch, known, autocast)
+                values = self._batch(batch, known, self.dtype if reduced else None)
                 _check_finite(values, [rows[i] for i in indices])
                 cut = batch.get("truncated", torch.zeros(len(indices))).to(values)
                 mine.append((indices, torch.column_stack([values, cut]).cpu().numpy()))
@@ -177,11 +178,10 @@ class _Scorer:
         values = values[np.argsort(order)]
         return _Found(values[:, 2:-1], values[:, 0], values[:, 1], values[:, -1])
 
-    def _batch(self, batch: dict, recorded: torch.Tensor | None, autocast: bool) -> torch.Tensor:
+    def _batch(self, batch: dict, recorded: torch.Tensor | None, dtype: str | None) -> torch.Tensor:
         """(B, 2 + Q) in float64: loss, terms, influences."""
         evaluation = Evaluation(self.link.model, self.objective, batch)
-        low = self.autocast if autocast else None
-        with torch.autocast(self.engine.device.type, dtype=low) if low else nullcontext():
+        with _computing_in(dtype, self.engine.device):
             if recorded is not None:
                 with torch.no_grad():
                     sums, counts = evaluation.losses({})
@@ -200,19 +200,19 @@ class _Scorer:
         return frame_of(rows, found.influence[own], self.count, columns, column)
 
     def error(self, rows: list[dict]) -> dict[str, Any]:
-        """Of bfloat16 against the model's own dtype, on some of the rows: the root mean square of the differences in
-        units of that of the influences, and the rank correlation; worst column."""
+        """Of the reduced precision against the model's own, on some of the rows: the root mean square of the
+        differences in units of that of the influences, and the rank correlation; worst column."""
         from scipy.stats import spearmanr
 
         some = rows[:: max(1, len(rows) // COMPARED)][:COMPARED]
-        low, high = (self.measured(some, autocast=on).influence for on in (True, False))
+        low, high = (self.measured(some, reduced=on).influence for on in (True, False))
         size = np.sqrt((high**2).mean(0)).clip(min=np.finfo(float).tiny)
         relative = float((np.sqrt(((low - high) ** 2).mean(0)) / size).max())
         ranks = [spearmanr(x, y).statistic for x, y in zip(low.T, high.T, strict=True)] if len(some) > 2 else [np.nan]
         found = {"rows": len(some), "relative": relative, "rank_correlation": float(min(ranks))}
         if self.engine.is_main:
             print(
-                f"bfloat16 against {next(iter(self.u.values())).dtype} on {len(some)} rows: relative error "
+                f"{self.dtype} against {next(iter(self.u.values())).dtype} on {len(some)} rows: relative error "
                 f"{relative:.1e}, rank correlation {found['rank_correlation']:.4f}"
             )
         return found
@@ -249,6 +249,20 @@ class _Scorer:
     @cached_property
     def _places(self) -> dict[Any, tuple[int, str]]:
         return {row["example_id"]: (i, digest(row)) for i, row in enumerate(self.link.rows)}
+
+
+@contextmanager
+def _computing_in(dtype: str | None, device: torch.device) -> Iterator[None]:
+    if dtype == "tf32":  # matrix products alone, where the hardware has them
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+    else:
+        with torch.autocast(device.type, dtype=torch.bfloat16) if dtype else nullcontext():
+            yield
 
 
 def _check_finite(values: torch.Tensor, rows: list[dict]) -> None:

@@ -219,7 +219,7 @@ def test_the_error_of_bfloat16_is_measured(expected, capsys):
         warnings.simplefilter("ignore")
         asked = distributed.chain(torch.float32).query(distributed.TESTS)
     exact, low = asked.score(CORPUS), asked.score(CORPUS, dtype="bfloat16")
-    error = low.metadata["bfloat16_error"]
+    error = low.metadata["dtype_error"]
     gaps = [
         np.sqrt(((low.influence(q) - exact.influence(q)) ** 2).mean() / (exact.influence(q) ** 2).mean())
         for q in range(3)
@@ -228,7 +228,19 @@ def test_the_error_of_bfloat16_is_measured(expected, capsys):
     assert error["relative"] == pytest.approx(max(gaps), rel=1e-3)  # all rows are compared, there are so few
     assert error["rank_correlation"] > 0.95
     assert f"on 24 rows: relative error {error['relative']:.1e}" in capsys.readouterr().out
-    assert "bfloat16_error" not in exact.metadata
+    assert "dtype_error" not in exact.metadata
+
+
+def test_tf32_is_asked_for_while_scoring_alone(query, monkeypatch):
+    seen, before = [], torch.get_float32_matmul_precision()
+    inside = scoring.directional
+    monkeypatch.setattr(
+        scoring, "directional", lambda *args: seen.append(torch.get_float32_matmul_precision()) or inside(*args)
+    )
+    found = query.score(CORPUS, dtype="tf32")
+    assert set(seen) == {"high", before}  # some rows are scored in both
+    assert torch.get_float32_matmul_precision() == before != "high"
+    assert found.metadata["dtype_error"]["dtype"] == "tf32"
 
 
 # Files that are read when they are asked for ------------------------------------------------------------------------
