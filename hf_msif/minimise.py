@@ -14,7 +14,7 @@ import torch
 
 from . import vectors
 from .errors import InputError
-from .solvers import Dense
+from .solvers.dense import written_out
 from .vectors import Block
 
 
@@ -80,9 +80,11 @@ def lbfgs(target: Target, tol: float, max_iter: int, bar) -> tuple[State, int]:
 class Preconditioner:
     """M⁻¹ = V diag(1/|e|) Vᵀ of a written-out Hessian V diag(e) Vᵀ: CG on a Hessian nearby takes few steps."""
 
-    def __init__(self, target: Target, dense_limit: int):
-        factors = Dense(max_parameters=dense_limit).init(target)
-        self.eigenvalues, self.basis = factors.eigenvalues, factors.eigenvectors
+    def __init__(self, target: Target):
+        # Where the losses vanish (separable classes without a decay) so does the Hessian, and what rounding leaves of
+        # the terms that cancel in it need not be symmetric.
+        matrix = written_out(target)
+        self.eigenvalues, self.basis = torch.linalg.eigh((matrix + matrix.T) / 2)
         size = self.eigenvalues.abs()
         # The softmax's common shift of all biases has no curvature at all, and no gradient either.
         self._inverse = 1 / size.clamp(min=float(size.max()) * 1e-8)
@@ -146,7 +148,7 @@ class Newton:
 
     def factorise(self) -> None:
         """Writes the Hessian out where the point is, and preconditions with it from here on."""
-        self.preconditioner, self.since, self.radius = Preconditioner(self.target, self.dense_limit), 0, 1.0
+        self.preconditioner, self.since, self.radius = Preconditioner(self.target), 0, 1.0
         self.smallest = float(self.preconditioner.eigenvalues[0])
 
     def step(self) -> bool:

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from sklearn.linear_model import LogisticRegression
 from toy import ToyObjective, example_losses, minimise, toy, toy_rows
@@ -281,3 +282,13 @@ def test_every_retraining_nearby_arrives():
         report = training.polish(model, ToyObjective(), MORE, **settings)
         assert report.reached
         assert not report.negative_curvature
+
+
+def test_a_hessian_that_has_vanished_with_the_losses_is_written_out():
+    """Separable classes and no decay: what is left of the Hessian is rounding, and need not be symmetric."""
+    model, tweets = tiny.model("bert", "classification"), tiny.rows(6, seed=2)
+    report = training.polish(
+        model, tiny.objective("classification"), tweets, trainable=["bert.pooler.*", "classifier.*"], factorise=True
+    )
+    assert report.objective < 1e-6
+    assert report.smallest_ritz is not None

@@ -23,6 +23,18 @@ class Factorisation(NamedTuple):
     eigenvectors: Tensor
 
 
+def written_out(operator: Operator, chunk: int = 64) -> Tensor:
+    """A in float64, (P, P), by products with `chunk` unit vectors at a time; symmetric as far as its products are."""
+    like, size = vectors.stack([operator.parameters]), dimension(operator)
+    device = vectors.flatten(like).device
+    rows = []
+    for index in torch.arange(size, device=device).split(chunk):
+        units = torch.zeros(len(index), size, device=device).scatter_(1, index[:, None], 1.0)
+        block = vectors.unflatten(units, like)
+        rows.append(vectors.flatten(Counted(operator, block)(block, index - index[0])).double())
+    return torch.cat(rows)
+
+
 @dataclass(frozen=True)
 class Dense:
     """(A + λI)u = b with A written out from P products with unit vectors, symmetrised, and decomposed in float64.
@@ -68,16 +80,9 @@ class Dense:
                 f"Dense would write out a {size} × {size} matrix; its limit is max_parameters={self.max_parameters}: "
                 "use CG or MinRes, restrict the trainable parameters, or raise the limit."
             )
-        like = vectors.stack([operator.parameters])
-        device = vectors.flatten(like).device
-        rows = []
-        for index in torch.arange(size, device=device).split(self.chunk):
-            units = torch.zeros(len(index), size, device=device).scatter_(1, index[:, None], 1.0)
-            block = vectors.unflatten(units, like)
-            rows.append(vectors.flatten(Counted(operator, block)(block, index - index[0])).double())
-        matrix = torch.cat(rows)
+        matrix = written_out(operator, self.chunk)
         asymmetry = ((matrix - matrix.T).norm() / matrix.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
-        if asymmetry > eps(like) ** 0.5:
+        if asymmetry > eps(operator.parameters) ** 0.5:
             raise InputError(
                 f"The operator is not symmetric: ‖A − Aᵀ‖/‖A‖ = {asymmetry:.1e}, beyond rounding. Does every product "
                 "see the same examples, with the same masks and without dropout?"
