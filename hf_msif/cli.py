@@ -171,6 +171,8 @@ def _configured(given: argparse.Namespace, config) -> dict:
         return report
     more = {"resume": given.resume, "keep": _kept(given.keep)} if given.command == "score" else {}
     report = getattr(commands, given.command)(run, **more)
+    if "accelerator" in vars(run):
+        run.accelerator.end_training()  # trackers write what they hold, and processes part in order
     if given.command == "query":
         for name, stage in report["stages"].items():
             print(f"{name}: {stage['text']}")

@@ -108,7 +108,7 @@ def test_linear_and_symmetric(kind):
 def test_ridge_is_added_to_the_diagonal(kind):
     """Numbers, and tensors that broadcast: over rows, as where a resize added some."""
     rows = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
-    ridge = {"head.bias": 0.3, "encoder.upper.weight": rows}
+    ridge = {"head.bias": 0.3, "encoder.upper.weight": rows.to(Engine(progress=False).device)}
     names = ("encoder.upper.weight", "head.weight", "head.bias")
     difference = matrix(operator(kind, names, ridge=ridge)) - matrix(operator(kind, names))
     expected = torch.cat(
@@ -250,7 +250,8 @@ def frozen(request):
 
     def make():
         inner = Uncounted(objective) if request.param else objective
-        return GaussNewton(FunctionalModel(model), inner, rows, names, Engine(progress=False), 2)
+        engine = Engine(progress=False)
+        return GaussNewton(FunctionalModel(model, engine.device), inner, rows, names, engine, 2)
 
     return make
 
