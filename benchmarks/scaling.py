@@ -67,7 +67,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     reader.add_argument("--batch-size", type=int, nargs="+", default=[256, 1024], help="of throughput")
     reader.add_argument("--model", default="base", choices=[*MODELS], help="of throughput")
     reader.add_argument("--repeats", type=int, default=3)
-    reader.add_argument("--tflops", type=float, default=20.0, help="sustained float32 TFLOP/s of a GPU")
+    reader.add_argument("--tflops", type=float, default=59.0, help="sustained TFLOP/s of a GPU; an H100: 59, TF32 128")
     reader.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of the network at a GPU")
     reader.add_argument("--latency", type=float, default=30.0, help="µs of a step of a collective")
     reader.add_argument("--queries", type=int, default=1)
@@ -303,13 +303,14 @@ def simulate(settings: argparse.Namespace) -> None:
     examples, iterations = 2048, 200
     table = []
     for gpus in (1, 8, 64, 512):
-        compute = (one + tokenise) / gpus
-        each = max(read, compute + (broadcast if gpus > 1 else 0.0) + write)  # reading goes on meanwhile
+        # Threads read, collate and write meanwhile, but those of the main process take turns.
+        main = read + write + (broadcast if gpus > 1 else 0.0) + tokenise / gpus
+        each = max(one / gpus, main)
         # a ring: 2 (n − 1)/n of the float64 sum over the slowest link, 2 (n − 1) steps
         ring = 2 * (gpus - 1) / gpus * 8 * parameters * settings.queries / (settings.bandwidth * 1e9)
         ring += 2 * (gpus - 1) * settings.latency * 1e-6
         solve = iterations * (examples * product / gpus + (ring if gpus > 1 else 0.0))
-        hours, best = each * CORPUS / 3600, (one + tokenise + write) * CORPUS / 3600
+        hours, best = each * CORPUS / 3600, max(one, read + write + tokenise) * CORPUS / 3600
         table.append([gpus, f"{hours:.2f} h", f"{1 / each:,.0f}", f"{best / hours / gpus:.0%}", f"{solve:.0f} s"])
     heads = ["GPUs", f"{CORPUS:,} sentences", "sentences/s", "efficiency", f"{iterations} products"]
     print(tabulate(table, heads, tablefmt="github"))
