@@ -209,9 +209,9 @@ def throughput(settings: argparse.Namespace) -> None:
         link.stage.objective.collate(rows[start : start + 64])
     collate = (time.perf_counter() - started) / len(rows)
 
-    def scored(some: list[dict], **settings):
+    def scored(some: list[dict], **how):
         with tempfile.TemporaryDirectory() as folder:
-            return asked.score(some, output_dir=folder, **settings).influence()
+            return asked.score(some, output_dir=folder, **how).influence()
 
     table, exact = [], None
     for size in settings.batch_size:
@@ -230,8 +230,8 @@ def throughput(settings: argparse.Namespace) -> None:
     print(tabulate(table, ["batch", "precision", "sentences/s", "error", "peak memory"], tablefmt="github"))
     times, v = [], vectors.rademacher(link.model.parameters, 1, seed=SEED)
     operator = link.curvature(rows[:2048])
-    for precision in ("highest", "high"):
-        torch.set_float32_matmul_precision(precision)
+    for precision in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = precision
         for _ in range(2):
             finish()
             started = time.perf_counter()

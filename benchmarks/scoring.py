@@ -165,7 +165,7 @@ def sentences(words: list[str], number: int, seed: int) -> list[dict]:
 
 
 def batches(rows: list[dict], objective, settings: argparse.Namespace) -> list[dict]:
-    """As `Engine.batches` makes them: longest first."""
+    """About as `Engine.batches` makes them: rows of like length together, the longest first."""
     rows, size = sorted(rows, key=lambda row: len(row["text"]), reverse=True), settings.batch_size
     made = [objective.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     return [{key: value.to(settings.device) for key, value in batch.items()} for batch in made]

@@ -144,6 +144,19 @@ def _run(given: argparse.Namespace, rest: list[str]) -> dict:
     return demo(given.output_dir, given.seed, quiet=given.json)
 
 
+@contextlib.contextmanager
+def _ending(run):
+    """Trackers write what they hold, whatever happens, and processes part in order if nothing does."""
+    try:
+        yield
+    except BaseException:
+        for tracker in run.accelerator.trackers if "accelerator" in vars(run) else ():
+            tracker.finish()
+        raise
+    if "accelerator" in vars(run):
+        run.accelerator.end_training()
+
+
 def _configured(given: argparse.Namespace, config) -> dict:
     """One of the commands that take a configuration."""
     import transformers
@@ -170,9 +183,8 @@ def _configured(given: argparse.Namespace, config) -> dict:
         print(report["text"])
         return report
     more = {"resume": given.resume, "keep": _kept(given.keep)} if given.command == "score" else {}
-    report = getattr(commands, given.command)(run, **more)
-    if "accelerator" in vars(run):
-        run.accelerator.end_training()  # trackers write what they hold, and processes part in order
+    with _ending(run):
+        report = getattr(commands, given.command)(run, **more)
     if given.command == "query":
         for name, stage in report["stages"].items():
             print(f"{name}: {stage['text']}")

@@ -180,7 +180,7 @@ class Corpus(Section):
     """of scoring; tf32 (matrix products of a GPU) and bfloat16 are measured against the model's own precision on some
     rows, and the error printed"""
     part_rows: Count = 4096
-    """rows a part of a scoring under way: what an interruption can cost"""
+    """rows a part of a scoring under way; an interruption costs those in hand, sixteen batches a process or a part"""
 
 
 class Validation(Section):

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 # One batch more for every process, where the largest load falls by more than this.
 WORTH_A_BATCH = 0.25
+CHARACTERS = 6  # of a token, at most about
+
+
+def cost(row: Mapping[str, Any], objective: Any) -> float:
+    """What a row costs: the characters of the text that the objective reads, as far as it reads them; without a
+    `text_column` all rows cost alike.
+
+    >>> from types import SimpleNamespace
+    >>> cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128))
+    768
+    """
+    text = row.get(getattr(objective, "text_column", None))
+    if not isinstance(text, str):
+        return 0
+    limit = getattr(objective, "max_length", None) or getattr(
+        getattr(objective, "tokenizer", None), "model_max_length", math.inf
+    )
+    return min(len(text), CHARACTERS * limit)
 
 
 def deal(costs: Sequence[float], size: int, processes: int) -> list[list[list[int]]]:
@@ -16,26 +36,29 @@ def deal(costs: Sequence[float], size: int, processes: int) -> list[list[list[in
 
     A batch costs its number of rows times its costliest one, since all are padded to that. Rows sorted by cost are cut
     into ⌈n/(size · processes)⌉ batches a process so that the costliest batch is as cheap as it can be, and these are
-    given away, the costliest first, to whoever has least (Graham's rule). A process's batches come costliest first.
+    given away, the costliest first, to whoever has least (Graham's rule): its costliest batch comes first.
 
     >>> deal([1, 9, 1, 1, 9, 1, 1, 1], size=4, processes=2)
-    [[[1], [0, 2, 3]], [[4], [5, 6, 7]]]
+    [[[1], [0, 2, 3, 5]], [[4], [6, 7]]]
     """
     values = np.maximum(np.asarray(costs, dtype=float), 1.0)  # rows without a cost count alike
     order = np.argsort(-values, kind="stable")
     values = values[order]
     least = -(-len(values) // (size * processes))
-    loads, shares = _dealt(values, size, processes, least)
+    load, shares = _dealt(values, size, processes, least)
     if processes > 1 and least:
-        other, more = _dealt(values, size, processes, least + 1)
-        if max(other) < (1 - WORTH_A_BATCH) * max(loads):
+        finer, more = _dealt(values, size, processes, least + 1)
+        if finer < (1 - WORTH_A_BATCH) * load:
             shares = more
     return [[order[start:end].tolist() for start, end in share] for share in shares]
 
 
 def _dealt(values: np.ndarray, size: int, processes: int, each: int):
-    """Loads and intervals of every process, with at most so many batches for each in the mean."""
-    low, high = 0.0, float(values[0] * size) if len(values) else 0.0
+    """The largest load, and every process's intervals: at most so many batches for each in the mean."""
+    # The costliest row is in a batch: none can be cheaper.
+    low, high = (float(values[0]), float(values[0] * size)) if len(values) else (0.0, 0.0)
+    if len(_cut(values, size, low)) <= each * processes:
+        high = low
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
         if len(_cut(values, size, middle)) <= each * processes:
@@ -48,7 +71,7 @@ def _dealt(values: np.ndarray, size: int, processes: int, each: int):
         load, rank = heapq.heappop(loads)
         shares[rank].append(interval)
         heapq.heappush(loads, (load + cost, rank))
-    return [load for load, _ in loads], shares
+    return max(loads)[0], shares
 
 
 def _cut(values: np.ndarray, size: int, budget: float) -> list[tuple[int, int]]:

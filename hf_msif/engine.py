@@ -19,7 +19,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from .dealing import deal
+from .dealing import cost, deal
 from .errors import InputError, ProcessError
 from .vectors import Block, across
 
@@ -51,18 +51,18 @@ class Engine:
 
     # --- shards
 
-    def deal(self, rows: Sequence[dict], size: int) -> list[list[int]]:
-        """This process's batches as row indices, the longest rows first; see `dealing.deal`."""
-        return deal([length(row) for row in rows], size, self.processes)[self.rank]
+    def share(self, rows: Sequence[dict], objective: Any, size: int) -> list[list[int]]:
+        """This process's batches as row indices, the costliest first; see `dealing`."""
+        return deal([cost(row, objective) for row in rows], size, self.processes)[self.rank]
 
     def batches(
-        self, rows: Sequence[dict], collate: Callable, batch_size: int
+        self, rows: Sequence[dict], objective: Any, batch_size: int, collate: Callable | None = None
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """This process's batches as (row indices, batch on the device).
+        """This process's batches as (row indices, batch on the device); `collate` in the place of the objective's.
 
         While an accelerator computes, a thread makes the next one: tokenising would take as long as the derivatives.
         """
-        mine = self.deal(rows, batch_size)
+        mine, collate = self.share(rows, objective, batch_size), collate or objective.collate
         # On a CPU a thread would take from the cores that compute.
         each = map if self.device.type == "cpu" else _one_ahead
         made = each(lambda indices: collate([rows[i] for i in indices]), mine)
@@ -267,11 +267,6 @@ def new_accelerator(**settings):
 def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on a device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def length(row: dict) -> int:
-    """What a row costs: the length of its text, 0 for an image."""
-    return max((len(value) for value in row.values() if isinstance(value, str)), default=0)
 
 
 def _one_ahead(make: Callable, items: Iterable) -> Iterator:

@@ -167,7 +167,7 @@ class MultiStageInfluence:
         found: list[tuple[int, float]] = []
 
         def parts() -> Iterator[Block]:
-            for indices, batch in self.engine.batches(rows, last.stage.objective.collate, size):
+            for indices, batch in self.engine.batches(rows, last.stage.objective, size):
                 evaluation = Evaluation(last.model, last.stage.objective, batch)
                 found.extend(zip(indices, evaluation.losses({})[0].tolist(), strict=True))
                 own = gradient(evaluation, names)

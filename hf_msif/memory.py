@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import vectors
+from .autodiff import Evaluation
 from .curvature import Curvature
 from .errors import InputError
 from .solvers import Dense, Identity
@@ -35,15 +36,21 @@ def solver_bytes(link: Link, solver: Any, columns: int, processes: int) -> int:
 
 
 def activation_bytes(operator: Curvature) -> int:
-    """What autograd keeps for a product on the largest batch of this process, measured."""
+    """What autograd keeps for a product on that batch of this process that has most of it, measured."""
     if not operator.evaluations:
         return 0
-    evaluation = operator.evaluations[0]  # the longest rows
+    evaluation = max(operator.evaluations, key=_attended)
     v = vectors.rademacher(operator.parameters, 1, seed=0)
     known = {p.untyped_storage()._cdata for p in operator.model.parameters.values()}
     with operator.model.evaluating(), _saved(known) as kept:
         operator._product(evaluation, v)
     return sum(kept.values())
+
+
+def _attended(evaluation: Evaluation) -> int:
+    """Rows times length squared of the widest tensor of a batch, as attention has it."""
+    shapes = [t.shape for t in evaluation.batch.values() if isinstance(t, Tensor) and t.dim() > 1]
+    return max((shape[0] * shape[1] ** 2 for shape in shapes), default=0)
 
 
 @contextmanager

@@ -77,6 +77,9 @@ def lbfgs(target: Target, tol: float, max_iter: int, bar) -> tuple[State, int]:
     return target.at(best[0].point), optimizer.state[tensors[0]].get("n_iter", 0)
 
 
+IDLE = 5  # tries below rounding without a smaller gradient
+
+
 class Preconditioner:
     """M⁻¹ = V diag(1/|e|) Vᵀ of a written-out Hessian V diag(e) Vᵀ: CG on a Hessian nearby takes few steps."""
 
@@ -87,7 +90,7 @@ class Preconditioner:
         self.eigenvalues, self.basis = torch.linalg.eigh((matrix + matrix.T) / 2)
         size = self.eigenvalues.abs()
         # The softmax's common shift of all biases has no curvature at all, and no gradient either.
-        self._inverse = 1 / size.clamp(min=float(size.max()) * 1e-8)
+        self._inverse = 1 / size.clamp(min=float(size.max()) * 1e-8 or 1.0)
 
     def __call__(self, r: Block) -> Block:
         flat = vectors.flatten(r).double()
@@ -145,6 +148,7 @@ class Newton:
         self.radius, self.since = 1.0, 0
         self.smallest: float | None = None
         self.negative = False
+        self.best, self.idle = state, 0  # by F; where rounding rules by its gradient, and how many tries it has been
 
     def factorise(self) -> None:
         """Writes the Hessian out where the point is, and preconditions with it from here on."""
@@ -152,15 +156,15 @@ class Newton:
         self.smallest = float(self.preconditioner.eigenvalues[0])
 
     def step(self) -> bool:
-        """One accepted step; False when rounding lets none through."""
-        while True:
+        """One accepted step; False when rounding lets none through, or none that is any better."""
+        while self.idle < IDLE and self.radius >= 1e-12:
             if self.since > self.size / 4 and self.size <= self.dense_limit:
                 # P products of a block are cheaper than as many products one by one: more CG would not pay.
                 self.factorise()
             step, length, predicted = self._direction()
             trial = self.target.at(vectors.add(self.state.point, step))
             noise = 50 * torch.finfo(self.target.dtype).eps * max(1.0, abs(self.state.value))
-            if not math.isfinite(trial.value):  # too far: overflow
+            if not math.isfinite(trial.value + trial.norm) or not predicted > 0:  # too far: overflow; or nowhere to go
                 ratio = -math.inf
             elif predicted <= noise:  # F cannot tell any more; its gradients at both ends can (trapezoidal rule)
                 ratio = -0.5 * (_dot(self.state.gradient, step) + _dot(trial.gradient, step)) / predicted
@@ -171,12 +175,22 @@ class Newton:
                 self.radius = 0.25 * length
             elif ratio > 0.75 and on_boundary:
                 self.radius = 2 * self.radius
-            if ratio > 1e-4:
+            accepted = ratio > 1e-4
+            if accepted and (predicted > noise or trial.norm < self.best.norm):
+                self.best, self.idle = trial, 0
+            elif not predicted > noise:
+                self.idle += 1
+            if accepted:
                 self.state = trial
                 return True
             self.target.at(self.state.point)
-            if self.radius < 1e-12:
-                return False
+        return False
+
+    def finish(self) -> None:
+        """Back to the best point, where the last steps led away from it."""
+        if self.state is not self.best:
+            self.state = self.best
+            self.target.at(self.state.point)
 
     def _direction(self) -> tuple[Block, float, float]:
         """The step, its length in the norm of M, and the decrease of F that the quadratic model predicts."""

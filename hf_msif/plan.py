@@ -94,7 +94,7 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
         examples = min(examples or len(link.rows), len(link.rows))
     wanted = min(4 * batch_size, examples)
     rows = first(link.rows, wanted) if isinstance(link.rows, Stream) else link.subset(wanted)
-    batches = list(link.engine.batches(rows, stage.objective.collate, batch_size))
+    batches = list(link.engine.batches(rows, stage.objective, batch_size))
     indices, batch = batches[len(batches) // 2]
     operator = link.curvature([rows[i] for i in indices])
     v = vectors.rademacher(operator.parameters, columns, seed=0)
@@ -124,7 +124,7 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
         "score_seconds_a_row": score,
         "vector_bytes": vector_bytes,
         "solver_bytes": solver_bytes(link, solver, columns, processes),
-        "activation_bytes": activation_bytes(link.curvature([rows[i] for i in batches[0][0]])),
+        "activation_bytes": activation_bytes(link.curvature(rows)),
         "memo_bytes": int(kept * memo) if products else 0,
         "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
     }

@@ -188,6 +188,7 @@ def polish(
             steps += 1
             bar.set_postfix(gradient=f"{search.state.norm:.1e}", refresh=False)
             bar.update()
+        search.finish()
         if factorise and search.size <= dense_limit:
             search.factorise()
     write(model, target.parameters)

@@ -81,7 +81,8 @@ class Query:
                 all of them: for corpora whose scores need not all be kept.
             dtype: "tf32" has matrix products of float32 in it, where a GPU can; "bfloat16" computes in it where
                 autocast does. The error is measured, printed and in the metadata as `dtype_error`.
-            part_rows: rows a part, which is what an interruption can cost; 4,096 by default.
+            part_rows: rows a part; 4,096 by default. What an interruption can cost is the rounds in hand: the parts
+                that are scored, sixteen batches a process or one part at least, and those that are written.
 
         Returns:
             `Scores` with `influence` = ∂f/∂ε (eq. (6), positive = harmful) and `removal_effect` = −influence / N.

@@ -263,7 +263,7 @@ class Replay:
             parts, device = [], self.engine.device
             shares = [range(start, min(len(rows), start + size)) for start in range(0, len(rows), size)]
             if self.shared:
-                shares = self.engine.deal([self.rows[i] for i in rows], size)
+                shares = self.engine.share([self.rows[i] for i in rows], objective, size)
             with torch.no_grad(), self.model.evaluating(), self._alone():
                 for share in shares:
                     some = [rows[i] for i in share]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -69,11 +69,11 @@ def score(
     done, started, error = 0, time.perf_counter(), None
     total = None if isinstance(source, Stream) else len(source)
     bar = engine.bar(total=total, desc=f"scoring {link.stage.name}", unit=" sentences")
-    with bar, link.model.evaluating(), ThreadPoolExecutor(1) as writer:
-        written: list[Future] = []  # while a round is scored, the one before it is written
+    with bar, link.model.evaluating(), _Writer() as writer:
         for rows in engine.rounds(source, parts_a_round * part_rows):
             numbered = {(done + i) // part_rows: rows[i : i + part_rows] for i in range(0, len(rows), part_rows)}
             with engine.together():
+                writer.check()
                 todo = [n for n, some in numbered.items() if sink.missing(n, some)] if sink is not None else None
             todo = engine.broadcast(todo)
             pending = [row for n in todo for row in numbered[n]]
@@ -82,26 +82,51 @@ def score(
                     error = scorer.error(pending)
                 found = scorer.measured(pending, bar)
                 with engine.together():
-                    while written:
-                        written.pop().result()
+                    writer.wait()
                     if sink is not None:
-                        written.append(writer.submit(_hand_over, scorer, sink, todo, numbered, found))
+                        writer.start(_hand_over, scorer, sink, todo, numbered, found)
             done += len(rows)
             bar.n = done
             bar.refresh()
             engine.log({"scored": done, "sentences_a_second": done / (time.perf_counter() - started)}, done)
+        with engine.together():
+            writer.wait()
     metadata = scorer.metadata | {"columns": query.columns}
     if error is not None:
         metadata["dtype_error"] = {"dtype": dtype, **error}
-    with engine.together():
-        while written:
-            written.pop().result()
     if path is None:
         return sink.scores(metadata)
     with engine.together():
         if engine.is_main:
             sink.finish(-(-done // part_rows), metadata)
     return Scores.from_parquet(path)
+
+
+class _Writer:
+    """One write at a time, in a thread, while the next round is scored."""
+
+    def __enter__(self) -> _Writer:
+        self.pool, self.pending = ThreadPoolExecutor(1), None
+        return self
+
+    def start(self, write: Callable, *arguments) -> None:
+        self.pending: Future | None = self.pool.submit(write, *arguments)
+
+    def check(self) -> None:
+        """Raises what a write that has ended raised."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.pool.shutdown()
+        failed = self.pending.exception() if self.pending is not None else None
+        if failed is not None:  # then the block has failed, too
+            error.add_note(f"Writing the scores before failed as well: {failed}")
 
 
 def _check(batch_size, keep, dtype, part_rows, resume, output_dir) -> None:
@@ -162,16 +187,17 @@ class _Scorer:
     def measured(self, rows: list[dict], bar=None, reduced: bool = True) -> _Found:
         """Every process scores its share; all of them get everything."""
         mine: list[tuple[list[int], np.ndarray]] = []
+        end = len(rows) + (bar.n if bar is not None else 0)
         with self.engine.together():
             recorded = self._recorded(rows) if self.link.recording is not None else None
-            for indices, batch in self.engine.batches(rows, self.objective.collate, self.batch_size):
+            for indices, batch in self.engine.batches(rows, self.objective, self.batch_size):
                 known = None if recorded is None else recorded[indices]
                 values = self._batch(batch, known, self.dtype if reduced else None)
                 _check_finite(values, [rows[i] for i in indices])
                 cut = batch.get("truncated", torch.zeros(len(indices))).to(values)
                 mine.append((indices, torch.column_stack([values, cut]).cpu().numpy()))
                 if bar is not None:
-                    bar.update(len(indices) * self.engine.processes)
+                    bar.update(min(len(indices) * self.engine.processes, end - bar.n))
         own = [(np.concatenate([i for i, _ in mine]), np.concatenate([v for _, v in mine]))] if mine else []
         found = self.engine.gather(own)
         order, values = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -254,12 +280,11 @@ class _Scorer:
 @contextmanager
 def _computing_in(dtype: str | None, device: torch.device) -> Iterator[None]:
     if dtype == "tf32":  # matrix products alone, where the hardware has them
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
+        before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.backends.cuda.matmul.fp32_precision = before
     else:
         with torch.autocast(device.type, dtype=torch.bfloat16) if dtype else nullcontext():
             yield

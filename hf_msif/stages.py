@@ -409,7 +409,7 @@ class Link:
         with bar, torch.no_grad(), self.model.evaluating():
             for rows in self.engine.rounds(self.rows, 64 * size * self.engine.processes):
                 with self.engine.together():
-                    for _, batch in self.engine.batches(rows, objective.collate, size):
+                    for _, batch in self.engine.batches(rows, objective, size):
                         total += float(_counts(Evaluation(self.model, objective, batch)).double().sum())
                 examples += len(rows)
                 bar.update(len(rows))

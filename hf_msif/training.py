@@ -151,7 +151,7 @@ def evaluate(
     functional = FunctionalModel(model, engine.device)
     parts = []
     with torch.no_grad(), functional.evaluating():
-        for _, batch in engine.batches(rows, objective.collate, batch_size):
+        for _, batch in engine.batches(rows, objective, batch_size):
             evaluation = Evaluation(functional, objective, batch)
             sums, counts = evaluation.losses({})
             right = 0.0
@@ -175,7 +175,7 @@ def mistakes(
     rows = as_rows(data, "the evaluation data")
     functional, found = FunctionalModel(model, engine.device), []
     with torch.no_grad(), functional.evaluating():
-        for indices, batch in engine.batches(rows, objective.collate, batch_size):
+        for indices, batch in engine.batches(rows, objective, batch_size):
             wrong = objective.predictions(functional.bind({}), batch) != batch["labels"]
             found += [i for i, bad in zip(indices, wrong.tolist(), strict=True) if bad]
     return [rows[i] for i in sorted(engine.gather(found))]

@@ -4,8 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import tiny
 
-from hf_msif.dealing import deal
+from hf_msif import objectives
+from hf_msif.dealing import cost, deal
 
 
 def lengths(count, seed=0):
@@ -76,3 +78,31 @@ def test_the_costliest_batch_is_as_cheap_as_it_can_be(seed):
     (batches,) = deal(costs, 4, 1)
     assert len(batches) == 2
     assert max(len(batch) * costs[batch].max() for batch in batches) == best
+
+
+def test_a_row_costs_what_the_objective_reads_of_it():
+    """Not its id or its label; of a text that will be cut, the part that is left; nothing where there is no text."""
+    row = {"example_id": "x" * 99, "text": "vote " * 7, "url": "y" * 99, "label": "positive"}
+    assert cost(row, tiny.objective("masked")) == 35
+    assert cost(row, tiny.objective("masked", max_length=4)) == 24
+    assert cost(row, objectives.ImageClassification()) == 0
+    assert cost({"example_id": 1, "text": None}, tiny.objective("masked")) == 0  # `collate` names such a row
+
+
+@pytest.mark.parametrize(("count", "processes"), [(2048, 8), (2048, 32), (100, 2)])
+def test_documents_that_are_cut_are_dealt_by_what_is_left_of_them(count, processes):
+    characters = np.exp(np.random.default_rng(0).normal(np.log(2000), 1.0, count)).round()
+    rows = [{"text": "x" * int(n)} for n in characters]
+    tokens = (characters / 5).clip(max=128)
+    shares = deal([cost(row, tiny.objective("masked", max_length=128)) for row in rows], 64, processes)
+    assert max(load(tokens, share) for share in shares) < 1.15 * tokens.sum() / processes
+
+
+def test_single_rows_are_not_searched_for(monkeypatch):
+    from hf_msif import dealing
+
+    cuts, inside = [], dealing._cut
+    monkeypatch.setattr(dealing, "_cut", lambda *args: cuts.append(1) or inside(*args))
+    assert sorted(map(len, deal(lengths(300), 1, 1)[0])) == [1] * 300
+    deal(lengths(64), 64, 64)
+    assert len(cuts) < 40

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 import warnings
 
 import distributed
@@ -211,6 +212,51 @@ def test_kept_extremes_go_on(query, expected, tmp_path, monkeypatch, after):
     check_kept(kept, expected, 2)
 
 
+def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypatch):
+    """Neither ends without the other: writing the first waits for the second's derivatives."""
+    under_way, inside, add = threading.Event(), scoring.directional, parts.Parts.add
+    rounds = []
+
+    def directional(*args):
+        if rounds:
+            under_way.set()
+        return inside(*args)
+
+    def slow(self, *args):
+        rounds.append(1)
+        assert len(rounds) > 1 or under_way.wait(timeout=60)
+        return add(self, *args)
+
+    monkeypatch.setattr(scoring, "directional", directional)
+    monkeypatch.setattr(parts.Parts, "add", slow)
+    query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1)
+    assert len(rounds) == 2
+
+
+def test_a_write_that_failed_is_told_whatever_else_fails(query, tmp_path, monkeypatch):
+    failed = threading.Event()
+
+    def full(self, *args):
+        failed.set()
+        raise InputError("no room")
+
+    inside = scoring.directional
+
+    def directional(*args):
+        if failed.wait(timeout=0.2):
+            raise MemoryError("of the device")
+        return inside(*args)
+
+    monkeypatch.setattr(parts.Parts, "add", full)
+    with pytest.raises(InputError, match="no room"):
+        query.score(CORPUS[:16], output_dir=tmp_path / "a", part_rows=16, batch_size=1)
+    failed.clear()
+    monkeypatch.setattr(scoring, "directional", directional)
+    with pytest.raises((MemoryError, InputError)) as raised:
+        query.score(CORPUS, output_dir=tmp_path / "b", part_rows=16, batch_size=1)
+    assert "no room" in "".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+
+
 # bfloat16 ------------------------------------------------------------------------------------------------------------
 
 
@@ -232,14 +278,12 @@ def test_the_error_of_bfloat16_is_measured(expected, capsys):
 
 
 def test_tf32_is_asked_for_while_scoring_alone(query, monkeypatch):
-    seen, before = [], torch.get_float32_matmul_precision()
-    inside = scoring.directional
-    monkeypatch.setattr(
-        scoring, "directional", lambda *args: seen.append(torch.get_float32_matmul_precision()) or inside(*args)
-    )
+    products, inside = torch.backends.cuda.matmul, scoring.directional
+    seen, before = [], products.fp32_precision
+    monkeypatch.setattr(scoring, "directional", lambda *args: seen.append(products.fp32_precision) or inside(*args))
     found = query.score(CORPUS, dtype="tf32")
-    assert set(seen) == {"high", before}  # some rows are scored in both
-    assert torch.get_float32_matmul_precision() == before != "high"
+    assert set(seen) == {"tf32", before}  # some rows are scored in both
+    assert products.fp32_precision == before != "tf32"
     assert found.metadata["dtype_error"]["dtype"] == "tf32"
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -24,12 +25,17 @@ def engine(monkeypatch):
     return make
 
 
+def collating(collate):
+    """An objective of which an engine needs no more."""
+    return SimpleNamespace(collate=collate, text_column="text")
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 20])
 @pytest.mark.parametrize("size", [1, 12, 13])
 def test_every_row_is_in_one_batch_of_one_rank(engine, world, size):
     rows, seen = tiny.rows(size, seed=1), []
     for rank in range(world):
-        for indices, batch in engine(rank, world).batches(rows, lambda rows: {"rows": rows}, batch_size=4):
+        for indices, batch in engine(rank, world).batches(rows, collating(lambda rows: {"rows": rows}), batch_size=4):
             assert 1 <= len(indices) <= 4
             assert batch["rows"] == [rows[i] for i in indices]
             seen += indices
@@ -38,7 +44,9 @@ def test_every_row_is_in_one_batch_of_one_rank(engine, world, size):
 
 def test_batches_hold_rows_of_like_length(engine):
     rows = tiny.rows(40, seed=2, longest=18)
-    lengths = [[len(rows[i]["text"]) for i in indices] for indices, _ in engine().batches(rows, lambda r: {}, 8)]
+    lengths = [
+        [len(rows[i]["text"]) for i in indices] for indices, _ in engine().batches(rows, collating(lambda r: {}), 8)
+    ]
     spans = sorted((min(some), max(some)) for some in lengths)
     assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))
 
@@ -54,7 +62,7 @@ def test_on_an_accelerator_the_next_batch_is_made_while_one_is_used(engine):
             raise InputError("the fourth is bad")
         return {}
 
-    found = made.batches([{"text": "a"}] * 10, collate, 2)
+    found = made.batches([{"text": "a"}] * 10, collating(collate), 2)
     for number in (1, 2, 3):
         next(found)
         while len(begun) <= number:
@@ -67,7 +75,7 @@ def test_on_an_accelerator_the_next_batch_is_made_while_one_is_used(engine):
 def test_tensors_move_and_other_things_pass(engine):
     made = engine()
     made.device = torch.device("meta")
-    ((_, batch),) = made.batches([{"text": "a"}], lambda rows: {"x": torch.ones(1), "names": ["a"]}, 2)
+    ((_, batch),) = made.batches([{"text": "a"}], collating(lambda rows: {"x": torch.ones(1), "names": ["a"]}), 2)
     assert batch["x"].device.type == "meta"
     assert batch["names"] == ["a"]
 

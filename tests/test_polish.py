@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from toy import ToyObjective, example_losses, minimise, toy, toy_rows
 
-from hf_msif import InputError, MultiStageInfluence, Stage, training
+from hf_msif import InputError, MultiStageInfluence, Stage, polishing, training
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
 from hf_msif.objectives import ImageClassification
 
@@ -195,6 +195,21 @@ def test_single_precision(seed, batch_size):
     assert report.tol == 1e-4
     assert report.reached
     assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_what_single_precision_cannot_reach_is_not_tried_for_long(batch_size):
+    """At the floor of rounding any step may seem to help: it ends there, at the least gradient."""
+    seen, model, at = [], toy(0).float(), polishing._Target.at
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(polishing._Target, "at", lambda self, point=None: seen.append(at(self, point)) or seen[-1])
+        with pytest.warns(UserWarning, match="not a stationary point"):
+            report = training.polish(
+                model, _SinglePrecision(), ROWS, weight_decay=DECAY, tol=1e-9, batch_size=batch_size
+            )
+    assert report.newton_iterations < 30
+    assert report.gradient_norm < 1e-5
+    assert report.gradient_norm < 2 * min(state.norm for state in seen)
 
 
 class _SinglePrecision(ToyObjective):

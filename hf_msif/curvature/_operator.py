@@ -55,7 +55,7 @@ class Curvature:
         with engine.together():
             self.evaluations = [
                 Evaluation(model, objective, batch, memo={})
-                for _, batch in engine.batches(rows, objective.collate, batch_size)
+                for _, batch in engine.batches(rows, objective, batch_size)
             ]
 
     @cached_property

@@ -64,7 +64,7 @@ class Case:
         tests, objective, found = vectors.flatten(self.test_gradients).double(), self.link.stage.objective, []
         engine = self.chain.engine
         with self.link.model.evaluating(), engine.bar(total=len(self.corpus), desc="gradients", unit=" rows") as bar:
-            for indices, batch in engine.batches(self.corpus, objective.collate, batch_size=1):
+            for indices, batch in engine.batches(self.corpus, objective, batch_size=1):
                 evaluation = Evaluation(self.link.model, objective, batch)
                 rows = vectors.flatten(example_gradients(evaluation, list(self.test_gradients))).double()
                 found += zip(indices, (rows @ tests.T).tolist(), rows.norm(dim=1).tolist(), strict=True)
@@ -214,7 +214,9 @@ def baselines(
 def _representations(link: Link, rows: list[dict]) -> np.ndarray:
     engine, objective, found = link.engine, link.stage.objective, []
     with torch.no_grad(), link.model.evaluating():
-        for indices, batch in engine.batches(rows, lambda some: _inputs(objective, some), link.stage.batch_size):
+        for indices, batch in engine.batches(
+            rows, objective, link.stage.batch_size, lambda some: _inputs(objective, some)
+        ):
             found += zip(indices, _pooled(link, batch).double().tolist(), strict=True)
     return np.array([row[1] for row in sorted(engine.gather(found))])
 
