@@ -260,9 +260,9 @@ def simulate(settings: argparse.Namespace) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     from hf_msif import objectives
-    from hf_msif.adapters import FunctionalModel
     from hf_msif.autodiff import Evaluation
     from hf_msif.corpus import from_files
+    from hf_msif.functional import FunctionalModel
     from hf_msif.parts import Parts
     from hf_msif.scores import frame_of
 

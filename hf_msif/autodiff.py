@@ -15,8 +15,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .adapters import FunctionalModel
 from .engine import placed
+from .functional import FunctionalModel
 from .vectors import Block, columns
 
 

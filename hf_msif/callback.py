@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from . import optimisers, vectors
-from .adapters import FunctionalModel, has_dropout, split
+from .adapters import split
 from .autodiff import reached
 from .corpus import as_rows
 from .errors import InputError
+from .functional import FunctionalModel, has_dropout
 from .optimisers import Slots
 from .recording import (
     Recording,

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import Config, settings, unknown_key
+from .config import settings, unknown_key
 from .errors import InputError, first_line
+from .sections import Config
 
 # task → the objective's name, and the Auto class of its models
 KINDS = {

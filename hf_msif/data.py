@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import glob
 
-from .config import Data
 from .corpus import Stream, as_corpus, from_files
 from .digests import digest
 from .errors import InputError, first_line
+from .sections import Data
 
 DIGITS = "sklearn:digits"
 

@@ -29,9 +29,10 @@ from .corpus import as_rows
 from .digests import digest
 from .engine import Engine
 from .errors import InputError
+from .links import Link, bind
 from .query import Query
 from .solvers import Certificate
-from .stages import Link, Stage, bind
+from .stages import Stage
 from .unrolled import RunCertificate
 from .vectors import Block
 

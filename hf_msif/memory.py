@@ -14,8 +14,8 @@ from . import vectors
 from .autodiff import Evaluation
 from .curvature import Curvature
 from .errors import InputError
+from .links import Link
 from .solvers import Dense, Identity
-from .stages import Link
 
 # Vectors that a solver holds beside the right-hand side, in units of one.
 SOLVER_BLOCKS = {"CG": 5, "SquaredCG": 6, "MinRes": 12, "Identity": 1, "Dense": 2}

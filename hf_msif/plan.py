@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import vectors
-from .adapters import memo_bytes
 from .autodiff import Evaluation, directional
 from .corpus import Stream, first
 from .curvature._operator import MEMO_BYTES, TRACE_PROBES
+from .functional import memo_bytes
+from .links import Link
 from .memory import activation_bytes, available_bytes, size, solver_bytes
 from .optimisers import start
 from .recording import compose
 from .replay import Replay
-from .stages import Link
 from .unrolled import held_bytes
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import logistic, vectors
-from .adapters import FunctionalModel, Split, decayed_names, split, write
+from .adapters import Split, decayed_names, split, write
 from .autodiff import Evaluation, reached
 from .corpus import as_rows, checked_omission
 from .curvature import Hessian
 from .engine import Engine
 from .errors import InputError
+from .functional import FunctionalModel
 from .minimise import Newton, Preconditioner, State, lbfgs, nearby
 from .vectors import Block
 

@@ -13,9 +13,9 @@ from .corpus import Stream
 from .digests import describe
 from .errors import InputError
 from .files import write_whole
+from .links import AlphaEstimate, Link
 from .scores import Scores
 from .solvers import Certificate
-from .stages import AlphaEstimate, Link
 from .unrolled import RunCertificate
 from .vectors import Block
 

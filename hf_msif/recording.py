@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from . import optimisers, vectors
-from .adapters import FunctionalModel, Split, decayed_names, split, write
+from .adapters import Split, decayed_names, split, write
 from .autodiff import reached
 from .corpus import as_rows
 from .digests import describe, digest
 from .engine import Engine
 from .errors import DivergedError, InputError
 from .files import write_json
+from .functional import FunctionalModel
 from .optimisers import SGD, AdamW, Slots
 from .replay import Replay
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from . import vectors
-from .adapters import FunctionalModel, Split, has_dropout
+from .adapters import Split
 from .autodiff import Evaluation
 from .corpus import checked_omission
 from .curvature._operator import _counts
 from .engine import Engine
+from .functional import FunctionalModel, has_dropout
 from .objectives import of_epoch
 from .optimisers import Slots, clipped
 from .vectors import Block

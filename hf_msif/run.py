@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -14,14 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import choices
-from .adapters import check_vocabulary
-from .config import Config, StageConfig
+from . import choices, making
 from .corpus import Stream
 from .data import load_rows, stream_rows
 from .digests import digest
 from .errors import DivergedError, InputError, first_line
 from .files import write_json
+from .functional import check_vocabulary
+from .sections import Config, StageConfig
 
 
 class Run:
@@ -167,7 +166,7 @@ class Run:
                     f"stage {name!r} is not trained yet: {folder} does not exist; run msif train --stage {name}, or "
                     f"set stages.{name}.model.path to a trained model."
                 )
-            model, missing = self._load(name, folder if folder.is_dir() else path)
+            model, missing = making.loaded(self.config, name, folder if folder.is_dir() else path)
             if missing:
                 raise InputError(
                     f"stage {name!r}: {folder if folder.is_dir() else path} has no weights for {missing[0]!r} "
@@ -197,108 +196,25 @@ class Run:
     def models(self) -> dict[str, Any]:
         return {name: self.model(name) for name in self.names}
 
-    def _load(self, name: str, source: str | Path, **config):
-        from . import lora
-
-        folder = Path(source).expanduser()
-        try:
-            if (folder / lora.FOLDER).is_dir():
-                return self._cast(name, lora.load(folder, self._auto(name))), []
-            model, found = self._auto(name).from_pretrained(
-                os.path.expanduser(source), output_loading_info=True, **config
-            )
-            model = self._cast(name, model)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}); expected a Hub id, or "
-                "a folder as save_pretrained writes it."
-            ) from error
-        return model, sorted(found["missing_keys"])
-
-    def _auto(self, name: str):
-        import transformers
-
-        from . import models  # noqa: F401  (registers its classes with the Auto classes)
-
-        return getattr(transformers, choices.KINDS[self.config.stages[name].task][1])
-
-    def _cast(self, name: str, model):
-        import torch
-
-        dtype = self.config.stages[name].model.dtype
-        if dtype is None:
-            return model
-        # As a saved model has it: a new head on this encoder is drawn in the same dtype before saving and after.
-        model.config.dtype = model.base_model.config.dtype = getattr(torch, dtype)
-        return model.to(getattr(torch, dtype))
-
     def new_model(self, name: str):
         """The untrained model of a stage: from `model.path`, else from `model.config` (the first stage) or on the
         encoder of the stage before."""
         before = self.model(self.names[self.names.index(name) - 1]) if self.names.index(name) else None
-        return self._cast(name, self._adapted(name, self._new(name, before, self.config.seed)))
+        return self._made(name, before, self.config.seed)
 
     def fresh(self, seed: int) -> list:
         """Untrained models of all stages under a seed, the later ones on the encoders of the earlier ones."""
         found = []
         for name in self.names:
-            model = self._new(name, found[-1] if found else None, seed)
-            found.append(self._cast(name, self._adapted(name, model)))
+            found.append(self._made(name, found[-1] if found else None, seed))
         return found
 
-    def _adapted(self, name: str, model):
-        """The model with new adapters where the stage has some and the model has none yet."""
-        from . import lora
-
-        config, key = self.adapters[name], f"stages.{name}.model.lora"
-        if config is None or lora.has_adapters(model):
-            return model
-        try:
-            return lora.library(key).inject_adapter_in_model(copy.deepcopy(config), model)
-        except (ValueError, TypeError) as error:  # no such modules, no adapter for them
-            raise InputError(f"{key}: {first_line(error)}.") from error
-
-    def _new(self, name: str, before, seed: int):
-        import transformers
-
-        from .models import FeedForwardClassifier
-
-        stage = self.config.stages[name]
-        transformers.set_seed(seed)
-        classes = {}
-        if stage.task.endswith("-classification"):
+    def _made(self, name: str, before, seed: int):
+        classes = None
+        if self.config.stages[name].task.endswith("-classification"):
             labels = self.objectives[name].labels
-            classes["num_labels"] = len(labels) if labels else max(2, 1 + max(r["label"] for r in self.rows(name)))
-        if stage.model.path is not None:
-            return self._load(name, stage.model.path, **classes)[0]
-        if before is not None:
-            if stage.model.head == "feed_forward":
-                return FeedForwardClassifier.from_encoder(before.base_model, stage.model.hidden_size, **classes)
-            config = copy.deepcopy(before.base_model.config)
-        else:
-            config = choices.new_config(self.config, name)
-        if config is None:
-            raise InputError(
-                f"stages.{name}.model has neither path nor config; expected a checkpoint to start from, or the "
-                "settings of a new model."
-            )
-        config.update(classes)
-        try:
-            model = self._auto(name).from_config(config)
-        except Exception as error:
-            raise InputError(f"stages.{name}.model: cannot build it ({first_line(error)}).") from error
-        if before is not None:
-            model.base_model.load_state_dict(before.base_model.state_dict(), strict=False)  # poolers differ
-            if self._goes_on(name, model, before):
-                model.load_state_dict(before.state_dict())
-        return model
-
-    def _goes_on(self, name: str, model, before) -> bool:
-        """Whether a stage goes on with the task of the stage before, and so with its head."""
-        stage = self.config.stages[name]
-        return stage.model.path is None and type(model) is type(before) and not stage.task.endswith("-classification")
+            classes = len(labels) if labels else max(2, 1 + max(row["label"] for row in self.rows(name)))
+        return making.made(self.config, name, before, seed, self.adapters[name], classes)
 
     # --- commands
 
@@ -354,7 +270,7 @@ class Run:
         if last is not None and (recorded or arguments.save_strategy != "no"):
             print(f"{name}: an interrupted training left {last}, to go on from")
         report: dict[str, Any] = {"stage": name}
-        if "test" in parts and self._goes_on(name, model, previous):
+        if "test" in parts and making.goes_on(self.config.stages[name], model, previous):
             report["test_before"] = training.evaluate(model, objective, parts["test"], stage.batch_size)
         started = time.perf_counter()
         terms = self._terms(name, previous)

@@ -22,10 +22,10 @@ from .corpus import Stream, as_corpus
 from .digests import describe, digest, fingerprint
 from .errors import InputError
 from .extremes import Extremes
+from .links import Link
 from .parts import Collected, KeptParts, Parts
 from .query import Query
 from .scores import Scores, frame_of, influence_columns
-from .stages import Link
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,13 +20,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import vectors
-from .adapters import FunctionalModel, Split, decayed_names, forward, split
+from .adapters import Split, decayed_names, split
 from .autodiff import Evaluation
 from .corpus import as_rows, checked_omission
 from .digests import describe, digest
 from .engine import Engine
 from .errors import DivergedError, InputError
 from .files import write_json
+from .functional import FunctionalModel, forward
 from .lora import has_adapters, unwrapped
 from .lora import save as save_with_adapters
 from .objectives import of_epoch

@@ -29,8 +29,8 @@ from .replay import Adjoint, Replay
 from .vectors import Block
 
 if TYPE_CHECKING:
+    from .links import Link
     from .recording import Recording
-    from .stages import Link
 
 REPRODUCED = 3e-2  # largest difference of a replayed state, relative to how far the run went between two states
 SAVE_EVERY = 60.0  # seconds between two copies of a backward sweep that is under way

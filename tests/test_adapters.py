@@ -10,8 +10,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.modernbert import modeling_modernbert
 
 from hf_msif import InputError, MultiStageInfluence, Stage, autodiff, vectors
-from hf_msif.adapters import FunctionalModel, split
+from hf_msif.adapters import split
 from hf_msif.autodiff import Evaluation
+from hf_msif.functional import FunctionalModel
 
 ARCHITECTURES = list(tiny.CONFIGS)
 

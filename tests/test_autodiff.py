@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from hf_msif import autodiff, vectors
-from hf_msif.adapters import FunctionalModel
 from hf_msif.autodiff import Evaluation
+from hf_msif.functional import FunctionalModel
 
 CASES = {"masked": "bert", "classification": "bert", "causal": "gpt2", "bidirectional": "elmo", "characters": "elmo"}
 

@@ -11,10 +11,10 @@ import torch
 from project import msif, project
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
-from hf_msif.config import Data
 from hf_msif.corpus import Stream, Table, as_corpus, first
 from hf_msif.data import load_rows, stream_rows
 from hf_msif.digests import fingerprint
+from hf_msif.sections import Data
 
 TEXTS = [row["text"] for row in tiny.rows(7, seed=3)]
 

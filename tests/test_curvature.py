@@ -9,11 +9,11 @@ import torch
 from toy import ToyObjective, example_losses, flat, toy, toy_rows, unflat
 
 from hf_msif import MultiStageInfluence, Stage, solvers, vectors
-from hf_msif.adapters import FunctionalModel
 from hf_msif.autodiff import Evaluation
 from hf_msif.curvature import GaussNewton, Hessian
 from hf_msif.curvature import _operator as module
 from hf_msif.engine import Engine
+from hf_msif.functional import FunctionalModel
 
 ROWS = toy_rows(1, 11)
 KINDS = {"hessian": Hessian, "gauss_newton": GaussNewton}

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from hf_msif.config import Data
 from hf_msif.data import load_rows
 from hf_msif.errors import InputError
+from hf_msif.sections import Data
 
 
 def load(tmp_path, text, name="rows.csv", builder="csv", **settings):

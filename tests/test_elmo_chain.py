@@ -15,8 +15,9 @@ from test_autodiff import dense_gauss_newton
 from transformers import TrainingArguments
 
 from hf_msif import InputError, objectives, solvers, training
-from hf_msif.adapters import FunctionalModel, split
+from hf_msif.adapters import split
 from hf_msif.autodiff import Evaluation, directional
+from hf_msif.functional import FunctionalModel
 from hf_msif.models import ElmoTokenizer, FeedForwardClassifier
 from hf_msif.models.elmo import layers, vocabulary
 

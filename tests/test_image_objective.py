@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training
-from hf_msif.adapters import FunctionalModel, split
+from hf_msif.adapters import split
+from hf_msif.functional import FunctionalModel
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification, ConvNetModel
 
 SIDE = 8

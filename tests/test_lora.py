@@ -17,9 +17,10 @@ from test_adapters import photograph
 from test_training import arguments, same, weights
 
 from hf_msif import InputError, MultiStageInfluence, Stage, lora, solvers, training
-from hf_msif.adapters import FunctionalModel, split
+from hf_msif.adapters import split
 from hf_msif.autodiff import Evaluation, directional
 from hf_msif.config import load
+from hf_msif.functional import FunctionalModel
 from hf_msif.influence import pull_back
 from hf_msif.run import Run
 from hf_msif.validation.retraining import WarmStart, hand_on

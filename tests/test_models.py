@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from hf_msif import InputError
-from hf_msif.adapters import FunctionalModel, split
+from hf_msif.adapters import split
+from hf_msif.functional import FunctionalModel
 from hf_msif.models import FeedForwardClassifier
 
 TASKS = {name: "causal" if name in tiny.CAUSAL else "masked" for name in tiny.CONFIGS}

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from hf_msif import InputError, objectives
-from hf_msif.adapters import FunctionalModel
+from hf_msif.functional import FunctionalModel
 
 ROWS = tiny.rows(6, seed=3, classes=3)
 

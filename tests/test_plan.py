@@ -5,8 +5,8 @@ import torch
 from project import SIZES, msif, project
 
 from hf_msif import config, memory, plan, solvers
-from hf_msif.adapters import memo_bytes
 from hf_msif.curvature import Curvature
+from hf_msif.functional import memo_bytes
 from hf_msif.influence import pull_back
 from hf_msif.run import Run
 

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training
-from hf_msif.adapters import FunctionalModel, split
+from hf_msif.adapters import split
 from hf_msif.autodiff import Evaluation, directional, gauss_newton_product, gradient, hessian_product
+from hf_msif.functional import FunctionalModel
 from hf_msif.models import (
     FeedForwardClassifier,
     SkipGramConfig,

@@ -163,7 +163,7 @@ class Plain:
 
     def __init__(self, model, task, batch):
         self.model, self.task = copy.deepcopy(model).cpu().eval().requires_grad_(True), task
-        self.batch = placed(batch, torch.device("cpu"))
+        self.batch = placed(batch or {}, torch.device("cpu"))
         self.parameters = dict(self.model.named_parameters())
 
     def scored(self):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import vectors
-from ..adapters import FunctionalModel, memo_bytes
 from ..autodiff import Evaluation, gradient, hessian_product
 from ..engine import Engine
+from ..functional import FunctionalModel, memo_bytes
 from ..vectors import Block
 
 TRACE_PROBES = 4

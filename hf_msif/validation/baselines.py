@@ -22,9 +22,10 @@ from ..autodiff import Evaluation, example_gradients
 from ..corpus import as_rows
 from ..errors import InputError
 from ..influence import MultiStageInfluence
+from ..links import Link
 from ..objectives import tokenized
 from ..solvers import Identity
-from ..stages import Link, Stage
+from ..stages import Stage
 from ..vectors import Block
 
 

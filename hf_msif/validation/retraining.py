@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from .. import adapters, training, vectors
-from ..adapters import FunctionalModel, Split
+from ..adapters import Split
 from ..autodiff import Evaluation
 from ..corpus import as_rows
 from ..digests import describe, digest
 from ..engine import Engine
 from ..errors import InputError
+from ..functional import FunctionalModel
 from ..polishing import PolishReport, polish
 from ..recording import Recording, rerun
 from ..stages import Stage

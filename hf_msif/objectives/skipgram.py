@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .errors import InputError
-from .objectives import Batch, Rows, _check_reduction, _reduce, _texts, _tokenize, ordinary_tokens, seeded
+from ..errors import InputError
+from ._shared import Batch, Rows, check_reduction, ordinary_tokens, reduced, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SkipGram:
     unigrams_sha256: str | None = field(default=None, init=False)  # by which metadata know the noise
 
     def __post_init__(self):
-        _check_reduction(self.reduction)
+        check_reduction(self.reduction)
         for name in ("window", "negatives", "draws"):
             if getattr(self, name) < 1:
                 raise InputError(f"SkipGram got {name}={getattr(self, name)}; expected at least 1.")
@@ -105,7 +105,7 @@ class SkipGram:
 
     def _sentences(self, rows: Rows) -> tuple[list[np.ndarray], Tensor]:
         """The ordinary tokens of each row, and which rows were cut."""
-        encoded, truncated = _tokenize(self.tokenizer, _texts(rows, self.text_column), self.max_length)
+        encoded, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
         ids, ordinary = encoded["input_ids"].long().numpy(), ordinary_tokens(self.tokenizer, encoded)
         return [line[keep] for line, keep in zip(ids, ordinary, strict=True)], truncated
 
@@ -139,7 +139,7 @@ class SkipGram:
 
     def counts(self, batch: Batch) -> Tensor:
         counts = self._raw_counts(batch)
-        return _reduce(torch.zeros_like(counts), counts, self.reduction)[1]
+        return reduced(torch.zeros_like(counts), counts, self.reduction)[1]
 
     def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         candidates = batch["candidates"].unsqueeze(1)  # each pair a sentence of one word
@@ -153,4 +153,4 @@ class SkipGram:
             )
         terms = -logsigmoid(logits[:, 0, 0]) - logsigmoid(-logits[:, 0, 1:]).sum(1) / self.draws
         sums = terms.new_zeros(len(batch["truncated"])).index_add(0, batch["rows"], terms)
-        return _reduce(sums, self._raw_counts(batch).to(sums), self.reduction)
+        return reduced(sums, self._raw_counts(batch).to(sums), self.reduction)

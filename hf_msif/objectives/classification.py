@@ -1,0 +1,169 @@
+"""Classification of texts and of images: one label an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .. import pixels
+from ..errors import InputError
+from ._shared import Batch, Rows, logits_of, texts_of, tokenize
+
+
+class _Classification:
+    """What the classification of texts and of images share: one label an example, cross-entropy, count one."""
+
+    def _labels(self, rows: Rows) -> Tensor:
+        return torch.tensor([self._label(row) for row in rows])
+
+    def _label(self, row: Mapping[str, Any]) -> int:
+        if self.label_column not in row:
+            raise InputError(
+                f"the rows have no label column {self.label_column!r}; they have {sorted(row)}: pass label_column=."
+            )
+        value = row[self.label_column]
+        value = value.item() if isinstance(value, np.generic) else value
+        if not isinstance(value, bool):
+            if self.labels and value in self.labels:
+                return list(self.labels).index(value)
+            if isinstance(value, int) and not any(isinstance(label, int) for label in self.labels or ()):
+                return value
+        raise InputError(
+            f"row {row.get('example_id')!r} has the label {value!r}; expected an integer or one of "
+            f"{list(self.labels or [])}: pass labels=[...] in the order of the model's classes."
+        )
+
+    def _run(self, call: Callable, batch: Batch) -> Tensor:
+        inputs = {k: batch[k] for k in self.inputs if k in batch}
+        return logits_of(call(**inputs), type(self).__name__, 2)
+
+    def counts(self, batch: Batch) -> Tensor:
+        return torch.ones(batch["labels"].shape[0])
+
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self._run(call, batch)
+        classes = logits.shape[1]
+        if batch["labels"].max() >= classes or batch["labels"].min() < 0:
+            raise InputError(
+                f"labels run from {int(batch['labels'].min())} to {int(batch['labels'].max())}, but the model has "
+                f"{classes} classes: set num_labels when loading it, or renumber the labels from 0."
+            )
+        sums = cross_entropy(logits, batch["labels"], reduction="none")
+        return sums, torch.ones_like(sums)
+
+    def predictions(self, call: Callable, batch: Batch) -> Tensor:
+        """The class with the largest logit, (B,)."""
+        return self._run(call, batch).argmax(1)
+
+
+@dataclass(frozen=True)
+class SequenceClassification(_Classification):
+    """Classification of a whole text: ℓ_i = −log p(label | text), count one.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        label_column: where the label is: an integer, or what `labels` lists.
+        labels: the classes in the order of the logits; needed for strings, and for integers that are not 0, 1, ….
+        max_length, text_column: as in `MaskedLM`.
+    """
+
+    tokenizer: Any
+    label_column: str = "label"
+    labels: tuple[str | int, ...] | None = None
+    max_length: int | None = None
+    text_column: str = "text"
+
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
+
+    def collate(self, rows: Rows) -> Batch:
+        labels = self._labels(rows)
+        batch, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
+        return batch | {"labels": labels, "truncated": truncated}
+
+
+@dataclass(frozen=True)
+class ImageClassification(_Classification):
+    """Classification of an image: ℓ_i = −log p(label | image), count one.
+
+    Images are PIL images, encoded bytes, arrays or nested lists of shape (H, W), (H, W, C) or (C, H, W). The batch
+    has `pixel_values` of shape (B, C, H, W), from `processor` where one is given, otherwise (scale · image − mean) /
+    std.
+
+    Args:
+        processor: a Hugging Face image processor (`AutoImageProcessor.from_pretrained(...)`); `scale`, `mean` and
+            `std` are then its own affair. Its own random augmentation, if it has any, must be switched off.
+        image_column: where the image is.
+        label_column, labels: as in `SequenceClassification`.
+        scale: factor of the raw numbers; 1/255 for bytes.
+        mean, std: a number, or one a channel.
+        mode: PIL mode to convert to ("RGB" also gives grey arrays three channels); None leaves images as they are.
+        shrink: sides of an image become so many times shorter, each number the mean over a square; borders that make
+            no whole square are cut.
+        dtype: of the pixels; "float64" for a model in float64 that does not convert its input.
+
+    >>> objective = ImageClassification(scale=0.5, mean=1.0, std=2.0)
+    >>> batch = objective.collate([{"example_id": 0, "image": [[0, 2], [4, 6]], "label": 1}])
+    >>> batch["pixel_values"].shape, batch["pixel_values"].flatten().tolist()
+    (torch.Size([1, 1, 2, 2]), [-0.5, 0.0, 0.5, 1.0])
+    """
+
+    processor: Any = None
+    image_column: str = "image"
+    label_column: str = "label"
+    labels: tuple[str | int, ...] | None = None
+    scale: float = 1 / 255
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    mode: str | None = None
+    shrink: int = 1
+    dtype: str = "float32"
+
+    inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "float64"):
+            raise InputError(f"ImageClassification(dtype={self.dtype!r}): expected 'float32' or 'float64'.")
+        if self.shrink < 1 or (self.shrink > 1 and self.processor is not None):
+            raise InputError(f"ImageClassification(shrink={self.shrink}): expected 1 or more, and 1 with a processor.")
+        if np.any(np.asarray(self.std) <= 0) or not self.scale:
+            raise InputError(
+                f"ImageClassification got scale={self.scale} and std={self.std}; expected numbers other than 0, and "
+                "positive standard deviations."
+            )
+
+    def collate(self, rows: Rows) -> Batch:
+        labels = self._labels(rows)
+        if self.image_column not in rows[0]:
+            raise InputError(
+                f"the rows have no column {self.image_column!r}; they have {sorted(rows[0])}: pass image_column=."
+            )
+        ids = [row.get("example_id") for row in rows]
+        images = [pixels.decoded(row[self.image_column], self.mode, i) for row, i in zip(rows, ids, strict=True)]
+        if self.processor is not None:
+            values = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        else:
+            arrays = [self._normalised(pixels.channels_first(image, i)) for image, i in zip(images, ids, strict=True)]
+            for array, i in zip(arrays, ids, strict=True):
+                if array.shape != arrays[0].shape:
+                    raise InputError(
+                        f"row {i!r} has an image of (channels, height, width) {array.shape}, row {ids[0]!r} one of "
+                        f"{arrays[0].shape}: give a processor that resizes, or mode='RGB' where only channels differ."
+                    )
+            values = torch.from_numpy(np.stack(arrays))
+        return {"pixel_values": values.to(getattr(torch, self.dtype)), "labels": labels}
+
+    def _normalised(self, array: np.ndarray) -> np.ndarray:
+        mean, std = (np.reshape(np.asarray(x, dtype=np.float64), (-1, 1, 1)) for x in (self.mean, self.std))
+        for name, value in (("mean", mean), ("std", std)):
+            if len(value) not in (1, len(array)):
+                raise InputError(
+                    f"ImageClassification has {len(value)} values of {name}, but the images have {len(array)} "
+                    "channels: give one number, or one a channel."
+                )
+        return (self.scale * pixels.shrunk(array, self.shrink) - mean) / std

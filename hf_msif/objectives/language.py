@@ -1,0 +1,188 @@
+"""Language models: masked, causal and bidirectional; a sentence's loss is the sum over its predicted tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..errors import InputError
+from ._shared import Batch, Rows, check_reduction, logits_of, ordinary_tokens, reduced, seeded, texts_of, tokenize
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """Masked language modelling with masks that are a pure function of (seed, example id, draw).
+
+    ℓ_i = (1/D) Σ_draws Σ_masked −log p(token | masked sentence). Of a sentence's n ordinary tokens max(1, round(p·n))
+    are chosen; of these 80 % become `[MASK]`, 10 % a random token, 10 % stay (Devlin et al., 2019). The head runs on
+    them only.
+
+    Args:
+        tokenizer: a tokenizer with a mask token.
+        seed: of the masks.
+        mask_probability: p.
+        draws: D, masks a sentence whose losses are averaged (variance of the score falls as 1/D, cost grows as D).
+        first_draw: number of the first draw; training counts it up with the epochs.
+        static: training keeps the same masks in every epoch instead.
+        max_length: longer sentences are cut (and counted); default: the tokenizer's limit.
+        reduction: "token" (N counts masked tokens, as Hugging Face trains) or "example".
+        text_column: where the sentence is.
+    """
+
+    tokenizer: Any
+    seed: int = 0
+    mask_probability: float = 0.15
+    draws: int = 1
+    first_draw: int = 0
+    static: bool = False
+    max_length: int | None = None
+    reduction: str = "token"
+    text_column: str = "text"
+
+    def __post_init__(self):
+        check_reduction(self.reduction)
+        if self.tokenizer.mask_token_id is None:
+            raise InputError(
+                "MaskedLM needs a tokenizer with a mask token; this one has none: use CausalLM for this model."
+            )
+        if not 0 < self.mask_probability <= 1 or self.draws < 1:
+            raise InputError(
+                f"MaskedLM got mask_probability={self.mask_probability} and draws={self.draws}; expected a "
+                "probability in (0, 1] and at least one draw."
+            )
+
+    def collate(self, rows: Rows) -> Batch:
+        encoded, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
+        ids, vocabulary = encoded["input_ids"].numpy(), len(self.tokenizer)
+        inputs = np.repeat(ids, self.draws, axis=0)
+        lines, columns, actions, substitutes = [], [], [], []
+        for i, (row, ordinary) in enumerate(zip(rows, ordinary_tokens(self.tokenizer, encoded), strict=True)):
+            (candidates,) = ordinary.nonzero()
+            if len(candidates) == 0:
+                continue
+            number = max(1, round(self.mask_probability * len(candidates)))
+            for d in range(self.draws):
+                generator = seeded(self.seed, row["example_id"], self.first_draw + d)
+                lines += [i * self.draws + d] * number
+                columns.append(np.sort(generator.choice(candidates, size=number, replace=False)))
+                actions.append(generator.random(number))
+                substitutes.append(generator.integers(vocabulary, size=number))
+        where = np.array(lines, dtype=np.int64), np.concatenate([np.zeros(0, dtype=np.int64), *columns])
+        labels = inputs[where]
+        if columns:
+            action, substitute = np.concatenate(actions), np.concatenate(substitutes)
+            mask = self.tokenizer.mask_token_id
+            inputs[where] = np.where(action < 0.8, mask, np.where(action < 0.9, substitute, labels))
+        batch = {key: value.repeat_interleave(self.draws, dim=0) for key, value in encoded.items()}
+        batch["input_ids"] = torch.from_numpy(inputs)
+        batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
+        return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
+
+    def _raw_counts(self, batch: Batch) -> Tensor:
+        size = batch["input_ids"].shape[0]
+        counted = torch.bincount(batch["rows"], minlength=size).to(torch.get_default_dtype())
+        return counted.view(-1, self.draws).mean(1)
+
+    def counts(self, batch: Batch) -> Tensor:
+        counts = self._raw_counts(batch)
+        return reduced(torch.zeros_like(counts), counts, self.reduction)[1]
+
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
+        logits = logits_of(call(**inputs, positions=(batch["rows"], batch["columns"])), "MaskedLM", 2)
+        terms = cross_entropy(logits, batch["labels"], reduction="none")
+        sums = terms.new_zeros(batch["input_ids"].shape[0]).index_add(0, batch["rows"], terms)
+        counts = self._raw_counts(batch).to(sums.dtype)
+        return reduced(sums.view(-1, self.draws).mean(1), counts, self.reduction)
+
+
+def of_epoch(objective: Any, epoch: int) -> Any:
+    """The objective with the masks of an epoch of training, where it has masks that are not static."""
+    if not hasattr(objective, "first_draw") or getattr(objective, "static", False):
+        return objective
+    return replace(objective, first_draw=objective.first_draw + epoch * objective.draws)
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction: ℓ_i = Σ_t −log p(token_t | tokens before it), over the real tokens after the first.
+
+    Arguments as in `MaskedLM`.
+    """
+
+    tokenizer: Any
+    max_length: int | None = None
+    reduction: str = "token"
+    text_column: str = "text"
+
+    def __post_init__(self):
+        check_reduction(self.reduction)
+
+    def collate(self, rows: Rows) -> Batch:
+        batch, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
+        return batch | {"truncated": truncated}
+
+    def counts(self, batch: Batch) -> Tensor:
+        counts = batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
+        return reduced(torch.zeros_like(counts), counts, self.reduction)[1]
+
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits = logits_of(call(input_ids=ids, attention_mask=mask), "CausalLM", 3)
+        terms = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        sums = (terms * mask[:, 1:]).sum(1)
+        return reduced(sums, mask[:, 1:].sum(1).to(sums.dtype), self.reduction)
+
+
+@dataclass(frozen=True)
+class BidirectionalLM:
+    """Both neighbours of every token, ELMo's task: ℓ_i = Σ_t −log p(token_t | all before it) − log p(token_t | all
+    after it), each over the full vocabulary, a sentence's end as the last target of either direction.
+
+    A sentence of n words has 2 (n + 1) terms. Where no derivative goes backward, the logits are not kept.
+
+    Args:
+        tokenizer: an `ElmoTokenizer` with a vocabulary of words.
+        max_length: longer sentences are cut (and counted), ends included; default: none is.
+        reduction, text_column: as in `MaskedLM`.
+    """
+
+    tokenizer: Any
+    max_length: int | None = None
+    reduction: str = "token"
+    text_column: str = "text"
+
+    def __post_init__(self):
+        check_reduction(self.reduction)
+        if not getattr(self.tokenizer, "words", None):
+            raise InputError(
+                f"BidirectionalLM got a {type(self.tokenizer).__name__} without words to predict; expected an "
+                "ElmoTokenizer with a vocabulary: build one with ElmoTokenizer.train, or `python -m "
+                "hf_msif.models.elmo.vocabulary`."
+            )
+
+    def collate(self, rows: Rows) -> Batch:
+        texts = texts_of(rows, self.text_column)
+        batch, truncated = tokenize(self.tokenizer, texts, self.max_length, return_labels=True)
+        return batch | {"truncated": truncated}
+
+    def counts(self, batch: Batch) -> Tensor:
+        counts = 2 * batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
+        return reduced(torch.zeros_like(counts), counts, self.reduction)[1]
+
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        output, real = call(**inputs, output_logits=torch.is_grad_enabled()), batch["attention_mask"][:, 1:].bool()
+        terms = getattr(output, "losses", None)
+        if terms is None:
+            logits = logits_of(output, "BidirectionalLM", 3)
+            targets = torch.stack([batch["labels"][:, 1:][real], batch["labels"][:, :-1][real]])
+            terms = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        sums = terms.new_zeros(len(real)).index_add(0, real.nonzero()[:, 0], terms.sum(0))
+        return reduced(sums, 2 * real.sum(1).to(sums), self.reduction)
