@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 
 from . import __version__
-from .errors import InputError, ProcessError
+from .errors import InputError, ProcessError, first_line
 
 DESCRIPTION = "Which sentences of the pretraining corpus made this finetuned model say this about this tweet?"
 SHARED = ("query", "score", "sweep")  # the commands that several processes do together
@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = _run(given, rest)
     except (InputError, OSError, ProcessError) as error:
         who = "" if processes == 1 else f" (process {rank})"
-        print(f"msif {given.command}: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"msif {given.command}: error{who}: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"msif {given.command}: interrupted; finished files are whole.", file=sys.stderr)
@@ -149,9 +150,12 @@ def _ending(run):
     """Trackers write what they hold, whatever happens, and processes part in order if nothing does."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for tracker in run.accelerator.trackers if "accelerator" in vars(run) else ():
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as other:
+                error.add_note(f"The tracker {tracker.name} could not finish: {first_line(other)}.")
         raise
     if "accelerator" in vars(run):
         run.accelerator.end_training()
@@ -271,7 +275,6 @@ def _scores(run: str, stage: str | None, k: int):
     """The scores of a run folder, of a stage that is named or of the one in scores.parquet."""
     from pathlib import Path
 
-    from .errors import first_line
     from .scores import Scores
 
     if k < 1:

@@ -11,23 +11,22 @@ import numpy as np
 
 # One batch more for every process, where the largest load falls by more than this.
 WORTH_A_BATCH = 0.25
-CHARACTERS = 6  # of a token, at most about
+CHARACTERS = 6  # of a token, about at most; fewer in some scripts, where long rows then seem longer than they are
 
 
 def cost(row: Mapping[str, Any], objective: Any) -> float:
-    """What a row costs: the characters of the text that the objective reads, as far as it reads them; without a
-    `text_column` all rows cost alike.
+    """What a row costs: the characters of the text that the objective reads (its `text_column`, else "text"), as far
+    as it reads them; without a text all rows cost alike.
 
     >>> from types import SimpleNamespace
     >>> cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128))
     768
     """
-    text = row.get(getattr(objective, "text_column", None))
+    text = row.get(getattr(objective, "text_column", None if hasattr(objective, "image_column") else "text"))
     if not isinstance(text, str):
         return 0
-    limit = getattr(objective, "max_length", None) or getattr(
-        getattr(objective, "tokenizer", None), "model_max_length", math.inf
-    )
+    limit = getattr(objective, "max_length", None)
+    limit = limit or getattr(getattr(objective, "tokenizer", None), "model_max_length", None) or math.inf
     return min(len(text), CHARACTERS * limit)
 
 

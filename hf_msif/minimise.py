@@ -152,7 +152,7 @@ class Newton:
 
     def factorise(self) -> None:
         """Writes the Hessian out where the point is, and preconditions with it from here on."""
-        self.preconditioner, self.since, self.radius = Preconditioner(self.target), 0, 1.0
+        self.preconditioner, self.since, self.radius, self.idle = Preconditioner(self.target), 0, 1.0, 0
         self.smallest = float(self.preconditioner.eigenvalues[0])
 
     def step(self) -> bool:
@@ -163,7 +163,8 @@ class Newton:
                 self.factorise()
             step, length, predicted = self._direction()
             trial = self.target.at(vectors.add(self.state.point, step))
-            noise = 50 * torch.finfo(self.target.dtype).eps * max(1.0, abs(self.state.value))
+            unit = 50 * torch.finfo(self.target.dtype).eps
+            noise, floor = unit * max(1.0, abs(self.state.value)), unit * abs(self.state.value)
             if not math.isfinite(trial.value + trial.norm) or not predicted > 0:  # too far: overflow; or nowhere to go
                 ratio = -math.inf
             elif predicted <= noise:  # F cannot tell any more; its gradients at both ends can (trapezoidal rule)
@@ -176,9 +177,9 @@ class Newton:
             elif ratio > 0.75 and on_boundary:
                 self.radius = 2 * self.radius
             accepted = ratio > 1e-4
-            if accepted and (predicted > noise or trial.norm < self.best.norm):
+            if accepted and (predicted > floor or trial.norm < self.best.norm):
                 self.best, self.idle = trial, 0
-            elif not predicted > noise:
+            elif not predicted > floor:
                 self.idle += 1
             if accepted:
                 self.state = trial

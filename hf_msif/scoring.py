@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,8 +118,9 @@ class _Writer:
             self.wait()
 
     def wait(self) -> None:
-        pending, self.pending = self.pending, None
-        if pending is not None:
+        if self.pending is not None:
+            wait([self.pending])  # interrupted, it stays to be asked for
+            pending, self.pending = self.pending, None
             pending.result()
 
     def __exit__(self, kind, error, trace) -> None:
@@ -279,7 +280,8 @@ class _Scorer:
 
 @contextmanager
 def _computing_in(dtype: str | None, device: torch.device) -> Iterator[None]:
-    if dtype == "tf32":  # matrix products alone, where the hardware has them
+    # Matrix products alone, where the hardware has them; inside, torch.get_float32_matmul_precision (older) raises.
+    if dtype == "tf32":
         before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
         try:
             yield

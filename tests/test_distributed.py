@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from project import msif, project
 
-from hf_msif import Scores, vectors
+from hf_msif import InputError, Scores, commands, vectors
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +159,23 @@ def test_commands_end_what_they_began(trained, monkeypatch):
     monkeypatch.setattr(Accelerator, "end_training", lambda self: ends.append(1) or inside(self))
     assert msif("query", *moved(trained, "ended")) == 0
     assert ends == [1]
+
+
+def test_a_command_that_fails_ends_its_trackers_and_tells_all(trained, monkeypatch, capsys):
+    class Broken(Kept):
+        def finish(self):
+            raise RuntimeError("offline")
+
+    def failing(run, **more):
+        run.accelerator.trackers = [Broken(), kept]
+        error = InputError("row 7 is not finite")
+        error.add_note("Writing failed as well.")
+        raise error
+
+    kept, ends = Kept(), []
+    monkeypatch.setattr(Kept, "finish", lambda self: ends.append(1))
+    monkeypatch.setattr(commands, "query", failing)
+    assert msif("query", *moved(trained, "failed")) == 2
+    assert ends == [1]
+    said = capsys.readouterr().err
+    assert "row 7 is not finite Writing failed as well. The tracker kept could not finish: offline." in said

@@ -5,7 +5,8 @@ and a batch is a dict of tensors, and `losses(call, batch) -> (sums, counts)`, b
 `call(**inputs)` runs the model with the parameters under study. ℓ_i is the *sum* over the counted terms of example i,
 so that the stage's objective is Σ ℓ_i / Σ counts: one division at the end, never a mean of batch means. A third
 method, `counts(batch)`, is optional and spares a forward pass where only N is wanted. An attribute `text_column` names
-the text by whose length rows are put into batches. On a GPU `collate` is called by another thread, one call at a time.
+the text by whose length rows are put into batches ("text" where there is none). On a GPU another thread calls
+`collate`, one call at a time.
 """
 
 from ._shared import tokenized
