@@ -200,7 +200,7 @@ def throughput(settings: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         rows = list(from_files([sentences(Path(folder), settings.sentences)]))
-    asked = query_of(settings.model, rows[:2048])
+    asked = query_of(settings.model, rows[:2048], settings.batch_size[0])
     (link,) = asked.chain.links
     cuda = link.engine.device.type == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
@@ -240,8 +240,9 @@ def throughput(settings: argparse.Namespace) -> None:
         times.append(time.perf_counter() - started)
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(
-        f"a Gauss-Newton product on 2,048 sentences in batches of 64: {times[0]:.2f} s in float32, {times[1]:.2f} s "
-        f"with TF32 products; tokenising {collate * 1e6:.0f} µs a sentence, in a thread ahead on a GPU\n"
+        f"a Gauss-Newton product on 2,048 sentences in batches of {settings.batch_size[0]}: {times[0]:.2f} s in "
+        f"float32, {times[1]:.2f} s with TF32 products; tokenising {collate * 1e6:.0f} µs a sentence, in a thread "
+        "ahead on a GPU\n"
         f"{where}, torch {torch.__version__}: {settings.model} model, {len(rows):,} sentences"
     )
 
