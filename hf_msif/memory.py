@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,9 +40,11 @@ def activation_bytes(operator: Curvature) -> int:
     evaluation = max(operator.evaluations, key=_attended)
     v = vectors.rademacher(operator.parameters, 1, seed=0)
     known = {p.untyped_storage()._cdata for p in operator.model.parameters.values()}
-    with operator.model.evaluating(), _saved(known) as kept:
+    kept = _Kept(known)
+    hooks = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x.t if isinstance(x, _Held) else x)
+    with operator.model.evaluating(), hooks:
         operator._product(evaluation, v)
-    return sum(kept.values())
+    return kept.most
 
 
 def _attended(evaluation: Evaluation) -> int:
@@ -53,19 +53,36 @@ def _attended(evaluation: Evaluation) -> int:
     return max((shape[0] * shape[1] ** 2 for shape in shapes), default=0)
 
 
-@contextmanager
-def _saved(known: set[int]) -> Iterator[dict[int, int]]:
-    """Storages that autograd saves inside, address → bytes, other than the known ones."""
-    kept: dict[int, int] = {}
+class _Kept:
+    """What autograd has saved, by storage: how much now, and the most it ever was. The known ones do not count."""
 
-    def pack(t: Tensor) -> Tensor:
+    def __init__(self, known: set[int]):
+        self.known, self.holders = known, {}
+        self.now = self.most = 0
+
+    def pack(self, t: Tensor) -> Tensor | _Held:
         storage = t.untyped_storage()
-        if not t._is_zerotensor() and storage._cdata not in known:  # a zero tensor has no memory
-            kept[storage._cdata] = storage.nbytes()
-        return t
+        if t._is_zerotensor() or storage._cdata in self.known:  # a zero tensor has no memory
+            return t
+        return _Held(self, t, storage._cdata, storage.nbytes())
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield kept
+    def change(self, key: int, size: int, holders: int) -> None:
+        before = self.holders.get(key, 0)
+        self.holders[key] = before + holders
+        if not before or not self.holders[key]:
+            self.now += holders * size
+            self.most = max(self.most, self.now)
+
+
+class _Held:
+    """A saved tensor, for as long as the graph has it: freed storages' addresses are used again."""
+
+    def __init__(self, kept: _Kept, t: Tensor, key: int, size: int):
+        self.kept, self.t, self.key, self.size = kept, t, key, size
+        kept.change(key, size, 1)
+
+    def __del__(self):
+        self.kept.change(self.key, self.size, -1)
 
 
 def available_bytes(device: torch.device) -> int:
