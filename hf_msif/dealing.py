@@ -66,10 +66,10 @@ def _dealt(values: np.ndarray, size: int, processes: int, each: int):
             low = middle
     intervals = _cut(values, size, high)
     loads, shares = [(0.0, rank) for rank in range(processes)], [[] for _ in range(processes)]
-    for cost, interval in sorted(((values[s] * (e - s), (s, e)) for s, e in intervals), key=lambda pair: -pair[0]):
+    for work, interval in sorted(((values[s] * (e - s), (s, e)) for s, e in intervals), key=lambda pair: -pair[0]):
         load, rank = heapq.heappop(loads)
         shares[rank].append(interval)
-        heapq.heappush(loads, (load + cost, rank))
+        heapq.heappush(loads, (load + work, rank))
     return max(loads)[0], shares
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -82,16 +82,14 @@ class Engine:
                 yield found
             return
         stream = iter(rows) if self.is_main else iter(())
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(lambda: list(islice(stream, size)))
-            while True:
-                with self.together():
-                    found = ahead.result()
-                found = self.broadcast(found)
-                if not found:
-                    return
-                ahead = reader.submit(lambda: list(islice(stream, size)))
-                yield found
+        ahead = _one_ahead(lambda _: list(islice(stream, size)), count())
+        while True:
+            with self.together():
+                found = next(ahead)
+            found = self.broadcast(found)
+            if not found:
+                return
+            yield found
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its tensors on the engine's device."""

@@ -15,14 +15,12 @@ def loaded(config: Config, name: str, source: str | Path, **more):
     """A model that `save_pretrained` wrote, and the names of tensors that it does not have."""
     from . import lora
 
-    folder = Path(source).expanduser()
+    stage, folder = config.stages[name], Path(source).expanduser()
     try:
         if (folder / lora.FOLDER).is_dir():
-            return _cast(config.stages[name], lora.load(folder, _auto(config.stages[name]))), []
-        model, found = _auto(config.stages[name]).from_pretrained(
-            os.path.expanduser(source), output_loading_info=True, **more
-        )
-        model = _cast(config.stages[name], model)
+            return _cast(stage, lora.load(folder, _auto(stage))), []
+        model, found = _auto(stage).from_pretrained(os.path.expanduser(source), output_loading_info=True, **more)
+        model = _cast(stage, model)
     except InputError:
         raise
     except Exception as error:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import vectors
-from .autodiff import Evaluation
 from .curvature import Curvature
 from .errors import InputError
 from .links import Link
@@ -37,7 +37,7 @@ def activation_bytes(operator: Curvature) -> int:
     """What autograd keeps for a product on that batch of this process that has most of it, measured."""
     if not operator.evaluations:
         return 0
-    evaluation = max(operator.evaluations, key=_attended)
+    evaluation = max(operator.evaluations, key=lambda found: attended(found.batch))
     v = vectors.rademacher(operator.parameters, 1, seed=0)
     known = {p.untyped_storage()._cdata for p in operator.model.parameters.values()}
     kept = _Kept(known)
@@ -47,9 +47,9 @@ def activation_bytes(operator: Curvature) -> int:
     return kept.most
 
 
-def _attended(evaluation: Evaluation) -> int:
+def attended(batch: dict[str, Any]) -> int:
     """Rows times length squared of the widest tensor of a batch, as attention has it."""
-    shapes = [t.shape for t in evaluation.batch.values() if isinstance(t, Tensor) and t.dim() > 1]
+    shapes = [t.shape for t in batch.values() if isinstance(t, Tensor) and t.dim() > 1]
     return max((shape[0] * shape[1] ** 2 for shape in shapes), default=0)
 
 
@@ -57,7 +57,7 @@ class _Kept:
     """What autograd has saved, by storage: how much now, and the most it ever was. The known ones do not count."""
 
     def __init__(self, known: set[int]):
-        self.known, self.holders = known, {}
+        self.known, self.holders = known, Counter()
         self.now = self.most = 0
 
     def pack(self, t: Tensor) -> Tensor | _Held:
@@ -67,8 +67,8 @@ class _Kept:
         return _Held(self, t, storage._cdata, storage.nbytes())
 
     def change(self, key: int, size: int, holders: int) -> None:
-        before = self.holders.get(key, 0)
-        self.holders[key] = before + holders
+        before = self.holders[key]
+        self.holders[key] += holders
         if not before or not self.holders[key]:
             self.now += holders * size
             self.most = max(self.most, self.now)

@@ -15,7 +15,7 @@ from .corpus import Stream, first
 from .curvature._operator import MEMO_BYTES, TRACE_PROBES
 from .functional import memo_bytes
 from .links import Link
-from .memory import activation_bytes, available_bytes, size, solver_bytes
+from .memory import activation_bytes, attended, available_bytes, size, solver_bytes
 from .optimisers import start
 from .recording import compose
 from .replay import Replay
@@ -96,6 +96,7 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
     rows = first(link.rows, wanted) if isinstance(link.rows, Stream) else link.subset(wanted)
     batches = list(link.engine.batches(rows, stage.objective, batch_size))
     indices, batch = batches[len(batches) // 2]
+    widest, _ = max(batches, key=lambda found: attended(found[1]))
     operator = link.curvature([rows[i] for i in indices])
     v = vectors.rademacher(operator.parameters, columns, seed=0)
     plain, width = Evaluation(link.model, stage.objective, batch), vectors.numel(operator.parameters)
@@ -124,7 +125,7 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
         "score_seconds_a_row": score,
         "vector_bytes": vector_bytes,
         "solver_bytes": solver_bytes(link, solver, columns, processes),
-        "activation_bytes": activation_bytes(link.curvature(rows)),
+        "activation_bytes": activation_bytes(link.curvature([rows[i] for i in widest])),
         "memo_bytes": int(kept * memo) if products else 0,
         "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
     }

@@ -85,6 +85,17 @@ def reduced(sums: Tensor, counts: Tensor, reduction: str) -> tuple[Tensor, Tenso
     return sums, counts
 
 
+class SumOfTerms:
+    """What objectives share whose `_terms(batch)`, (B,), says how many terms an example's loss sums."""
+
+    def counts(self, batch: Batch) -> Tensor:
+        terms = self._terms(batch)
+        return reduced(torch.zeros_like(terms), terms, self.reduction)[1]
+
+    def _reduced(self, sums: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return reduced(sums, self._terms(batch).to(sums.dtype), self.reduction)
+
+
 def check_reduction(reduction: str) -> None:
     if reduction not in ("token", "example"):
         raise InputError(

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ._shared import Batch, Rows, check_reduction, logits_of, ordinary_tokens, reduced, seeded, texts_of, tokenize
+from ._shared import Batch, Rows, SumOfTerms, check_reduction, logits_of, ordinary_tokens, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)
-class MaskedLM:
+class MaskedLM(SumOfTerms):
     """Masked language modelling with masks that are a pure function of (seed, example id, draw).
 
     ℓ_i = (1/D) Σ_draws Σ_masked −log p(token | masked sentence). Of a sentence's n ordinary tokens max(1, round(p·n))
@@ -84,22 +84,17 @@ class MaskedLM:
         batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
         return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
 
-    def _raw_counts(self, batch: Batch) -> Tensor:
+    def _terms(self, batch: Batch) -> Tensor:
         size = batch["input_ids"].shape[0]
         counted = torch.bincount(batch["rows"], minlength=size).to(torch.get_default_dtype())
         return counted.view(-1, self.draws).mean(1)
-
-    def counts(self, batch: Batch) -> Tensor:
-        counts = self._raw_counts(batch)
-        return reduced(torch.zeros_like(counts), counts, self.reduction)[1]
 
     def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
         logits = logits_of(call(**inputs, positions=(batch["rows"], batch["columns"])), "MaskedLM", 2)
         terms = cross_entropy(logits, batch["labels"], reduction="none")
         sums = terms.new_zeros(batch["input_ids"].shape[0]).index_add(0, batch["rows"], terms)
-        counts = self._raw_counts(batch).to(sums.dtype)
-        return reduced(sums.view(-1, self.draws).mean(1), counts, self.reduction)
+        return self._reduced(sums.view(-1, self.draws).mean(1), batch)
 
 
 def of_epoch(objective: Any, epoch: int) -> Any:
@@ -110,7 +105,7 @@ def of_epoch(objective: Any, epoch: int) -> Any:
 
 
 @dataclass(frozen=True)
-class CausalLM:
+class CausalLM(SumOfTerms):
     """Next-token prediction: ℓ_i = Σ_t −log p(token_t | tokens before it), over the real tokens after the first.
 
     Arguments as in `MaskedLM`.
@@ -128,20 +123,18 @@ class CausalLM:
         batch, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
         return batch | {"truncated": truncated}
 
-    def counts(self, batch: Batch) -> Tensor:
-        counts = batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
-        return reduced(torch.zeros_like(counts), counts, self.reduction)[1]
+    def _terms(self, batch: Batch) -> Tensor:
+        return batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
 
     def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits = logits_of(call(input_ids=ids, attention_mask=mask), "CausalLM", 3)
         terms = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        sums = (terms * mask[:, 1:]).sum(1)
-        return reduced(sums, mask[:, 1:].sum(1).to(sums.dtype), self.reduction)
+        return self._reduced((terms * mask[:, 1:]).sum(1), batch)
 
 
 @dataclass(frozen=True)
-class BidirectionalLM:
+class BidirectionalLM(SumOfTerms):
     """Both neighbours of every token, ELMo's task: ℓ_i = Σ_t −log p(token_t | all before it) − log p(token_t | all
     after it), each over the full vocabulary, a sentence's end as the last target of either direction.
 
@@ -172,9 +165,8 @@ class BidirectionalLM:
         batch, truncated = tokenize(self.tokenizer, texts, self.max_length, return_labels=True)
         return batch | {"truncated": truncated}
 
-    def counts(self, batch: Batch) -> Tensor:
-        counts = 2 * batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
-        return reduced(torch.zeros_like(counts), counts, self.reduction)[1]
+    def _terms(self, batch: Batch) -> Tensor:
+        return 2 * batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
 
     def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
@@ -185,4 +177,4 @@ class BidirectionalLM:
             targets = torch.stack([batch["labels"][:, 1:][real], batch["labels"][:, :-1][real]])
             terms = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         sums = terms.new_zeros(len(real)).index_add(0, real.nonzero()[:, 0], terms.sum(0))
-        return reduced(sums, 2 * real.sum(1).to(sums), self.reduction)
+        return self._reduced(sums, batch)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..errors import InputError
-from ._shared import Batch, Rows, check_reduction, ordinary_tokens, reduced, seeded, texts_of, tokenize
+from ._shared import Batch, Rows, SumOfTerms, check_reduction, ordinary_tokens, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)
-class SkipGram:
+class SkipGram(SumOfTerms):
     """Skip-gram with negative sampling (Mikolov et al., 2013, eq. (4)), for `hf_msif.models.SkipGramForPreTraining`:
 
     ℓ_i = Σ_(c,o) [ −log σ(u_o · v_c) − (1/D) Σ_draws Σ_{k=1..K} log σ(−u_{n_k} · v_c) ]
@@ -134,12 +134,8 @@ class SkipGram:
             "truncated": truncated
         }
 
-    def _raw_counts(self, batch: Batch) -> Tensor:
+    def _terms(self, batch: Batch) -> Tensor:
         return torch.bincount(batch["rows"], minlength=len(batch["truncated"])).to(torch.get_default_dtype())
-
-    def counts(self, batch: Batch) -> Tensor:
-        counts = self._raw_counts(batch)
-        return reduced(torch.zeros_like(counts), counts, self.reduction)[1]
 
     def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         candidates = batch["candidates"].unsqueeze(1)  # each pair a sentence of one word
@@ -153,4 +149,4 @@ class SkipGram:
             )
         terms = -logsigmoid(logits[:, 0, 0]) - logsigmoid(-logits[:, 0, 1:]).sum(1) / self.draws
         sums = terms.new_zeros(len(batch["truncated"])).index_add(0, batch["rows"], terms)
-        return reduced(sums, self._raw_counts(batch).to(sums), self.reduction)
+        return self._reduced(sums, batch)
