@@ -254,8 +254,9 @@ class Engine:
 
 
 def new_accelerator(**settings):
-    """An Accelerator whose processes wait for the main one as long as it reads a corpus or puts parts together (by
-    default ten minutes); a process that dies is noticed by the launcher all the same."""
+    """An Accelerator whose processes wait for one another up to two days, since the main process may read a corpus or
+    put parts together for hours (Accelerate's default ends them after ten minutes). The launcher still ends all
+    processes at once when one of them dies."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 

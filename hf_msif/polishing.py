@@ -262,7 +262,8 @@ class _Target:
     def _anchored(self, name: str, previous: nn.Module) -> Tensor:
         source, parameter = previous.get_parameter(self.roles.inherited[name]).detach(), self.parameters[name]
         anchor = parameter.clone()
-        anchor[: len(source)] = source.to(parameter)  # all rows, unless a resize added some
+        # All rows, unless a resize added some; a scalar has none.
+        (anchor[: len(source)] if name in self.roles.resized else anchor).copy_(source)
         return anchor
 
     def at(self, point: Block | None = None) -> State:

@@ -624,7 +624,7 @@ def test_mislabelled_pretraining_examples_rank_as_harmful(seed):
     """A tenth of the pretraining labels is wrong; asked about is held-out loss on the *pretraining* task.
 
     A wrong label is harmful to the task that it mislabels, and to no other by necessity: for the loss on the
-    finetuned digits 4–9 the same examples are influential, but of either sign (`recipes/digits/run.py --mislabelled`
+    finetuned digits 4–9 the same examples are influential, but of either sign (`recipes/digits/mislabelled.py`
     prints both), since an encoder that is bent by a wrong 2 may well tell 4 from 9 better.
     """
     generator = np.random.default_rng(seed)

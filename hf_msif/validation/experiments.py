@@ -196,8 +196,8 @@ def remove_groups(
     """Removes groups of examples, each predicted by the sum of its members' effects, eq. (8).
 
     Args:
+        predicted, ids, baselines, aggregate, seeds, ceiling_seeds, resamples: as in `leave_one_out`.
         groups: name → the ids of its members; at least three groups.
-        others: as in `leave_one_out`.
 
     Returns, raises: as `leave_one_out`.
 
@@ -233,10 +233,10 @@ def datamodelling_score(
     `fraction`: at one half the removal is too large for any first-order prediction.
 
     Args:
+        predicted, ids, baselines, aggregate, seeds, ceiling_seeds, resamples: as in `leave_one_out`.
         subsets: how many; the first ones of a larger number are the same, so that a bank can grow.
         fraction: of the rows that is kept, in (0, 1); at least one row is removed.
         seed: of the draw of subsets.
-        others: as in `leave_one_out`.
 
     Returns, raises: as `leave_one_out`.
 
