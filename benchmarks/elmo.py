@@ -30,8 +30,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from hf_msif import objectives
-from hf_msif.autodiff import Evaluation, directional, gauss_newton_product, gradient, hessian_product
-from hf_msif.functional import FunctionalModel
+from hf_msif.adapters.functional import FunctionalModel
+from hf_msif.curvature.derivatives import Evaluation, directional, gauss_newton_product, gradient, hessian_product
 from hf_msif.models import ElmoConfig, ElmoForBidirectionalLM, ElmoTokenizer
 from hf_msif.models.elmo.layers import LstmLayer
 from hf_msif.vectors import column

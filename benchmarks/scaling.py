@@ -195,7 +195,7 @@ def throughput(settings: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from hf_msif import vectors
-    from hf_msif.corpus import from_files
+    from hf_msif.engine.corpus import from_files
 
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
@@ -261,11 +261,11 @@ def simulate(settings: argparse.Namespace) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     from hf_msif import objectives
-    from hf_msif.autodiff import Evaluation
-    from hf_msif.corpus import from_files
-    from hf_msif.functional import FunctionalModel
-    from hf_msif.parts import Parts
-    from hf_msif.scores import frame_of
+    from hf_msif.adapters.functional import FunctionalModel
+    from hf_msif.curvature.derivatives import Evaluation
+    from hf_msif.engine.corpus import from_files
+    from hf_msif.scoring.scores import frame_of
+    from hf_msif.scoring.sinks import Parts
 
     torch.set_num_threads(1)
     count = 16384

@@ -32,8 +32,8 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from hf_msif import objectives
 from hf_msif.adapters import split
-from hf_msif.autodiff import Evaluation, directional, gauss_newton_product, gradient, hessian_product
-from hf_msif.functional import FunctionalModel, forward
+from hf_msif.adapters.functional import FunctionalModel, forward
+from hf_msif.curvature.derivatives import Evaluation, directional, gauss_newton_product, gradient, hessian_product
 from hf_msif.models import FeedForwardClassifier
 from hf_msif.vectors import Block, column
 

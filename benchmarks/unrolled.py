@@ -34,8 +34,9 @@ from tabulate import tabulate
 from transformers import BertTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_msif import MultiStageInfluence, Stage, objectives, training, unrolled, vectors
-from hf_msif.influence import pull_back
+from hf_msif import MultiStageInfluence, Stage, objectives, training, vectors
+from hf_msif.influence import unrolled
+from hf_msif.influence.multistage import pull_back
 
 BAR = 6.0
 UNIT = "the run, training.record"

@@ -6,10 +6,10 @@ __version__ = "0.1.0"
 
 # Heavy imports wait for first use, so that `msif --help` answers at once.
 _HOMES = {
-    "MultiStageInfluence": ".influence",
-    "Query": ".query",
-    "Scores": ".scores",
-    "Stage": ".stages",
+    "MultiStageInfluence": ".influence.multistage",
+    "Query": ".influence.query",
+    "Scores": ".scoring.scores",
+    "Stage": ".influence.stage",
     "InputError": ".errors",
 }
 _ROOMS = ("adapters", "curvature", "engine", "objectives", "solvers", "training", "validation", "vectors")

@@ -8,18 +8,13 @@ dtype of the tensors.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-
-from .files import write_whole
 
 Block = dict[str, Tensor]
 
@@ -167,32 +162,3 @@ def unflatten(matrix: Tensor, like: Mapping[str, Tensor], dtype: torch.dtype | N
         name: part.reshape(matrix.shape[0], *t.shape[1:]).to(t.device, dtype or t.dtype)
         for (name, t), part in zip(like.items(), matrix.split(sizes, dim=1), strict=True)
     }
-
-
-def fingerprint(x: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and values, in the order of x."""
-    digest = hashlib.sha256()
-    for name, t in x.items():
-        digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
-        digest.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # bfloat16 is unknown to NumPy
-    return digest.hexdigest()
-
-
-def save(x: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict | None = None) -> None:
-    """Writes a block as safetensors, whole or not at all; `metadata` (JSON-able) travels in the header."""
-    from safetensors.torch import save_file
-
-    tensors = {name: t.detach().cpu().contiguous() for name, t in x.items()}
-    # safetensors sorts the names; `flatten` depends on their order, so the order is kept beside them.
-    header = {"hf_msif": json.dumps(metadata or {}), "names": json.dumps(list(tensors))}
-    write_whole(path, lambda part: save_file(tensors, part, metadata=header))
-
-
-def load(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
-    """Reads what `save` wrote: the tensors, in the order they were saved in, and the metadata."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        names = json.loads(header["names"]) if "names" in header else list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, json.loads(header.get("hf_msif", "{}"))

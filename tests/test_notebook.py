@@ -10,8 +10,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from hf_msif import Scores
-from hf_msif.demo.run import demo
-from hf_msif.tables import write_table
+from hf_msif.project.demo.run import demo
+from hf_msif.reports.tables import write_table
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "explore_top_sentences.ipynb"
 
@@ -23,8 +23,8 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_msif.demo.run.SAMPLES", 32)
-        patch.setattr("hf_msif.demo.run.DRAWS", 1)
+        patch.setattr("hf_msif.project.demo.run.SAMPLES", 32)
+        patch.setattr("hf_msif.project.demo.run.DRAWS", 1)
         report = demo(folder, quiet=True, steps=(30, 20), check=False)
     report["removal"] = [{"left out": "made up", "loss": 0.5, "change": 0.25, "predicted change": 0.125}]
     (folder / "demo.json").write_text(json.dumps(report))

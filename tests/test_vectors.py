@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_msif import vectors
+from hf_msif.engine.files import load_tensors, save_tensors
 
 
 def block(q=3, seed=0, dtype=torch.float64):
@@ -114,12 +115,12 @@ def test_save_and_load(tmp_path):
     path = tmp_path / "query.safetensors"
     metadata = {"n": 3, "settings": {"tol": 1e-3, "names": ["ä", None]}}
     x = block() | {"half": torch.ones(3, 2, dtype=torch.bfloat16, requires_grad=True)}
-    vectors.save(x, path, metadata)
-    y, found = vectors.load(path)
+    save_tensors(x, path, metadata)
+    y, found = load_tensors(path)
     assert found == metadata
     assert equal(x, y)  # in the order they were saved in
-    vectors.save(vectors.take(block(), torch.tensor([1])), path)  # overwrites
-    y, found = vectors.load(str(path))
+    save_tensors(vectors.take(block(), torch.tensor([1])), path)  # overwrites
+    y, found = load_tensors(str(path))
     assert found == {}
     assert equal(y, vectors.take(block(), torch.tensor([1])))
     assert [p.name for p in tmp_path.iterdir()] == ["query.safetensors"]
@@ -127,15 +128,15 @@ def test_save_and_load(tmp_path):
 
 def test_views_of_one_tensor_can_be_saved(tmp_path):
     x = vectors.unflatten(torch.arange(11.0)[None], block(1, dtype=torch.float32))
-    vectors.save(x, tmp_path / "x")
-    assert equal(vectors.load(tmp_path / "x")[0], x)
-    vectors.save(vectors.column(block(), 1), tmp_path / "x")
-    assert equal(vectors.load(tmp_path / "x")[0], vectors.column(block(), 1))
+    save_tensors(x, tmp_path / "x")
+    assert equal(load_tensors(tmp_path / "x")[0], x)
+    save_tensors(vectors.column(block(), 1), tmp_path / "x")
+    assert equal(load_tensors(tmp_path / "x")[0], vectors.column(block(), 1))
 
 
 def test_a_crash_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    vectors.save(block(), path)
+    save_tensors(block(), path)
 
     def crash(tensors, filename, metadata):
         with open(filename, "wb") as file:
@@ -144,8 +145,8 @@ def test_a_crash_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr("safetensors.torch.save_file", crash)
     with pytest.raises(OSError, match="disk full"):
-        vectors.save(block(seed=1), path)
-    assert equal(vectors.load(path)[0], block())
+        save_tensors(block(seed=1), path)
+    assert equal(load_tensors(path)[0], block())
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -153,5 +154,5 @@ def test_loads_files_of_other_tools(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"w": torch.ones(2)}, tmp_path / "x")
-    tensors, metadata = vectors.load(tmp_path / "x")
+    tensors, metadata = load_tensors(tmp_path / "x")
     assert (tensors["w"].tolist(), metadata) == ([1.0, 1.0], {})

@@ -1,6 +1,6 @@
 """Curvature of a stage's objective as a linear operator: exact Hessian and Gauss-Newton."""
 
-from ._operator import Curvature
+from .base import Curvature
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
 

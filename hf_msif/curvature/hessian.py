@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..autodiff import Evaluation, hessian_product
 from ..vectors import Block
-from ._operator import Curvature
+from .base import Curvature
+from .derivatives import Evaluation, hessian_product
 
 
 class Hessian(Curvature):

@@ -1,14 +1,9 @@
 """Models that transformers lacks."""
 
 from .classifier import FeedForwardClassifier, FeedForwardClassifierConfig
-from .cnn import ConvNetConfig, ConvNetForImageClassification, ConvNetModel
+from .convnet import ConvNetConfig, ConvNetForImageClassification, ConvNetModel
 from .elmo import ElmoConfig, ElmoForBidirectionalLM, ElmoForSequenceClassification, ElmoModel, ElmoTokenizer
-from .skipgram import (
-    SkipGramConfig,
-    SkipGramForPreTraining,
-    SkipGramForSequenceClassification,
-    SkipGramModel,
-)
+from .skipgram import SkipGramConfig, SkipGramForPreTraining, SkipGramForSequenceClassification, SkipGramModel
 from .word2vec import from_word2vec
 
 __all__ = [

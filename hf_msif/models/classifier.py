@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..adapters import OPTIONAL_MODULE
+from ..adapters.split import OPTIONAL_MODULE
 from ..errors import InputError
 
 

@@ -9,7 +9,7 @@ the text by whose length rows are put into batches ("text" where there is none).
 `collate`, one call at a time.
 """
 
-from ._shared import tokenized
+from ._base import tokenized
 from .classification import ImageClassification, SequenceClassification
 from .language import BidirectionalLM, CausalLM, MaskedLM, of_epoch
 from .skipgram import SkipGram

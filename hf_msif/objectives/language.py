@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ._shared import Batch, Rows, SumOfTerms, check_reduction, logits_of, ordinary_tokens, seeded, texts_of, tokenize
+from ._base import Batch, Rows, SumOfTerms, check_reduction, logits_of, ordinary_tokens, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)

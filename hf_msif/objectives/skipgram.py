@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..errors import InputError
-from ._shared import Batch, Rows, SumOfTerms, check_reduction, ordinary_tokens, seeded, texts_of, tokenize
+from ._base import Batch, Rows, SumOfTerms, check_reduction, ordinary_tokens, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._operator import eps
+from ._base import eps
 from ._solve import Keeper, Progress
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._operator import Operator, check_finite
+from ._base import Operator, check_finite
 
 Progress = Callable[[int, float], None]
 

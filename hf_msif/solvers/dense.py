@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
-from ._operator import Counted, Damping, Operator, check_settings, damping, dimension, eps
+from ._base import Counted, Damping, Operator, check_settings, damping, dimension, eps
 from ._solve import Certificate, Keeper, Progress, Solution
 
 

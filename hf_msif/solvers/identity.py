@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .. import vectors
 from ..vectors import Block
-from ._operator import Operator
+from ._base import Operator
 from ._solve import Certificate, Keeper, Progress, Solution
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
+from ._base import Counted, Damping, Operator, check_settings, damping
 from ._krylov import krylov
-from ._operator import Counted, Damping, Operator, check_settings, damping
 from ._solve import Certificate, Keeper, Progress, Solution
 from .cg import ConjugateGradients
 

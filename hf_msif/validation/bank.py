@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..engine.files import write_json
 from ..errors import InputError
-from ..files import write_json
 
 
 @dataclass(frozen=True)

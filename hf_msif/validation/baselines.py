@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from .. import vectors
-from ..adapters import encoder
-from ..autodiff import Evaluation, example_gradients
-from ..corpus import as_rows
+from ..adapters.split import encoder
+from ..curvature.derivatives import Evaluation, example_gradients
+from ..engine.corpus import as_rows
 from ..errors import InputError
-from ..influence import MultiStageInfluence
-from ..links import Link
+from ..influence.chain import Link
+from ..influence.multistage import MultiStageInfluence
+from ..influence.stage import Stage
 from ..objectives import tokenized
 from ..solvers import Identity
-from ..stages import Stage
 from ..vectors import Block
 
 

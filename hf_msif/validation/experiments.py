@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..scores import Scores
+from ..scoring.scores import Scores
 from .bank import Bank
 from .measures import Correlation, correlation
 
@@ -111,7 +111,7 @@ class Validation:
 
         Needs matplotlib (`pip install hf_msif[validation]`). Returns the figure; also writes it where `path` is given.
         """
-        from ..pictures import figure as new_figure
+        from ..reports.figures import figure as new_figure
 
         methods = list(methods or self.correlations)
         figure = new_figure(figsize=(3.4 * len(methods), 3.2), layout="constrained")

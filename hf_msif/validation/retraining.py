@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import adapters, training, vectors
-from ..adapters import Split
-from ..autodiff import Evaluation
-from ..corpus import as_rows
-from ..digests import describe, digest
-from ..engine import Engine
+from .. import adapters, training
+from ..adapters.functional import FunctionalModel
+from ..adapters.split import Split
+from ..curvature.derivatives import Evaluation
+from ..engine.accelerated import Engine
+from ..engine.corpus import as_rows
+from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError
-from ..functional import FunctionalModel
-from ..polishing import PolishReport, polish
-from ..recording import Recording, rerun
-from ..stages import Stage
+from ..influence.stage import Stage
+from ..training.polish import PolishReport, polish
+from ..training.recording import Recording, rerun
 from .bank import Retrained
 
 
@@ -60,7 +60,7 @@ class _Chain:
         stages = [
             {
                 "name": s.name,
-                "model": vectors.fingerprint(dict(s.model.named_parameters())),
+                "model": tensors_fingerprint(dict(s.model.named_parameters())),
                 "objective": describe(s.objective),
                 "data": digest(as_rows(s.data, f"the data of stage {s.name!r}")),
                 "trainable": s.trainable if isinstance(s.trainable, str) else list(s.trainable),
@@ -261,7 +261,7 @@ class FromScratch(_Chain):
         # The finished models are not what these losses depend on; the fresh ones are.
         found = super().settings
         for stage, model in zip(found["stages"], self.make(0), strict=True):
-            stage["model"] = vectors.fingerprint(dict(model.named_parameters()))
+            stage["model"] = tensors_fingerprint(dict(model.named_parameters()))
         passing = ("output_dir", "logging_dir", "seed", "data_seed", "report_to", "run_name")
         given = [{} if a is None else a.to_dict() for a in self.arguments]
         plain = [{k: v for k, v in a.items() if k not in passing} for a in given]

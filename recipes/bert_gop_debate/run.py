@@ -5,7 +5,7 @@ python recipes/bert_gop_debate/run.py --config recipes/bert_gop_debate/frozen.ya
 
 import sys
 
-from hf_msif.cli import main
+from hf_msif.project.cli import main
 
 ARGUMENTS = sys.argv[1:]
 

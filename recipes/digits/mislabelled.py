@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from hf_msif import MultiStageInfluence, config, training
-from hf_msif.files import write_json
-from hf_msif.run import Run
+from hf_msif import MultiStageInfluence, training
+from hf_msif.engine.files import write_json
+from hf_msif.project import config
+from hf_msif.project.run import Run
 
 SHARE = 0.1
 OWN = Path(__file__).with_name("frozen.yaml")

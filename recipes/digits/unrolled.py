@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from hf_msif import InputError, MultiStageInfluence, commands, config, validation
-from hf_msif.run import Run
+from hf_msif import InputError, MultiStageInfluence, validation
+from hf_msif.project import commands, config
+from hf_msif.project.run import Run
 
 ALPHAS = (0.001, 0.01, 0.1, 1.0, 10.0)
 

@@ -15,11 +15,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from hf_msif import training
-from hf_msif.cli import main
-from hf_msif.config import parse
 from hf_msif.models import ElmoForBidirectionalLM
 from hf_msif.models.elmo import vocabulary
-from hf_msif.run import Run
+from hf_msif.project.cli import main
+from hf_msif.project.config import parse
+from hf_msif.project.run import Run
 
 ARGUMENTS = sys.argv[1:]
 

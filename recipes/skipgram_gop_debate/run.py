@@ -5,7 +5,7 @@ python recipes/skipgram_gop_debate/run.py --config recipes/skipgram_gop_debate/c
 
 import sys
 
-from hf_msif.cli import main
+from hf_msif.project.cli import main
 
 ARGUMENTS = sys.argv[1:]
 

@@ -1,0 +1,131 @@
+"""What all curvature operators share: fixed batches, one division by N, the quadratic terms, the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..adapters.functional import FunctionalModel, memo_bytes
+from ..engine.accelerated import Engine
+from ..vectors import Block
+from .derivatives import Evaluation, gradient, hessian_product
+
+TRACE_PROBES = 4
+MEMO_BYTES = 2 * 2**30
+
+
+class Curvature:
+    """A symmetric operator  v ↦ (1/N) Σ_i C_i v + ridge ∘ v  on the trained parameters of a stage.
+
+    C_i is the curvature of example i's loss ℓ_i (a sum over its terms) and N = Σ_i count_i. `ridge` is the diagonal of
+    F's quadratic terms: weight decay, and 2α where a parameter is tied to the stage before, eq. (12). The examples and
+    their masks are collated once: every product sees the same numbers, or the operator would not be linear.
+
+    A subclass defines `_product(evaluation, v)`: Σ_i C_i v over the examples of one batch, for every column of v.
+
+    Args:
+        model: where it is differentiated.
+        objective: what is differentiated.
+        rows: the examples; each process holds its shard of them.
+        names: trained parameters, the operator's space.
+        engine: runs the passes and adds up what the processes find.
+        batch_size: rows a batch; it does not change a product.
+        ridge: name → number, or tensor that broadcasts to the parameter.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        objective: Any,
+        rows: list[dict],
+        names: tuple[str, ...],
+        engine: Engine,
+        batch_size: int,
+        ridge: Mapping[str, float | Tensor] | None = None,
+    ):
+        self.model, self.engine = model, engine
+        self.parameters = {name: model.parameters[name] for name in names}
+        self.ridge = dict(ridge or {})
+        self.examples = len(rows)
+        with engine.together():
+            self.evaluations = [
+                Evaluation(model, objective, batch, memo={})
+                for _, batch in engine.batches(rows, objective, batch_size)
+            ]
+
+    @cached_property
+    def count(self) -> float:
+        """N: the number of counted terms of all examples."""
+        with torch.no_grad(), self.model.evaluating(), self.engine.together():
+            mine = sum((float(_counts(e).double().sum()) for e in self._passing()), 0.0)
+        return sum(self.engine.gather([mine]))
+
+    def _product(self, evaluation: Evaluation, v: Block) -> Block:
+        raise NotImplementedError
+
+    def products(self, v: Block) -> Iterator[Block]:
+        """Σ C_i v of each of this process's batches."""
+        return (self._product(evaluation, v) for evaluation in self._passing())
+
+    def matvec(self, v: Block) -> Block:
+        """A v for every column of v, tensors of shape (Q, *parameter.shape): one pass over the data, one reduction.
+
+        Accumulated in float64 over batches and processes, returned in the dtype of v.
+        """
+        with self.model.evaluating():
+            total = self.engine.sum(v, self.products(v))
+        product = {name: t / self.count for name, t in total.items()}
+        for name, strength in self.ridge.items():
+            product[name] = product[name] + strength * v[name]
+        return product
+
+    def mixed(self, v: Block, names: tuple[str, ...]) -> Block:
+        """∂/∂names ⟨∇_trained F, v⟩ for every column: the mixed second derivative of eqs. (10) and (11), always exact.
+
+        The quadratic terms tie no trained parameter to a frozen one, so they do not appear.
+        """
+        width = vectors.columns(v)
+        like = {n: self.model.parameters[n].expand(width, *self.model.parameters[n].shape) for n in names}
+        passing = self.engine.bar(self._passing(), total=len(self.evaluations), desc="mixed derivative")
+        with self.model.evaluating():
+            total = self.engine.sum(like, (hessian_product(e, v, names) for e in passing))
+        return {name: t / self.count for name, t in total.items()}
+
+    def gradient(self) -> Block:
+        """(1/N) Σ_i ∇ℓ_i on the trained parameters, a block of one column; the quadratic terms of F are not in it."""
+        like = vectors.stack([self.parameters])
+        with self.model.evaluating():
+            parts = (vectors.stack([gradient(e, self.parameters)]) for e in self._passing())
+            total = self.engine.sum(like, parts)
+        return vectors.scale(total, 1 / self.count)
+
+    @cached_property
+    def _trace(self) -> float:
+        probes = vectors.rademacher(self.parameters, TRACE_PROBES, seed=0)
+        return float(vectors.dot(probes, self.matvec(probes)).mean())
+
+    def trace(self) -> float:
+        """Hutchinson's estimate of the trace: the mean of zᵀAz over `TRACE_PROBES` fixed random vectors z of ±1.
+
+        Unbiased over such z, exact on the diagonal of A, with the variance 2 Σ_{i≠j} A_ij² / `TRACE_PROBES`.
+        """
+        return self._trace
+
+    def _passing(self) -> Iterator[Evaluation]:
+        """The evaluations of a pass; outputs of frozen encoders are kept between passes while they fit in memory."""
+        held = 0
+        for evaluation in self.evaluations:
+            yield evaluation
+            held += memo_bytes(evaluation.memo or {})
+            if held > MEMO_BYTES:
+                evaluation.memo = None
+
+
+def _counts(evaluation: Evaluation) -> Tensor:
+    counts = getattr(evaluation.objective, "counts", None)
+    return counts(evaluation.batch) if counts is not None else evaluation.losses({})[1]

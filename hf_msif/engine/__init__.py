@@ -1,0 +1,5 @@
+"""Rows → batches → processes → disk: the only wing that knows Accelerate and `datasets`."""
+
+from .accelerated import Engine, new_accelerator
+
+__all__ = ["Engine", "new_accelerator"]

@@ -1,0 +1,97 @@
+"""`Stage`: a model, its objective, its data, and which of its parameters are trained."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..curvature import GaussNewton, Hessian
+from ..errors import InputError
+from ..solvers import CG
+
+CURVATURES = {"gauss_newton": GaussNewton, "hessian": Hessian}
+
+
+@dataclass
+class Stage:
+    """One stage of training: its objective F_k and how its trained parameters depend on the stage before.
+
+    F_k(φ) = (1/N_k) Σ_i ℓ_i(φ) + (weight_decay/2) ‖φ_decayed‖² [+ α ‖W − W_before‖², eq. (12)],  N_k = Σ_i count_i.
+
+    Args:
+        name: unique in its chain.
+        model: a `PreTrainedModel` at the stage's final parameters, or a `PeftModel` of one: its adapters, not merged,
+            belong to the stage and its encoder is inherited as ever; never modified.
+        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        data: the stage's training examples: a `datasets.Dataset`, a list of dicts, or a list of strings. A column
+            `example_id` names rows (and seeds their masks); rows without one are numbered. Of a first stage with
+            `curvature_samples` also a stream, see `corpus.as_corpus`: it is read twice, for the subset and for N.
+        trainable: "all", "head" (everything not inherited) or a list of name patterns. What is inherited and not
+            trained is frozen (Case 1), what is inherited and trained hangs on the stage before by `link` (Case 2).
+            With LoRA, "head" is the adapters and all that is new; PEFT alone holds new tensors outside of
+            `modules_to_save` (such as BERT's pooler) constant, which is `["*.lora_*", "*.modules_to_save.*"]`.
+        weight_decay: of the quadratic penalty, on all trained parameters but biases and normalisation layers (by the
+            rule of Hugging Face's `Trainer`, whose own weight decay is AdamW's and no term of an objective).
+        alpha: α of eq. (12), needed where inherited parameters are trained and the link is proximal; "auto": estimated
+            from the parameters themselves, see `Link.estimate`.
+        link: "proximal", where training ended at a minimum of F (the paper's assumption), or "unrolled", which pulls
+            back through the stage's own training run, converged or not (also for a first stage).
+        run: folder of that run, from `training.record` or a `RecordCallback`.
+        max_growth: refuse an unrolled pull-back whose adjoint grows more than so many times; default: 1e-3 divided by
+            the rounding unit of the run's dtype.
+        curvature: "gauss_newton" or "hessian".
+        curvature_samples: size of the fixed random subset on which the curvature is estimated; None: all of `data`.
+        solver: one of `hf_msif.solvers`.
+        batch_size: rows a batch in passes over `data`.
+        resized: accept embeddings that gained rows since the stage before (see `adapters.split`).
+        seed: of the curvature subset.
+
+    Raises:
+        InputError: a setting out of range.
+    """
+
+    name: str
+    model: nn.Module
+    objective: Any
+    data: Any
+    trainable: str | Sequence[str] = "all"
+    weight_decay: float = 0.0
+    alpha: float | str | None = None
+    link: str = "proximal"
+    run: str | os.PathLike | None = None
+    max_growth: float | None = None
+    curvature: str = "gauss_newton"
+    curvature_samples: int | None = None
+    solver: Any = field(default_factory=CG)
+    batch_size: int = 64
+    resized: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.curvature not in CURVATURES:
+            raise InputError(
+                f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}."
+            )
+        if self.link not in ("proximal", "unrolled"):
+            raise InputError(f"stage {self.name!r}: link is {self.link!r}; expected 'proximal' or 'unrolled'.")
+        if (self.link == "unrolled") != (self.run is not None):
+            raise InputError(
+                f"stage {self.name!r}: link is {self.link!r} and run is {self.run!r}; expected the folder of a "
+                "recorded run where the link is 'unrolled', and none where it is not."
+            )
+        sizes = [self.batch_size, 1 if self.curvature_samples is None else self.curvature_samples]
+        if not self.weight_decay >= 0 or min(sizes) < 1:
+            raise InputError(
+                f"stage {self.name!r}: weight_decay={self.weight_decay}, batch_size={self.batch_size}, "
+                f"curvature_samples={self.curvature_samples}; expected a decay of at least 0 and sizes of at least 1."
+            )
+        number = isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf
+        if self.alpha not in (None, "auto") and not number:
+            raise InputError(
+                f"stage {self.name!r}: alpha is {self.alpha!r}; expected a positive number, as in eq. (12), or 'auto'."
+            )

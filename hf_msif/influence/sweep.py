@@ -1,0 +1,94 @@
+"""How a ranking moves with the damping: one query a λ, compared with its neighbour."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..engine.corpus import as_rows
+from ..errors import InputError
+from .multistage import MultiStageInfluence, judge, pull_back
+from .query import Query
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def damping_sweep(
+    chain: MultiStageInfluence, tests, corpus, dampings: Sequence[float], stage: str | None = None, k: int = 10
+) -> pd.DataFrame:
+    """Scores `corpus` once for every λ of `stage` (the first by default); the later stages are solved once.
+
+    Args:
+        chain: the chain; the solver of `stage` is used with another `damping` each time.
+        tests: test examples, one column each.
+        corpus: rows to rank, as examples of `stage`.
+        dampings: the λ, positive.
+        stage: whose damping moves.
+        k: how many rows are the top of a ranking.
+
+    Returns:
+        One row a λ, ascending: `damping`, `iterations` and `residual` (worst column), `spread` (standard deviation of
+        the influence, mean over columns), and against the λ before, NaN in the first row: `top_k_kept` (share of the
+        top k by absolute influence that was there already, mean over columns) and `rank_correlation` (Spearman's ρ of
+        the influences, mean over columns). A λ too small for the solver, which met negative curvature, is warned about
+        and has no ranking: NaN.
+
+    Raises:
+        InputError: bad rows, dampings that are not positive, k < 1, or a solver without damping.
+    """
+    import pandas as pd
+
+    dampings = sorted(set(dampings))
+    if not dampings or not all(0 < damping < math.inf for damping in dampings):
+        raise InputError(f"the dampings are {dampings}; expected positive numbers.")
+    if k < 1:
+        raise InputError(f"k is {k}; expected at least 1.")
+    target = chain.link(stage)
+    name, solver = target.stage.name, target.stage.solver
+    if target.recording is not None:
+        raise InputError(f"stage {name!r} is pulled back through its run, without a linear system to damp.")
+    if "damping" not in {field.name for field in dataclasses.fields(solver)}:
+        raise InputError(
+            f"stage {name!r} is solved by {type(solver).__name__}, which has no damping to sweep: use CG."
+        )
+    rows = as_rows(tests, "the test examples")
+    adjoint, losses = chain.measurement(rows)
+    for link in reversed(chain.links):
+        if link is target:
+            break
+        _, inherited, certificate = pull_back(link, adjoint)
+        judge(link.stage.name, certificate)
+        adjoint = link.carry(inherited)
+    found, before = [], None
+    for damping in dampings:
+        u, _, certificate = pull_back(target, adjoint, dataclasses.replace(solver, damping=damping))
+        row = {"damping": damping, "iterations": max(certificate.iterations), "residual": max(certificate.residual)}
+        row |= dict.fromkeys(("spread", "top_k_kept", "rank_correlation"), math.nan)
+        found.append(row)
+        if "negative_curvature" in certificate.status:
+            warnings.warn(f"stage {name!r}: no ranking at damping {damping:g}. {certificate}", stacklevel=2)
+            continue
+        scores = Query({name: u}, {name: certificate}, rows, losses, None, chain).score(corpus, stage=name)
+        values = np.stack([scores.influence(q) for q in range(scores.columns)])
+        row["spread"] = float(values.std(axis=1).mean())
+        if before is not None:
+            row["top_k_kept"], row["rank_correlation"] = _compare(before, values, k)
+        before = values
+    return pd.DataFrame(found)
+
+
+def _compare(before: np.ndarray, after: np.ndarray, k: int) -> tuple[float, float]:
+    from scipy.stats import spearmanr
+
+    def top(values: np.ndarray) -> set:
+        return set(np.argsort(-abs(values), kind="stable")[:k])
+
+    pairs = list(zip(before, after, strict=True))
+    kept = [len(top(x) & top(y)) / min(k, len(x)) for x, y in pairs]
+    return float(np.mean(kept)), float(np.mean([spearmanr(x, y).statistic for x, y in pairs]))

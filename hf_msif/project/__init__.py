@@ -1,0 +1,1 @@
+"""One YAML file and its run folder, and the command line."""

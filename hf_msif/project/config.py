@@ -1,0 +1,260 @@
+"""Reads the settings of a run: YAML files and `--section.key value` flags into `sections.Config`.
+
+Nothing here imports torch, so that help and errors are instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from ..errors import InputError
+from .schema import RULES, Config, Scalar, Section, StageConfig
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration of `--config file.yaml --section.key value --section.key=value ...`; later ones win."""
+    paths, overrides, remaining = [], [], iter(arguments)
+    for argument in remaining:
+        flag, equals, text = argument.partition("=")
+        if not flag.startswith("--") or flag == "--":
+            raise InputError(f"unexpected argument {argument!r}; expected --config FILE.yaml or --section.key value.")
+        text = text if equals else next(remaining, "--")
+        if not equals and text.startswith("--"):
+            raise InputError(f"{flag} has no value; expected {flag} VALUE.")
+        if flag == "--config":
+            paths.append(text)
+        else:
+            overrides.append((flag[2:], text))
+    return load(paths, overrides)
+
+
+def load(
+    paths: str | os.PathLike | Sequence[str | os.PathLike] = (), overrides: Sequence[tuple[str, Any]] = ()
+) -> Config:
+    """The configuration of YAML files, later ones laid over earlier ones, and of (dotted key, value) overrides.
+
+    A value that is text is read as YAML, as on the command line.
+
+    Raises:
+        InputError: a file that cannot be read, or a key or value that the configuration does not know.
+    """
+    values: dict[str, Any] = {}
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        values = _laid_over(values, _read(path))
+    for key, value in overrides:
+        _put(values, key, _value(value) if isinstance(value, str) else value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_sentence(error, values)) from None
+
+
+def settings(kind: Callable, given: Mapping[str, Any], key: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The given settings of a dataclass or a function, names and types checked against its fields or its arguments;
+    `key` is where they are in the configuration."""
+    hints = typing.get_type_hints(kind)
+    if dataclasses.is_dataclass(kind):
+        known = [f.name for f in dataclasses.fields(kind) if f.init]
+    else:
+        known = list(inspect.signature(kind).parameters)
+    known = [name for name in known if name not in without]
+    checked = {}
+    for name, value in given.items():
+        if name not in known:
+            raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{k}" for k in known]))
+        try:
+            checked[name] = TypeAdapter(hints[name], config=RULES).validate_python(value)
+        except ValidationError:
+            raise InputError(f"{key}.{name} is {_shown(value)}; expected {_expected(hints[name])}.") from None
+    return checked
+
+
+def help_text(width: int = 100) -> str:
+    """Every key with its meaning, type and default, for `--help`."""
+    lines = []
+    for key, field in _keys(Config, "", ["NAME"]):
+        if _is_section(field.annotation):
+            lines += ["", *textwrap.wrap(f"{key}: {field.annotation.__doc__}", width)]
+            continue
+        default = "required" if field.is_required() else f"default: {_shown(field.get_default())}"
+        text = f"{field.description}; {_expected(field.annotation, field.metadata)}; {default}"
+        lines += [f"  --{key}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    return "\n".join(lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: 1e-4 is a number; no, 007 and 2016-02-06 are words. Keys are words, and occur once."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {}
+
+    def construct_mapping(self, node, deep=False):
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                key.tag = "tag:yaml.org,2002:str"
+                if key.value in names:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} occurs twice", problem_mark=key.start_mark)
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"null|Null|NULL|~|", "nN~"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""])
+
+
+def _read(path: str | os.PathLike) -> dict:
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"cannot read the configuration {str(path)!r} ({reason}); expected a YAML file.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"the configuration {str(path)!r} is not valid YAML: {reason}{place}.") from None
+    if not isinstance(values, (dict, NoneType)):
+        raise InputError(f"the configuration {str(path)!r} holds {_shown(values)}; expected keys such as run_dir.")
+    return values or {}
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:  # *.csv and @name are words here
+        return text
+
+
+def _laid_over(below: dict, above: dict) -> dict:
+    def both(key):
+        return isinstance(below.get(key), dict) and isinstance(above[key], dict)
+
+    return {**below, **{key: _laid_over(below[key], above[key]) if both(key) else above[key] for key in above}}
+
+
+def _put(values: dict, key: str, value: Any) -> None:
+    path = key.split(".")
+    stages = values.get("stages")
+    if path[0] == "stages" and len(path) > 1 and path[1] not in (stages or {}):
+        raise InputError(f"--{key}: there is no stage {path[1]!r}; the stages are {list(stages or {})}.")
+    for depth, section in enumerate(path[:-1], 1):
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise InputError(f"unknown key {key!r}: {'.'.join(path[:depth])} is {_shown(values)}, which has no keys.")
+    values[path[-1]] = value
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _keys(kind: type[Section], prefix: str, stages: Sequence[str]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a section, dotted; those of the sections in it come last."""
+    last = {name: name == "stages" or _is_section(field.annotation) for name, field in kind.model_fields.items()}
+    for name in sorted(last, key=last.get):
+        field = kind.model_fields[name]
+        yield prefix + name, field
+        if name == "stages":
+            for stage in stages:
+                yield f"stages.{stage}", FieldInfo.from_annotation(StageConfig)
+                yield from _keys(StageConfig, f"stages.{stage}.", ())
+        elif _is_section(field.annotation):
+            yield from _keys(field.annotation, f"{prefix}{name}.", ())
+
+
+def _sentence(error: ValidationError, values: dict) -> str:
+    """The first of pydantic's complaints; an unknown key first, since a missing one is often the same one misspelt."""
+    found = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    if found["type"] == "value_error":
+        return str(found["ctx"]["error"])
+    stages = values.get("stages")
+    known = dict(_keys(Config, "", [str(s) for s in stages] if isinstance(stages, dict) else []))
+    path = [str(part) for part in found["loc"]]
+    if found["type"] == "extra_forbidden":
+        return unknown_key(".".join(path), list(known))
+    while ".".join(path) not in known:  # beyond a key come indices and the members of a union
+        path.pop()
+    key, field = ".".join(path), known[".".join(path)]
+    expected = _expected(field.annotation, field.metadata)
+    if found["type"] == "missing":
+        return f"{key} is missing; expected {expected} in the file of --config, or --{key} VALUE."
+    value = values
+    for part in path:
+        value = value[part]
+    return f"{key} is {_shown(value)}; expected {expected}."
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """Names the known key of the same section, else of any, that most resembles `key`; else all of the section."""
+    section, _, name = key.rpartition(".")
+    same_stage_last = sorted(known, key=lambda k: k.split(".")[:2] == key.split(".")[:2])
+    everywhere = {k.rpartition(".")[2]: k for k in same_stage_last}
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    for pool in (siblings, everywhere):
+        near = difflib.get_close_matches(name, pool, n=1)
+        if near:
+            return f"unknown key {key!r}; the nearest known key is {pool[near[0]]!r}."
+    return f"unknown key {key!r}; expected {'one of ' + ', '.join(siblings) if siblings else 'none here'}."
+
+
+def _expected(kind: Any, rules: Sequence = ()) -> str:
+    """A type annotation in words."""
+    words = {
+        Scalar: "a word or number",
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        NoneType: "null",
+    }
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind in words:
+        text = words[kind]
+    elif origin is Annotated:
+        return _expected(inner[0], [*getattr(inner[1], "metadata", ()), *rules])
+    elif origin is Literal:
+        text = ", ".join(map(str, inner))
+        text = f"one of {text}" if len(inner) > 1 else text
+    elif origin in (Union, UnionType):
+        text = " or ".join(map(_expected, inner))
+    elif origin in (list, tuple, dict):
+        each = inner[0 if origin is not dict else 1]
+        text = "a mapping" if origin is dict else "a list"
+        text += "" if each is Any or _is_section(each) else f" (each {_expected(each)})"
+    elif _is_section(kind):
+        text = f"a section with the keys {', '.join(kind.model_fields)}"
+    else:
+        text = getattr(kind, "__name__", str(kind))
+    limits = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of length at least"}
+    limits = [f"{word} {getattr(rule, r):g}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
+    return " ".join([text, " and ".join(limits)]).strip()
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML's flow style, which is what the user typed; cut where it is long."""
+    text = yaml.dump(value, Dumper=yaml.SafeDumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,238 @@
+"""Rows of a stage: what `datasets` loads, filtered, split and counted as the `data` section says."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from glob import glob
+
+from ..engine.corpus import Stream, as_corpus, from_files
+from ..engine.hashing import digest
+from ..errors import InputError, first_line
+from .schema import Data
+
+DIGITS = "sklearn:digits"
+
+
+def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
+    """Rows {example_id, text[, label]} of a stage's `data` section, or {example_id, image[, label]}; rows left out are
+    counted and printed.
+
+    Equal texts or images fall on the same side of the split. A number that a column with gaps turned into 7.0 is 7
+    again.
+
+    Raises:
+        InputError: missing or empty files, a column or an admitted value that does not exist, ids that repeat, or no
+            row left.
+    """
+    key = f"stages.{stage}.data"
+    held_out = data.part == "test" and data.test_split is not None
+    table = _table(data, data.test_split if held_out else data.split, key)
+    columns = _columns(data, content, table.column_names, key)
+    for column, values in _admitted(data).items():
+        found = {str(_whole(value)) for value in table.unique(column)}
+        if values - found:
+            raise InputError(
+                f"{key}.keep.{column} admits {min(values - found)!r}, which no row has; the column holds "
+                f"{sorted(found)[:10]}."
+            )
+    table, dropped = table.select_columns(sorted({*columns.values(), *data.keep})), Counter()
+    limit = None if held_out else data.max_rows
+    rows = []
+    for row in _rows(_sources(table), data, content, key, dropped, held_out):
+        if limit is not None and len(rows) >= limit:
+            dropped["beyond max_rows"] = len(table) - len(rows) - dropped.total()
+            break
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{key}: no row of {len(table):,} is left{_left_out(dropped)}; expected at least one.")
+    _report(data, stage, len(rows), dropped)
+    ids = Counter(row["example_id"] for row in rows)
+    repeated = [i for i, count in ids.items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"{key}.id_column: {data.id_column!r} repeats {len(repeated):,} ids (first {repeated[0]!r}), but ids name "
+            "rows and seed their masks; give a column without repeats, or none."
+        )
+    return rows
+
+
+def stream_rows(data: Data, stage: str, content: str = "text") -> Stream:
+    """As `load_rows`, one after another and never held together. A row's id is its file's name and its place in it
+    ("news.txt:17"), of a Hub dataset its number, or that of `id_column`; what was left out is
+    counted and printed when they have all been read once."""
+    key = f"stages.{stage}.data"
+    source = _source(data, key)
+    head = next(iter(source))
+    _columns(data, content, list(head), key)
+    reported = []
+
+    def read() -> Iterator[dict]:
+        dropped, count = Counter(), 0
+        for row in _rows(source, data, content, key, dropped, held_out=False):
+            if data.max_rows is not None and count >= data.max_rows:
+                break
+            count += 1
+            yield row
+        if not reported:
+            reported.append(True)
+            _report(data, stage, count, dropped)
+
+    return Stream(read, f"the data of stage {stage!r}")
+
+
+def _source(data: Data, key: str) -> Stream:
+    """All rows of a `data` section, streamed, with ids."""
+    files = data.data_files
+    local = isinstance(files, (str, list)) and data.path in ("text", "json", "csv", "parquet")
+    if local and not any("://" in file for file in ([files] if isinstance(files, str) else files)):
+        if data.split != "train":
+            raise InputError(
+                f"{key}.split is {data.split!r}, but streamed files have no splits; expected 'train', and max_rows "
+                "for the first so many rows."
+            )
+        found = [path for file in _files(files, f"{key}.data_files") for path in sorted(glob(file)) or [file]]
+        return from_files(found, f"{key}.data_files", data.path)
+    return as_corpus(_table(data, data.split, key), key)
+
+
+def _columns(data: Data, content: str, known: list[str], key: str) -> dict[str, str]:
+    """Role → column, all of them there."""
+    roles = {f"{content}_column": getattr(data, f"{content}_column"), "label_column": data.label_column}
+    roles["id_column"] = data.id_column
+    columns = {role: column for role, column in roles.items() if column is not None}
+    for role, column in [*columns.items(), *((f"keep.{column}", column) for column in data.keep)]:
+        if column not in known:
+            near = difflib.get_close_matches(column, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise InputError(f"{key}.{role}: there is no column {column!r} among {known}{hint}")
+    return columns
+
+
+def _admitted(data: Data) -> dict[str, set[str]]:
+    return {column: {str(_whole(value)) for value in values} for column, values in data.keep.items()}
+
+
+def _rows(
+    sources: Iterable[dict], data: Data, content: str, key: str, dropped: Counter, held_out: bool
+) -> Iterator[dict]:
+    """The rows that are used, named and with their roles' columns; those left out are counted by reason."""
+    admitted, source_column = _admitted(data), getattr(data, f"{content}_column")
+    for number, source in enumerate(sources):
+        source = {column: _whole(value) for column, value in source.items()}
+        row = {"example_id": source.get("example_id", number), content: source[source_column]}
+        if data.id_column is not None:
+            row["example_id"] = source[data.id_column]
+        if data.label_column is not None:
+            row["label"] = source[data.label_column]
+        value = row[content]
+        if content == "text" and not isinstance(value, (str, type(None))):
+            raise InputError(
+                f"{key}.text_column: {data.text_column!r} holds {value!r} in row {number}; expected text."
+            )
+        if any(str(source[column]) not in values for column, values in admitted.items()):
+            dropped["not in keep"] += 1
+        elif value is None or (content == "text" and not value.strip()):
+            dropped[f"no {content}"] += 1
+        elif None in row.values():
+            dropped["no label" if row["example_id"] is not None else "no id"] += 1
+        elif not held_out and data.part != "all" and not _is_on_side(value, data):
+            dropped[f"not in the {data.part} part"] += 1
+        else:
+            yield row
+
+
+def _left_out(dropped: Counter) -> str:
+    return "".join(f", {count:,} left out ({why})" for why, count in dropped.items())
+
+
+def _report(data: Data, stage: str, count: int, dropped: Counter) -> None:
+    part = f" ({data.part})" if data.has_test_side else ""
+    print(f"{stage}{part}: {count:,} rows of {count + dropped.total():,}{_left_out(dropped)}")
+
+
+def _table(data: Data, split: str, key: str):
+    from datasets import load_dataset
+
+    if data.path == DIGITS:
+        return _digits()
+    if isinstance(data.data_files, dict):
+        files = {name: _files(some, f"{key}.data_files.{name}") for name, some in data.data_files.items()}
+    else:
+        files = None if data.data_files is None else _files(data.data_files, f"{key}.data_files")
+    try:
+        with _silent_datasets():
+            return load_dataset(
+                os.path.expanduser(data.path), data.name, data_files=files, split=split, streaming=data.streaming
+            )
+    except Exception as error:
+        cause = error
+        while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
+            cause = cause.__cause__
+        raise InputError(
+            f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}; expected a Hub dataset "
+            "id, or one of text, csv, json, parquet with data_files."
+        ) from error
+
+
+def _files(given: str | list[str], key: str) -> list[str]:
+    """The files, `~` resolved; a local one must be there and hold something."""
+    files = []
+    for file in [given] if isinstance(given, str) else given:
+        if "://" in file or any(c in file for c in "*?["):
+            files.append(file)
+            continue
+        files.append(os.path.expanduser(file))
+        if not os.path.isfile(files[-1]):
+            raise InputError(f"{key}: the file {file!r} does not exist; set it to where the data is.")
+        if not os.path.getsize(files[-1]):
+            raise InputError(f"{key}: the file {file!r} is empty; expected at least one row.")
+    return files
+
+
+def _digits():
+    """scikit-learn's 1,797 images of 8 × 8, brightness 0 to 16."""
+    from datasets import Dataset
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return Dataset.from_dict({"image": found.images.tolist(), "label": found.target.tolist()})
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """No "Generating train split" bars, and no log lines beside the error that says the same."""
+    import datasets
+
+    level, shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _sources(table) -> Iterator[dict]:
+    for batch in table.iter(1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _whole(value):
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_on_side(value, data: Data) -> bool:
+    """Whether a text or image belongs to `data.part`. Its place in [0, 1) is a hash, so that equal ones (retweets)
+    fall on the same side."""
+    if data.test_fraction == 0:
+        return data.part == "train"
+    found = hashlib.sha256(value.strip().encode()).hexdigest() if isinstance(value, str) else digest(value)
+    return (int(found[:12], 16) / 2**48 < data.test_fraction) == (data.part == "test")

@@ -1,0 +1,258 @@
+"""`msif demo`: the main job on embedded data. Trains, explains three tweets, counts hits, retrains to check."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer, TrainingArguments, set_seed
+
+from ... import MultiStageInfluence, Scores, Stage, objectives, solvers, training
+from ...engine.files import write_json
+from ...influence.sweep import damping_sweep
+from ...models import FeedForwardClassifier
+from ...reports.tables import plain, table_one, training_line, write_table
+from .grammar import World, vocabulary, world
+
+TOP = 10  # sentences a tweet whose kind is counted
+REMOVED = 30  # sentences left out for the check by retraining
+# Steps of pretraining without them, from the finished model: from scratch, chance would drown the difference.
+CONTINUED = 700
+MASKED = 0.25
+DRAWS = 4  # masks a sentence in the influence: one mask often misses the word that matters
+DAMPING = 0.1
+HEAD_DECAY = 0.02  # an unregularised head is ill-conditioned, and its refit then drowns what the encoder knows
+SAMPLES = 320
+
+
+def demo(
+    output_dir: str = "runs/demo",
+    seed: int = 0,
+    quiet: bool = False,
+    steps: tuple[int, int] = (700, 200),
+    check: bool = True,
+) -> dict:
+    """Runs the demo and returns its figures; writes models, query, scores, Table 1 and `demo.json` into `output_dir`.
+
+    Args:
+        output_dir: created if needed; files of an earlier demo are replaced.
+        seed: of data, training and masks.
+        quiet: print nothing.
+        steps: of pretraining and of finetuning.
+        check: sweep the damping, and retrain without some sentences.
+    """
+    say = (lambda *words: None) if quiet else print
+    folder, started, data = Path(output_dir), time.perf_counter(), world(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are too small to share: one thread is faster, and the same on every machine
+    try:
+        report = _demo(folder, seed, data, say, not quiet, steps, check)
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # Trainer makes it, also where nothing is saved
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(folder / "demo.json", report)
+    say(f"\nDone in {report['seconds']:.0f} s; models, scores and tables are in {folder}.")
+    return report
+
+
+def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, steps, check: bool) -> dict:
+    words = vocabulary(data)
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    tests = _tests(data)
+    say(
+        f"{len(data.corpus)} pretraining sentences about {len(data.praised)} made-up politicians, {len(data.tweets)} "
+        f"labelled tweets about {len({t['topic'] for t in data.tweets})} of them.\nThe test tweets name others: only "
+        "pretraining sentences that praise or blame them (planted) tell their sentiment.\n"
+    )
+    trainer = _Trainer(folder, data, tokenizer, tests, seed, progress, steps)
+    pretrained, finetuned, reports = trainer.both()
+    for line in map(training_line, reports):
+        say(line)
+    training.save(pretrained, tokenizer, folder / "pretraining")
+    training.save(finetuned, tokenizer, folder / "finetuning")
+
+    chain = _chain(data, tokenizer, pretrained, finetuned, progress)
+    query = chain.query(tests)
+    query.save_pretrained(folder / "query")
+    scores = query.score(data.corpus)
+    scores.to_parquet(folder / "scores.parquet")
+    for stage, certificate in query.certificate()["stages"].items():
+        say(f"\n{stage}:\n{certificate['text']}")
+    table = table_one(scores)
+    write_table(table, folder / "table1")
+    say("\nTable 1: sentences of largest and smallest absolute influence (positive raises the test loss: harmful)")
+    say(plain(table, 30))
+
+    plain_gradient = _chain(data, tokenizer, pretrained, finetuned, progress, solvers.Identity()).query(tests)
+    hits = {
+        "influence": _hits(data, tests, [np.abs(scores.influence(q)) for q in range(len(tests))]),
+        "identity": _hits(
+            data, tests, [abs(plain_gradient.score(data.corpus).influence(q)) for q in range(len(tests))]
+        ),
+        "TF-IDF": _hits(data, tests, _tfidf(data, tests)),
+        "chance": [_chance(data, test) for test in tests],
+    }
+    say(f"\nPlanted sentences about the tweet's own politician among the top {TOP}:")
+    columns = [test["text"] for test in tests]
+    counted = pd.DataFrame(
+        [[name, *row, float(np.mean(row))] for name, row in hits.items()], columns=["", *columns, "mean"]
+    )
+    say(plain(counted, 30))
+
+    report = {"training": reports, "hits": hits, "damping": DAMPING}
+    report["table"] = json.loads(table.to_json(orient="records"))
+    if not check:
+        return report
+    sweep = damping_sweep(chain, tests, data.corpus, [DAMPING, 0.3, 1.0])
+    write_table(sweep, folder / "sweep")
+    say("\nHow the top 10 move with the damping of the pretraining stage:")
+    say(plain(sweep))
+    report["removal"] = _removal(tests, scores, trainer, pretrained, np.random.default_rng(seed))
+    say(
+        f"\nMean loss of the three tweets when pretraining goes on for {CONTINUED} steps without {REMOVED} "
+        "sentences, and the head is\ntrained anew (the change is measured against going on with all of them):"
+    )
+    say(plain(pd.DataFrame(report["removal"])))
+    return report
+
+
+class _Trainer:
+    """Trains both stages, the same way each time but for the sentences left out."""
+
+    def __init__(self, folder: Path, data: World, tokenizer, tests: list[dict], seed: int, progress: bool, steps):
+        self.data, self.tokenizer, self.tests, self.seed, self.progress = data, tokenizer, tests, seed, progress
+        self.folder, self.steps = folder, steps
+        self.masked = objectives.MaskedLM(tokenizer, seed=seed, mask_probability=MASKED)
+        self.task = objectives.SequenceClassification(tokenizer)
+
+    def both(self) -> tuple[BertForMaskedLM, FeedForwardClassifier, list[dict]]:
+        set_seed(self.seed)
+        config = BertConfig(
+            vocab_size=len(self.tokenizer),
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=256,
+            max_position_embeddings=32,
+            initializer_range=0.1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        pretrained = BertForMaskedLM(config)
+        report = self._train("pretraining", pretrained, self.masked, self.data.corpus, self.steps[0], 3e-3)
+        finetuned, finetuning = self._head(pretrained, "finetuning")
+        return pretrained, finetuned, [report, finetuning]
+
+    def again(self, pretrained: BertForMaskedLM, omit: set, label: str) -> float:
+        """The test tweets' mean loss after pretraining went on without `omit` and the head was trained anew."""
+        model = copy.deepcopy(pretrained)
+        masked = replace(self.masked, first_draw=500)
+        self._train(f"pretraining ({label})", model, masked, self.data.corpus, CONTINUED, 1e-3, omit=omit)
+        finetuned, _ = self._head(model, f"finetuning ({label})")
+        return training.evaluate(finetuned, self.task, self.tests)["loss"]
+
+    def _head(self, pretrained: BertForMaskedLM, name: str) -> tuple[FeedForwardClassifier, dict]:
+        set_seed(self.seed)
+        model = FeedForwardClassifier.from_encoder(pretrained, hidden_size=8, num_labels=2)
+        settings = {"previous": pretrained, "trainable": "head", "weight_decay": HEAD_DECAY}
+        report = self._train(name, model, self.task, self.data.tweets, self.steps[1], 1e-2, **settings)
+        return model, report | {"test": training.evaluate(model, self.task, self.data.tests)}
+
+    def _train(self, name, model, objective, rows, steps: int, rate: float, **settings) -> dict:
+        started = time.perf_counter()
+        arguments = TrainingArguments(
+            str(self.folder / "checkpoints"),
+            max_steps=steps,
+            learning_rate=rate,
+            warmup_steps=steps // 10,
+            per_device_train_batch_size=32,
+            seed=self.seed,
+            logging_steps=50,
+            save_strategy="no",
+            report_to=[],
+        )
+        training.train(model, objective, rows, arguments, name=name, progress=self.progress, **settings)
+        report = {"stage": name, "seconds": round(time.perf_counter() - started, 1)}
+        return report | {"train": training.evaluate(model, objective, rows)}
+
+
+def _tests(data: World) -> list[dict]:
+    """The first tweet about each of the first three politicians that no labelled tweet names."""
+    return list({row["topic"]: row for row in reversed(data.tests)}.values())[::-1][:3]
+
+
+def _chain(data: World, tokenizer, pretrained, finetuned, progress: bool, solver=None) -> MultiStageInfluence:
+    pretraining = Stage(
+        "pretraining",
+        pretrained,
+        # Draws that training did not use: the influence is that of the sentence, not of the masks it was trained with.
+        objectives.MaskedLM(tokenizer, mask_probability=MASKED, draws=DRAWS, first_draw=1000),
+        data.corpus,
+        curvature_samples=SAMPLES,
+        solver=solver or solvers.CG(damping=DAMPING, tol=0.01),
+    )
+    finetuning = Stage(
+        "finetuning",
+        finetuned,
+        objectives.SequenceClassification(tokenizer),
+        data.tweets,
+        trainable="head",
+        weight_decay=HEAD_DECAY,
+        solver=solver or solvers.CG(damping=0.001),
+    )
+    return MultiStageInfluence([pretraining, finetuning], progress=progress)
+
+
+def _hits(data: World, tests: list[dict], strengths: list[np.ndarray]) -> list[float]:
+    found = []
+    for test, strength in zip(tests, strengths, strict=True):
+        top = np.argsort(-strength, kind="stable")[:TOP]
+        found.append(float(sum(_planted(data.corpus[i], test) for i in top)))
+    return found
+
+
+def _planted(row: dict, test: dict) -> bool:
+    return row["kind"] == "planted" and row["topic"] == test["topic"]
+
+
+def _chance(data: World, test: dict) -> float:
+    return TOP * sum(_planted(row, test) for row in data.corpus) / len(data.corpus)
+
+
+def _tfidf(data: World, tests: list[dict]) -> list[np.ndarray]:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer().fit([row["text"] for row in data.corpus])
+    corpus = vectorizer.transform([row["text"] for row in data.corpus])
+    return list((vectorizer.transform([test["text"] for test in tests]) @ corpus.T).toarray())
+
+
+def _removal(
+    tests: list[dict], scores: Scores, trainer: _Trainer, pretrained: BertForMaskedLM, rng: np.random.Generator
+) -> list[dict]:
+    effect = np.mean([scores.frame[f"removal_effect_{q}"].to_numpy() for q in range(len(tests))], axis=0)
+    ids = scores.frame["example_id"].to_numpy()
+    order = np.argsort(-effect, kind="stable")
+    chosen = {
+        "most helpful": order[:REMOVED],
+        "most harmful": order[-REMOVED:],
+        "random": rng.choice(len(ids), REMOVED, replace=False),
+    }
+    kept = trainer.again(pretrained, set(), "all")
+    rows = [{"left out": "none", "loss": kept, "change": 0.0, "predicted change": 0.0}]
+    for name, indices in chosen.items():
+        loss = trainer.again(pretrained, set(ids[indices].tolist()), f"without {name}")
+        predicted = float(effect[indices].sum())
+        rows.append(
+            {"left out": f"{REMOVED} {name}", "loss": loss, "change": loss - kept, "predicted change": predicted}
+        )
+    return rows

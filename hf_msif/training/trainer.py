@@ -1,0 +1,398 @@
+"""Trains a stage with Hugging Face's `Trainer` on the very objective that is differentiated later, and measures it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..adapters.functional import FunctionalModel, forward
+from ..adapters.peft import has_adapters, unwrapped
+from ..adapters.peft import save as save_with_adapters
+from ..adapters.split import Split, decayed_names, split
+from ..curvature.derivatives import Evaluation
+from ..engine.accelerated import Engine
+from ..engine.corpus import as_rows, checked_omission
+from ..engine.files import write_json
+from ..engine.hashing import describe, digest, tensors_fingerprint
+from ..errors import DivergedError, InputError
+from ..objectives import of_epoch
+from .polish import PolishReport, polish
+from .recording import record
+
+__all__ = ["PolishReport", "evaluate", "mistakes", "polish", "record", "save", "train"]
+
+# Arguments that decide the weights: only where they agree does a run go on from the checkpoint of another.
+DECISIVE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+DECISIVE += ("world_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+DECISIVE += ("max_grad_norm", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
+DECISIVE += ("seed", "data_seed", "bf16", "fp16")
+
+# What Trainer and Accelerate leave on modules; under a `forward` that autocasts, the model would be differentiated.
+TOUCHED = ("training", "gradient_checkpointing", "forward", "_original_forward", "_is_accelerate_prepared")
+TOUCHED += ("_require_grads_hook", "_require_grads_hooks")
+# With it set, `save_pretrained` would write checkpoints of the adapters alone.
+TOUCHED += ("_hf_peft_config_loaded",)
+
+
+def train(
+    model: nn.Module,
+    objective: Any,
+    data: Any,
+    arguments: TrainingArguments,
+    *,
+    previous: nn.Module | None = None,
+    trainable: str | Sequence[str] = "all",
+    weight_decay: float = 0.0,
+    alpha: float | None = None,
+    resized: bool = False,
+    omit: Collection[Any] = (),
+    name: str = "stage",
+    progress: bool = True,
+) -> float:
+    """Minimises F = Σ ℓ_i / Σ count_i + (weight_decay/2) ‖φ_decayed‖² [+ α ‖W − W_before‖², eq. (12)], in place.
+
+    This is the F of `Stage`: what is trained is what is differentiated later. Each optimiser step takes F on the rows
+    of its batch; the sums run over all micro-batches and processes of the step, so that it is no mean of means.
+
+    Args:
+        model: trained in place. All else about it (modes, `requires_grad`, `forward`) is left as it came.
+        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`, and with `counts` where
+            a step has several micro-batches or processes. One with fields `first_draw` and `draws` (a masked LM) draws
+            new masks in each epoch: epoch e takes the draws from first_draw + e · draws.
+        data: rows as the objective reads them.
+        arguments: Hugging Face's `TrainingArguments`, not modified. Dropout that the model configures is on.
+        previous: the model of the stage before, which says what is inherited.
+        trainable: as in `Stage`; everything else is held constant.
+        weight_decay: of the quadratic penalty, as in `Stage`.
+        alpha: ties inherited, trained parameters to their values in `previous`; None: they move freely.
+        resized: as in `Stage`.
+        omit: example ids to train without. Order, batches and masks of all others stay as they are, so that two runs
+            differ by the omission alone.
+        name: the stage's name, for messages and the progress bar.
+        progress: show the bar.
+
+    Returns:
+        The mean of F over the steps of this call.
+
+    A run whose `save_strategy` writes checkpoints goes on from the last one when it is called again in the same way,
+    and ends at the weights of a run that was not interrupted.
+
+    Raises:
+        InputError: bad rows, ids to omit that no row has, arguments under which another F would be minimised, or
+            checkpoints of another run in `output_dir`.
+        DivergedError: a loss or parameter stopped being finite (at the step where it did; no checkpoint of it is
+            written).
+    """
+    rows = as_rows(data, f"the data of stage {name!r}")
+    model = unwrapped(model)  # the checkpoints of a PeftModel are its adapters alone
+    roles = split(name, model, previous, trainable, resized)
+    omit = checked_omission(omit, rows, name)
+    arguments = _checked_arguments(arguments, objective, name)
+    record = {
+        "the objective": str(describe(objective)),
+        "trainable": list(roles.trained),
+        "the stage's weight_decay": weight_decay,
+        "alpha": alpha,
+        "omit": sorted(map(repr, omit)),
+        "the rows": digest(rows),
+        "the initial weights": tensors_fingerprint(dict(model.named_parameters())),
+        **{key: str(getattr(arguments, key)) for key in DECISIVE},
+    }
+    checkpoint = _last_checkpoint(arguments, record, name)
+    collator = _Collator(objective, omit)
+    watch = _Watch(collator, name, progress)
+    with _borrowed(model, set(roles.trained)):
+        trainer = _StageTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator,
+            callbacks=[watch],
+            penalty=_penalty(model, previous, roles, weight_decay, alpha),
+            name=name,
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        finally:
+            watch.close()
+        _check_finite(model, name, trainer.state.global_step)
+    # Each process adds up its own share of the steps after the last log.
+    return float(trainer.accelerator.gather(torch.tensor([loss], device=arguments.device)).mean())
+
+
+def evaluate(
+    model: nn.Module, objective: Any, data: Any, batch_size: int = 64, engine: Engine | None = None
+) -> dict[str, float]:
+    """Σ ℓ / Σ counts over `data` without dropout, and the accuracy where the objective predicts classes.
+
+    Returns:
+        {"loss", "examples"} and, for classification, "accuracy".
+
+    Raises:
+        InputError: bad rows, or rows without a counted term.
+    """
+    engine = engine or Engine(progress=False)
+    rows = as_rows(data, "the evaluation data")
+    functional = FunctionalModel(model, engine.device)
+    parts = []
+    with torch.no_grad(), functional.evaluating():
+        for _, batch in engine.batches(rows, objective, batch_size):
+            evaluation = Evaluation(functional, objective, batch)
+            sums, counts = evaluation.losses({})
+            right = 0.0
+            if hasattr(objective, "predictions"):
+                right = float((objective.predictions(functional.bind({}), batch) == batch["labels"]).sum())
+            parts.append((float(sums.double().sum()), float(counts.double().sum()), right))
+    losses, counts, right = (sum(column) for column in zip(*engine.gather(parts), strict=True))
+    if counts == 0:
+        raise InputError(
+            f"none of the {len(rows)} rows of the evaluation data has a term that counts: are their texts empty?"
+        )
+    found = {"loss": losses / counts, "examples": len(rows)}
+    return found | ({"accuracy": right / len(rows)} if hasattr(objective, "predictions") else {})
+
+
+def mistakes(
+    model: nn.Module, objective: Any, data: Any, batch_size: int = 64, engine: Engine | None = None
+) -> list[dict]:
+    """The rows whose predicted class is not their label, in their order; for objectives with `predictions`."""
+    engine = engine or Engine(progress=False)
+    rows = as_rows(data, "the evaluation data")
+    functional, found = FunctionalModel(model, engine.device), []
+    with torch.no_grad(), functional.evaluating():
+        for indices, batch in engine.batches(rows, objective, batch_size):
+            wrong = objective.predictions(functional.bind({}), batch) != batch["labels"]
+            found += [i for i, bad in zip(indices, wrong.tolist(), strict=True) if bad]
+    return [rows[i] for i in sorted(engine.gather(found))]
+
+
+def save(model: nn.Module, tokenizer: Any | None, folder: str | os.PathLike) -> None:
+    """Writes model and tokenizer (where there is one) as `from_pretrained` reads them, whole or not at all; replaces
+    what was there. A model with adapters is written as `lora.load` reads it, encoder included."""
+    folder = Path(folder)
+    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        save_with_adapters(model, part) if has_adapters(model) else model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checked_arguments(arguments: TrainingArguments, objective: Any, name: str) -> TrainingArguments:
+    """A copy of the arguments with what our batches and bar need; those that would change F are refused."""
+    parts = arguments.gradient_accumulation_steps * arguments.world_size
+    refused = {
+        "label_smoothing_factor": (arguments.label_smoothing_factor, "the loss is the objective's own"),
+        "fsdp": (arguments.fsdp, "the penalties of F need whole parameters"),
+        "deepspeed": (arguments.deepspeed, "the penalties of F need whole parameters"),
+        "dataloader_persistent_workers": (
+            arguments.dataloader_persistent_workers,
+            "workers that outlive an epoch would go on with its masks",
+        ),
+        "n_gpu": (
+            arguments.n_gpu > 1,
+            "DataParallel cannot split masked positions: use `accelerate launch`, or one GPU (CUDA_VISIBLE_DEVICES=0)",
+        ),
+        "several micro-batches or processes a step": (
+            parts > 1 and not hasattr(objective, "counts"),
+            f"{type(objective).__name__} has no method `counts(batch)`, by which F is normalised over a whole step",
+        ),
+    }
+    for setting, (wrong, why) in refused.items():
+        if wrong:
+            raise InputError(f"stage {name!r} cannot be trained with {setting} (see its TrainingArguments): {why}.")
+    if arguments.weight_decay:
+        warnings.warn(
+            f"stage {name!r}: weight_decay={arguments.weight_decay} in TrainingArguments is AdamW's own, which is no "
+            "term of the objective and is not differentiated; the stage's weight_decay is.",
+            stacklevel=3,
+        )
+    arguments = copy.copy(arguments)
+    arguments.remove_unused_columns = False
+    arguments.disable_tqdm = True  # one bar, ours: Trainer's prints a dictionary a log entry beside it
+    arguments.logging_nan_inf_filter = False  # it would replace a NaN by the mean of the losses before
+    arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and arguments.device.type == "cuda"
+    return arguments
+
+
+def _last_checkpoint(arguments: TrainingArguments, record: Mapping[str, Any], name: str) -> str | None:
+    """The checkpoint that an interrupted run goes on from, if it is of the run that `record` describes."""
+    if arguments.save_strategy == "no":
+        return None
+    folder = Path(arguments.output_dir)
+    file = folder / "run.json"
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        if arguments.process_index == 0:
+            write_json(file, record)
+        return None
+    before = json.loads(file.read_text()) if file.exists() else {}
+    other = [key for key, value in record.items() if before.get(key) != value]
+    if other:
+        raise InputError(
+            f"stage {name!r}: {found} is a checkpoint of a run that differs in {', '.join(other)}: delete {folder}, "
+            "or choose another output_dir, to train anew."
+        )
+    return found
+
+
+@contextmanager
+def _borrowed(model: nn.Module, trained: set[str]) -> Iterator[None]:
+    """Only `trained` wants gradients inside; on leaving, all but weights and device is as it was."""
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    state = {m: {key: vars(m)[key] for key in TOUCHED if key in vars(m)} for m in model.modules()}
+    hooks = {m: set(m._forward_hooks) for m in model.modules()}
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter_name in trained)
+        vars(model).pop("_hf_peft_config_loaded", None)
+        yield
+    finally:
+        model.zero_grad()
+        for parameter, wants in wanted.items():
+            parameter.requires_grad_(wants)
+        for module, own in state.items():
+            for key in TOUCHED:
+                vars(module).pop(key, None)
+            vars(module).update(own)
+            for key in set(module._forward_hooks) - hooks[module]:  # of activation checkpointing, of NEFTune
+                del module._forward_hooks[key]
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
+
+def _check_finite(model: nn.Module, name: str, step: int) -> None:
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise DivergedError(
+                f"the parameter {parameter_name!r} of stage {name!r} is not finite after step {step}: lower the "
+                "learning rate."
+            )
+
+
+class _Collator:
+    """The objective's batches, each row with a weight of one or (omitted) zero, masks numbered by the epoch."""
+
+    def __init__(self, objective: Any, omit: frozenset):
+        self.objective, self.omit, self.epoch = objective, omit, 0
+
+    def __call__(self, rows: list[dict]) -> dict:
+        objective = of_epoch(self.objective, self.epoch)
+        weights = torch.tensor([0.0 if row["example_id"] in self.omit else 1.0 for row in rows])
+        return {**objective.collate(rows), "weights": weights}
+
+
+class _Watch(TrainerCallback):
+    """Numbers the epochs for the collator, shows a bar, and keeps weights that are not finite out of checkpoints."""
+
+    def __init__(self, collator: _Collator, name: str, progress: bool):
+        self.collator, self.name, self.progress = collator, name, progress
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        hidden = not (self.progress and state.is_world_process_zero)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=f"training {self.name}", disable=hidden, leave=False
+        )
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # The workers of a data loader are started after this. A run that goes on begins inside of an epoch.
+        self.collator.epoch = math.floor((state.epoch or 0) + 1e-6)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.bar.update()
+        if control.should_save:
+            _check_finite(model, self.name, state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.bar.set_postfix(loss=logs["loss"])
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _StageTrainer(Trainer):
+    loss_is_scaled_for_ga = (
+        True  # else each micro-batch would be divided again, or not, as the model's signature has it
+    )
+
+    def __init__(self, *args, penalty: Callable[[], Tensor | float], name: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.penalty, self.name = penalty, name
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A step's micro-batches, and the number of terms they count on all processes (None: ask the one batch)."""
+        if self.state.global_step >= self.state.max_steps:  # Trainer adds a step to a finished run that it resumes
+            return [], None
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.gradient_accumulation_steps == self.args.world_size == 1:
+            return batches, None
+        counts = self.data_collator.objective.counts
+        mine = sum((batch["weights"].double() * counts(batch).double()).sum() for batch in batches)
+        return batches, self.accelerator.gather(mine.to(device)).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This micro-batch's share of F on the rows of the step."""
+        inputs = dict(inputs)
+        weights = inputs.pop("weights")
+
+        def call(positions=None, **kwargs):
+            return forward(self.accelerator.unwrap_model(model), lambda given: model(**given), positions, kwargs)
+
+        sums, counts = self.data_collator.objective.losses(call, inputs)
+        weights = weights.to(sums)
+        total = (weights * counts).sum() if num_items_in_batch is None else num_items_in_batch.to(sums)
+        total = total + (total == 0)  # a step without a term: its data say nothing, and 0/0 is not that
+        # Processes' gradients are averaged, but their sums must add up.
+        loss = self.args.world_size * (weights * sums).sum() / total
+        loss = loss + self.penalty() / self.current_gradient_accumulation_steps
+        if not loss.isfinite():
+            raise DivergedError(
+                f"the loss of stage {self.name!r} is {loss.item()} at step {self.state.global_step + 1}: lower the "
+                "learning rate, or check the data."
+            )
+        return (loss, None) if return_outputs else loss
+
+
+def _penalty(
+    model: nn.Module, previous: nn.Module | None, roles: Split, weight_decay: float, alpha: float | None
+) -> Callable[[], Tensor | float]:
+    """The quadratic terms of F as a function of the model's present state."""
+    decayed = [n for n in roles.trained if n in decayed_names(model)] if weight_decay else []
+    tied = roles.proximal if alpha else ()
+    anchors = {n: previous.get_parameter(roles.inherited[n]).detach().clone() for n in tied}
+
+    def penalty() -> Tensor | float:
+        total = weight_decay / 2 * sum((model.get_parameter(n) ** 2).sum() for n in decayed)
+        for n, anchor in anchors.items():
+            p = model.get_parameter(n)
+            p = p[: len(anchor)] if n in roles.resized else p
+            total = total + alpha * ((p - anchor.to(p)) ** 2).sum()
+        return total
+
+    return penalty

@@ -1,0 +1,239 @@
+"""Derivatives against finite differences of, and plain autograd through, an ordinary copy of the model, in float64."""
+
+import pytest
+import tiny
+import torch
+
+from hf_msif import vectors
+from hf_msif.adapters.functional import FunctionalModel
+from hf_msif.curvature import derivatives
+from hf_msif.curvature.derivatives import Evaluation
+
+CASES = {"masked": "bert", "classification": "bert", "causal": "gpt2", "bidirectional": "elmo", "characters": "elmo"}
+
+
+class Case:
+    def __init__(self, task, size=3):
+        name = CASES[task]
+        if task in ("classification", "characters"):
+            self.before = tiny.model(name, "bidirectional" if name == "elmo" else "masked")
+            self.user = tiny.finetuned(self.before, name, num_labels=3)
+        else:
+            self.before, self.user = None, tiny.model(name, task)
+        objective = tiny.objective(task)
+        rows = tiny.rows(size, seed=4, classes=3, longest=6, shortest=2)
+        self.batch = objective.collate(rows)
+        assert self.batch["attention_mask"].min() == 0, "the batch should be padded"
+        self.model = FunctionalModel(self.user)
+        self.evaluation = Evaluation(self.model, objective, self.batch)
+        self.plain = tiny.Plain(self.user, task, self.batch)
+        self.names = tuple(self.model.parameters)
+
+    def direction(self, columns=1, seed=0, names=None):
+        return tiny.block({n: self.model.parameters[n] for n in names or self.names}, columns, seed)
+
+    def run(self, function, *args, **kwargs):
+        with self.model.evaluating():
+            return function(kwargs.pop("evaluation", self.evaluation), *args, **kwargs)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return Case(request.param)
+
+
+@pytest.fixture(scope="module")
+def masked():
+    return Case("masked")
+
+
+def test_losses_are_those_of_the_plain_model(case):
+    sums, counts = case.run(lambda e: e.losses({}))
+    torch.testing.assert_close(sums, case.plain.sums().detach(), rtol=1e-12, atol=1e-12)
+    owners = torch.bincount(case.plain.scored()[2], minlength=len(sums))
+    torch.testing.assert_close(counts, owners.to(counts))
+
+
+def test_dropout_is_off_though_configured(case):
+    assert case.user.training
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in case.user.modules())
+    v = vectors.column(case.direction(), 0)
+    first, second = (case.run(derivatives.directional, v)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_gradient(case):
+    """Tensor by tensor: the slope along a random direction in that tensor alone."""
+    found = case.run(derivatives.gradient, case.names)
+    v = vectors.column(case.direction(seed=1), 0)
+    for name in case.names:
+        expected = case.plain.along({name: v[name]}, lambda: case.plain.sums().sum())
+        torch.testing.assert_close(
+            (found[name] * v[name]).sum(), expected, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_example_gradients_are_those_of_each_example_alone(case):
+    found = case.run(derivatives.example_gradients, case.names)
+    sums = case.plain.sums()
+    for i, one in enumerate(sums):
+        tiny.close(vectors.column(found, i), case.plain.gradient(case.names, of=one), 1e-12)
+
+
+def test_directional(case):
+    v = vectors.column(case.direction(seed=2), 0)
+    slopes, sums, counts = case.run(derivatives.directional, v)
+    torch.testing.assert_close(slopes, case.plain.along(v, case.plain.sums), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(sums, case.plain.sums().detach(), rtol=1e-12, atol=1e-12)
+    assert counts.shape == sums.shape
+
+
+def test_hessian_product(case):
+    v = case.direction(columns=2, seed=3)
+    found = case.run(derivatives.hessian_product, v, case.names)
+    for q in range(2):
+        expected = case.plain.along(vectors.column(v, q), lambda: case.plain.gradient(case.names))
+        tiny.close(vectors.column(found, q), expected, 1e-7)
+
+
+def test_hessian_is_symmetric(case):
+    """uᵀHv = vᵀHu for every pair of four vectors."""
+    v = case.direction(columns=4, seed=4)
+    matrix = vectors.flatten(v) @ vectors.flatten(case.run(derivatives.hessian_product, v, case.names)).T
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-10 * float(matrix.abs().max()))
+
+
+@pytest.mark.parametrize("task", ["masked", "classification", "bidirectional", "characters"])
+def test_mixed_product(task):
+    """∂/∂encoder ⟨∇_head ℓ, v⟩: v lives on the head, the result on the encoder."""
+    case = Case(task)
+    encoder = tuple(n for n in case.names if n.startswith(("bert.", "elmo.")) and "pooler" not in n)
+    head = tuple(n for n in case.names if n not in encoder)
+    v = case.direction(columns=2, seed=5, names=head)
+    found = case.run(derivatives.hessian_product, v, encoder)
+    for q in range(2):
+        expected = case.plain.along(vectors.column(v, q), lambda: case.plain.gradient(encoder))
+        tiny.close(vectors.column(found, q), expected, 1e-7)
+
+
+def test_product_on_parameters_in_which_the_loss_is_linear_is_zero():
+    class Linear:
+        def losses(self, call, batch):
+            logits = call(**batch).logits
+            return logits.sum(1), torch.ones(len(logits))
+
+    case = Case("classification")
+    inputs = {k: case.batch[k] for k in ("input_ids", "attention_mask")}
+    v = case.direction(columns=2, names=("classifier.bias",))
+    found = case.run(
+        derivatives.hessian_product, v, ("classifier.bias",), evaluation=Evaluation(case.model, Linear(), inputs)
+    )
+    assert found["classifier.bias"].shape == (2, 3)
+    assert not found["classifier.bias"].any()
+
+
+def dense_gauss_newton(plain, names):
+    """Σ JᵀH_outJ with J built row by row by plain autograd and H_out = diag(p) − ppᵀ of each prediction."""
+    logits = plain.scored()[0]
+    rows = [plain.gradient(names, of=z) for z in logits.flatten()]
+    jacobian = torch.stack([torch.cat([row[n].flatten() for n in names]) for row in rows])
+    p = logits.detach().softmax(1)
+    outer = torch.block_diag(*(torch.diag(q) - torch.outer(q, q) for q in p))
+    return jacobian.T @ outer @ jacobian
+
+
+def test_gauss_newton_product(case):
+    v = case.direction(columns=3, seed=6)
+    found = case.run(derivatives.gauss_newton_product, v)
+    dense = dense_gauss_newton(case.plain, case.names)
+    expected = vectors.unflatten(vectors.flatten(v) @ dense.T, v)
+    tiny.close(found, expected, 1e-11)
+    # That it is not the Hessian by another name.
+    hessian = case.run(derivatives.hessian_product, v, case.names)
+    assert max(float((hessian[n] - found[n]).abs().max()) for n in case.names) > 1e-3
+
+
+def test_gauss_newton_is_symmetric_and_positive_semidefinite(case):
+    v = case.direction(columns=6, seed=7)
+    matrix = vectors.flatten(v) @ vectors.flatten(case.run(derivatives.gauss_newton_product, v)).T
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-10 * float(matrix.abs().max()))
+    assert torch.linalg.eigvalsh(matrix).min() > -1e-10 * matrix.abs().max()
+
+
+PRODUCTS = {
+    "hessian": lambda e, v: derivatives.hessian_product(e, v, tuple(v)),
+    "gauss_newton": derivatives.gauss_newton_product,
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_columns_together_equal_one_at_a_time(masked, product):
+    v = masked.direction(columns=3, seed=8)
+    together = masked.run(product, v)
+    for q in range(3):
+        single = masked.run(product, {n: t[q : q + 1] for n, t in v.items()})
+        tiny.close(single, {n: t[q : q + 1] for n, t in together.items()}, 1e-12)
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_an_empty_sentence_adds_nothing(masked, product):
+    """Its row has no masked token, and in a batch with others is nearly all padding."""
+    objective = tiny.objective("masked")
+    full = tiny.rows(2, seed=4)
+    v = masked.direction(columns=1, seed=9)
+    with_it, without = (
+        Evaluation(masked.model, objective, objective.collate(rows))
+        for rows in ([*full, {"example_id": 9, "text": ""}], full)
+    )
+    tiny.close(masked.run(product, v, evaluation=with_it), masked.run(product, v, evaluation=without), 1e-11)
+
+
+class Calls:
+    """Counts the runs of a module."""
+
+    def __init__(self, module):
+        self.number = 0
+        module.register_forward_hook(self)
+
+    def __call__(self, *_):
+        self.number += 1
+
+
+# task, what is trained, what must run once, what must run again.
+FROZEN = {
+    "whole encoder, masked": ("masked", ("cls.",), "bert.encoder.layer.0.output", "cls.predictions.transform"),
+    "whole encoder, classification": ("classification", ("classifier.",), "bert.encoder.layer.0.output", "classifier"),
+    "embeddings alone": (
+        "masked",
+        ("cls.", "bert.encoder."),
+        "bert.embeddings.LayerNorm",
+        "bert.encoder.layer.0.output",
+    ),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+@pytest.mark.parametrize(("task", "trained", "once", "again"), FROZEN.values(), ids=FROZEN)
+def test_a_frozen_part_runs_once(task, trained, once, again, product):
+    case = Case(task)
+    v = case.direction(columns=2, seed=10, names=[n for n in case.names if n.startswith(trained)])
+    expected = case.run(product, v)
+    once, again = (Calls(case.user.get_submodule(path)) for path in (once, again))
+    remembering = Evaluation(case.model, case.evaluation.objective, case.batch, memo={})
+    for number in (1, 2, 3):
+        tiny.close(case.run(product, v, evaluation=remembering), expected, 1e-13)
+        assert once.number == 1
+        assert again.number >= number
+    assert not any("forward" in vars(m) for m in case.user.modules())
+
+
+def test_a_memo_is_not_used_for_what_varies(masked):
+    """One evaluation serves the curvature of the head (encoder constant) and the mixed derivative (it varies)."""
+    encoder = tuple(n for n in masked.names if n.startswith("bert."))
+    head = tuple(n for n in masked.names if n not in encoder)
+    v = masked.direction(columns=1, seed=11, names=head)
+    expected = masked.run(derivatives.hessian_product, v, encoder)
+    remembering = Evaluation(masked.model, masked.evaluation.objective, masked.batch, memo={})
+    masked.run(derivatives.gauss_newton_product, v, evaluation=remembering)
+    assert remembering.memo
+    tiny.close(masked.run(derivatives.hessian_product, v, encoder, evaluation=remembering), expected, 1e-13)

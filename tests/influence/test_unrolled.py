@@ -1,0 +1,812 @@
+"""The pull-back through a recorded run: against re-running it by torch.optim with perturbed weights, against autograd
+through a run written out here, and against the implicit answer where the run has converged."""
+
+import copy
+import fnmatch
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from toy import ToyObjective, example_losses, minimise, toy, toy_rows
+from transformers import TrainingArguments, get_scheduler
+
+from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
+from hf_msif.influence import unrolled
+from hf_msif.influence.multistage import pull_back
+from hf_msif.influence.sweep import damping_sweep
+from hf_msif.influence.unrolled import check_replay
+from hf_msif.training.recording import Recording, rerun
+
+ROWS, BATCH, EPOCHS = 11, 4, 3  # batches of 4, 4 and 3
+TESTS = toy_rows(9, 2)
+DECAY = 0.03
+
+
+@dataclass
+class Case:
+    """Settings of a run, in Hugging Face's words, and how torch does the same."""
+
+    name: str
+    arguments: dict
+    optimiser: type
+    settings: dict
+    trainable: str = "all"
+    alpha: float | None = None
+
+
+SMOOTH = {"learning_rate": 0.05, "adam_beta2": 0.9, "adam_epsilon": 0.1}
+CASES = [
+    Case("sgd", {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}, torch.optim.SGD, {}),
+    Case(
+        "momentum, clipped, linear",
+        {
+            "optim": "sgd",
+            "optim_args": "momentum=0.8",
+            "learning_rate": 0.3,
+            "max_grad_norm": 0.2,
+            "weight_decay": 0.1,
+            "warmup_steps": 3,
+        },
+        torch.optim.SGD,
+        {"momentum": 0.8},
+    ),
+    Case(
+        "nesterov, frozen",
+        {"optim": "sgd", "optim_args": "momentum=0.8,nesterov=true", "learning_rate": 0.3},
+        torch.optim.SGD,
+        {"momentum": 0.8, "nesterov": True},
+        trainable="head",
+    ),
+    Case(
+        "adamw, cosine, clipped",
+        {**SMOOTH, "lr_scheduler_type": "cosine", "warmup_steps": 2, "max_grad_norm": 0.3, "weight_decay": 0.2},
+        torch.optim.AdamW,
+        {"betas": (0.9, 0.9), "eps": 0.1},
+    ),
+    Case(
+        "adamw, frozen, accumulated",
+        {**SMOOTH, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        torch.optim.AdamW,
+        {"betas": (0.9, 0.9), "eps": 0.1},
+        trainable="head",
+    ),
+    Case(
+        "adamw, tied",
+        {**SMOOTH, "lr_scheduler_type": "constant"},
+        torch.optim.AdamW,
+        {"betas": (0.9, 0.9), "eps": 0.1},
+        alpha=0.4,
+    ),
+]
+
+
+def names_of(case, model):
+    return [n for n, _ in model.named_parameters() if case.trainable == "all" or n.startswith("head.")]
+
+
+def decayed(name):
+    return "bias" not in name
+
+
+def arguments(folder, **settings):
+    settings = {"per_device_train_batch_size": BATCH, "num_train_epochs": EPOCHS, "seed": 5, **settings}
+    return TrainingArguments(str(folder), report_to=[], use_cpu=True, **settings)
+
+
+@dataclass
+class Setting:
+    """A finished run, and what it started from."""
+
+    case: Case
+    folder: object
+    before: object
+    model: object
+    head: dict
+    rows: list
+    arguments: object
+
+    def rerun(self, weights=None, encoder=None):
+        """Final test losses by torch.optim, with row weights and the pretrained encoder given."""
+        model = toy(1)
+        start = {n: p for n, p in self.before.named_parameters() if n.startswith("encoder.")}
+        model.load_state_dict({**start, **self.head, **(encoder or {})})
+        anchors = {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("encoder.")}
+        names, case, given = names_of(self.case, model), self.case, self.arguments
+        weights = torch.ones(len(self.rows), dtype=torch.float64) if weights is None else weights
+        wanted = {n: p for n, p in model.named_parameters() if n in names}
+        groups = [
+            {"params": [p for n, p in wanted.items() if decayed(n)], "weight_decay": given.weight_decay},
+            {"params": [p for n, p in wanted.items() if not decayed(n)], "weight_decay": 0.0},
+        ]
+        optimiser = case.optimiser(groups, lr=given.learning_rate, **case.settings)
+        steps = EPOCHS * math.ceil(len(self.rows) / BATCH)
+        scheduler = get_scheduler(given.lr_scheduler_type, optimiser, given.get_warmup_steps(steps), steps)
+        for rows in Recording.from_pretrained(self.folder).schedule.rows:
+            parameters = dict(model.named_parameters())
+            sums, counts = example_losses(model, parameters, [self.rows[i] for i in rows])
+            loss = (weights[rows] * sums).sum() / counts.sum()
+            loss = loss + DECAY / 2 * sum((parameters[n] ** 2).sum() for n in names if decayed(n))
+            if case.alpha:
+                loss = loss + case.alpha * sum(((parameters[n] - a) ** 2).sum() for n, a in anchors.items())
+            optimiser.zero_grad()
+            loss.backward()
+            if given.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(list(wanted.values()), given.max_grad_norm)
+            optimiser.step()
+            scheduler.step()
+        return model, example_losses(model, dict(model.named_parameters()), TESTS)[0].detach()
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def setting(request, tmp_path_factory):
+    return finished(request.param, tmp_path_factory.mktemp("run"))
+
+
+def finished(case, folder):
+    before, model, rows = toy(0), toy(1), toy_rows(3, ROWS)
+    model.encoder.load_state_dict(before.encoder.state_dict())
+    head = {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("head.")}
+    given = arguments(folder, **case.arguments)
+    training.record(
+        model,
+        ToyObjective(),
+        rows,
+        given,
+        folder / "run",
+        previous=before,
+        trainable=case.trainable,
+        weight_decay=DECAY,
+        alpha=case.alpha,
+        progress=False,
+    )
+    return Setting(case, folder / "run", before, model, head, rows, given)
+
+
+def chain(setting, **finetuning):
+    exact = {"curvature": "hessian", "solver": solvers.Dense()}
+    own = {"trainable": setting.case.trainable, "link": "unrolled", "run": setting.folder, "weight_decay": DECAY}
+    first = Stage("first", setting.before, ToyObjective(), toy_rows(2, 12), weight_decay=0.1, **exact)
+    return MultiStageInfluence(
+        [first, Stage("second", setting.model, ToyObjective(), setting.rows, **own, **exact, **finetuning)],
+        progress=False,
+    )
+
+
+def test_a_run_ends_where_torch_ends(setting):
+    model, _ = setting.rerun()
+    for name, p in setting.model.named_parameters():
+        torch.testing.assert_close(p, model.get_parameter(name), rtol=0, atol=1e-12)
+
+
+def test_pull_back_equals_central_differences_of_rerunning(setting):
+    found = chain(setting)
+    rows = [{"example_id": i, **row} for i, row in enumerate(TESTS)]
+    u, b, certificate = pull_back(found.links[1], found.measurement(rows)[0])
+    assert certificate.replay_difference == 0.0
+    step = 1e-5
+    for i in range(ROWS):
+        weights = torch.ones(ROWS, dtype=torch.float64)
+        sides = []
+        for sign in (1, -1):
+            weights[i] = 1 + sign * step
+            sides.append(setting.rerun(weights)[1])
+        expected = (sides[0] - sides[1]) / (2 * step)
+        torch.testing.assert_close(u["weights"][:, i], expected, rtol=1e-6, atol=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    encoder = {n: p.detach() for n, p in setting.before.named_parameters() if n.startswith("encoder.")}
+    for _ in range(3):
+        direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in encoder.items()}
+        sides = [
+            setting.rerun(encoder={n: p + sign * step * direction[n] for n, p in encoder.items()})[1]
+            for sign in (1, -1)
+        ]
+        found_slope = sum((b[n] * direction[n]).flatten(1).sum(1) for n in encoder)
+        torch.testing.assert_close(found_slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-6, atol=1e-9)
+
+
+# Against autograd through a run that is written out -----------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A training run of the toy model, every step written out and differentiable in all that it is given."""
+
+    rows: list
+    trained: list
+    optim: str = "sgd"
+    momentum: float = 0.0
+    eps: float = 0.1
+    inside: bool = False
+    rate: float = 0.2
+    warmup: int = 0
+    clip: float = 0.0
+    adam_decay: float = 0.0
+    decay: float = DECAY
+    alpha: float | None = None
+    batch: int = BATCH
+    epochs: int = EPOCHS
+    seed: int = 5
+    anchors: dict = field(default_factory=dict)
+
+    def arguments(self, folder):
+        own = {"optim": "adamw_torch", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": self.eps}
+        own["optim_args"] = "eps_inside_root=true" if self.inside else None
+        if self.optim == "sgd":
+            own = {"optim": "sgd", "optim_args": f"momentum={self.momentum}" if self.momentum else None}
+        return arguments(
+            folder,
+            **own,
+            learning_rate=self.rate,
+            warmup_steps=self.warmup,
+            max_grad_norm=self.clip,
+            weight_decay=self.adam_decay,
+            per_device_train_batch_size=self.batch,
+            num_train_epochs=self.epochs,
+            seed=self.seed,
+        )
+
+    def record(self, model, folder, previous=None, trainable="all", **more):
+        given = {"previous": previous, "trainable": trainable, "weight_decay": self.decay, "alpha": self.alpha}
+        return training.record(
+            model, ToyObjective(), self.rows, self.arguments(folder), folder, progress=False, **given, **more
+        )
+
+    def schedule(self):
+        size, rows = len(self.rows), []
+        for epoch in range(self.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(size).tolist()
+            rows += [order[i : i + self.batch] for i in range(0, size, self.batch)]
+        last, warm = len(rows), self.warmup
+        rates = [self.rate * min(t / warm if warm else 1.0, (last - t) / (last - warm)) for t in range(last)]
+        return list(zip(rows, rates, strict=True))
+
+    def end(self, model, start, weights=None, graph=False):
+        """Final parameters from `start`."""
+        p, weights = dict(start), torch.ones(len(self.rows), dtype=torch.float64) if weights is None else weights
+        m, v = ({n: torch.zeros_like(p[n]) for n in self.trained} for _ in range(2))
+        for t, (rows, rate) in enumerate(self.schedule(), start=1):
+            here = {n: x if graph else x.detach() for n, x in p.items()}
+            leaves = {n: x if x.requires_grad else x.requires_grad_() for n, x in here.items() if n in self.trained}
+            here |= leaves
+            sums, counts = example_losses(model, here, [self.rows[i] for i in rows])
+            value = (weights[rows] * sums).sum() / counts.sum()
+            value = value + self.decay / 2 * sum((x**2).sum() for n, x in leaves.items() if decayed(n))
+            for n, anchor in self.anchors.items():
+                value = value + self.alpha * ((here[n] - anchor) ** 2).sum()
+            g = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), create_graph=graph), strict=True))
+            if self.clip:
+                norm = sum((x**2).sum() for x in g.values()).sqrt()
+                g = {n: x * torch.clamp(self.clip / (norm + 1e-6), max=1.0) for n, x in g.items()}
+            for n, x in leaves.items():
+                own = self.adam_decay if decayed(n) else 0.0
+                if self.optim == "sgd":
+                    m[n] = self.momentum * m[n] + g[n] + own * x
+                    p[n] = x - rate * m[n]
+                    continue
+                m[n], v[n] = 0.8 * m[n] + 0.2 * g[n], 0.9 * v[n] + 0.1 * g[n] ** 2
+                first, second = m[n] / (1 - 0.8**t), v[n] / (1 - 0.9**t)
+                size = (second + self.eps**2).sqrt() if self.inside else second.sqrt() + self.eps
+                p[n] = x * (1 - rate * own) - rate * first / size
+        return p if graph else {n: x.detach() for n, x in p.items()}
+
+
+PATTERNS = ["encoder.upper.*", "encoder.shift", "head.*"]  # the rest of the encoder is frozen
+RUNS = {
+    "sgd": {},
+    "momentum, clipped": {"momentum": 0.8, "clip": 0.2, "adam_decay": 0.1, "warmup": 3},
+    "momentum, tied": {"momentum": 0.5, "alpha": 0.4},
+    "adamw": {"optim": "adamw", "adam_decay": 0.2, "rate": 0.05, "clip": 0.3, "warmup": 2},
+    "adamw, root, tied": {"optim": "adamw", "inside": True, "rate": 0.05, "alpha": 0.4},
+}
+
+
+def parameters_of(model, prefix=""):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith(prefix)}
+
+
+def trained_names(model, patterns):
+    names = [n for n, _ in model.named_parameters()]
+    patterns = {"all": ["*"], "head": ["head.*"]}.get(str(patterns), patterns)
+    return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def pair():
+    """A pretrained model and one to finetune on its encoder."""
+    before, model = toy(0), toy(1)
+    model.encoder.load_state_dict(before.encoder.state_dict())
+    return before, model
+
+
+def unrolled_chain(run, before, model, folder, trainable="all", **settings):
+    exact = {"curvature": "hessian", "solver": solvers.Dense()}
+    first = Stage("first", before, ToyObjective(), toy_rows(2, 12), weight_decay=0.1, **exact)
+    given = {"trainable": trainable, "weight_decay": run.decay, "link": "unrolled", "run": folder}
+    second = Stage("second", model, ToyObjective(), run.rows, **{**given, **settings})
+    return MultiStageInfluence([first, second], progress=False)
+
+
+def rows_of(tests):
+    return [{"example_id": i, **row} for i, row in enumerate(tests)]
+
+
+@pytest.mark.parametrize("trainable", ["all", PATTERNS], ids=["all", "patterns"])
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_pull_back_equals_autograd_through_the_whole_run(settings, trainable, tmp_path):
+    before, model = pair()
+    run = Run(toy_rows(3, ROWS), trained_names(model, trainable), **settings)
+    start = parameters_of(model)
+    run.record(model, tmp_path / "run", before, trainable)
+
+    encoder = {n: p.requires_grad_() for n, p in parameters_of(before, "encoder.").items()}
+    if run.alpha:
+        run.anchors = {n: p for n, p in encoder.items() if n in run.trained}
+    weights = torch.ones(ROWS, dtype=torch.float64, requires_grad=True)
+    end = run.end(model, {**start, **encoder}, weights, graph=True)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), end[n].detach(), rtol=0, atol=1e-12)
+    losses = example_losses(model, end, TESTS)[0]
+
+    found = unrolled_chain(run, before, model, tmp_path / "run", trainable)
+    u, b, _ = pull_back(found.links[1], found.measurement(rows_of(TESTS))[0])
+    assert set(b) == set(encoder)
+    for q in range(2):
+        slopes = torch.autograd.grad(losses[q], [weights, *encoder.values()], retain_graph=True)
+        torch.testing.assert_close(u["weights"][q], slopes[0], rtol=1e-9, atol=1e-12)
+        for n, slope in zip(encoder, slopes[1:], strict=True):
+            torch.testing.assert_close(b[n][q], slope, rtol=1e-9, atol=1e-11, msg=lambda m, n=n: f"{n}: {m}")
+
+
+# Against the implicit answer, where the run has converged -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", ["all", "head"])
+def test_a_converged_run_gives_the_implicit_answer(trainable, tmp_path):
+    before, model = pair()
+    alpha = 0.4 if trainable == "all" else None
+    run = Run(toy_rows(3, ROWS), [], momentum=0.7, batch=ROWS, epochs=200, rate=1.0, alpha=alpha, decay=0.1)
+    given = run.arguments(tmp_path)
+    given.lr_scheduler_type = "constant"
+    own = {"previous": before, "trainable": trainable, "weight_decay": 0.1, "alpha": alpha}
+    training.record(model, ToyObjective(), run.rows, given, tmp_path / "run", progress=False, **own)
+    pulled = unrolled_chain(run, before, model, tmp_path / "run", trainable)
+    exact = {"link": "proximal", "alpha": alpha, "curvature": "hessian", "solver": solvers.Dense()}
+    solved = unrolled_chain(run, before, model, None, trainable, **exact)
+    assert solved.links[1].gradient_norm < 1e-10
+
+    a = solved.measurement(rows_of(TESTS))[0]
+    found, b, certificate = pull_back(pulled.links[1], a)
+    u, expected, _ = pull_back(solved.links[1], a)
+    assert max(certificate.norms[-1][1]) < 1e-8  # the run has forgotten where it started
+    for n, t in expected.items():
+        torch.testing.assert_close(b[n], t, rtol=1e-6, atol=1e-9)
+        if alpha:
+            torch.testing.assert_close(b[n], 2 * alpha * u[n], rtol=1e-6, atol=1e-9)
+    parameters = dict(model.named_parameters())
+    sums, counts = example_losses(model, parameters, run.rows)
+    influence = counts.sum() * found["weights"]
+    for i, loss in enumerate(sums):
+        slopes = dict(zip(u, torch.autograd.grad(loss, [parameters[n] for n in u], retain_graph=True), strict=True))
+        wanted = -vectors.dot(u, {n: torch.stack([g, g]) for n, g in slopes.items()})
+        assert wanted.abs().max() > 1e-3
+        torch.testing.assert_close(influence[:, i], wanted, rtol=1e-6, atol=1e-9)
+
+
+# Chains of both links -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Minimum:
+    """A stage at its minimum; α ties the trained encoder to the stage before."""
+
+    rows: list
+    trained: list
+    decay: float = 0.05
+    alpha: float | None = None
+    trainable: object = "all"
+
+    def end(self, model, start, before, weights=None):
+        weights = torch.ones(len(self.rows), dtype=torch.float64) if weights is None else weights
+        tied = {n: p for n, p in (before or {}).items() if n.startswith("encoder.") and n in self.trained}
+
+        def objective(p):
+            sums, counts = example_losses(model, p, self.rows)
+            total = (weights * sums).sum() / counts.sum()
+            total = total + self.decay / 2 * sum((p[n] ** 2).sum() for n in self.trained if decayed(n))
+            return total + sum(self.alpha * ((p[n] - anchor) ** 2).sum() for n, anchor in tied.items())
+
+        return minimise(objective, start, self.trained)
+
+
+class Mixed:
+    """Toy stages, each a `Run` or a `Minimum`, and their re-solving with weights on the examples of one of them."""
+
+    def __init__(self, kinds, folder):
+        self.models, self.kinds = [toy(k) for k in range(len(kinds))], []
+        self.starts, self.ends, stages = [], [], []
+        for k, (make, trainable, settings) in enumerate(kinds):
+            model, previous = self.models[k], self.models[k - 1] if k else None
+            kind = make(toy_rows(1 + k, (24, 18, 16)[k]), trained_names(model, trainable), **settings)
+            own = {
+                "trainable": trainable,
+                "weight_decay": kind.decay,
+                "curvature": "hessian",
+                "solver": solvers.Dense(),
+            }
+            if k:
+                model.load_state_dict(parameters_of(previous, "encoder."), strict=False)
+            start = parameters_of(model)
+            if make is Run:
+                kind.record(model, folder / str(k), previous, trainable)
+                own |= {"link": "unrolled", "run": folder / str(k)}
+            else:
+                start = kind.end(model, start, self.ends[-1] if k else None)
+                model.load_state_dict(start)
+                own["alpha"] = kind.alpha
+            stages.append(Stage(f"stage{k}", model, ToyObjective(), kind.rows, **own))
+            self.kinds.append(kind)
+            self.starts.append(start)  # a minimum is followed from where it is
+            self.ends.append(parameters_of(model))
+        self.chain = MultiStageInfluence(stages, progress=False)
+
+    def losses(self, stage, weights):
+        """Test losses after all stages with weights on the rows of `stage`."""
+        before = None
+        for k, kind in enumerate(self.kinds):
+            start, own = dict(self.starts[k]), weights if k == stage else None
+            if before is not None:
+                handed = {n: p for n, p in before.items() if n.startswith("encoder.")}
+                start |= {n: p for n, p in handed.items() if isinstance(kind, Run) or n not in kind.trained}
+            if isinstance(kind, Run):
+                if kind.alpha:
+                    kind.anchors = {n: before[n] for n in handed if n in kind.trained}
+                before = kind.end(self.models[k], start, own)
+            else:
+                before = kind.end(self.models[k], start, before, own)
+        return example_losses(self.models[-1], before, TESTS)[0].detach()
+
+
+RUN, MINIMUM = (Run, "all", {"momentum": 0.5}), (Minimum, "all", {"alpha": 0.3})
+MIXED = {
+    "minimum, run": [(Minimum, "all", {}), RUN],
+    "minimum, run with frozen parameters": [(Minimum, "all", {}), (Run, PATTERNS, {"alpha": 0.2})],
+    "run, minimum": [RUN, MINIMUM],
+    "run, minimum with frozen parameters": [RUN, (Minimum, "head", {"alpha": None})],
+    "run, minimum, run": [RUN, (Minimum, PATTERNS, {"alpha": 0.3}), (Run, "head", {"optim": "adamw", "rate": 0.05})],
+    "minimum, run, minimum": [(Minimum, "all", {}), RUN, MINIMUM],
+    "run, run": [RUN, (Run, "all", {"optim": "adamw", "rate": 0.05})],
+}
+
+
+@pytest.mark.parametrize("kinds", MIXED.values(), ids=MIXED)
+def test_chains_of_both_links_equal_training_all_stages_again(kinds, tmp_path):
+    mixed, step = Mixed(kinds, tmp_path), 1e-3
+    query = mixed.chain.query(TESTS)
+    for k, kind in enumerate(mixed.kinds):
+        scores = query.score(kind.rows, stage=f"stage{k}")
+        count = float(example_losses(mixed.models[k], mixed.ends[k], kind.rows)[1].sum())
+        assert scores.metadata["N"] == count
+        for i in (0, 5):
+            sides = []
+            for sign in (1, -1):
+                weights = torch.ones(len(kind.rows), dtype=torch.float64)
+                weights[i] += sign * step
+                sides.append(mixed.losses(k, weights))
+            expected = count * (sides[0] - sides[1]) / (2 * step)
+            assert expected.abs().min() > 1e-5
+            found = torch.tensor([scores.influence(q)[i] for q in range(2)])
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-7)
+
+
+# Columns ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run with momentum, and the model it started from; not to be changed."""
+    folder = tmp_path_factory.mktemp("made") / "run"
+    before, model = pair()
+    run = Run(toy_rows(3, ROWS), [], momentum=0.8, clip=0.2, adam_decay=0.1)
+    run.record(model, folder, before)
+    return run, before, model, folder
+
+
+def test_columns_share_a_sweep_and_equal_single_ones(made, monkeypatch):
+    run, before, model, folder = made
+    tests, steps, backward = toy_rows(7, 4), [], unrolled.Replay.backward
+    monkeypatch.setattr(unrolled.Replay, "backward", lambda self, *given: steps.append(1) or backward(self, *given))
+    found = unrolled_chain(run, before, model, folder)
+    together = found.query(tests)
+    assert len(steps) == 9
+    singles = [found.query([row]) for row in tests]
+    for stage, solution in together.solutions.items():
+        for n, t in solution.items():
+            expected = torch.cat([query.solutions[stage][n] for query in singles])
+            torch.testing.assert_close(t, expected, rtol=1e-10, atol=1e-14)
+    certificates = [query.certificates["second"] for query in singles]
+    assert together.certificates["second"].growth == pytest.approx([c.growth[0] for c in certificates], rel=1e-10)
+    for aggregate, share in (("sum", 1.0), ("mean", 0.25)):
+        group = found.query(tests, aggregate=aggregate)
+        for stage in ("first", "second"):
+            rows = found.link(stage).rows
+            scores = together.score(rows, stage=stage)
+            expected = share * sum(scores.influence(q) for q in range(4))
+            np.testing.assert_allclose(group.score(rows, stage=stage).influence(), expected, rtol=1e-9, atol=1e-13)
+
+
+def test_the_sizes_of_batches_do_not_change_an_answer(made):
+    run, before, model, folder = made
+    whole = unrolled_chain(run, before, model, folder).query(TESTS).score(run.rows, stage="second")
+    assert whole.frame.loss.tolist() == pytest.approx(
+        example_losses(model, parameters_of(model), run.rows)[0].tolist()
+    )
+    some = unrolled_chain(run, before, model, folder, batch_size=2).query(TESTS)
+    part = some.score(run.rows[::-3], stage="second", batch_size=3)
+    for q in range(2):
+        np.testing.assert_allclose(part.influence(q), whole.influence(q)[::-3], rtol=1e-12)
+
+
+def test_the_certificate_has_the_norms_of_the_adjoint(made):
+    run, before, model, folder = made
+    found = unrolled_chain(run, before, model, folder)
+    certificate = found.query(TESTS).certificates["second"]
+    assert [t for t, _ in certificate.norms] == [9, 6, 3, 0]
+    assert certificate.norms[0][1] == [1.0, 1.0]
+    run = replace(run, trained=trained_names(model, "all"))
+    start = {n: p.requires_grad_() for n, p in found.link("second").recording.state(0)["parameters"].items()}
+    end = run.end(model, start, graph=True)
+    losses = example_losses(model, end, TESTS)[0]
+    for q in range(2):
+        last, first = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(losses[q], p, retain_graph=True)]).norm()
+            for p in (list(end.values()), list(start.values()))
+        )
+        assert certificate.norms[-1][1][q] == pytest.approx(float(first / last), rel=1e-9)
+        assert certificate.growth[q] >= max(norms[q] for _, norms in certificate.norms)
+    facts = found.query(TESTS).certificate()["stages"]["second"]
+    assert (facts["link"], facts["weight_decay"], facts["alpha"]) == ("unrolled", DECAY, None)
+    text = facts["text"]
+    assert f"unrolled, column 1: 9 steps; adjoint grew at most {certificate.growth[1]:.2g} times" in text
+    assert certificate.from_dict(certificate.to_dict()) == certificate
+
+
+# A head that goes on ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}])
+def test_a_head_that_goes_on_is_inherited(settings, tmp_path):
+    """Masked LM twice: the second run starts with the first stage's head, which then hangs on it like the encoder."""
+    before, model = tiny.model("bert", "masked", seed=0, **settings), tiny.model("bert", "masked", seed=1, **settings)
+    model.load_state_dict(before.state_dict())
+    corpus, rows, tests = tiny.rows(4, seed=1), tiny.rows(5, seed=2), tiny.rows(2, seed=8)
+    objective = tiny.objective("masked")
+    own = {"optim": "sgd", "learning_rate": 0.05, "per_device_train_batch_size": 2}
+    recording = training.record(
+        model, objective, rows, arguments(tmp_path, **own), tmp_path / "run", previous=before, progress=False
+    )
+    stages = [
+        Stage("one", before, objective, corpus, solver=solvers.CG(damping=0.1)),
+        Stage("two", model, objective, rows, link="unrolled", run=tmp_path / "run"),
+    ]
+    found = MultiStageInfluence(stages, progress=False)
+    link = found.link("two")
+    head = {n for n, _ in before.named_parameters() if n.startswith("cls.")}
+    assert head
+    assert head <= set(link.split.proximal)
+    assert not link.split.head
+    _, b, _ = pull_back(link, found.measurement(rows_of(tests))[0])
+    carried = link.carry(b)
+    assert all(carried[n].any() for n in head)
+
+    step, generator = 1e-5, torch.Generator().manual_seed(0)
+    for chosen in (head, set(b) - head):
+        direction = {n: torch.randn(b[n].shape[1:], generator=generator, dtype=torch.float64) for n in sorted(chosen)}
+        sides = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(before)
+            with torch.no_grad():
+                for n, v in direction.items():
+                    moved.get_parameter(n).add_(sign * step * v)
+            rerun(recording, moved, objective, rows, previous=before)
+            sides.append(tiny.Plain(moved, "masked", objective.collate(rows_of(tests))).sums().detach())
+        slope = sum((carried[n] * v).flatten(1).sum(1) for n, v in direction.items())
+        torch.testing.assert_close(slope, (sides[0] - sides[1]) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+# Interrupted sweeps -------------------------------------------------------------------------------------------------
+
+
+def sweeps(folder):
+    return list(folder.glob("sweep-*"))
+
+
+def interrupted_sweep(monkeypatch, chain, after, tests=TESTS):
+    """A query that fails in its backward step number `after`."""
+    calls, backward = [], unrolled.Replay.backward
+
+    def failing(self, *given):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return backward(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unrolled, "SAVE_EVERY", 0.0)
+        patch.setattr(unrolled.Replay, "backward", failing)
+        with pytest.raises(KeyboardInterrupt):
+            chain.query(tests)
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """As `made`, in a folder that may be changed, with frozen parameters and a tie."""
+    before, model = pair()
+    run = Run(toy_rows(3, ROWS), [], optim="adamw", rate=0.05, alpha=0.4)
+    run.record(model, tmp_path / "run", before, PATTERNS)
+    return unrolled_chain(run, before, model, tmp_path / "run", PATTERNS), tmp_path / "run"
+
+
+@pytest.mark.parametrize("after", [0, 2, 3, 5, 8])
+def test_an_interrupted_sweep_goes_on_unchanged(own, monkeypatch, after):
+    found, folder = own
+    whole = found.query(TESTS)
+    assert not sweeps(folder)
+    interrupted_sweep(monkeypatch, found, after)
+    assert len(sweeps(folder)) == (after >= 3)
+    steps, backward = [], unrolled.Replay.backward
+    monkeypatch.setattr(unrolled.Replay, "backward", lambda self, s, t, a: steps.append(t) or backward(self, s, t, a))
+    again = found.query(TESTS)
+    assert steps == list(reversed(range(9 - after // 3 * 3)))
+    for stage, solution in whole.solutions.items():
+        assert all(torch.equal(t, again.solutions[stage][n]) for n, t in solution.items())
+    assert again.certificates == whole.certificates
+    assert not sweeps(folder)
+
+
+def test_a_sweep_of_another_question_is_not_gone_on_with(own, monkeypatch):
+    found, folder = own
+    other = toy_rows(17, 2)
+    whole = found.query(other)
+    interrupted_sweep(monkeypatch, found, 4)
+    (left,) = sweeps(folder)
+    again = found.query(other)
+    assert sweeps(folder) == [left]
+    interrupted_sweep(monkeypatch, found, 4, other)
+    (theirs,) = {*sweeps(folder)} - {left}
+    theirs.write_bytes(left.read_bytes())  # under the right name
+    third = found.query(other)
+    for query in (again, third):
+        for stage, solution in whole.solutions.items():
+            assert all(torch.equal(t, query.solutions[stage][n]) for n, t in solution.items())
+
+
+def test_a_damaged_sweep_starts_anew(own, monkeypatch):
+    found, folder = own
+    whole = found.query(TESTS)
+    interrupted_sweep(monkeypatch, found, 4)
+    (left,) = sweeps(folder)
+    left.write_bytes(left.read_bytes()[:-100])
+    again = found.query(TESTS)
+    for stage, solution in whole.solutions.items():
+        assert all(torch.equal(t, again.solutions[stage][n]) for n, t in solution.items())
+    assert not sweeps(folder)
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adjoint_that_grows_is_refused_with_remedies(made, tmp_path):
+    run, before, model, folder = made
+    found = unrolled_chain(run, before, model, folder, max_growth=0.5)
+    with pytest.raises(
+        InputError, match=r"stage 'second': on the way back the adjoint grew .* times at step 9 of 9"
+    ) as e:
+        found.query(TESTS)
+    for remedy in ("smaller learning rate", "larger batches", "warm-up", "averaging", "fewer steps", "'proximal'"):
+        assert remedy in str(e.value)
+    assert not sweeps(folder)
+
+    before, model = pair()
+    wild = Run(toy_rows(3, ROWS), [], rate=6.0, momentum=0.9, epochs=60, decay=0.0)
+    wild.record(model, tmp_path / "run", before)
+    with pytest.raises(InputError, match=r"grew .*e\+1\d times at step \d+ of 180; expected at most 4\.5e\+12"):
+        unrolled_chain(wild, before, model, tmp_path / "run").query(TESTS)
+
+
+def test_a_run_of_other_rows_models_or_stages_is_refused(made):
+    run, before, model, folder = made
+
+    def refused(message, **changes):
+        given = {"run": run, "before": before, "model": model, "folder": folder, **changes}
+        with pytest.raises(InputError, match=f"stage 'second': .*{message}|{message}"):
+            unrolled_chain(**given)
+
+    refused("was trained on other rows", run=replace(run, rows=run.rows[::-1]))
+    changed = [*run.rows[:-1], {**run.rows[-1], "label": 1 - min(1, run.rows[-1]["label"])}]
+    refused("was trained on other rows", run=replace(run, rows=changed))
+    moved = copy.deepcopy(model)
+    moved.head.bias.data += 0.1
+    refused("'head.bias' of its model is .* off the end of the run", model=moved)
+    refused("did not start from stage 'first': 'encoder", before=toy(5))
+    refused(r"do not agree on \['encoder", trainable="head")
+    refused("holds no recorded run", folder=folder / "nowhere")
+
+
+def test_an_unfinished_run_is_refused(own):
+    found, folder = own
+    (folder / "state-00000009.safetensors").rename(folder / "elsewhere")
+    with pytest.raises(InputError, match=r"lacks its state after step 9 of 9: let its training end"):
+        MultiStageInfluence([link.stage for link in found.links], progress=False)
+
+
+def test_a_run_that_left_out_a_row_is_refused(made, tmp_path):
+    run, before, _, _ = made
+    model = pair()[1]
+    run.record(model, tmp_path / "run", before, omit=[3])
+    with pytest.raises(InputError, match=r"left out the rows \['3'\] \(omit\)"):
+        unrolled_chain(run, before, model, tmp_path / "run")
+
+
+def test_rows_that_the_run_did_not_see_have_no_influence(made):
+    run, before, model, folder = made
+    query = unrolled_chain(run, before, model, folder).query(TESTS)
+    with pytest.raises(InputError, match=r"the row 99 is not one of the rows that stage 'second' was trained on"):
+        query.score([run.rows[2], {**run.rows[1], "example_id": 99}], stage="second")
+    with pytest.raises(InputError, match="the row 1 is not one of the rows"):
+        query.score([{**run.rows[1], "label": (run.rows[1]["label"] + 1) % 3}], stage="second")
+    assert len(query.score(toy_rows(4, 3), stage="first")) == 3
+
+
+def test_a_saved_query_knows_its_links(made, tmp_path):
+    run, before, model, folder = made
+    found = unrolled_chain(run, before, model, folder)
+    query = found.query(TESTS)
+    query.save_pretrained(tmp_path)
+    loaded = Query.from_pretrained(tmp_path, unrolled_chain(run, before, model, folder))
+    assert loaded.certificates == query.certificates
+    for stage in ("first", "second"):
+        rows = found.link(stage).rows
+        left, right = (q.score(rows, stage=stage) for q in (query, loaded))
+        assert left.frame.equals(right.frame)
+        assert left.metadata["certificate"] == right.metadata["certificate"]
+    other = unrolled_chain(run, before, model, None, link="proximal", alpha=0.1)
+    with pytest.raises(InputError, match=r"pulled stage 'second' back by a link that is unrolled"):
+        Query.from_pretrained(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("mark", "slot"), [(m, s) for s in ("parameters", "first_moment", "second_moment") for m in (3, 6)]
+)
+def test_a_run_that_does_not_repeat_itself_is_refused(own, mark, slot):
+    found, folder = own
+    state = found.links[1].recording.state(mark)
+    for t in state[slot].values():
+        t *= 1.2
+    found.links[1].recording.write(mark, state)
+    with pytest.raises(InputError, match=r"stage 'second': replaying steps \d to \d ends .* away from the recorded"):
+        found.query(TESTS)
+    assert not sweeps(folder)
+
+
+def test_check_replay_measures_the_whole_run(own):
+    found, _ = own
+    link = found.links[1]
+    assert check_replay(link) == 0.0
+    state = link.recording.state(9)
+    way = math.sqrt(sum(float((state["parameters"][n] - p).square().sum()) for n, p in first_state(link).items()))
+    state["parameters"]["head.bias"][0] += 0.1 * way
+    link.recording.write(9, state)
+    assert check_replay(link) == pytest.approx(0.1, rel=0.2)
+
+
+def first_state(link):
+    return link.recording.state(0)["parameters"]
+
+
+def test_there_is_no_damping_to_sweep(made):
+    run, before, model, folder = made
+    found = unrolled_chain(run, before, model, folder)
+    with pytest.raises(InputError, match="stage 'second' is pulled back through its run, without a linear system"):
+        damping_sweep(found, TESTS, run.rows, [0.1, 1.0], "second")

@@ -1,0 +1,369 @@
+"""The command line from plan to sweep on tiny data, its JSON, its help, and what it says of every bad input."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from project import msif, project, snapshot, visible
+
+from hf_msif import Scores
+from hf_msif.project import cli
+
+COMMANDS = ("plan", "train", "query", "score", "sweep")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A project that went through train, query and score; to be copied before anything is changed."""
+    path = project(tmp_path_factory.mktemp("made"))
+    for command in ("train", "query", "score"):
+        assert msif(command, "--config", path, "--json") == 0
+    return path
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """The folder of a copy, which --run_dir and data files must point to."""
+    shutil.copytree(made.parent, tmp_path, dirs_exist_ok=True)
+    text = made.read_text().replace(str(made.parent), str(tmp_path))
+    (tmp_path / "config.yaml").write_text(text)
+    return tmp_path
+
+
+def test_from_plan_to_sweep(tmp_path, capsys):
+    path = project(tmp_path)
+    run = tmp_path / "run"
+
+    assert msif("plan", "--config", path) == 0
+    said = capsys.readouterr().out
+    assert "stage 'finetuning'" in said
+    assert "not trained yet" in said
+    assert not run.exists()
+
+    assert msif("train", "--config", path) == 0
+    said = capsys.readouterr().out
+    assert "pretraining: trained in" in said
+    assert "test loss" in said
+    assert {p.name for p in run.iterdir()} == {"pretraining", "pretraining.json", "finetuning", "finetuning.json"}
+
+    assert msif("plan", "--config", path) == 0
+    assert "not trained yet" not in capsys.readouterr().out
+
+    assert msif("query", "--config", path) == 0
+    said = capsys.readouterr().out
+    assert "converged" in said
+    assert {p.name for p in (run / "query").iterdir()} == {"query.json", "query.safetensors"}
+
+    assert msif("score", "--config", path) == 0
+    said = capsys.readouterr().out
+    scores = Scores.from_parquet(run / "scores.parquet")
+    assert scores.columns == 2
+    assert f"{len(scores)} rows scored" in said
+    assert (run / "table1.md").read_text().startswith("| test sentence")
+    table = pd.read_parquet(run / "table1.parquet")
+    assert table["max |influence|"].abs().tolist() == [abs(scores.influence(q)).max() for q in range(2)]
+
+    assert msif("top", "--run", run, "-k", 3) == 0
+    said = capsys.readouterr().out
+    assert scores.top(1).text[0] in said
+    assert said.count("absolute influence on:") == 2
+
+    assert msif("sweep", "--config", path) == 0
+    capsys.readouterr()
+    assert pd.read_parquet(run / "sweep.parquet")["damping"].tolist() == [0.1, 1.0]
+    assert not list(run.rglob("*.part"))
+    assert not list(run.glob("*.checkpoints"))
+
+
+def test_removal_effect_is_minus_influence_over_the_number_of_masked_words(made):
+    scores = Scores.from_parquet(made.parent / "run" / "scores.parquet")
+    count = scores.metadata["N"]
+    assert count == scores.frame.terms.sum()
+    for q in range(scores.columns):
+        np.testing.assert_array_equal(scores.frame[f"removal_effect_{q}"], -scores.influence(q) / count)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_json_is_one_object_and_prose_goes_to_stderr(copy, capsys, command):
+    assert msif(command, "--config", copy / "config.yaml", "--json") == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert isinstance(found, dict)
+    assert "left out (not in keep)" in said.err
+    if command == "train":
+        assert [stage["stage"] for stage in found["stages"]] == ["pretraining", "finetuning"]
+    elif command == "sweep":
+        assert found["table"][0]["rank_correlation"] is None  # NaN is no JSON
+        assert -1 <= found["table"][1]["rank_correlation"] <= 1
+    elif command == "score":
+        assert found["rows"] == len(Scores.from_parquet(found["scores"]))
+    elif command == "query":
+        assert all(all(stage["solve"]["converged"]) for stage in found["stages"].values())
+
+
+@pytest.mark.parametrize("by", ["absolute", "harmful", "helpful"])
+def test_top_as_json_is_what_the_scores_say(made, capsys, by):
+    run = made.parent / "run"
+    assert msif("top", "--run", run, "-k", 4, "--by", by, "--json") == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    scores = Scores.from_parquet(run / "scores.parquet")
+    assert found["by"] == by
+    assert [test["test"] for test in found["tests"]] == [test["text"] for test in scores.metadata["tests"]]
+    for q, test in enumerate(found["tests"]):
+        assert test["top"] == scores.top(4, by, q).to_dict(orient="records")
+        for row in test["top"]:
+            assert row["removal_effect"] == -row["influence"] / scores.metadata["N"]
+
+
+def test_score_of_the_last_stage_and_of_a_group(copy):
+    options = ("--config", copy / "config.yaml", "--test.aggregate", "sum", "--corpus.stage=finetuning", "--json")
+    assert msif("query", *options) == 0
+    assert msif("score", *options) == 0
+    scores = Scores.from_parquet(copy / "run" / "scores-finetuning.parquet")
+    assert scores.columns == 1
+    assert scores.metadata["stage"] == "finetuning"
+    assert scores.frame.example_id.min() >= 100  # data.id_column
+
+
+def test_a_finished_training_may_have_needed_another_machine(copy):
+    options = ("--config", copy / "config.yaml", "--stages.pretraining.training.bf16", "true", "--json")
+    assert msif("score", *options) == 0
+    if not torch.cuda.is_available():
+        assert msif("train", *options) == 2
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_warnings_are_one_line(copy, capsys):
+    path = copy / "config.yaml"
+    assert msif("query", "--config", path, "--stages.pretraining.solver.max_iter", 1, "--json") == 0
+    lines = [line for line in visible(capsys.readouterr().err) if "not solved to tolerance" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: stage 'pretraining'")
+
+
+def nan(folder):
+    path = folder / "run" / "pretraining" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+def cut(folder):
+    path = folder / "run" / "pretraining" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def remove(*names):
+    def prepare(folder):
+        for name in names:
+            path = folder / "run" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return prepare
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+PRE, FINE = "--stages.pretraining", "--stages.finetuning"
+# what is done to the folder, command and flags, what the one sentence holds; FOLDER is the folder
+BAD = {
+    "no configuration": (None, "plan --config FOLDER/nowhere.yaml", ["nowhere.yaml", "cannot read"]),
+    "no arguments": (None, "plan", ["run_dir is missing", "--config"]),
+    "invalid YAML": (write("c.yaml", "a: [1"), "plan --config FOLDER/c.yaml", ["c.yaml", "not valid YAML"]),
+    "unknown key": (None, f"plan {PRE}.solver.dampng 1", ["'stages.pretraining.solver.dampng'", ".damping'"]),
+    "wrong type": (None, f"train {PRE}.batch_size x", ["stages.pretraining.batch_size is x", "whole number"]),
+    "unknown stage": (None, "plan --stages.x.batch_size 1", ["no stage 'x'", "['pretraining', 'finetuning']"]),
+    "unknown stage to train": (None, "train --stage x", ["no stage 'x'", "['pretraining', 'finetuning']"]),
+    "unknown model type": (None, f"plan {PRE}.model.config.model_type brt", ["pretraining.model.config", "brt"]),
+    "no model type": (None, f'plan {PRE}.model.config {{"a":1}}', ["model.config.model_type is missing"]),
+    "unknown model setting": (None, f"plan {PRE}.model.config.hiden_size 4", ["hiden_size'", "config.hidden_size'"]),
+    "impossible model": (
+        remove("pretraining"),
+        f"train {PRE}.model.config.hidden_size 7",
+        ["pretraining.model: cannot build", "7"],
+    ),
+    "neither path nor config": (remove("pretraining"), f"plan {PRE}.model.config null", ["neither path nor config"]),
+    "bad training value": (
+        None,
+        f"train {FINE}.training.save_strategy never",
+        ["stages.finetuning.training: never"],
+    ),
+    "bad training value to plan": (
+        remove("pretraining"),
+        f"plan {PRE}.training.optim magic",
+        ["stages.pretraining.training: magic"],
+    ),
+    "bad training type": (None, f"score {PRE}.training.bf16 maybe", ["stages.pretraining.training.bf16 is maybe"]),
+    "a negative number": (None, f"plan {PRE}.solver.damping -1e-4", ["pretraining.solver.damping is -0.0001"]),
+    "our training key": (None, f"plan {PRE}.training.output_dir x", ["stages.pretraining.training.output_dir"]),
+    "bad objective": (None, f"plan {PRE}.objective.mask_probability 2", ["mask_probability=2.0", "(0, 1]"]),
+    "setting of another solver": (
+        None,
+        f'plan {PRE}.solver {{"name":"minres","max_parameters":3}}',
+        ["stages.pretraining.solver.max_parameters"],
+    ),
+    "no tokenizer": (None, "plan --tokenizer FOLDER/nowhere", ["tokenizer: cannot load", "nowhere"]),
+    "a file for a run": (None, "plan --run_dir FOLDER/corpus.txt", ["run_dir is", "which is a file"]),
+    "no data": (None, f"train {PRE}.data.data_files FOLDER/nowhere.txt", ["data_files", "nowhere.txt", "not exist"]),
+    "an empty corpus": (write("corpus.txt", ""), "train", ["stages.pretraining.data", "is empty"]),
+    "blank lines": (write("corpus.txt", "\n \n"), "train", ["stages.pretraining.data", "2 left out (no text)"]),
+    "no label column": (None, f"train --stage finetuning {FINE}.data.label_column x", ["label_column", "'x'"]),
+    "labels not listed": (
+        None,
+        f"train --stage finetuning {FINE}.objective.labels [Negative]",
+        ["stages.finetuning.objective.labels is ['Negative']", "['Positive']", "keep"],
+    ),
+    "no labels listed": (None, f"train --stage finetuning {FINE}.objective {{}}", ["labels is []", "Negative"]),
+    "too few classes": (
+        None,
+        f"plan {FINE}.data.label_column stars {FINE}.objective.labels [one]",
+        ["stages.finetuning.objective.labels is ['one']", "['1']"],
+    ),
+    "earlier stage not trained": (
+        remove("pretraining"),
+        "train --stage finetuning",
+        ["stage 'pretraining' is not trained yet", "msif train --stage pretraining"],
+    ),
+    "query before training": (remove("finetuning"), "query", ["stage 'finetuning' is not trained yet"]),
+    "sweep before training": (remove("finetuning"), "sweep", ["stage 'finetuning' is not trained yet"]),
+    "score before the query": (remove("query"), "score", ["no query", "run msif query"]),
+    "another model than the query's": (
+        remove("pretraining"),
+        f"score {PRE}.model.path FOLDER/other {PRE}.training {{}}",
+        ["cannot load the model", "other"],
+    ),
+    "diverged": (None, f"train --stage pretraining {PRE}.training.learning_rate 1e10", ["loss", "learning rate"]),
+    "diverged, with checkpoints": (
+        None,
+        f"train {PRE}.training.learning_rate 1e10 {PRE}.training.save_strategy steps {PRE}.training.save_steps 2",
+        ["loss", "learning rate"],
+    ),
+    "NaN in a checkpoint": (nan, "query", ["stage 'pretraining'", "NaN", "damaged"]),
+    "a damaged checkpoint": (cut, "query", ["stage 'pretraining': cannot load the model", "pretraining"]),
+    "no tests": (None, "query --test.number 0", ["test.number is 0", "at least 1"]),
+    "too many tests": (None, "query --test.number 1000", ["test.number is 1000", "at most"]),
+    "too many tests to plan": (None, "plan --test.number 1000", ["test.number is 1000", "at most"]),
+    "no such test": (None, "query --test.ids [1]", ["test.ids names [1]", "finetuning"]),
+    "a test of the training side": (None, "query --test.ids [100,101,102,103]", ["test.ids names"]),
+    "no damping to sweep": (None, f'sweep {PRE}.solver {{"name":"identity"}}', ["identity", "no damping"]),
+    "no number of rows": (None, "top --run FOLDER/run -k 0", ["-k is 0", "at least 1"]),
+    "no such order": (None, "top --run FOLDER/run --by size", ["by is 'size'", "absolute"]),
+    "no such run": (None, "top --run FOLDER/nowhere", ["nowhere", "does not exist"]),
+    "not a number of rows": (None, "top --run FOLDER/run -k x", ["-k", "'x'"]),
+    "unknown flag": (None, "top --run FOLDER/run --bye absolute", ["'--bye'", "did you mean --by?"]),
+    "no run": (None, "top", ["--run"]),
+    "unknown command": (None, "trian", ["'trian'", "train"]),
+    "damaged scores": (
+        write("run/scores.parquet", "x"),
+        "top --run FOLDER/run",
+        ["scores.parquet", "holds no scores"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("prepare", "line", "parts"), BAD.values(), ids=BAD)
+def test_a_bad_input_is_one_sentence_and_nothing_is_written(copy, capsys, monkeypatch, prepare, line, parts):
+    # An absent Hub id is looked up; no test waits for a network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if prepare:
+        prepare(copy)
+    arguments = [word.replace("FOLDER", str(copy)) for word in line.split()]
+    if arguments[0] in COMMANDS and "--config" not in arguments and line != "plan":
+        arguments += ["--config", copy / "config.yaml"]
+    before = snapshot(copy)
+
+    assert msif(*arguments) == 2
+    (message,) = visible(capsys.readouterr().err)
+    assert message.startswith("msif")
+    assert ": error: " in message
+    assert all(part in message for part in parts), message
+    assert "Traceback" not in message
+
+    assert msif(*arguments, "--json") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert visible(said.err)[-1] == message
+    assert snapshot(copy) == before
+    assert not list(copy.rglob("*.part"))
+    assert not list(copy.rglob("*.checkpoints"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [
+        (f"{PRE}.training.learning_rat", "stages.pretraining.training.learning_rate"),
+        (f"{FINE}.objective.lables", "stages.finetuning.objective.labels"),
+        (f"{PRE}.model.config.hidden_sise", "stages.pretraining.model.config.hidden_size"),
+    ],
+)
+def test_every_command_checks_every_setting_before_it_works(made, capsys, command, flag, nearest):
+    assert msif(command, "--config", made, flag, 1) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"unknown key {flag[2:]!r}; the nearest known key is {nearest!r}." in said.err
+
+
+def test_a_recipe_is_its_commands_one_after_another(tmp_path, capsys, monkeypatch):
+    (recipe,) = Path(__file__).parents[2].glob("recipes/bert_gop_debate/run.py")
+    path = project(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(path), "--json"])
+    runpy.run_path(str(recipe), run_name="__main__")
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(key in report for key, report in zip(("text", "stages", "query", "scores"), found, strict=True))
+    assert (tmp_path / "run" / "table1.md").exists()
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(path), "--sed", "1"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(recipe), run_name="__main__")
+    assert end.value.code == 2
+
+
+def test_an_interruption_says_so(made, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_configured", interrupt)
+    assert msif("query", "--config", made) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_help_lists_every_key_and_imports_nothing_heavy():
+    code = (
+        "import sys; from hf_msif.cli import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules);"
+        "sys.exit(code or ' '.join(heavy) or 0)"
+    )
+    said = []
+    for arguments in (["--help"], ["plan", "--help"], ["top", "-h"], ["--version"]):
+        environment = {**os.environ, "COLUMNS": "100"}
+        found = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
+        )
+        assert found.returncode == 0, found.stderr
+        assert found.stderr == ""
+        said.append(found.stdout)
+    assert all(command in said[0] for command in (*COMMANDS, "demo", "top"))
+    assert "\n  --stages.NAME.solver.damping\n" in said[1]
+    assert "--config FILE.yaml" in said[1]
+    assert max(map(len, said[1].splitlines())) <= 119
+    assert "NAME.solver" not in said[2]
+
+
+def test_errors_of_the_configuration_import_nothing_heavy_either(made):
+    code = "import sys; from hf_msif.cli import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
+    arguments = ["plan", "--config", str(made), "--sed", "1"]
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr == "msif plan: error: unknown key 'sed'; the nearest known key is 'seed'.\n"

@@ -1,0 +1,261 @@
+"""Settings: files and flags, types, and what a complaint says."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hf_msif.errors import InputError
+from hf_msif.project import config
+
+FILE = """
+run_dir: runs/one
+tokenizer: bert
+stages:
+  pretraining:
+    task: masked-lm
+    data: {path: text}
+    training: {learning_rate: 1e-4, warmup_steps: 5}
+  finetuning:
+    task: sequence-classification
+    data: {path: csv, label_column: sentiment}
+    trainable: head
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(FILE)
+    return file
+
+
+def value(settings, key):
+    """The value of a dotted key."""
+    for part in key.split("."):
+        settings = settings[part] if isinstance(settings, dict) else getattr(settings, part)
+    return settings
+
+
+# flags → key, value
+OVERRIDES = [
+    (["--seed", "3"], "seed", 3),
+    (["--seed=3"], "seed", 3),
+    (["--seed", "3", "--seed=4"], "seed", 4),
+    (["--run_dir", "a=b"], "run_dir", "a=b"),
+    (["--run_dir=a=b"], "run_dir", "a=b"),
+    (["--run_dir", "007"], "run_dir", "007"),
+    (["--run_dir", "2016-02-06"], "run_dir", "2016-02-06"),
+    (["--run_dir", "12"], "run_dir", "12"),
+    (["--stages.pretraining.weight_decay", "1e-4"], "stages.pretraining.weight_decay", 1e-4),
+    (["--stages.pretraining.training.learning_rate", "1e-5"], "stages.pretraining.training.learning_rate", 1e-5),
+    (["--stages.pretraining.training.learning_rate", "-1E+2"], "stages.pretraining.training.learning_rate", -100.0),
+    (["--stages.pretraining.training.bf16", "true"], "stages.pretraining.training.bf16", True),
+    (["--stages.pretraining.training", "{a: 1}"], "stages.pretraining.training", {"a": 1}),
+    (["--stages.pretraining.model.config.hidden_size", "64"], "stages.pretraining.model.config", {"hidden_size": 64}),
+    (
+        ["--stages.finetuning.data.keep.s", "[Negative,Positive]"],
+        "stages.finetuning.data.keep.s",
+        ["Negative", "Positive"],
+    ),
+    (
+        ["--stages.finetuning.data.keep.s", '["a", 1, true, null]'],
+        "stages.finetuning.data.keep.s",
+        ["a", 1, True, None],
+    ),
+    (["--stages.finetuning.data.keep.s", "[no, yes]"], "stages.finetuning.data.keep.s", ["no", "yes"]),
+    (["--stages.finetuning.data.data_files", "*.csv"], "stages.finetuning.data.data_files", "*.csv"),
+    (
+        ["--stages.finetuning.data.data_files", "[a.csv, b.csv]"],
+        "stages.finetuning.data.data_files",
+        ["a.csv", "b.csv"],
+    ),
+    (["--stages.finetuning.trainable", "[a, b]"], "stages.finetuning.trainable", ["a", "b"]),
+    (["--stages.finetuning.resized", "true"], "stages.finetuning.resized", True),
+    (["--stages.finetuning.solver.damping", "auto"], "stages.finetuning.solver.damping", "auto"),
+    (["--test.ids", '[1, "a"]'], "test.ids", [1, "a"]),
+    (["--corpus.sample", "5", "--corpus.sample", "null"], "corpus.sample", None),
+    (["--dampings", "[1, 1e-2]"], "dampings", [1.0, 0.01]),
+]
+
+
+@pytest.mark.parametrize(("flags", "key", "expected"), OVERRIDES, ids=[" ".join(o[0]) for o in OVERRIDES])
+def test_flags_override_the_file(path, flags, key, expected):
+    found = value(config.parse(["--config", str(path), *flags]), key)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_a_file_knows_numbers_and_leaves_words_alone(path):
+    settings = config.load(path)
+    assert settings.stages["pretraining"].training == {"learning_rate": 1e-4, "warmup_steps": 5}
+    assert list(settings.stages) == ["pretraining", "finetuning"]
+    path.write_text(FILE.replace("warmup_steps: 5", "a: no, b: 1_000, c: .5, d: 010, e: 2016-02-06, f: ~, g: 'x: y'"))
+    found = config.load(path).stages["pretraining"].training
+    del found["learning_rate"]
+    assert found == {"a": "no", "b": 1000, "c": 0.5, "d": "010", "e": "2016-02-06", "f": None, "g": "x: y"}
+
+
+def test_later_files_are_laid_over_earlier_ones(path, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("seed: 7\nstages: {pretraining: {training: {warmup_steps: null}}}\n")
+    settings = config.parse(["--config", str(path), "--seed=8", f"--config={other}"])
+    assert settings.seed == 8  # flags win wherever they stand
+    assert settings.stages["pretraining"].training == {"learning_rate": 1e-4, "warmup_steps": None}
+    assert config.load([path, other]).seed == 7
+    assert config.load(path, [("seed", 9), ("run_dir", "x")]).seed == 9
+
+
+def test_merge_keys_share_settings_between_stages(path):
+    path.write_text(
+        FILE.replace("data: {path: text}", "data: &d {path: text}").replace("data: {path: csv,", "data: {<<: *d,")
+    )
+    assert config.load(path).stages["finetuning"].data.path == "text"
+
+
+def test_defaults_are_not_shared(path):
+    one, two = config.load(path), config.load(path)
+    one.stages["pretraining"].solver.tol = 0.5
+    one.stages["pretraining"].data.keep["a"] = ["b"]
+    assert two.stages["pretraining"].solver.tol is None
+    assert one.stages["finetuning"].solver.tol is None
+    assert one.stages["finetuning"].data.keep == {}
+
+
+# flags → what the one sentence holds
+ERRORS = {
+    "unknown key": (["--sed", "1"], ["unknown key 'sed'", "'seed'"]),
+    "unknown section": (["--tests.number", "1"], ["unknown key 'tests'", "'test'"]),
+    "unknown key of a stage": (
+        ["--stages.pretraining.solver.dampng", "1"],
+        ["unknown key 'stages.pretraining.solver.dampng'", "'stages.pretraining.solver.damping'"],
+    ),
+    "a key in the wrong section": (
+        ["--stages.finetuning.damping", "1"],
+        ["unknown key 'stages.finetuning.damping'", "'stages.finetuning.solver.damping'"],
+    ),
+    "a key like no other": (["--test.qqq", "1"], ["'test.qqq'", "expected one of number, ids, seed, aggregate"]),
+    "a key below a value": (["--run_dir.x", "1"], ["'run_dir.x'", "run_dir is runs/one, which has no keys"]),
+    "unknown stage": (["--stages.pretrain.batch_size", "1"], ["no stage 'pretrain'", "['pretraining', 'finetuning']"]),
+    "a stage by a flag": (["--stages.third", "{}"], ["no stage 'third'"]),
+    "not a number": (
+        ["--stages.finetuning.batch_size", "many"],
+        ["stages.finetuning.batch_size is many", "whole number"],
+    ),
+    "not whole": (["--seed", "1.5"], ["seed is 1.5", "a whole number"]),
+    "not text": (["--run_dir", "[a]"], ["run_dir is [a]", "expected text"]),
+    "not a list": (["--stages.finetuning.data.keep.s", "a"], ["stages.finetuning.data.keep is {s: a}", "a list"]),
+    "not a section": (["--stages.finetuning.data", "a.csv"], ["stages.finetuning.data is a.csv", "path, name"]),
+    "no section": (["--stages.finetuning.solver", "null"], ["stages.finetuning.solver is null", "damping"]),
+    "not a stage": (["--stages.finetuning", "3"], ["stages.finetuning is 3", "task, data"]),
+    "not a boolean": (["--stages.finetuning.resized", "maybe"], ["resized is maybe", "true or false"]),
+    "not a choice": (["--stages.pretraining.task", "mlm"], ["task is mlm", "masked-lm, causal-lm"]),
+    "neither number nor auto": (
+        ["--stages.pretraining.solver.damping", "atuo"],
+        ["stages.pretraining.solver.damping is atuo", "a number at least 0 or auto or null"],
+    ),
+    "infinite": (["--stages.pretraining.alpha", ".inf"], ["stages.pretraining.alpha is .inf", "above 0"]),
+    "too small": (["--test.number", "0"], ["test.number is 0", "at least 1"]),
+    "too large": (["--stages.pretraining.data.test_fraction", "1"], ["test_fraction is 1", "below 1"]),
+    "a bad entry": (["--dampings", "[1, 0]"], ["dampings is [1, 0]", "each a number above 0"]),
+    "no stages": (["--stages", "{}"], ["stages is {}", "at least 1"]),
+    "missing": (["--stages.pretraining.data", "{}"], ["stages.pretraining.data.path is missing", "text"]),
+    "misspelt and so missing": (["--stages.pretraining.data", "{pth: text}"], ["data.pth'", "data.path'"]),
+    "no value": (["--seed"], ["--seed has no value"]),
+    "a flag for a value": (["--seed", "--run_dir", "x"], ["--seed has no value"]),
+    "no flag": (["seed"], ["unexpected argument 'seed'", "--section.key value"]),
+    "a corpus of no stage": (["--corpus.stage", "x"], ["corpus.stage is 'x'", "['pretraining', 'finetuning']"]),
+    "no label column": (["--stages.finetuning.data.label_column", "null"], ["label_column is missing"]),
+    "a new model too late": (["--stages.finetuning.model.config.a", "1"], ["model.config is for the first stage"]),
+    "a head without an encoder": (["--stages.pretraining.model.head", "feed_forward"], ["model.head", "'auto'"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "parts"), ERRORS.values(), ids=ERRORS)
+def test_a_complaint_is_one_sentence_that_names_the_key(path, flags, parts):
+    with pytest.raises(InputError) as error:
+        config.parse(["--config", str(path), *flags])
+    message = str(error.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+    assert "pydantic" not in message
+
+
+# contents → what the one sentence holds
+FILES = {
+    "no mapping": ("- a\n- b\n", ["holds [a, b]", "run_dir"]),
+    "invalid": ("run_dir: [a\ntokenizer: b\n", ["not valid YAML", "line 2"]),
+    "a tab": ("stages:\n\tpretraining: 1\n", ["not valid YAML", "line 2, column 1"]),
+    "a key twice": (FILE + "seed: 1\nseed: 2\n", ["'seed' occurs twice"]),
+    "a stage twice": (FILE + "  pretraining: {}\n", ["'pretraining' occurs twice"]),
+    "a tag of Python": ("run_dir: !!python/object/apply:os.system [ls]\n", ["not valid YAML"]),
+    "binary": (b"\xff\xfe\x00", ["cannot read", "UTF-8"]),
+    "empty": ("", ["run_dir is missing", "--config"]),
+    "a stage named like a file": (FILE.replace("finetuning:", "query:"), ["stages.query", "other than 'query'"]),
+    "a stage with a slash": (FILE.replace("finetuning:", "a/b:"), ["stages.a/b", "letters"]),
+    "a number for a key": (FILE + "3: x\n", ["unknown key '3'"]),
+    "a number for a stage": (FILE.replace("finetuning:", "2:").replace("csv", "[1]"), ["stages.2.data.path is [1]"]),
+}
+
+
+@pytest.mark.parametrize(("text", "parts"), FILES.values(), ids=FILES)
+def test_a_bad_file_is_one_sentence(tmp_path, text, parts):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as error:
+        config.load(path)
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match=r"'nowhere.yaml' \(No such file"):
+        config.load("nowhere.yaml")
+    with pytest.raises(InputError, match="Is a directory"):
+        config.load(tmp_path)
+
+
+def test_help_names_every_key_with_meaning_type_and_default():
+    text = config.help_text(90)
+    assert max(map(len, text.splitlines())) <= 90
+    keys = [
+        key for key, field in config._keys(config.Config, "", ["NAME"]) if not config._is_section(field.annotation)
+    ]
+    assert len(keys) > 40
+    assert all(f"\n  --{key}\n" in f"\n{text}\n" for key in keys)
+    assert all(field.description for _, field in config._keys(config.Config, "", []) if field.annotation is str)
+    assert not [odd for odd in ("None", "<", "typing", "hf_msif.config", "hf_msif.sections") if odd in text]
+    entry = text.split("--stages.NAME.solver.damping\n")[1].split("--")[0]
+    assert "auto" in entry
+    assert "a number at least 0" in " ".join(entry.split())
+    assert "default: null" in entry
+
+
+def test_settings_of_a_dataclass_are_checked():
+    from hf_msif.solvers import CG, Identity
+
+    assert config.settings(CG, {"tol": 1, "damping": "auto"}, "x") == {"tol": 1.0, "damping": "auto"}
+    with pytest.raises(InputError, match=r"'x.tl'; the nearest known key is 'x.tol'"):
+        config.settings(CG, {"tl": 1}, "x")
+    with pytest.raises(InputError, match=r"x.tol is much; expected a number"):
+        config.settings(CG, {"tol": "much"}, "x")
+    with pytest.raises(InputError, match=r"'x.tol'; expected none here"):
+        config.settings(Identity, {"tol": 1}, "x")
+    with pytest.raises(InputError, match=r"unknown key 'x.tol'"):
+        config.settings(CG, {"tol": 1}, "x", without=["tol"])
+
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(set(FOLDER.glob("*/*.yaml")) - set(FOLDER.glob("accelerate_configs/*")))  # those are Accelerate's own
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_recipes_parse(path):
+    whole = path.parent / "config.yaml"  # where there is one, the other files are laid over it
+    settings = config.load([whole, path] if whole.exists() else path)
+    assert json.loads(settings.model_dump_json())["run_dir"].startswith("runs" + os.sep)
+
+
+def test_there_are_recipes():
+    assert RECIPES

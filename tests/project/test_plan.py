@@ -1,0 +1,153 @@
+"""What a run will cost: bounds that hold, memory that is there, and a frozen encoder that is paid for once."""
+
+import pytest
+import torch
+from project import SIZES, msif, project
+
+from hf_msif import solvers
+from hf_msif.adapters.functional import memo_bytes
+from hf_msif.curvature import Curvature
+from hf_msif.influence.multistage import pull_back
+from hf_msif.project import config, memory, plan
+from hf_msif.project.run import Run
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = project(tmp_path_factory.mktemp("plan"))
+    assert msif("train", "--config", path, "--json") == 0
+    return path
+
+
+@pytest.fixture
+def run(path):
+    return lambda *overrides: Run(config.load(path, overrides), progress=False)
+
+
+def counted(monkeypatch, run):
+    """Time in plans is the number of the encoder's forward passes, and a little."""
+    passes = []
+    for name in run.names:
+        encoder = run.present_model(name).base_model
+        encoder.encoder.register_forward_hook(lambda *_: passes.append(1))
+
+    def seconds(work, *arguments, once=False):
+        before = len(passes)
+        work(*arguments)
+        return len(passes) - before + 0.001
+
+    monkeypatch.setattr(plan, "_seconds", seconds)
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+def test_a_frozen_encoder_is_paid_for_once(run, monkeypatch, curvature):
+    one = run(("stages.finetuning.curvature", curvature), ("stages.finetuning.batch_size", 8))
+    counted(monkeypatch, one)
+    stages = plan.plan(one)["stages"]
+    pretraining, finetuning = stages["pretraining"], stages["finetuning"]
+    assert finetuning["first_product_seconds"] > 100 * finetuning["product_seconds"]
+    assert finetuning["product_seconds"] < 0.01 * finetuning["forward_seconds"]
+    assert pretraining["product_seconds"] == pretraining["first_product_seconds"]
+    assert pretraining["product_seconds"] >= pretraining["forward_seconds"]
+
+
+def test_beyond_the_memo_the_encoder_is_paid_for_again(run, monkeypatch):
+    one = run(("stages.finetuning.batch_size", 8))
+    counted(monkeypatch, one)
+    whole = plan.plan(one)["stages"]["finetuning"]
+    monkeypatch.setattr(plan, "MEMO_BYTES", whole["memo_bytes"] / 4)
+    part = plan.plan(one)["stages"]["finetuning"]
+    assert part["memo_bytes"] == pytest.approx(whole["memo_bytes"] / 4, rel=0.01)
+    assert part["product_seconds"] == pytest.approx(0.75 * part["first_product_seconds"], rel=0.02)
+
+
+def test_the_memo_is_as_large_as_promised(run):
+    one = run()
+    promised = plan.plan(one)["stages"]
+    link = one.chain().link("finetuning")
+    v = {name: torch.zeros(1, *p.shape, device=p.device) for name, p in link.operator.parameters.items()}
+    link.operator.matvec(v)
+    held = sum(memo_bytes(evaluation.memo) for evaluation in link.operator.evaluations)
+    assert promised["finetuning"]["memo_bytes"] == pytest.approx(held, rel=0.3)
+    assert held >= len(link.rows) * SIZES["hidden_size"] * 4
+    assert promised["pretraining"]["memo_bytes"] == 0
+
+
+SOLVERS = [
+    solvers.CG(damping="auto", tol=1e-6, max_iter=3),
+    solvers.CG(damping=0.1, tol=1e-6, max_iter=3),
+    solvers.SquaredCG(damping="auto", tol=1e-6, max_iter=3),
+    solvers.MinRes(damping=0.1, tol=1e-6, max_iter=3),
+    solvers.Dense(chunk=2),
+    solvers.Identity(),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: f"{type(s).__name__}-{getattr(s, 'damping', '')}")
+def test_the_number_of_products_is_a_tight_bound(run, monkeypatch, solver):
+    link = run().chain().link("finetuning")
+    spent, matvec = [], Curvature.matvec
+    monkeypatch.setattr(
+        Curvature, "matvec", lambda self, v: spent.append(len(next(iter(v.values())))) or matvec(self, v)
+    )
+    b = {name: torch.randn(2, *p.shape, device=p.device) for name, p in link.model.parameters.items()}
+    pull_back(link, b, solver)
+    bound = 2 * plan._products(solver, link.split.count(link.split.trained), columns=2)
+    assert sum(spent) <= bound <= 1.3 * sum(spent)
+
+
+def test_sizes_are_those_of_the_files(run, path):
+    assert msif("query", "--config", path, "--json") == 0
+    report = plan.plan(run())
+    query = run().folder / "query" / "query.safetensors"
+    assert 0 <= query.stat().st_size - report["disk_bytes"] < 8000  # names and shapes
+    model = run().folder / "pretraining" / "model.safetensors"
+    assert report["stages"]["pretraining"]["model_bytes"] == pytest.approx(model.stat().st_size, rel=0.5)
+    assert report["splits"]["finetuning"][0]["role"] == "frozen"
+    assert report["score_seconds"] > 0
+
+
+def test_a_group_is_one_column(run):
+    columns = {
+        a: plan.plan(run(("test.aggregate", a)))["stages"]["finetuning"]["vector_bytes"] for a in ("none", "sum")
+    }
+    assert columns["none"] == 2 * columns["sum"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0123, "about 0.012 s"), (59, "about 59 s"), (600, "about 10 min"), (9000, "about 2.5 h")]
+)
+def test_times_are_readable(seconds, text):
+    assert plan._time(seconds) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (2048, "2.0 KiB"), (3 * 2**40, "3072.0 GiB")])
+def test_sizes_are_readable(size, text):
+    assert memory.size(size) == text
+
+
+def test_what_each_of_several_processes_holds(path, run, capsys):
+    flags = ["--config", path, "--stages.finetuning.trainable", "all", "--stages.finetuning.alpha", "1.0"]
+    assert msif("plan", *flags, "--sharded", "true", "--processes", "4") == 0
+    assert "memory on each of 4 process(es)" in capsys.readouterr().out
+    one = run(("sharded", True))
+    alone, four = (plan.plan(one, processes)["stages"]["pretraining"] for processes in (1, 4))
+    vector = four["vector_bytes"]
+    assert four["solver_bytes"] == pytest.approx((5 / 4 + 4) * vector, abs=1)
+    assert alone["solver_bytes"] == 9 * vector
+    assert alone["activation_bytes"] == pytest.approx(four["activation_bytes"], rel=0.05)
+    assert four["activation_bytes"] > 0
+    assert four["products"] == alone["products"]
+    assert msif("plan", *flags, "--processes", "0") == 2
+    assert "--processes is 0; expected at least 1" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said_and_refused(path, run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    assert "this does not fit: msif query would refuse" in plan.plan(run())["text"]
+    capsys.readouterr()
+    flags = ["--config", path, "--test.number", "1"]
+    assert msif("query", *flags) == 2
+    assert "memory_check: false to try all the same" in capsys.readouterr().err
+    assert msif("query", *flags, "--memory_check", "false") == 0

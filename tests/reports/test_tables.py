@@ -1,0 +1,80 @@
+"""Tables that people read: Table 1 picks the right rows, and texts come through whole."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hf_msif.engine import files
+from hf_msif.reports import tables
+from hf_msif.scoring.scores import Scores
+
+
+def scores(influence, tests):
+    rows = [{"example_id": i, "text": f"sentence {i}"} for i in range(len(influence))]
+    columns = {"loss": [0.0] * len(rows), "terms": [1.0] * len(rows)}
+    return Scores.build(rows, np.array(influence), 2.0, columns, {"tests": tests})
+
+
+def test_table_one_shows_the_ends_of_the_order():
+    found = scores([[1.0, 0.5], [-3.0, 0.1], [0.2, -0.2]], [{"text": "a tweet"}, {"text": "another"}])
+    table = tables.table_one(found)
+    assert table["test sentence"].tolist() == ["a tweet", "another"]
+    assert table["sentence with it"].tolist() == ["sentence 1", "sentence 0"]
+    assert table["max |influence|"].tolist() == [-3.0, 0.5]
+    assert table["sentence with that"].tolist() == ["sentence 2", "sentence 1"]
+    assert table["min |influence|"].tolist() == [0.2, 0.1]
+    assert len(tables.table_one(found, k=9)) == 2 * 3
+
+
+def test_a_group_of_tests_has_no_sentence_of_its_own():
+    tests = [{"text": "a"}, {"text": "b"}]
+    assert tables.test_sentence(scores([[1.0]], tests), 0) == "2 test examples together"
+    assert tables.test_sentence(scores([[1.0]], [{"example_id": 7}]), 0) == "example 7"
+
+
+TABLE = pd.DataFrame({"text": ["007", "a|b\n c", "1e5"], "value": [1.23456789, float("nan"), 1e-9]})
+
+
+def test_markdown_escapes_bars_and_keeps_words_that_look_like_numbers():
+    lines = tables.markdown(TABLE).splitlines()
+    assert len(lines) == 2 + len(TABLE)
+    cells = [[cell.strip() for cell in line.replace(r"\|", "¦").split("|")[1:-1]] for line in lines[2:]]
+    assert cells == [["007", "1.235"], ["a¦b c", "nan"], ["1e5", "1e-09"]]
+
+
+def test_plain_wraps_texts_and_no_numbers():
+    table = pd.DataFrame({"text": ["007", "many words " * 10], "value": [1.23456789, 2.0]})
+    shown = tables.plain(table, width=20)
+    assert max(map(len, shown.splitlines())) < 45
+    assert "007" in shown
+    assert "1.23" in shown
+    assert "1.234" not in shown
+    assert shown.count("many") == 10
+
+
+def test_tables_are_written_whole_or_not_at_all(tmp_path):
+    tables.write_table(TABLE, tmp_path / "new" / "table")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["table.md", "table.parquet"]
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "new" / "table.parquet"), TABLE)
+    assert (tmp_path / "new" / "table.md").read_text() == tables.markdown(TABLE) + "\n"
+
+
+def test_a_failed_write_leaves_the_older_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fails(part):
+        part.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_whole(path, fails)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+
+
+def test_training_line_says_what_was_reached():
+    report = {"stage": "finetuning", "seconds": 1.5, "train": {"loss": 0.5, "examples": 1200}}
+    assert tables.training_line(report) == "finetuning: trained in 1.5 s; train loss 0.500 (1,200 rows)"
+    report["test"] = {"loss": 0.25, "accuracy": 0.75, "examples": 10}
+    assert tables.training_line(report).endswith("; test loss 0.250, accuracy 0.750 (10 rows)")
