@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..adapters.split import OPTIONAL_MODULE
 from ..errors import InputError
 
 
@@ -56,7 +55,7 @@ class FeedForwardClassifier(PreTrainedModel):
     def __init__(self, config: FeedForwardClassifierConfig):
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder)
-        if getattr(self.encoder, OPTIONAL_MODULE, None) is not None:  # unused by a mean, so it would never be trained
+        if getattr(self.encoder, "pooler", None) is not None:  # unused by a mean, so it would never be trained
             self.encoder.pooler = None
         self.hidden = nn.Linear(config.encoder.hidden_size, config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -91,7 +90,7 @@ class FeedForwardClassifier(PreTrainedModel):
         encoder.dtype = dtype
         model = cls(FeedForwardClassifierConfig(encoder, hidden_size, dtype=dtype, **settings)).to(dtype)
         missing, unexpected = model.encoder.load_state_dict(pretrained.base_model.state_dict(), strict=False)
-        lost = [name for name in unexpected if OPTIONAL_MODULE not in name.split(".")]
+        lost = [name for name in unexpected if "pooler" not in name.split(".")]
         if missing or lost:
             raise InputError(
                 f"{kind.__name__} is not the encoder that AutoModel makes of its configuration: the tensor "

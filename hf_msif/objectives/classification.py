@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from . import images
 from ._base import Batch, Rows, logits_of, texts_of, tokenize
+from .images import channels_first, decoded, shrunk
 
 
 class _Classification:
@@ -144,11 +144,11 @@ class ImageClassification(_Classification):
                 f"the rows have no column {self.image_column!r}; they have {sorted(rows[0])}: pass image_column=."
             )
         ids = [row.get("example_id") for row in rows]
-        images = [images.decoded(row[self.image_column], self.mode, i) for row, i in zip(rows, ids, strict=True)]
+        images = [decoded(row[self.image_column], self.mode, i) for row, i in zip(rows, ids, strict=True)]
         if self.processor is not None:
             values = self.processor(images=images, return_tensors="pt")["pixel_values"]
         else:
-            arrays = [self._normalised(images.channels_first(image, i)) for image, i in zip(images, ids, strict=True)]
+            arrays = [self._normalised(channels_first(image, i)) for image, i in zip(images, ids, strict=True)]
             for array, i in zip(arrays, ids, strict=True):
                 if array.shape != arrays[0].shape:
                     raise InputError(
@@ -166,4 +166,4 @@ class ImageClassification(_Classification):
                     f"ImageClassification has {len(value)} values of {name}, but the images have {len(array)} "
                     "channels: give one number, or one a channel."
                 )
-        return (self.scale * images.shrunk(array, self.shrink) - mean) / std
+        return (self.scale * shrunk(array, self.shrink) - mean) / std

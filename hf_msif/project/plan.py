@@ -17,7 +17,7 @@ from ..engine.corpus import Stream, first
 from ..influence.chain import Link
 from ..influence.unrolled import held_bytes
 from ..training.optimisers import start
-from ..training.recording import compose
+from ..training.record import compose
 from ..training.replay import Replay
 from .memory import activation_bytes, attended, available_bytes, size, solver_bytes
 

@@ -221,7 +221,7 @@ class Run:
     def to_train(self) -> list[str]:
         """The stages that `msif train` trains: all but those whose model is given and that have no training settings,
         or a run."""
-        from ..training.recording import check_arguments
+        from ..training.record import check_arguments
 
         given = [name for name in self.names if self._is_given(name)]
         for name in given:

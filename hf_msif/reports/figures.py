@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..objectives import images
+from ..objectives.images import channels_first, decoded
 
 if TYPE_CHECKING:
     from ..scoring.scores import Scores
@@ -56,7 +56,7 @@ def _show(axes, row: dict | None, title: str) -> None:
     if row is None:
         axes.axis("off")
         return
-    array = np.asarray(images.channels_first(images.decoded(row["image"], None, row["example_id"]), row["example_id"]))
+    array = np.asarray(channels_first(decoded(row["image"], None, row["example_id"]), row["example_id"]))
     array = np.moveaxis(array, 0, -1)
     array = (array - array.min()) / max(np.ptp(array), 1e-12)
     axes.imshow(array if array.shape[-1] == 3 else array[..., 0], cmap="gray")

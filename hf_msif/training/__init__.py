@@ -2,14 +2,13 @@
 
 from importlib import import_module
 
+from .evaluation import evaluate, mistakes
 from .polish import PolishReport, polish
+from .record import record
 
 # Hugging Face's Trainer takes seconds to import, and most commands do not train.
 _HOMES = {
     "RecordCallback": ".callback",
-    "evaluate": ".trainer",
-    "mistakes": ".trainer",
-    "record": ".recording",
     "save": ".trainer",
     "train": ".trainer",
 }

@@ -19,16 +19,8 @@ from ..engine.hashing import tensors_fingerprint
 from ..errors import InputError
 from . import optimisers
 from .optimisers import Slots
-from .recording import (
-    Recording,
-    Schedule,
-    check_arguments,
-    check_finite,
-    check_precision,
-    interval,
-    known_by,
-    write_state,
-)
+from .record import check_arguments, check_finite, check_precision
+from .recording import Recording, Schedule, interval, known_by, write_state
 
 # Slot of a recording → what torch's optimisers call it.
 BUFFERS = {"momentum": "momentum_buffer", "first_moment": "exp_avg", "second_moment": "exp_avg_sq"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,7 @@ from ..engine.corpus import checked_omission
 from ..objectives import of_epoch
 from ..vectors import Block
 from .optimisers import Slots, clipped
-
-if TYPE_CHECKING:
-    from .recording import Recording
+from .recording import Recording
 
 
 @dataclass

@@ -19,21 +19,15 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..adapters.functional import FunctionalModel, forward
+from ..adapters.functional import forward
 from ..adapters.peft import has_adapters, unwrapped
 from ..adapters.peft import save as save_with_adapters
 from ..adapters.split import Split, decayed_names, split
-from ..curvature.derivatives import Evaluation
-from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import DivergedError, InputError
 from ..objectives import of_epoch
-from .polish import PolishReport, polish
-from .recording import record
-
-__all__ = ["PolishReport", "evaluate", "mistakes", "polish", "record", "save", "train"]
 
 # Arguments that decide the weights: only where they agree does a run go on from the checkpoint of another.
 DECISIVE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -133,52 +127,6 @@ def train(
         _check_finite(model, name, trainer.state.global_step)
     # Each process adds up its own share of the steps after the last log.
     return float(trainer.accelerator.gather(torch.tensor([loss], device=arguments.device)).mean())
-
-
-def evaluate(
-    model: nn.Module, objective: Any, data: Any, batch_size: int = 64, engine: Engine | None = None
-) -> dict[str, float]:
-    """Σ ℓ / Σ counts over `data` without dropout, and the accuracy where the objective predicts classes.
-
-    Returns:
-        {"loss", "examples"} and, for classification, "accuracy".
-
-    Raises:
-        InputError: bad rows, or rows without a counted term.
-    """
-    engine = engine or Engine(progress=False)
-    rows = as_rows(data, "the evaluation data")
-    functional = FunctionalModel(model, engine.device)
-    parts = []
-    with torch.no_grad(), functional.evaluating():
-        for _, batch in engine.batches(rows, objective, batch_size):
-            evaluation = Evaluation(functional, objective, batch)
-            sums, counts = evaluation.losses({})
-            right = 0.0
-            if hasattr(objective, "predictions"):
-                right = float((objective.predictions(functional.bind({}), batch) == batch["labels"]).sum())
-            parts.append((float(sums.double().sum()), float(counts.double().sum()), right))
-    losses, counts, right = (sum(column) for column in zip(*engine.gather(parts), strict=True))
-    if counts == 0:
-        raise InputError(
-            f"none of the {len(rows)} rows of the evaluation data has a term that counts: are their texts empty?"
-        )
-    found = {"loss": losses / counts, "examples": len(rows)}
-    return found | ({"accuracy": right / len(rows)} if hasattr(objective, "predictions") else {})
-
-
-def mistakes(
-    model: nn.Module, objective: Any, data: Any, batch_size: int = 64, engine: Engine | None = None
-) -> list[dict]:
-    """The rows whose predicted class is not their label, in their order; for objectives with `predictions`."""
-    engine = engine or Engine(progress=False)
-    rows = as_rows(data, "the evaluation data")
-    functional, found = FunctionalModel(model, engine.device), []
-    with torch.no_grad(), functional.evaluating():
-        for indices, batch in engine.batches(rows, objective, batch_size):
-            wrong = objective.predictions(functional.bind({}), batch) != batch["labels"]
-            found += [i for i, bad in zip(indices, wrong.tolist(), strict=True) if bad]
-    return [rows[i] for i in sorted(engine.gather(found))]
 
 
 def save(model: nn.Module, tokenizer: Any | None, folder: str | os.PathLike) -> None:

@@ -19,7 +19,8 @@ from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError
 from ..influence.stage import Stage
 from ..training.polish import PolishReport, polish
-from ..training.recording import Recording, rerun
+from ..training.record import rerun
+from ..training.recording import Recording
 from .bank import Retrained
 
 

@@ -18,7 +18,8 @@ from hf_msif.influence import unrolled
 from hf_msif.influence.multistage import pull_back
 from hf_msif.influence.sweep import damping_sweep
 from hf_msif.influence.unrolled import check_replay
-from hf_msif.training.recording import Recording, rerun
+from hf_msif.training.record import rerun
+from hf_msif.training.recording import Recording
 
 ROWS, BATCH, EPOCHS = 11, 4, 3  # batches of 4, 4 and 3
 TESTS = toy_rows(9, 2)

@@ -10,7 +10,8 @@ from hf_msif import InputError, MultiStageInfluence, Stage, objectives
 from hf_msif.influence.multistage import pull_back
 from hf_msif.influence.unrolled import check_replay
 from hf_msif.training.callback import RecordCallback
-from hf_msif.training.recording import Recording, rerun
+from hf_msif.training.record import rerun
+from hf_msif.training.recording import Recording
 
 TEXTS, TESTS = tiny.rows(11, seed=2), tiny.rows(2, seed=8)
 OBJECTIVE = tiny.objective("classification")

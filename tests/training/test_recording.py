@@ -18,7 +18,8 @@ from hf_msif.engine.hashing import tensors_fingerprint
 from hf_msif.errors import DivergedError
 from hf_msif.influence.multistage import pull_back
 from hf_msif.influence.unrolled import check_replay
-from hf_msif.training.recording import Recording, rerun, schedule
+from hf_msif.training.record import rerun, schedule
+from hf_msif.training.recording import Recording
 from hf_msif.training.replay import Replay
 
 SGD = {"optim": "sgd", "optim_args": "momentum=0.5", "learning_rate": 0.2}
