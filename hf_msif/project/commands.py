@@ -31,7 +31,7 @@ def query(run: Run) -> dict:
     models, tests = run.models(), run.tests()
     chain, kept = run.chain(models), run.folder / "query.checkpoints"
     if run.config.memory_check:
-        memory.check(chain.links, 1 if run.aggregate else len(tests))
+        memory.check(chain, 1 if run.aggregate else len(tests))
     found = chain.query(tests, run.aggregate, checkpoints=kept)
     found.save_pretrained(run.folder / "query")
     if chain.engine.is_main:
@@ -179,7 +179,7 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
     """`WarmStart` or `FromScratch` of a configuration's stages, which `chain` holds."""
     from .. import validation
 
-    stages = [link.stage for link in chain.links]
+    stages = [bound.stage for bound in chain.stages]
     given = {name: choices.polishing(run.config, name) for name in run.names}
     # Which method finds a stage's minimum is no matter of the retraining, which takes the one for any stage.
     own = [
@@ -194,7 +194,8 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
     settings = dict(own.pop()) if own else {}
     if how == "warm_start":
         again = stages[run.names.index(run.ranked) :]  # what comes before stays as it is
-        missing = next((s.name for s in again if s.link == "proximal" and given[s.name] is None), None)
+        unpolished = [s.name for s in again if given[s.name] is None and not run.config.stages[s.name].recorded]
+        missing = next(iter(unpolished), None)
         if missing is not None:
             raise InputError(
                 f"stages.{missing}.polish is missing: a warm start goes from stationary point to stationary point. "

@@ -229,7 +229,7 @@ class Run:
         names = [name for name in self.names if name not in given]
         for name in names:  # before the first one is trained for hours
             arguments = self.arguments(name)
-            if self.config.stages[name].link == "unrolled":
+            if self.config.stages[name].recorded:
                 check_arguments(arguments, name)
         return names
 
@@ -260,12 +260,12 @@ class Run:
         model = self.new_model(name)
         objective = self.objective(name, model)
         tied = split(name, model, previous, stage.trainable, stage.resized).proximal
-        if tied and stage.alpha is None and stage.link == "proximal":
+        if tied and stage.alpha is None and stage.link == "implicit":
             raise InputError(
                 f"stages.{name}.alpha is missing, but the stage trains {len(tied)} inherited tensors (first "
                 f"{tied[0]!r}); give the α of eq. (12), trainable: head, or link: unrolled."
             )
-        checkpoints, recorded = self._checkpoints(name), stage.link == "unrolled"
+        checkpoints, recorded = self._checkpoints(name), stage.recorded
         last = _last_checkpoint(checkpoints)
         if last is not None and (recorded or arguments.save_strategy != "no"):
             print(f"{name}: an interrupted training left {last}, to go on from")
@@ -377,12 +377,22 @@ class Run:
         return made
 
     def _link(self, name: str, planned: bool) -> dict[str, Any]:
+        """How a stage is differentiated; `planned`: an implicit stage stands for one whose run is still to come."""
         stage = self.config.stages[name]
-        if stage.link == "proximal":
-            return {}
-        if planned and not self.is_trained(name):
-            return {"alpha": 1.0}
-        return {"link": stage.link, "run": self.recording(name), "max_growth": stage.max_growth}
+        if stage.recorded:
+            if planned and not self.is_trained(name):
+                return {"alpha": 1.0}
+            return {"link": stage.link, "run": self.recording(name), "max_growth": stage.max_growth}
+        return {"link": stage.link, "run": stage.run, "max_growth": stage.max_growth}
+
+    def planned(self, bound):
+        """How a bound stage of `chain(planned=True)` will be differentiated, once it is trained."""
+        stage = self.config.stages[bound.name]
+        if not stage.recorded or self.is_trained(bound.name):
+            return bound.differentiation
+        from ..influence.differentiation import DIFFERENTIATIONS
+
+        return DIFFERENTIATIONS[stage.link].planned(bound, self.arguments(bound.name))
 
     def tests(self) -> list[dict]:
         """The test rows asked about: from the test side of the last stage's data where there is one."""
