@@ -18,13 +18,13 @@ from ..adapters.split import Split
 from ..curvature import Curvature
 from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation, reached
-from ..curvature.sharded import Sliced
+from ..curvature.sharded import Sharded
 from ..engine.accelerated import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.corpus import Stream, as_corpus, as_rows, first
 from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
 from ..errors import InputError
-from ..solvers import Dense, Identity, Solution, solve
+from ..solvers import Solution, solve
 from ..training.recording import Recording
 from ..training.replay import Replay
 from ..vectors import Block
@@ -212,19 +212,18 @@ class Link:
         return kind(self.model, stage.objective, rows, self.split.trained, self.engine, stage.batch_size, ridge)
 
     def solve(self, b: Block, solver: Any, checkpoint: Checkpoint | None = None) -> Solution:
-        """The solver's system with the stage's curvature and right-hand sides b; Krylov vectors in slices where the
-        engine is sharded."""
+        """The solver's system with the stage's curvature and right-hand sides b; the vectors of a shardable solver in
+        shards where the engine is sharded."""
         engine, operator = self.engine, self.operator
         keeper = None
         with engine.solver_bar(self.stage.name, solver) as progress:
-            if engine.sharded and not isinstance(solver, (Dense, Identity)):
-                sliced = Sliced(operator, engine)
+            if engine.sharded and solver.shardable:
+                sharded = Sharded(operator, engine)
                 if checkpoint is not None:
-                    keeper = SolverCheckpoint(checkpoint, sliced.join_rows, sliced.cut_rows)
-                with engine.slices():
-                    state = self._solver_state(solver, sliced)
-                    found = solve(sliced, sliced.cut(b), solver, state, progress, keeper)
-                return replace(found, value=sliced.join(found.value))
+                    keeper = SolverCheckpoint(checkpoint, sharded.join_rows, sharded.cut_rows)
+                state = self._solver_state(solver, sharded)
+                solution = solve(sharded, sharded.cut(b), solver, state, progress, keeper)
+                return replace(solution, value=sharded.join(solution.value))
             if checkpoint is not None:
                 keeper = SolverCheckpoint(
                     checkpoint, vectors.flatten, lambda rows: vectors.unflatten(rows, b, rows.dtype)

@@ -74,7 +74,7 @@ class MultiStageInfluence:
         stages: first (pretraining) to last (the finetuning whose predictions are explained).
         accelerator: an `accelerate.Accelerator`; made when none is given.
         progress: show progress bars.
-        sharded: each process holds its slice of a solver's vectors instead of all of them (`slices`): their memory
+        sharded: each process holds its shard of a solver's vectors instead of all of them: their memory
             falls with the number of processes, and a product has one more exchange.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..curvature import GaussNewton, Hessian
 from ..errors import InputError
-from ..solvers import CG
+from ..solvers import CG, as_solver
 
 CURVATURES = {"gauss_newton": GaussNewton, "hessian": Hessian}
 
@@ -46,7 +46,7 @@ class Stage:
             the rounding unit of the run's dtype.
         curvature: "gauss_newton" or "hessian".
         curvature_samples: size of the fixed random subset on which the curvature is estimated; None: all of `data`.
-        solver: one of `hf_msif.solvers`.
+        solver: one of `hf_msif.solvers`, or a `Solver` of your own.
         batch_size: rows a batch in passes over `data`.
         resized: accept embeddings that gained rows since the stage before (see `adapters.split`).
         seed: of the curvature subset.
@@ -73,6 +73,7 @@ class Stage:
     seed: int = 0
 
     def __post_init__(self):
+        self.solver = as_solver(self.solver)
         if self.curvature not in CURVATURES:
             raise InputError(
                 f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}."

@@ -53,10 +53,8 @@ def damping_sweep(
     name, solver = target.stage.name, target.stage.solver
     if target.recording is not None:
         raise InputError(f"stage {name!r} is pulled back through its run, without a linear system to damp.")
-    if "damping" not in {field.name for field in dataclasses.fields(solver)}:
-        raise InputError(
-            f"stage {name!r} is solved by {type(solver).__name__}, which has no damping to sweep: use CG."
-        )
+    if not solver.damped:
+        raise InputError(f"stage {name!r} is solved by {solver}, which has no damping to sweep: use CG.")
     rows = as_rows(tests, "the test examples")
     adjoint, losses = chain.measurement(rows)
     for link in reversed(chain.links):

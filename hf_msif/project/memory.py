@@ -13,24 +13,18 @@ from .. import vectors
 from ..curvature import Curvature
 from ..errors import InputError
 from ..influence.chain import Link
-from ..solvers import Dense, Identity
 
-# Vectors that a solver holds beside the right-hand side, in units of one.
-SOLVER_BLOCKS = {"CG": 5, "SquaredCG": 6, "MinRes": 12, "Identity": 1, "Dense": 2}
-# And a product, in the same units for float32: the vector whole, its float64 sum (two), a batch's part of it.
+# What a product holds, in units of a float32 block: the whole vectors, their float64 sum (two), a batch's part of it.
 PRODUCT_BLOCKS = 4
 
 
 def solver_bytes(link: Link, solver: Any, columns: int, processes: int) -> int:
-    """Of the solver's vectors on each process, in slices where the engine is sharded."""
+    """Of the solver's vectors on each process, in shards where the engine is sharded."""
     parameters = [link.model.parameters[name] for name in link.split.trained]
     vector = columns * sum(p.numel() * p.element_size() for p in parameters)
-    blocks = SOLVER_BLOCKS[type(solver).__name__]
-    if isinstance(solver, Dense):
-        return blocks * vector + 16 * sum(p.numel() for p in parameters) ** 2
-    if link.engine.sharded and not isinstance(solver, Identity):
-        return -(-blocks * vector // processes) + PRODUCT_BLOCKS * vector
-    return (blocks + PRODUCT_BLOCKS) * vector
+    shards = processes if link.engine.sharded and solver.shardable else 1
+    held = -(-solver.vectors_held * vector // shards) + PRODUCT_BLOCKS * vector
+    return held + solver.extra_bytes(sum(p.numel() for p in parameters))
 
 
 def activation_bytes(operator: Curvature) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from .. import vectors
 from ..adapters.functional import memo_bytes
-from ..curvature.base import MEMO_BYTES, TRACE_PROBES
+from ..curvature.base import MEMO_BYTES
 from ..curvature.derivatives import Evaluation, directional
 from ..engine.corpus import Stream, first
 from ..influence.chain import Link
@@ -111,7 +111,7 @@ def _stage(link: Link, columns: int, processes: int) -> dict:
     cold, warm = ((cold if memo else warm) * every / one, warm * every / one)
     kept = min(1.0, MEMO_BYTES / memo) if memo else 0.0
     usual = kept * warm + (1 - kept) * cold
-    products = _products(solver, width, columns)
+    products = solver.products(width, columns)
     mixed = every * (3 + 4 * columns) if link.split.frozen else 0.0  # of autodiff.hessian_product
     every, cold, usual, mixed = (seconds / processes for seconds in (every, cold, usual, mixed))
     vector_bytes = sum(t.numel() * t.element_size() for t in v.values())
@@ -160,17 +160,6 @@ def _unrolled(link: Link, arguments, columns: int) -> dict:
         "disk_bytes": len(run.marks) * state,
         "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
     }
-
-
-def _products(solver, parameters: int, columns: int) -> int:
-    """Most products with all columns that a solve takes: iterations, the estimate of the damping, the final check."""
-    kind = type(solver).__name__
-    if kind == "Identity":
-        return 0
-    if kind == "Dense":
-        return -(-parameters // columns) + 1
-    estimate = -(-TRACE_PROBES // columns) if solver.damping == "auto" else 0
-    return solver.max_iter * (2 if kind == "SquaredCG" else 1) + estimate + (3 if kind == "SquaredCG" else 1)
 
 
 def _seconds(work: Callable, *arguments, once: bool = False) -> float:

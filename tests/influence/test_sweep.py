@@ -137,5 +137,5 @@ def test_errors(change, message):
 
 
 def test_a_solver_without_damping():
-    with pytest.raises(InputError, match="stage 'pre' is solved by Identity, which has no damping to sweep: use CG"):
+    with pytest.raises(InputError, match=r"'pre' is solved by Identity\(\), which has no damping to sweep: use CG"):
         damping_sweep(chain(solvers.Identity()), TESTS, CORPUS, [1.0])

@@ -92,7 +92,7 @@ def test_the_number_of_products_is_a_tight_bound(run, monkeypatch, solver):
     )
     b = {name: torch.randn(2, *p.shape, device=p.device) for name, p in link.model.parameters.items()}
     pull_back(link, b, solver)
-    bound = 2 * plan._products(solver, link.split.count(link.split.trained), columns=2)
+    bound = 2 * solver.products(link.split.count(link.split.trained), columns=2)
     assert sum(spent) <= bound <= 1.3 * sum(spent)
 
 
