@@ -201,7 +201,7 @@ def throughput(settings: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = list(from_files([sentences(Path(folder), settings.sentences)]))
     asked = query_of(settings.model, rows[:2048], settings.batch_size[0])
-    (link,) = asked.chain.links
+    (link,) = asked.chain.stages
     cuda = link.engine.device.type == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
     started = time.perf_counter()

@@ -97,7 +97,7 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
         Stage("pretraining", first[0], objectives.MaskedLM(tokenizer), rows[:8]),
         Stage("finetuning", finished, objective, rows, link="unrolled", run=folder / "run"),
     ]
-    link = MultiStageInfluence(stages, progress=False).links[1]
+    link = MultiStageInfluence(stages, progress=False).stages[1]
     a = vectors.rademacher({n: link.model.parameters[n] for n in link.split.trained}, 3, settings.seed)
     one, link.engine.progress = vectors.take(a, torch.tensor([0])), False
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count, islice
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from ..errors import InputError, ProcessError
-from ..vectors import Block, across
+from ..vectors import Block
 from .batching import cost, deal
 
 
@@ -30,7 +30,7 @@ class Engine:
     Args:
         accelerator: an `accelerate.Accelerator`; made when none is given.
         progress: show tqdm bars on the main process.
-        sharded: each process holds its part of a solver's vectors, see `slices`.
+        sharded: each process holds only its shard of a solver's vectors, see `curvature.sharded`.
     """
 
     def __init__(self, accelerator=None, progress: bool = True, sharded: bool = False):
@@ -110,27 +110,28 @@ class Engine:
             raise failure
         return {name: t.to(like[name].dtype) for name, t in total.items()}
 
-    def sum_sliced(self, like: Mapping[str, Tensor], parts: Iterable[Block]) -> Tensor:
-        """`sum` as this process's slice of it, (Q, ⌈P/processes⌉) in float64; see `slices`."""
-        width = next(iter(like.values())).shape[0]
+    def sum_sharded(self, like: Mapping[str, Tensor], parts: Iterable[Block]) -> Tensor:
+        """This process's shard of `sum(like, parts)`, shape (Q, ⌈P/processes⌉) in float64."""
+        columns = next(iter(like.values())).shape[0]
         size = sum(t[0].numel() for t in like.values())
         flat, total = _buffer(like)
         failure = self._accumulate(total, parts)
         failed = self.add(torch.tensor([float(failure is not None)], device=self.device))
         if failed[0]:
             self._raise(failure)
-        whole = (
-            torch.cat([t.reshape(width, -1) for t in total.values()], 1) if len(total) > 1 else flat.view(width, -1)
-        )
+        if len(total) > 1:
+            whole = torch.cat([t.reshape(columns, -1) for t in total.values()], 1)
+        else:
+            whole = flat.view(columns, -1)
         del flat, total
         if self.processes == 1:
             return whole
-        length = self.slice_length(size)
+        length = self.shard_length(size)
         whole = torch.nn.functional.pad(whole, (0, length * self.processes - size))
-        found = whole.new_empty(width, length)
-        for q in range(width):
-            _reduce_scatter(found[q], whole[q])
-        return found
+        shards = whole.new_empty(columns, length)
+        for q in range(columns):
+            _reduce_scatter(shards[q], whole[q])
+        return shards
 
     def _accumulate(self, total: Block, parts: Iterable[Block]) -> Exception | None:
         try:
@@ -201,29 +202,25 @@ class Engine:
             raise InputError(text)
         raise ProcessError(f"process {rank} of {self.processes} failed: {kind}: {text}")
 
-    # --- vectors in slices
+    # --- shards of vectors
 
-    def slice_length(self, size: int) -> int:
-        """Entries of a vector of `size` entries that each process holds; the last one's are padded with zeros."""
+    def shard_length(self, size: int) -> int:
+        """How many entries of a vector of `size` entries each process holds; the last shards are padded with zeros."""
         return -(-size // self.processes)
 
-    def cut(self, row: Tensor) -> Tensor:
-        """This process's slice of a vector that all of them have."""
-        length = self.slice_length(len(row))
-        mine = row[self.rank * length : (self.rank + 1) * length]
-        return torch.nn.functional.pad(mine, (0, length - len(mine))).clone()
+    def cut(self, vector: Tensor) -> Tensor:
+        """This process's shard of a vector that is the same on every process: entries rank × ⌈P/processes⌉, ..."""
+        length = self.shard_length(len(vector))
+        shard = vector[self.rank * length : (self.rank + 1) * length]
+        return torch.nn.functional.pad(shard, (0, length - len(shard))).clone()
 
-    def join(self, mine: Tensor, size: int) -> Tensor:
-        """The vector of which each process has a slice, whole on every one."""
+    def join(self, shard: Tensor, size: int) -> Tensor:
+        """The whole vector of `size` entries, on every process, from the shards that the processes hold."""
         if self.processes == 1:
-            return mine
-        whole = mine.new_empty(self.processes * len(mine))
-        _all_gather(whole, mine.contiguous())
+            return shard
+        whole = shard.new_empty(self.processes * len(shard))
+        _all_gather(whole, shard.contiguous())
         return whole[:size]
-
-    def slices(self):
-        """Inside, inner products of blocks are those of the whole vectors whose slices the blocks hold."""
-        return across(self.add) if self.processes > 1 else nullcontext()
 
     # --- what people see
 
@@ -289,10 +286,10 @@ def _buffer(like: Mapping[str, Tensor], spare: int = 0) -> tuple[Tensor, Block]:
     return flat, {name: piece.view(t.shape) for (name, t), piece in zip(like.items(), pieces, strict=True)}
 
 
-def _reduce_scatter(mine: Tensor, whole: Tensor) -> None:
-    # torch 2.13 renamed both and warns about the older names
-    (getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor)(mine, whole)
+def _reduce_scatter(shard: Tensor, whole: Tensor) -> None:
+    # torch 2.13 renamed this function and the next, and warns about their older names
+    (getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor)(shard, whole)
 
 
-def _all_gather(whole: Tensor, mine: Tensor) -> None:
-    (getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor)(whole, mine)
+def _all_gather(whole: Tensor, shard: Tensor) -> None:
+    (getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor)(whole, shard)

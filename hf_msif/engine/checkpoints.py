@@ -82,11 +82,13 @@ class Checkpoint:
 
 
 class SolverCheckpoint:
-    """A solver's state by way of a `Checkpoint`, its vectors as plain rows: whole ones and slices are kept alike.
+    """Saves and loads the state of a solver in a `Checkpoint`.
+
+    Blocks are saved as plain matrices, so that a solve may continue with another number of processes, sharded or not.
 
     Args:
-        checkpoint: where.
-        flatten: block → (Q, P), the whole vectors on the main process at least.
+        checkpoint: the file, and when to write it.
+        flatten: block → its matrix of whole vectors, (Q, P), on the main process at least; called on all processes.
         unflatten: its inverse.
     """
 
@@ -94,25 +96,37 @@ class SolverCheckpoint:
         self, checkpoint: Checkpoint, flatten: Callable[[Block], Tensor], unflatten: Callable[[Tensor], Block]
     ):
         self.checkpoint, self.flatten, self.unflatten = checkpoint, flatten, unflatten
-        self.due = checkpoint.due
+
+    def due(self) -> bool:
+        """Whether it is time to save; the same on all processes."""
+        return self.checkpoint.due()
 
     def save(self, blocks: Mapping[str, Block], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Replaces the state that was saved before.
+
+        Args:
+            blocks: the solver's vectors, by name.
+            tensors: what it knows of each column, the same on all processes.
+            facts: values that JSON can hold.
+        """
         flat = {f"tensor/{name}": t.clone() for name, t in tensors.items()}
         for name, block in blocks.items():
-            rows = self.flatten(block)  # of slices all processes together
+            matrix = self.flatten(block)  # all processes together, where they hold shards
             if self.checkpoint.engine.is_main:
-                flat[f"block/{name}"] = rows.cpu()
+                flat[f"block/{name}"] = matrix.cpu()
         self.checkpoint.save(flat, dict(facts))
 
     def load(self) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]] | None:
-        found = self.checkpoint.load(lambda key, t: self.unflatten(t) if key.startswith("block/") else t)
-        if found is None or "done" in found[1]:
+        """The blocks, tensors and facts that were saved last; None where no state was saved for this solve."""
+        saved = self.checkpoint.load(lambda key, t: self.unflatten(t) if key.startswith("block/") else t)
+        if saved is None or "done" in saved[1]:
             return None
-        parts: tuple[dict, dict] = ({}, {})
-        for key, value in found[0].items():
+        blocks: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
+        for key, value in saved[0].items():
             kind, name = key.split("/", 1)
-            parts[kind == "tensor"][name] = value
-        return (*parts, found[1])
+            (blocks if kind == "block" else tensors)[name] = value
+        return blocks, tensors, saved[1]
 
 
 def at(folder: str | os.PathLike | None, name: str, question: str, engine: Engine) -> Checkpoint | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..curvature import Curvature, GaussNewton, Hessian
 from ..errors import InputError
-from ..solvers import CG
+from ..solvers import CG, Solver, as_solver
 from .differentiation import DIFFERENTIATIONS, Differentiation
 
 CURVATURES: dict[str, type[Curvature]] = {"gauss_newton": GaussNewton, "hessian": Hessian}
@@ -69,12 +69,13 @@ class Stage:
     max_growth: float | None = None
     curvature: str | type[Curvature] = "gauss_newton"
     curvature_samples: int | None = None
-    solver: Any = field(default_factory=CG)
+    solver: Solver = field(default_factory=CG)
     batch_size: int = 64
     resized: bool = False
     seed: int = 0
 
     def __post_init__(self):
+        self.solver = as_solver(self.solver)
         if not isinstance(self.curvature, type) and self.curvature not in CURVATURES:
             raise InputError(
                 f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}, or a "

@@ -34,10 +34,10 @@ def damping_sweep(
 
     Returns:
         One row per λ, ascending: `damping`, `iterations` and `residual` (worst column), `spread` (standard deviation
-        of the influence, mean over columns), and against the λ before, NaN in the first row: `top_k_kept` (share of the
-        top k by absolute influence that was there already, mean over columns) and `rank_correlation` (Spearman's ρ of
-        the influences, mean over columns). A λ too small for the solver, which met negative curvature, is warned about
-        and has no ranking: NaN.
+        of the influence, mean over columns), and against the λ before, NaN in the first row: `top_k_kept` (share of
+        the top k by absolute influence that was there already, mean over columns) and `rank_correlation` (Spearman's
+        ρ of the influences, mean over columns). A λ too small for the solver, which met negative curvature, is warned
+        about and has no ranking: NaN.
 
     Raises:
         InputError: bad rows, dampings that are not positive, k < 1, or a solver without damping.

@@ -85,7 +85,7 @@ def sweep(run: Run) -> dict:
     from ..influence.sweep import damping_sweep
     from ..reports.tables import write_table
 
-    if not hasattr(run.solvers[run.ranked], "damping"):
+    if not run.solvers[run.ranked].damped:
         raise InputError(
             f"stages.{run.ranked}.solver.name is identity, which has no damping; expected another solver."
         )

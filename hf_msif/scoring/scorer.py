@@ -9,20 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .. import vectors
-from ..curvature.derivatives import Evaluation, directional
 from ..engine.corpus import Stream, as_corpus
-from ..engine.hashing import describe, digest, objective_fingerprint, tensors_fingerprint
 from ..errors import InputError
-from ..influence.chain import Link
-from ..influence.query import Query
 from .scores import Scores, frame_of, influence_columns
 from .sinks import Collected, KeptParts, Parts
 from .summary import Extremes
@@ -35,10 +29,31 @@ DTYPES = ("float32", "tf32", "bfloat16")
 COMPARED = 64  # rows scored in both precisions
 
 
+class RowInfluence(NamedTuple):
+    influence: torch.Tensor
+    losses: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scorable:
+    stage: str
+    file_name: str
+    engine: Any
+    model: Any
+    objective: Any
+    batch_size: int
+    columns: int
+    count: float
+    influence: Callable
+    dtype: torch.dtype
+    metadata: dict[str, Any]
+    identity: Callable[[], dict[str, Any]]
+
+
 def score(
-    query: Query,
+    query: Scorable,
     corpus,
-    stage: str | None = None,
     batch_size: int | None = None,
     output_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -55,12 +70,12 @@ def score(
         InputError: empty corpus, unknown stage, a setting out of range, a loss that is not finite (rows are named), a
             row that an unrolled stage's run did not see, or an interrupted scoring of something else in `output_dir`.
     """
-    link = query.chain.link(stage)
+    link = query
     _check(batch_size, keep, dtype, part_rows, resume, output_dir)
     source = as_corpus(corpus, "the corpus")
-    engine, size = link.engine, batch_size or link.stage.batch_size
+    engine, size = link.engine, batch_size or link.batch_size
     scorer = _Scorer(query, link, size, None if dtype == "float32" else dtype)
-    path = None if output_dir is None else Path(output_dir) / _file_name(query, link)
+    path = None if output_dir is None else Path(output_dir) / query.file_name
     with engine.together():
         sink = _sink(scorer, path, resume, keep, dtype, part_rows) if path is None or engine.is_main else None
     # Enough rows at a time that sorting them by length pays, on every process, and that what happens once a round
@@ -68,7 +83,7 @@ def score(
     parts_a_round = math.ceil(16 * size * engine.processes / part_rows)
     done, started, error = 0, time.perf_counter(), None
     total = None if isinstance(source, Stream) else len(source)
-    bar = engine.bar(total=total, desc=f"scoring {link.stage.name}", unit=" sentences")
+    bar = engine.bar(total=total, desc=f"scoring {link.stage}", unit=" sentences")
     with bar, link.model.evaluating(), _Writer() as writer:
         for rows in engine.rounds(source, parts_a_round * part_rows):
             numbered = {(done + i) // part_rows: rows[i : i + part_rows] for i in range(0, len(rows), part_rows)}
@@ -141,11 +156,6 @@ def _check(batch_size, keep, dtype, part_rows, resume, output_dir) -> None:
         raise InputError("resume needs output_dir, the folder in which the interrupted scoring kept its parts.")
 
 
-def _file_name(query: Query, link: Link) -> str:
-    first = query.chain.links[0] is link
-    return "scores.parquet" if first else f"scores-{link.stage.name}.parquet"
-
-
 def _sink(scorer: _Scorer, path: Path | None, resume: bool, keep: int | None, dtype: str | None, part_rows: int):
     """Where scores go: memory, parts on disk, or an account of the extremes in either."""
     extremes = Extremes(keep, influence_columns(scorer.query.columns)) if keep else None
@@ -179,21 +189,18 @@ class _Found:
 class _Scorer:
     """A query's stage at work on rows."""
 
-    def __init__(self, query: Query, link: Link, batch_size: int, dtype: str | None):
+    def __init__(self, query, link, batch_size: int, dtype: str | None):
         self.query, self.link, self.engine = query, link, link.engine
-        self.objective, self.batch_size, self.dtype = link.stage.objective, batch_size, dtype
-        self.u = query.solutions[link.stage.name]
-        self.count = query.facts[link.stage.name]["N"]
+        self.objective, self.batch_size, self.dtype = link.objective, batch_size, dtype
+        self.count = query.count
 
     def measured(self, rows: list[dict], bar=None, reduced: bool = True) -> _Found:
         """Every process scores its share; all of them get everything."""
         mine: list[tuple[list[int], np.ndarray]] = []
         end = len(rows) + (bar.n if bar is not None else 0)
         with self.engine.together():
-            recorded = self._recorded(rows) if self.link.recording is not None else None
             for indices, batch in self.engine.batches(rows, self.objective, self.batch_size):
-                known = None if recorded is None else recorded[indices]
-                values = self._batch(batch, known, self.dtype if reduced else None)
+                values = self._batch(batch, [rows[i] for i in indices], self.dtype if reduced else None)
                 _check_finite(values, [rows[i] for i in indices])
                 cut = batch.get("truncated", torch.zeros(len(indices))).to(values)
                 mine.append((indices, torch.column_stack([values, cut]).cpu().numpy()))
@@ -205,20 +212,10 @@ class _Scorer:
         values = values[np.argsort(order)]
         return _Found(values[:, 2:-1], values[:, 0], values[:, 1], values[:, -1])
 
-    def _batch(self, batch: dict, recorded: torch.Tensor | None, dtype: str | None) -> torch.Tensor:
-        """(B, 2 + Q) in float64: loss, terms, influences."""
-        evaluation = Evaluation(self.link.model, self.objective, batch)
+    def _batch(self, batch, rows, dtype):
         with _computing_in(dtype, self.engine.device):
-            if recorded is not None:
-                with torch.no_grad():
-                    sums, counts = evaluation.losses({})
-                slopes = [recorded]
-            else:
-                slopes = []
-                for q in range(self.query.columns):
-                    slope, sums, counts = directional(evaluation, vectors.column(self.u, q))
-                    slopes.append(-slope.double())
-        return torch.column_stack([sums.double(), counts.double(), *slopes])
+            found = self.query.influence(batch, rows)
+        return torch.column_stack([found.losses.double(), found.counts.double(), found.influence.double()])
 
     def frame(self, rows: list[dict], found: _Found, own: slice) -> pd.DataFrame:
         """The rows' columns of `Scores`."""
@@ -239,43 +236,18 @@ class _Scorer:
         found = {"rows": len(some), "relative": relative, "rank_correlation": float(min(ranks))}
         if self.engine.is_main:
             print(
-                f"{self.dtype} against {next(iter(self.u.values())).dtype} on {len(some)} rows: relative error "
+                f"{self.dtype} against {self.query.dtype} on {len(some)} rows: relative error "
                 f"{relative:.1e}, rank correlation {found['rank_correlation']:.4f}"
             )
         return found
 
-    @cached_property
-    def metadata(self) -> dict[str, Any]:
-        found = {"stage": self.link.stage.name, "N": self.count, "objective": describe(self.objective)}
-        return found | {"certificate": self.query.certificate(), "tests": self.query.tests}
+    @property
+    def metadata(self):
+        return self.query.metadata
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What the scores depend on, name → digest."""
-        found = {"the ranked stage": self.link.stage.name}
-        for name, facts in self.query.facts.items():
-            found[f"the model of stage {name!r}"] = facts["fingerprint"]
-        found["the query"] = digest(
-            [tensors_fingerprint(self.u), self.query.plain_tests, self.query.aggregate or "", self.count]
-        )
-        found["the objective or its tokenizer"] = objective_fingerprint(self.objective)
-        return found
-
-    def _recorded(self, rows: list[dict]) -> torch.Tensor:
-        """N ∂f/∂w of the rows, (rows, Q)."""
-        places = self._places
-        for row in rows:
-            if places.get(row["example_id"], ("", ""))[1] != digest(row):
-                raise InputError(
-                    f"the row {row['example_id']!r} is not one of the rows that stage {self.link.stage.name!r} was "
-                    "trained on: through its run (link='unrolled') only those have an influence. Score rows of its "
-                    "data, or use link='proximal'."
-                )
-        return self.count * self.u["weights"].T[[places[row["example_id"]][0] for row in rows]]
-
-    @cached_property
-    def _places(self) -> dict[Any, tuple[int, str]]:
-        return {row["example_id"]: (i, digest(row)) for i, row in enumerate(self.link.rows)}
+    def identity(self):
+        return self.query.identity()
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from ..adapters.split import encoder
 from ..curvature.derivatives import Evaluation, example_gradients
 from ..engine.corpus import as_rows
 from ..errors import InputError
-from ..influence.chain import Link
+from ..influence.chain import BoundStage
+from ..influence.implicit import Implicit
 from ..influence.multistage import MultiStageInfluence
 from ..influence.stage import Stage
 from ..objectives import tokenized
@@ -36,18 +37,18 @@ class Case:
     chain: MultiStageInfluence
     tests: list[dict]
     corpus: list[dict]
-    link: Link
+    link: BoundStage
     seed: int = 0
 
     @property
-    def last(self) -> Link:
-        return self.chain.links[-1]
+    def last(self) -> BoundStage:
+        return self.chain.stages[-1]
 
     @cached_property
     def test_gradients(self) -> Block:
         """∇f of every test on the parameters of the last stage that the corpus's stage shares, under its names."""
         adjoint, _ = self.chain.measurement(self.tests)
-        for link in reversed(self.chain.links):
+        for link in reversed(self.chain.stages):
             if link is self.link:
                 break
             adjoint = link.carry({name: adjoint[name] for name in link.split.inherited})
@@ -106,7 +107,7 @@ def implicit(case: Case) -> np.ndarray:
 
 def _effects(case: Case, changes: Callable[[Stage], dict]) -> np.ndarray:
     """−I/N of the chain of proximal links that `changes` makes of its stages."""
-    stages = [replace(link.stage, link="proximal", run=None, **changes(link.stage)) for link in case.chain.links]
+    stages = [replace(link.stage, link="implicit", run=None, **changes(link.stage)) for link in case.chain.stages]
     chain = MultiStageInfluence(stages, case.chain.engine.accelerator, case.chain.engine.progress)
     return chain.query(case.tests).score(case.corpus, stage=case.link.stage.name).removal_effects()
 
@@ -202,17 +203,17 @@ def baselines(
     Returns:
         name → array (rows, Q) in corpus order, signed as a removal effect: positive means that the row helps.
     """
-    case = Case(chain, as_rows(tests, "the test examples"), as_rows(corpus, "the corpus"), chain.link(stage), seed)
+    case = Case(chain, as_rows(tests, "the test examples"), as_rows(corpus, "the corpus"), chain.stage(stage), seed)
     if which is None:
         texts = all(hasattr(link.stage.objective, "text_column") for link in (case.link, case.last))
         odd = () if texts else TEXT
-        if all(link.recording is None for link in chain.links):
+        if all(isinstance(bound.differentiation, Implicit) for bound in chain.stages):
             odd = (*odd, implicit)
         which = [baseline for baseline in BASELINES if baseline not in odd]
     return {baseline.__name__: baseline(case) for baseline in which}
 
 
-def _representations(link: Link, rows: list[dict]) -> np.ndarray:
+def _representations(link: BoundStage, rows: list[dict]) -> np.ndarray:
     engine, objective, found = link.engine, link.stage.objective, []
     with torch.no_grad(), link.model.evaluating():
         for indices, batch in engine.batches(
@@ -231,7 +232,7 @@ def _inputs(objective: Any, rows: list[dict]) -> dict:
     return {name: batch[name] for name in names} if names else {k: v for k, v in batch.items() if k != "labels"}
 
 
-def _pooled(link: Link, inputs: dict) -> Tensor:
+def _pooled(link: BoundStage, inputs: dict) -> Tensor:
     base, parameters = encoder(link.stage.model), link.model.parameters
     whole = {id(p): parameters[name] for name, p in link.stage.model.named_parameters()}
     state = {name: whole[id(p)] for name, p in base.named_parameters()}

@@ -41,7 +41,7 @@ def main() -> None:
         print(run.polish(name, model, before))
     chain = run.chain(dict(zip(run.names, models, strict=True)))
     accuracy = training.evaluate(models[-1], run.objectives[last], tests)["accuracy"]
-    own = MultiStageInfluence([chain.links[0].stage]).query(run.rows(first, "test"), aggregate="sum").score(rows)
+    own = MultiStageInfluence([chain.stages[0].stage]).query(run.rows(first, "test"), aggregate="sum").score(rows)
     whole = chain.query(tests, aggregate="sum").score(rows).influence()
     measures = {
         "influence on held-out pretraining images": own.influence(),

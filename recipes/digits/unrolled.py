@@ -75,7 +75,7 @@ def proximal(chain: MultiStageInfluence, tests: list[dict], corpus: list[dict], 
     """Removal effects with every unrolled link taken for a minimum."""
     stages = [
         replace(link.stage, link="proximal", run=None, alpha=alpha if link.split.proximal else None)
-        for link in chain.links
+        for link in chain.stages
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an α̂ that is not positive is in the table

@@ -137,8 +137,8 @@ def test_a_tie_is_in_use_where_a_copy_replaces_only_one_end(pair):
     assert not found.left_out
 
     msif = tiny.chain(before, tiny.finetuned(before, "bert", **NARROW))
-    stages = [msif.links[0].stage, Stage("more", model, tiny.objective("masked"), CORPUS, "all", alpha=0.3)]
-    link = MultiStageInfluence(stages, progress=False).link("more")
+    stages = [msif.stages[0].stage, Stage("more", model, tiny.objective("masked"), CORPUS, "all", alpha=0.3)]
+    link = MultiStageInfluence(stages, progress=False).stage("more")
     adjoint = tiny.block({n: link.model.parameters[n] for n in link.split.inherited}, 1, seed=0)
     carried = link.carry(adjoint)["bert.embeddings.word_embeddings.weight"]
     torch.testing.assert_close(carried, sum(adjoint[n] for n in both))
@@ -327,7 +327,7 @@ def test_a_masked_lm_goes_on_with_lora(pair, memo):
         ],
         progress=False,
     )
-    link = msif.link("more")
+    link = msif.stage("more")
     batch = link.stage.objective.collate(CORPUS)
     plain = tiny.Plain(model, "masked", batch)
     functional = FunctionalModel(model)
@@ -347,7 +347,7 @@ def test_a_masked_lm_goes_on_with_lora(pair, memo):
 
 def test_only_the_embeddings_below_the_adapters_are_remembered(pair, tuned):
     msif = tiny.chain(pair[0], tuned, 1e-11, (CORPUS, TWEETS))
-    link, memo = msif.link("fine"), {}
+    link, memo = msif.stage("fine"), {}
     call = link.model.bind({n: link.model.parameters[n] for n in link.split.trained}, memo)
     inputs = {k: v for k, v in link.collate(TWEETS).items() if k in ("input_ids", "attention_mask")}
     with link.model.evaluating():
@@ -374,7 +374,7 @@ def test_a_base_weight_may_be_trained_beside_its_adapter(pair, tuned):
     """Proximal then, by the name of the stage before: b = 2α u."""
     patterns = ["*query.base_layer.weight", "*.lora_*", "*.modules_to_save.*"]
     msif = tiny.chain(pair[0], tuned, 1e-11, (CORPUS, TWEETS), trainable=patterns, alpha=0.2)
-    link = msif.link("fine")
+    link = msif.stage("fine")
     (own,) = link.split.proximal
     u, inherited, _ = pull_back(link, msif.measurement(TESTS)[0])
     torch.testing.assert_close(inherited[own], 0.4 * u[own], rtol=0, atol=0)

@@ -205,7 +205,7 @@ def test_a_tensor_that_the_loss_never_reads_is_left_out():
     """With untied embeddings the decoder has a bias of its own, and BERT's `cls.predictions.bias` is dead."""
     before = tiny.model("bert", "masked", tie_word_embeddings=False)
     names = [n for n, _ in before.named_parameters() if n.startswith("cls.predictions.") and n.endswith("bias")]
-    link = MultiStageInfluence([Stage("pre", before, tiny.objective("masked"), tiny.rows(4))], progress=False).link()
+    link = MultiStageInfluence([Stage("pre", before, tiny.objective("masked"), tiny.rows(4))], progress=False).stage()
     batch = link.collate(link.rows)
     plain = tiny.Plain(before, "masked", batch)
     gradient = plain.gradient(list(plain.parameters))
@@ -233,7 +233,7 @@ def test_added_tokens_change_nothing_before_they_are_used(trainable):
     settings = {"trainable": trainable, "alpha": 0.2 if trainable == "all" else None}
     expected = tiny.chain(before, after, tol=1e-11, **settings)
     found = tiny.chain(before, grown, tol=1e-11, resized=True, **settings)
-    assert found.link("fine").split.resized == {word: len(tiny.WORDS)}
+    assert found.stage("fine").split.resized == {word: len(tiny.WORDS)}
     tests = tiny.rows(2, seed=8)
     queries = [c.query(tests) for c in (expected, found)]
     for stage in ("pre", "fine"):
@@ -243,7 +243,7 @@ def test_added_tokens_change_nothing_before_they_are_used(trainable):
 
 def test_carry_drops_the_new_rows():
     before, grown = pair("bert")[0], tiny.model("bert", "classification", vocab_size=len(tiny.WORDS) + 2)
-    link = tiny.chain(before, grown, resized=True, trainable="all", alpha=0.2).link("fine")
+    link = tiny.chain(before, grown, resized=True, trainable="all", alpha=0.2).stage("fine")
     adjoint = tiny.block({n: link.model.parameters[n] for n in link.split.inherited}, columns=2, seed=0)
     carried = link.carry(adjoint)
     word = "bert.embeddings.word_embeddings.weight"
@@ -363,7 +363,7 @@ def test_the_models_leave_as_they_came(dtype, attention):
     msif = tiny.chain(*models)
     scores = msif.query(tiny.rows(2, seed=8)).score(tiny.rows(3))
     assert len(scores) == 3
-    for link in msif.links:
+    for link in msif.stages:
         assert {p.dtype for p in link.model.parameters.values()} == {torch.float32}
     assert [photograph(model) for model in models] == before
 
@@ -419,7 +419,7 @@ def test_the_models_leave_as_they_came_when_something_fails(where, stage, at):
 
     def run():
         msif = tiny.chain(*models)
-        link = msif.links[stage]
+        link = msif.stages[stage]
         link.stage.objective = Failing(link.stage.objective, at, where)
         if stage == 0:
             msif.query(tiny.rows(1, seed=8)).score(tiny.rows(3))

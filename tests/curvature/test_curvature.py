@@ -127,7 +127,7 @@ def test_a_stage_puts_the_quadratic_terms_on_their_names():
         Stage("one", before, weight_decay=0.05, **shared),
         Stage("two", after, trainable=trainable, weight_decay=0.02, alpha=0.3, **shared),
     ]
-    one, two = MultiStageInfluence(stages, progress=False).links
+    one, two = MultiStageInfluence(stages, progress=False).stages
     decayed = {"encoder.lower.weight", "encoder.gain", "encoder.shift", "encoder.upper.weight", "head.weight"}
     assert one.ridge == dict.fromkeys([n for n in one.split.trained if n in decayed], 0.05)
     expected = {"encoder.gain": 0.62, "encoder.upper.weight": 0.62, "encoder.upper.bias": 0.6, "head.weight": 0.02}
@@ -194,7 +194,7 @@ class Counting(ToyObjective):
 def subset(seed, size=5, data=ROWS):
     objective = Counting()
     stage = Stage("one", toy(0), objective, data, curvature_samples=size, seed=seed, batch_size=2)
-    link = MultiStageInfluence([stage], progress=False).link()
+    link = MultiStageInfluence([stage], progress=False).stage()
     objective.seen.clear()
     return link, objective.seen
 
@@ -226,7 +226,7 @@ def test_a_subset_of_all_is_the_data(size):
 def test_masks_are_the_same_in_every_product():
     rows, model = tiny.rows(6, seed=1), tiny.model("bert", "masked")
     stage = Stage("one", model, tiny.objective("masked"), rows, batch_size=4, trainable=["cls.*"])
-    links = [MultiStageInfluence([stage], progress=False).link() for _ in range(2)]
+    links = [MultiStageInfluence([stage], progress=False).stage() for _ in range(2)]
     v = tiny.block(links[0].operator.parameters, 1, seed=0)
     first = links[0].operator.matvec(v)
     for link in (links[0], links[0], links[1]):

@@ -175,7 +175,7 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     chain = MultiStageInfluence(
         [Stage("pre", tiny.model("bert", "masked"), tiny.objective("masked"), tiny.rows(9, seed=1))], progress=False
     )
-    link = chain.link("pre")
+    link = chain.stage("pre")
     size = sum(p.numel() for p in link.operator.parameters.values()) * 8
     assert memory.solver_bytes(link, link.stage.solver, 2, 1) == (5 + 4) * 2 * size
     chain.engine.sharded = True
@@ -184,10 +184,10 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     few = memory.activation_bytes(link.curvature(tiny.rows(1, seed=1)))
     assert 0 < few < active
     assert memory.available_bytes(torch.device("cpu")) > 2**20
-    memory.check(chain.links, 2)
+    memory.check(chain.stages, 2)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 12 * size)
     with pytest.raises(InputError, match=r"stage 'pre' needs about .* but .* are free: expected a smaller batch_size"):
-        memory.check(chain.links, 2)
+        memory.check(chain.stages, 2)
 
 
 def test_an_objective_is_known_by_its_tokenizer():

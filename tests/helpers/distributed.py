@@ -62,8 +62,8 @@ def results(dtype, **settings):
     found["alone"] = torch.tensor(query.score(CORPUS, stage="fine").influence(1))
     group = made.query(TESTS, aggregate="mean")
     found |= {f"group/{n}": t for n, t in group.solutions["pre"].items()}
-    found["N"] = torch.tensor([made.link("pre").count, made.link("fine").count])
-    found["norm"] = torch.tensor([made.link(name).gradient_norm for name in ("pre", "fine")])
+    found["N"] = torch.tensor([made.stage("pre").count, made.stage("fine").count])
+    found["norm"] = torch.tensor([made.stage(name).gradient_norm for name in ("pre", "fine")])
     return found
 
 
@@ -97,22 +97,20 @@ def same(folder, world):
             assert gap <= tolerance * size, f"{name}: {key} differs by {gap / size:.1e} in a world of {world}"
 
 
-def sliced(folder, world):
-    """A process holds its slice of a solver's vectors, no more."""
-    from hf_msif.curvature.sharded import Sliced
+def sharded(folder, world):
+    """A process holds its shard of a solver's vectors, no more."""
+    from hf_msif.curvature.sharded import Sharded
 
     made = chain(torch.float64, sharded=True)
-    operator = Sliced(made.link("pre").operator, made.engine)
+    operator = Sharded(made.stage("pre").operator, made.engine)
     whole = sum(p.numel() for p in operator.operator.parameters.values())
     v = vectors.rademacher(operator.operator.parameters, 2, seed=0)
-    with made.engine.slices():
-        mine = operator.cut(v)
-        assert mine["slice"].shape == (2, -(-whole // world))
-        product = operator.matvec(mine)
-        assert product["slice"].shape == mine["slice"].shape
-        norms = vectors.norm(mine)
-    torch.testing.assert_close(norms, vectors.norm(v), rtol=1e-12, atol=0)
-    torch.testing.assert_close(operator.join(mine), v, rtol=0, atol=0)
+    shards = operator.cut(v)
+    assert shards["shard"].shape == (2, -(-whole // world))
+    product = operator.matvec(shards)
+    assert product["shard"].shape == shards["shard"].shape
+    torch.testing.assert_close(operator.dot(shards, shards), vectors.dot(v, v), rtol=1e-12, atol=0)
+    torch.testing.assert_close(operator.join(shards), v, rtol=0, atol=0)
     tiny.close(operator.join(product), operator.operator.matvec(v), 1e-12)
 
 
@@ -231,7 +229,7 @@ class OneIsOdd(toy.ToyObjective):
         return sums + batch["odd"] * sums**2, counts
 
 
-CHECKS = (same, sliced, failing, streams, durable, runs, linear_head)
+CHECKS = (same, sharded, failing, streams, durable, runs, linear_head)
 
 
 def main():

@@ -98,7 +98,7 @@ def test_influence_equals_resolving_the_chain(chain, query, stage):
 
 
 def test_roles(chain):
-    split = MultiStageInfluence(chain.stages(), progress=False).link("stage1").split
+    split = MultiStageInfluence(chain.stages(), progress=False).stage("stage1").split
     assert set(split.frozen) == {"encoder.lower.weight", "encoder.lower.bias", "encoder.shift"}
     assert set(split.proximal) == {"encoder.upper.weight", "encoder.upper.bias", "encoder.gain"}
     assert split.head == ("head.weight", "head.bias")

@@ -54,9 +54,9 @@ def test_chains_that_are_none():
     with pytest.raises(InputError, match=r"stage names must differ; got \['one', 'one'\]"):
         MultiStageInfluence([stage(), stage()])
     msif = MultiStageInfluence([stage()], progress=False)
-    assert msif.link() is msif.link("one")
+    assert msif.stage() is msif.stage("one")
     with pytest.raises(InputError, match=r"there is no stage 'two'; the stages are \['one'\]"):
-        msif.link("two")
+        msif.stage("two")
 
 
 def test_a_loss_of_nothing_trained():
@@ -108,7 +108,7 @@ def objective(model, parameters, anchors, rows):
 @pytest.mark.parametrize("samples", [None, 5])
 def test_the_gradient_norm_is_that_of_the_objective(samples):
     """Decay and proximal term included, by plain autograd."""
-    link = two(curvature_samples=samples).link("two")
+    link = two(curvature_samples=samples).stage("two")
     model, anchors = toy(1), {n: p.detach() for n, p in toy(0).named_parameters() if n.startswith("encoder.")}
     value = objective(model, dict(model.named_parameters()), anchors, link.curvature_rows)
     gradients = torch.autograd.grad(value, list(model.parameters()))
@@ -142,7 +142,7 @@ def test_partial_freezing():
     after = tiny.finetuned(before, "bert", layers=2)
     patterns = ["bert.encoder.layer.1.*", "bert.pooler.*", "classifier.*"]
     msif = tiny.chain(before, after, 1e-11, (CORPUS, TWEETS), trainable=patterns, alpha=0.2, weight_decay=0.03)
-    link = msif.link("fine")
+    link = msif.stage("fine")
     assert {n.split(".")[3] for n in link.split.proximal} == {"1"}
     assert not link.split.left_out
 
@@ -166,7 +166,7 @@ def test_partial_freezing():
     assert head
     assert all(carried[n].any() == (n not in head) for n in carried)
     final = msif.query(TESTS).solutions["pre"]
-    damped = vectors.add(msif.link("pre").operator.matvec(final), final, 0.5)
+    damped = vectors.add(msif.stage("pre").operator.matvec(final), final, 0.5)
     tiny.close(damped, carried, 1e-8)
 
 
@@ -174,7 +174,7 @@ def test_what_is_neither_trained_nor_inherited_is_held_and_named():
     before = tiny.model("bert", "masked")
     after = tiny.finetuned(before, "bert")
     msif = tiny.chain(before, after, data=(CORPUS, TWEETS), trainable=["classifier.*"])
-    assert set(msif.link("fine").split.left_out) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert set(msif.stage("fine").split.left_out) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     query = msif.query(TESTS)
     assert set(query.solutions["fine"]) == {"classifier.weight", "classifier.bias"}
     assert query.score(CORPUS).influence(0).any()
@@ -203,7 +203,7 @@ def test_a_query_measures_its_facts_once(tmp_path, monkeypatch):
     assert scores.metadata == expected.metadata
     assert scores.frame.equals(expected.frame)
     assert len(hashed) == 4
-    assert not any("operator" in vars(link) for link in chain.links)
+    assert not any("operator" in vars(link) for link in chain.stages)
 
 
 def test_a_query_of_other_data_is_refused(tmp_path):
@@ -263,7 +263,7 @@ def test_models_with_kernels_of_their_own_leave_as_they_came(after):
     state, failed = randomness(), False
     try:
         msif = tiny.chain(before, model, data=(CORPUS, TWEETS))
-        pre = msif.link("pre")
+        pre = msif.stage("pre")
         if after:
             pre.stage.objective = Failing(copy.copy(pre.stage.objective), after)
         assert len(msif.query(TESTS).score(CORPUS)) == len(CORPUS)
@@ -311,10 +311,10 @@ def automatic(before, model, rows, **settings):
 def test_alpha_is_found_at_a_proximal_optimum(alpha):
     rows = toy_rows(1, 8)
     before, model = tied_optimum(alpha, rows)
-    link = automatic(before, model, rows, curvature_samples=3).link("two")  # the estimate is of all rows
+    link = automatic(before, model, rows, curvature_samples=3).stage("two")  # the estimate is of all rows
     assert link.alpha == pytest.approx(alpha, rel=1e-9)
     assert link.estimate.remaining < 1e-8
-    given = automatic(before, model, rows, alpha=alpha).link("two")
+    given = automatic(before, model, rows, alpha=alpha).stage("two")
     assert given.gradient_norm < 1e-8
     for n, t in given.ridge.items():
         assert link.ridge[n] == pytest.approx(t, rel=1e-9)
@@ -328,7 +328,7 @@ def test_the_estimate_is_its_formula_elsewhere(tmp_path):
         for p in model.parameters():
             p += 0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     chain = automatic(before, model, rows, solver=solvers.CG(damping=1.0, tol=1e-6))
-    link = chain.link("two")
+    link = chain.stage("two")
     names = [n for n, _ in model.named_parameters() if n.startswith("encoder.")]
     parameters = dict(model.named_parameters())
     sums, counts = example_losses(model, parameters, rows)
@@ -374,7 +374,7 @@ def test_an_estimate_that_is_not_positive_is_warned_about():
     with torch.no_grad():
         for n, slope in zip(names, slopes, strict=True):
             parameters[n] += 0.05 * slope
-    link = automatic(before, model, rows).link("two")
+    link = automatic(before, model, rows).stage("two")
     with pytest.warns(UserWarning, match=r"stage 'two': alpha = -.* It is not positive: no proximal term explains"):
         assert link.alpha < 0
 
@@ -382,10 +382,10 @@ def test_an_estimate_that_is_not_positive_is_warned_about():
 def test_an_encoder_that_did_not_move_has_no_alpha():
     before, model = toy(0), toy(1)
     model.encoder.load_state_dict(before.encoder.state_dict())
-    link = automatic(before, model, toy_rows(1, 8)).link("two")
+    link = automatic(before, model, toy_rows(1, 8)).stage("two")
     with pytest.raises(InputError, match=r"stage 'two': alpha is 'auto', but the inherited parameters are those of"):
         _ = link.alpha
-    frozen = automatic(before, model, toy_rows(1, 8), trainable="head").link("two")
+    frozen = automatic(before, model, toy_rows(1, 8), trainable="head").stage("two")
     assert frozen.alpha is None
     assert "encoder.gain" not in frozen.ridge
 

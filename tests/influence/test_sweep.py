@@ -113,7 +113,7 @@ def test_a_damping_too_small_has_no_ranking():
 
 def test_a_later_stage_that_is_not_solved_is_warned_about():
     msif = chain()
-    msif.link("fine").stage.solver = solvers.CG(damping=1e-3, tol=1e-9, max_iter=1)
+    msif.stage("fine").stage.solver = solvers.CG(damping=1e-3, tol=1e-9, max_iter=1)
     with pytest.warns(UserWarning, match="stage 'fine': not solved to tolerance"):
         damping_sweep(msif, TESTS, CORPUS, [1.0])
 
@@ -137,5 +137,5 @@ def test_errors(change, message):
 
 
 def test_a_solver_without_damping():
-    with pytest.raises(InputError, match="stage 'pre' is solved by Identity, which has no damping to sweep: use CG"):
+    with pytest.raises(InputError, match=r"'pre' is solved by Identity\(\), which has no damping to sweep: use CG"):
         damping_sweep(chain(solvers.Identity()), TESTS, CORPUS, [1.0])

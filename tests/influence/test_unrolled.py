@@ -185,7 +185,7 @@ def test_a_run_ends_where_torch_ends(setting):
 def test_pull_back_equals_central_differences_of_rerunning(setting):
     found = chain(setting)
     rows = [{"example_id": i, **row} for i, row in enumerate(TESTS)]
-    u, b, certificate = pull_back(found.links[1], found.measurement(rows)[0])
+    u, b, certificate = pull_back(found.stages[1], found.measurement(rows)[0])
     assert certificate.replay_difference == 0.0
     step = 1e-5
     for i in range(ROWS):
@@ -351,7 +351,7 @@ def test_pull_back_equals_autograd_through_the_whole_run(settings, trainable, tm
     losses = example_losses(model, end, TESTS)[0]
 
     found = unrolled_chain(run, before, model, tmp_path / "run", trainable)
-    u, b, _ = pull_back(found.links[1], found.measurement(rows_of(TESTS))[0])
+    u, b, _ = pull_back(found.stages[1], found.measurement(rows_of(TESTS))[0])
     assert set(b) == set(encoder)
     for q in range(2):
         slopes = torch.autograd.grad(losses[q], [weights, *encoder.values()], retain_graph=True)
@@ -375,11 +375,11 @@ def test_a_converged_run_gives_the_implicit_answer(trainable, tmp_path):
     pulled = unrolled_chain(run, before, model, tmp_path / "run", trainable)
     exact = {"link": "proximal", "alpha": alpha, "curvature": "hessian", "solver": solvers.Dense()}
     solved = unrolled_chain(run, before, model, None, trainable, **exact)
-    assert solved.links[1].gradient_norm < 1e-10
+    assert solved.stages[1].gradient_norm < 1e-10
 
     a = solved.measurement(rows_of(TESTS))[0]
-    found, b, certificate = pull_back(pulled.links[1], a)
-    u, expected, _ = pull_back(solved.links[1], a)
+    found, b, certificate = pull_back(pulled.stages[1], a)
+    u, expected, _ = pull_back(solved.stages[1], a)
     assert max(certificate.norms[-1][1]) < 1e-8  # the run has forgotten where it started
     for n, t in expected.items():
         torch.testing.assert_close(b[n], t, rtol=1e-6, atol=1e-9)
@@ -531,7 +531,7 @@ def test_columns_share_a_sweep_and_equal_single_ones(made, monkeypatch):
     for aggregate, share in (("sum", 1.0), ("mean", 0.25)):
         group = found.query(tests, aggregate=aggregate)
         for stage in ("first", "second"):
-            rows = found.link(stage).rows
+            rows = found.stage(stage).rows
             scores = together.score(rows, stage=stage)
             expected = share * sum(scores.influence(q) for q in range(4))
             np.testing.assert_allclose(group.score(rows, stage=stage).influence(), expected, rtol=1e-9, atol=1e-13)
@@ -556,7 +556,7 @@ def test_the_certificate_has_the_norms_of_the_adjoint(made):
     assert [t for t, _ in certificate.norms] == [9, 6, 3, 0]
     assert certificate.norms[0][1] == [1.0, 1.0]
     run = replace(run, trained=trained_names(model, "all"))
-    start = {n: p.requires_grad_() for n, p in found.link("second").recording.state(0)["parameters"].items()}
+    start = {n: p.requires_grad_() for n, p in found.stage("second").recording.state(0)["parameters"].items()}
     end = run.end(model, start, graph=True)
     losses = example_losses(model, end, TESTS)[0]
     for q in range(2):
@@ -592,7 +592,7 @@ def test_a_head_that_goes_on_is_inherited(settings, tmp_path):
         Stage("two", model, objective, rows, link="unrolled", run=tmp_path / "run"),
     ]
     found = MultiStageInfluence(stages, progress=False)
-    link = found.link("two")
+    link = found.stage("two")
     head = {n for n, _ in before.named_parameters() if n.startswith("cls.")}
     assert head
     assert head <= set(link.split.proximal)
@@ -739,7 +739,7 @@ def test_an_unfinished_run_is_refused(own):
     found, folder = own
     (folder / "state-00000009.safetensors").rename(folder / "elsewhere")
     with pytest.raises(InputError, match=r"lacks its state after step 9 of 9: let its training end"):
-        MultiStageInfluence([link.stage for link in found.links], progress=False)
+        MultiStageInfluence([link.stage for link in found.stages], progress=False)
 
 
 def test_a_run_that_left_out_a_row_is_refused(made, tmp_path):
@@ -768,7 +768,7 @@ def test_a_saved_query_knows_its_links(made, tmp_path):
     loaded = Query.from_pretrained(tmp_path, unrolled_chain(run, before, model, folder))
     assert loaded.certificates == query.certificates
     for stage in ("first", "second"):
-        rows = found.link(stage).rows
+        rows = found.stage(stage).rows
         left, right = (q.score(rows, stage=stage) for q in (query, loaded))
         assert left.frame.equals(right.frame)
         assert left.metadata["certificate"] == right.metadata["certificate"]
@@ -782,10 +782,10 @@ def test_a_saved_query_knows_its_links(made, tmp_path):
 )
 def test_a_run_that_does_not_repeat_itself_is_refused(own, mark, slot):
     found, folder = own
-    state = found.links[1].recording.state(mark)
+    state = found.stages[1].recording.state(mark)
     for t in state[slot].values():
         t *= 1.2
-    found.links[1].recording.write(mark, state)
+    found.stages[1].recording.write(mark, state)
     with pytest.raises(InputError, match=r"stage 'second': replaying steps \d to \d ends .* away from the recorded"):
         found.query(TESTS)
     assert not sweeps(folder)
@@ -793,7 +793,7 @@ def test_a_run_that_does_not_repeat_itself_is_refused(own, mark, slot):
 
 def test_check_replay_measures_the_whole_run(own):
     found, _ = own
-    link = found.links[1]
+    link = found.stages[1]
     assert check_replay(link) == 0.0
     state = link.recording.state(9)
     way = math.sqrt(sum(float((state["parameters"][n] - p).square().sum()) for n, p in first_state(link).items()))

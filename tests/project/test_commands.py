@@ -223,10 +223,10 @@ def test_a_chain_of_three_ranks_every_stage_side_by_side(three, capsys):
 def test_the_domain_stage_starts_from_the_head_before_it_and_says_what_it_gained(three):
     run = Run(config.load(three), progress=False)
     chain = run.chain()
-    start = chain.link("domain").recording.state(0)["parameters"]
+    start = chain.stage("domain").recording.state(0)["parameters"]
     head = "cls.predictions.transform.dense.weight"
-    assert (start[head] == chain.link("pretraining").model.parameters[head].cpu()).all()
-    assert head in chain.link("domain").split.inherited
+    assert (start[head] == chain.stage("pretraining").model.parameters[head].cpu()).all()
+    assert head in chain.stage("domain").split.inherited
     report = json.loads((three.parent / "run" / "domain.json").read_text())
     assert report["test_before"]["examples"] == report["test"]["examples"]
     assert report["test_before"]["loss"] > report["test"]["loss"]

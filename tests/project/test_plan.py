@@ -64,7 +64,7 @@ def test_beyond_the_memo_the_encoder_is_paid_for_again(run, monkeypatch):
 def test_the_memo_is_as_large_as_promised(run):
     one = run()
     promised = plan.plan(one)["stages"]
-    link = one.chain().link("finetuning")
+    link = one.chain().stage("finetuning")
     v = {name: torch.zeros(1, *p.shape, device=p.device) for name, p in link.operator.parameters.items()}
     link.operator.matvec(v)
     held = sum(memo_bytes(evaluation.memo) for evaluation in link.operator.evaluations)
@@ -85,14 +85,14 @@ SOLVERS = [
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: f"{type(s).__name__}-{getattr(s, 'damping', '')}")
 def test_the_number_of_products_is_a_tight_bound(run, monkeypatch, solver):
-    link = run().chain().link("finetuning")
+    link = run().chain().stage("finetuning")
     spent, matvec = [], Curvature.matvec
     monkeypatch.setattr(
         Curvature, "matvec", lambda self, v: spent.append(len(next(iter(v.values())))) or matvec(self, v)
     )
     b = {name: torch.randn(2, *p.shape, device=p.device) for name, p in link.model.parameters.items()}
     pull_back(link, b, solver)
-    bound = 2 * plan._products(solver, link.split.count(link.split.trained), columns=2)
+    bound = 2 * solver.products(link.split.count(link.split.trained), columns=2)
     assert sum(spent) <= bound <= 1.3 * sum(spent)
 
 

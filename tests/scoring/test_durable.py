@@ -390,5 +390,5 @@ def test_a_saved_query_knows_its_count(query, tmp_path, monkeypatch):
     query.save_pretrained(tmp_path)
     again = distributed.chain(torch.float64)
     loaded = Query.from_pretrained(tmp_path, again)
-    monkeypatch.setattr(type(again.link("pre")), "count", property(lambda self: pytest.fail("counted again")))
+    monkeypatch.setattr(type(again.stage("pre")), "count", property(lambda self: pytest.fail("counted again")))
     assert loaded.score(CORPUS[:2]).metadata["N"] == query.facts["pre"]["N"]

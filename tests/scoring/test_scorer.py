@@ -46,7 +46,7 @@ def matrix(scores):
 
 @pytest.mark.parametrize(("stage", "task", "rows"), [("pre", "masked", CORPUS), ("fine", "classification", TWEETS)])
 def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
-    link = exact.chain.link(stage)
+    link = exact.chain.stage(stage)
     u = exact.query.solutions[stage]
     scores = exact.query.score(rows, stage)
     for i, row in enumerate(rows):
@@ -80,7 +80,7 @@ def test_u_solves_its_system(exact):
         direction = {n: piece.view_as(a[n]) for n, piece in zip(head, pieces, strict=True)}
         mixed = tweets.along(direction, lambda: tweets.gradient(encoder))
         adjoint = {n: a[n] - mixed[n] / len(TWEETS) for n in encoder}
-        corpus = tiny.Plain(exact.before, "masked", exact.chain.links[0].collate(CORPUS))
+        corpus = tiny.Plain(exact.before, "masked", exact.chain.stages[0].collate(CORPUS))
         names = list(exact.query.solutions["pre"])
         wanted = torch.cat([adjoint.get(n, torch.zeros_like(corpus.parameters[n])).flatten() for n in names])
         count = len(corpus.batch["labels"])
@@ -88,7 +88,7 @@ def test_u_solves_its_system(exact):
         found = torch.cat([exact.query.solutions["pre"][n][q].flatten() for n in names])
         residual = dense_pre @ found + 0.5 * found - wanted
         assert residual.norm() < 1e-7 * wanted.norm()
-        assert exact.chain.link("pre").count == count
+        assert exact.chain.stage("pre").count == count
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 100])
@@ -143,9 +143,9 @@ def test_removal_effect_divides_by_the_counted_terms(exact):
 @pytest.mark.parametrize("size", [1, 4, 8, 9])
 def test_n_counts_all_data_also_when_curvature_is_estimated_on_some(exact, size):
     chain = tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": size})
-    link = chain.link("pre")
+    link = chain.stage("pre")
     assert link.operator.examples == size
-    assert link.count == exact.chain.link("pre").count
+    assert link.count == exact.chain.stage("pre").count
     with pytest.raises(InputError, match="sizes of at least 1"):
         tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": 0})
 
@@ -213,7 +213,7 @@ def test_a_batch_size_without_rows(exact, size):
 
 @pytest.mark.parametrize("slope", [False, True], ids=["loss", "derivative"])
 def test_rows_that_are_not_finite_are_named(exact, monkeypatch, slope):
-    link = exact.chain.link("pre")
+    link = exact.chain.stage("pre")
 
     class Broken:
         def __init__(self, objective):

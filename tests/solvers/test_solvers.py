@@ -271,9 +271,9 @@ def test_restarts_mend_what_the_recurrence_missed():
     a = symmetric(np.geomspace(1e-3, 1, 100)).astype(np.float32).astype(float)
     b = right_hand_sides(1, 100).astype(np.float32).astype(float)
     operator = Matrix(a, torch.float32, {"w": (100,)})
-    state = ConjugateGradients.start(operator.block(b / np.linalg.norm(b)))
+    state = ConjugateGradients.start(operator.block(b / np.linalg.norm(b)), vectors.dot)
     while state.error > 1e-6:
-        state = state.step(operator.matvec)
+        state = state.step(operator.matvec, vectors.dot)
     believed = vectors.flatten(state.x).double().numpy() * np.linalg.norm(b)
     drifted = np.linalg.norm(believed @ a - b) / np.linalg.norm(b)
     u, certificate, _ = run(a, b, CG(damping=0.0, tol=1e-6, max_iter=1000), torch.float32)

@@ -184,8 +184,8 @@ def test_dropout_is_replayed(settings, trainable, tmp_path):
         [pre, Stage("fine", model, tiny.objective("classification"), TEXTS, **own)], None, False
     )
     random_state = states()
-    assert check_replay(chain.links[1]) == 0.0
-    _, b, certificate = pull_back(chain.links[1], chain.measurement(TESTS)[0])
+    assert check_replay(chain.stages[1]) == 0.0
+    _, b, certificate = pull_back(chain.stages[1], chain.measurement(TESTS)[0])
     assert certificate.replay_difference == 0.0
     assert states() == random_state
     assert [m.training for m in model.modules()] == modes
@@ -402,7 +402,7 @@ def test_a_parameter_without_axes_and_batch_normalisation(tmp_path):
         Stage("two", model, ToyObjective(), toy_rows(3, 11), link="unrolled", run=tmp_path),
     ]
     chain = MultiStageInfluence(stages, progress=False)
-    _, b, _ = pull_back(chain.links[1], chain.measurement(toy_rows(9, 2))[0])
+    _, b, _ = pull_back(chain.stages[1], chain.measurement(toy_rows(9, 2))[0])
     assert all(torch.equal(t, buffers[n]) for n, t in model.named_buffers())
 
     sides, step = [], 1e-5
