@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import peft
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
+from helpers.descent import arguments
+from helpers.project import msif, project
+from helpers.state import photograph, same, weights
 from peft import LoraConfig
-from project import msif, project
-from test_split import photograph
-from test_trainer import arguments, same, weights
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training
 from hf_msif.adapters import split

@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import peft
 import pytest
-import tiny
 import torch
-from project import msif
-from test_derivatives import dense_gauss_newton
+from helpers import tiny
+from helpers.project import msif
+from helpers.tiny import dense_gauss_newton
 from transformers import TrainingArguments
 
 from hf_msif import InputError, objectives, solvers, training

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from project import msif, project, snapshot, visible
+from helpers.project import msif, project, snapshot, visible
 
 from hf_msif import Scores
 from hf_msif.project import cli

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from project import image_project, msif, project
+from helpers.project import image_project, msif, project
 
 from hf_msif.errors import InputError
 from hf_msif.project import commands, config

@@ -5,12 +5,11 @@ import json
 import threading
 import warnings
 
-import distributed
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
+from helpers import distributed, tiny
 
 from hf_msif import InputError, Query, Scores, solvers
 from hf_msif.engine import checkpoints

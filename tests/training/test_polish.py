@@ -6,10 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.toy import ToyObjective, example_losses, minimise, toy, toy_rows
 from sklearn.linear_model import LogisticRegression
-from toy import ToyObjective, example_losses, minimise, toy, toy_rows
 
 from hf_msif import InputError, MultiStageInfluence, Stage, training
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification

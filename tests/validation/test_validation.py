@@ -7,16 +7,15 @@ import math
 import re
 from dataclasses import replace
 
-import digits
 import numpy as np
 import pytest
 import scipy.stats
-import tiny
 import torch
+from helpers import digits, tiny
+from helpers.chains import Chain
+from helpers.runs import MINIMUM, PATTERNS, RUN, Minimum, Mixed, Run
+from helpers.toy import example_losses, toy, toy_rows
 from sklearn.metrics import roc_auc_score
-from test_chain import Chain
-from test_unrolled import MINIMUM, PATTERNS, RUN, Minimum, Mixed, Run
-from toy import example_losses, toy, toy_rows
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
