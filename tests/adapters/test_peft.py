@@ -473,6 +473,7 @@ def test_a_training_that_goes_on_from_a_checkpoint(pair, tmp_path, make):
     assert getattr(whole, "_hf_peft_config_loaded", None) == getattr(begin, "_hf_peft_config_loaded", None)
 
 
+@pytest.mark.slow
 def test_polished_and_retrained(pair):
     """To a stationary point, all but adapters and head untouched; again without a sentence, from its encoder."""
     before, part = copy.deepcopy(pair[0]), ["*attention.self.value.*"]
@@ -566,6 +567,7 @@ def lora_project(folder, **changes):
     return path
 
 
+@pytest.mark.slow
 def test_train_query_and_score(tmp_path, capsys):
     path = lora_project(tmp_path)
     assert msif("train", "--config", path) == 0

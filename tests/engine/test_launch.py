@@ -51,6 +51,7 @@ def launch(processes, *arguments, timeout=600, check=True, **variables):
     return done
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_any_number_of_processes_finds_the_same(folder, processes):
     cpu = str(not torch.cuda.is_available()).lower()
@@ -79,6 +80,7 @@ def moved(trained, name):
     return [*flags, "--stages.pretraining.model.config", "null", "--stages.finetuning.model.head", "auto"]
 
 
+@pytest.mark.launch
 def test_the_command_line_under_a_launcher(trained):
     folder, _ = trained
     flags = moved(trained, "two")
@@ -106,6 +108,7 @@ def test_the_command_line_under_a_launcher(trained):
     assert "started as 2 processes, but only query, score, sweep share their work" in done.stderr
 
 
+@pytest.mark.launch
 def test_a_launcher_that_the_accelerator_does_not_join_is_refused(trained):
     done = launch(2, "-m", "hf_msif", "query", *moved(trained, "alone"), check=False, ACCELERATE_USE_CPU="false")
     assert done.returncode

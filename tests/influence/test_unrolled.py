@@ -296,7 +296,7 @@ MIXED = {
     "run, minimum": [RUN, MINIMUM],
     "run, minimum with frozen parameters": [RUN, (Minimum, "head", {"alpha": None})],
     "run, minimum, run": [RUN, (Minimum, PATTERNS, {"alpha": 0.3}), (Run, "head", {"optim": "adamw", "rate": 0.05})],
-    "minimum, run, minimum": [(Minimum, "all", {}), RUN, MINIMUM],
+    "minimum, run, minimum": pytest.param([(Minimum, "all", {}), RUN, MINIMUM], marks=pytest.mark.slow),
     "run, run": [RUN, (Run, "all", {"optim": "adamw", "rate": 0.05})],
 }
 

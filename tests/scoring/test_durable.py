@@ -321,6 +321,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_an_interrupted_solve_goes_on(name, sharded, tmp_path, monkeypatch):
