@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import peft
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
+from helpers.descent import arguments
+from helpers.project import msif, project
+from helpers.state import photograph, same, weights
 from peft import LoraConfig
-from project import msif, project
-from test_split import photograph
-from test_trainer import arguments, same, weights
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training
 from hf_msif.adapters import split
@@ -473,6 +473,7 @@ def test_a_training_that_goes_on_from_a_checkpoint(pair, tmp_path, make):
     assert getattr(whole, "_hf_peft_config_loaded", None) == getattr(begin, "_hf_peft_config_loaded", None)
 
 
+@pytest.mark.slow
 def test_polished_and_retrained(pair):
     """To a stationary point, all but adapters and head untouched; again without a sentence, from its encoder."""
     before, part = copy.deepcopy(pair[0]), ["*attention.self.value.*"]
@@ -566,6 +567,7 @@ def lora_project(folder, **changes):
     return path
 
 
+@pytest.mark.slow
 def test_train_query_and_score(tmp_path, capsys):
     path = lora_project(tmp_path)
     assert msif("train", "--config", path) == 0

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 
 import pytest
-import tiny
 import torch
-from toy import ToyObjective, example_losses, flat, toy, toy_rows, unflat
+from helpers import tiny
+from helpers.toy import ToyObjective, dense_gauss_newton, dense_hessian, example_losses, toy, toy_rows
 
 from hf_msif import MultiStageInfluence, Stage, solvers, vectors
 from hf_msif.adapters.functional import FunctionalModel
@@ -22,32 +22,6 @@ NAMES = {"all": None, "some": ("encoder.gain", "encoder.upper.weight", "head.bia
 
 def parameters(model):
     return {n: p.detach() for n, p in model.named_parameters()}
-
-
-def dense_hessian(model, names, rows=ROWS):
-    values = parameters(model)
-
-    def objective(vector):
-        sums, counts = example_losses(model, {**values, **unflat(vector, values, names)}, rows)
-        return sums.sum() / counts.sum()
-
-    return torch.autograd.functional.hessian(objective, flat(values, names))
-
-
-def dense_gauss_newton(model, names, rows=ROWS):
-    """Rows of J by one backward pass each; H_out = terms · (diag(p) − ppᵀ)."""
-    batch, leaves = ToyObjective().collate(rows), [model.get_parameter(n) for n in names]
-    logits = model(batch["x"]).logits
-    gradients = [torch.autograd.grad(z, leaves, retain_graph=True, allow_unused=True) for z in logits.flatten()]
-    jacobian = torch.stack(
-        [
-            torch.cat([(g if g is not None else 0 * p).flatten() for g, p in zip(row, leaves, strict=True)])
-            for row in gradients
-        ]
-    ).detach()
-    p = logits.detach().softmax(1)
-    outer = [t * (torch.diag(q) - torch.outer(q, q)) for q, t in zip(p, batch["terms"], strict=True)]
-    return jacobian.T @ torch.block_diag(*outer) @ jacobian / batch["terms"].sum()
 
 
 DENSE = {"hessian": dense_hessian, "gauss_newton": dense_gauss_newton}
@@ -79,13 +53,13 @@ def test_products_are_those_of_the_dense_matrix(kind, names, batch_size):
     found, model = operator(kind, names, batch_size), toy(0)
     assert found.count == sum(1 + row["example_id"] % 2 for row in ROWS)
     assert found.examples == len(ROWS)
-    near(matrix(found), DENSE[kind](model, list(found.parameters)))
+    near(matrix(found), DENSE[kind](model, list(found.parameters), ROWS))
 
 
 def test_the_two_curvatures_differ():
     model = toy(0)
     names = list(parameters(model))
-    hessian, gauss_newton = dense_hessian(model, names), dense_gauss_newton(model, names)
+    hessian, gauss_newton = dense_hessian(model, names, ROWS), dense_gauss_newton(model, names, ROWS)
     assert (hessian - gauss_newton).abs().max() > 0.01
     assert torch.linalg.eigvalsh(gauss_newton).min() > -1e-12
     assert torch.linalg.eigvalsh(hessian).min() < -1e-3
@@ -134,14 +108,14 @@ def test_a_stage_puts_the_quadratic_terms_on_their_names():
     assert two.ridge == pytest.approx(expected)
     names = list(two.operator.parameters)
     ridge = torch.cat([0 * p.flatten().cpu() + expected.get(n, 0.0) for n, p in two.operator.parameters.items()])
-    near(matrix(two.operator), dense_hessian(after, names) + torch.diag(ridge))
+    near(matrix(two.operator), dense_hessian(after, names, ROWS) + torch.diag(ridge))
 
 
 def test_mixed_and_gradient():
     model = toy(0)
     trained, frozen = ("encoder.upper.weight", "head.weight", "head.bias"), ("encoder.lower.weight", "encoder.shift")
     found = operator("gauss_newton", trained, ridge={"head.weight": 9.0}, model=model)
-    dense = dense_hessian(model, [*trained, *frozen])
+    dense = dense_hessian(model, [*trained, *frozen], ROWS)
     size = sum(p.numel() for p in found.parameters.values())
     v = tiny.block(found.parameters, 3, seed=4)
     near(vectors.flatten(found.mixed(v, frozen)), vectors.flatten(v).cpu() @ dense[:size, size:])

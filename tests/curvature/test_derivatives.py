@@ -1,8 +1,9 @@
 """Derivatives against finite differences of, and plain autograd through, an ordinary copy of the model, in float64."""
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.tiny import dense_gauss_newton
 
 from hf_msif import vectors
 from hf_msif.adapters.functional import FunctionalModel
@@ -130,16 +131,6 @@ def test_product_on_parameters_in_which_the_loss_is_linear_is_zero():
     )
     assert found["classifier.bias"].shape == (2, 3)
     assert not found["classifier.bias"].any()
-
-
-def dense_gauss_newton(plain, names):
-    """Σ JᵀH_outJ with J built row by row by plain autograd and H_out = diag(p) − ppᵀ of each prediction."""
-    logits = plain.scored()[0]
-    rows = [plain.gradient(names, of=z) for z in logits.flatten()]
-    jacobian = torch.stack([torch.cat([row[n].flatten() for n in names]) for row in rows])
-    p = logits.detach().softmax(1)
-    outer = torch.block_diag(*(torch.diag(q) - torch.outer(q, q) for q in p))
-    return jacobian.T @ outer @ jacobian
 
 
 def test_gauss_newton_product(case):

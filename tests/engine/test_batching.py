@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from hf_msif import objectives
 from hf_msif.engine.batching import cost, deal

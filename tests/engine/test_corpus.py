@@ -6,9 +6,9 @@ import json
 import datasets
 import numpy as np
 import pytest
-import tiny
 import torch
-from project import msif, project
+from helpers import tiny
+from helpers.project import msif, project
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
 from hf_msif.engine.corpus import Stream, Table, as_corpus, first

@@ -12,13 +12,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import test_unrolled
-import tiny
 import torch
-import toy
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from helpers import tiny, toy
+from helpers.runs import Run, pair, unrolled_chain
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training, vectors
 from hf_msif.engine import Engine
 from hf_msif.engine.files import load_tensors
@@ -181,14 +180,14 @@ def unrolled(folder):
     """Query vectors through a run that `record_run` recorded there."""
     run, before, model = run_of()
     model.load_state_dict(torch.load(folder / "run.pt"))
-    query = test_unrolled.unrolled_chain(run, before, model, folder / "run", batch_size=3).query(toy.toy_rows(9, 3))
+    query = unrolled_chain(run, before, model, folder / "run", batch_size=3).query(toy.toy_rows(9, 3))
     return {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.items()}
 
 
 def run_of():
     return (
-        test_unrolled.Run(toy.toy_rows(3, 7), [], momentum=0.8, clip=0.2, batch=3, epochs=2),
-        *test_unrolled.pair(),
+        Run(toy.toy_rows(3, 7), [], momentum=0.8, clip=0.2, batch=3, epochs=2),
+        *pair(),
     )
 
 

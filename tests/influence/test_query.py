@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers
 

@@ -6,10 +6,10 @@ import random
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_split import photograph
-from toy import ToyObjective, example_losses, minimise, toy, toy_rows
+from helpers import tiny
+from helpers.state import photograph
+from helpers.toy import ToyObjective, example_losses, minimise, toy, toy_rows
 from transformers import Trainer
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, vectors

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_curvature import dense_gauss_newton
-from toy import ToyObjective, example_losses, toy, toy_rows
+from helpers.toy import ToyObjective, dense_gauss_newton, example_losses, toy, toy_rows
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers
 from hf_msif.influence import sweep as module

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from project import msif, project
-from toy import minimise
+from helpers import tiny
+from helpers.project import msif, project
+from helpers.toy import minimise
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from project import msif, snapshot, unrolled_project, visible
+from helpers.project import msif, snapshot, unrolled_project, visible
 
 from hf_msif import Scores
 from hf_msif.engine.files import load_tensors

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from project import image_project, msif, project
+from helpers.project import image_project, msif, project
 
 from hf_msif.errors import InputError
 from hf_msif.project import commands, config
@@ -93,6 +93,7 @@ def test_other_experiments_and_groups_along_the_ranking(copied, capsys):
     assert found["spearman_r"] > 0.5
 
 
+@pytest.mark.slow
 def test_from_scratch_trains_each_stage_as_its_settings_say(tmp_path, capsys):
     path = project(tmp_path / "texts")
     changes = ("--stages.finetuning.polish", "{tol: 1e-3}", "--stages.finetuning.weight_decay", 0.01)
@@ -234,6 +235,7 @@ def test_the_domain_stage_starts_from_the_head_before_it_and_says_what_it_gained
     assert "test_before" not in json.loads((three.parent / "run" / "finetuning.json").read_text())
 
 
+@pytest.mark.slow
 def test_removed_tweets_of_the_domain_repeat_its_run_and_leave_pretraining_alone(three, tmp_path, capsys):
     double = [word for name in config.load(three).stages for word in (f"--stages.{name}.model.dtype", "float64")]
     polished = ("--stages.finetuning.polish", "{}", "--stages.finetuning.weight_decay", 0.01)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from project import SIZES, msif, project
+from helpers.project import SIZES, msif, project
 
 from hf_msif import solvers
 from hf_msif.adapters.functional import memo_bytes

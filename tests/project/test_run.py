@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from project import SIZES, msif, project, snapshot, visible
+from helpers.project import SIZES, msif, project, snapshot, visible
 
 from hf_msif import training
 from hf_msif.errors import InputError

@@ -5,12 +5,11 @@ import json
 import threading
 import warnings
 
-import distributed
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
+from helpers import distributed, tiny
 
 from hf_msif import InputError, Query, Scores, solvers
 from hf_msif.engine import checkpoints
@@ -322,6 +321,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_an_interrupted_solve_goes_on(name, sharded, tmp_path, monkeypatch):

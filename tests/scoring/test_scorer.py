@@ -5,8 +5,9 @@ import copy
 import datasets
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.tiny import dense_gauss_newton
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers
 
@@ -61,8 +62,6 @@ def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
 
 def test_u_solves_its_system(exact):
     """The pull-back by plain autograd: dense Gauss-Newton of the head, and the mixed derivative by differences."""
-    from test_derivatives import dense_gauss_newton
-
     head = list(exact.query.solutions["fine"])
     assert all(not n.startswith("bert.") or "pooler" in n for n in head)
     tests = tiny.Plain(exact.after, "classification", tiny.objective("classification").collate(TESTS))

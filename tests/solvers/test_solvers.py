@@ -17,15 +17,6 @@ SHAPES = {"weight": (3, 4), "bias": (5,), "temperature": ()}
 P = 18
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other on matrices this small take minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Case(NamedTuple):
     solver: Any
     system: Callable  # (A, λ) → (S, C) of the system Su = Cb that the solver defines

@@ -1,9 +1,9 @@
 """The run of a user's own Trainer: recorded, replayed without a difference, pulled back like a central difference."""
 
 import pytest
-import tiny
 import torch
-from test_unrolled import arguments, parameters_of, rows_of
+from helpers import tiny
+from helpers.runs import arguments, parameters_of, rows_of
 from transformers import Trainer, TrainerCallback
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_unrolled import arguments, pair, parameters_of
-from toy import ToyConfig, ToyModel, ToyObjective, example_losses, toy, toy_rows
+from helpers import tiny
+from helpers.runs import arguments, pair, parameters_of
+from helpers.toy import ToyConfig, ToyModel, ToyObjective, example_losses, toy, toy_rows
 from transformers import get_scheduler
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, training

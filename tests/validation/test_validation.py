@@ -7,16 +7,15 @@ import math
 import re
 from dataclasses import replace
 
-import digits
 import numpy as np
 import pytest
 import scipy.stats
-import tiny
 import torch
+from helpers import digits, tiny
+from helpers.chains import Chain
+from helpers.runs import MINIMUM, PATTERNS, RUN, Minimum, Mixed, Run
+from helpers.toy import example_losses, toy, toy_rows
 from sklearn.metrics import roc_auc_score
-from test_chain import Chain
-from test_unrolled import MINIMUM, PATTERNS, RUN, Minimum, Mixed, Run
-from toy import example_losses, toy, toy_rows
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -419,6 +418,7 @@ def scratch(arguments=None, **settings):
     return FromScratch(stages, digits.rows(range(4, 10), 5, skip=40), make, arguments, **settings), pretraining
 
 
+@pytest.mark.slow
 def test_from_scratch_by_polishing():
     retrain, rows = scratch()
     full, again, other = retrain(frozenset(), 0), retrain(frozenset(), 0), retrain(frozenset(), 1)
@@ -429,6 +429,7 @@ def test_from_scratch_by_polishing():
     assert full.losses != other.losses
 
 
+@pytest.mark.slow
 def test_from_scratch_by_training(tmp_path):
     arguments = [
         TrainingArguments(str(tmp_path), max_steps=6, learning_rate=1e-2, save_strategy="no", report_to=[], seed=5)
@@ -556,6 +557,7 @@ def test_bm25_and_tfidf_by_hand(bert):
     assert 0 < found["tfidf"][3, 1] < 1
 
 
+@pytest.mark.slow
 def test_baselines_of_images_have_no_text():
     (stages, tests) = digits.frozen()
     chain = MultiStageInfluence(stages, progress=False)
@@ -587,6 +589,7 @@ def bank(tmp_path_factory):
     return Bank(WarmStart(stages, tests), tmp_path_factory.mktemp("bank"), progress=False)
 
 
+@pytest.mark.slow
 def test_leave_one_out_through_both_stages_of_digits(bank):
     """§4.1 at small size: the thirty examples with the largest absolute influence, summed over the test set."""
     stages, tests = digits.frozen()
@@ -605,6 +608,7 @@ def test_leave_one_out_through_both_stages_of_digits(bank):
         assert plain[name]["pearson_r"] < 0.5, name
 
 
+@pytest.mark.slow
 def test_lds_through_both_stages_of_digits(bank):
     stages, tests = digits.frozen()
     chain = MultiStageInfluence(stages, progress=False)
@@ -619,6 +623,7 @@ def test_lds_through_both_stages_of_digits(bank):
     assert found["identity"]["spearman_r"] < 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mislabelled_pretraining_examples_rank_as_harmful(seed):
     """A tenth of the pretraining labels is wrong; asked about is held-out loss on the *pretraining* task.
@@ -666,6 +671,7 @@ def without(mixed, stage, index):
     return mixed.losses(stage, weights).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", UNROLLED.values(), ids=UNROLLED)
 def test_a_warm_start_repeats_runs(kinds, tmp_path):
     mixed = Mixed(kinds, tmp_path)
@@ -688,6 +694,7 @@ def test_a_warm_start_repeats_runs(kinds, tmp_path):
     assert all(p.equal(old[n]) for m, old in zip(mixed.models, states, strict=True) for n, p in m.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_removal_effects_of_runs_predict_retraining(stage, tmp_path):
     gentle = (Run, "all", {"momentum": 0.5, "rate": 0.05})  # leaving out a row is no small step
