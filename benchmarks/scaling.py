@@ -229,7 +229,7 @@ def throughput(settings: argparse.Namespace) -> None:
             print(" ".join(map(str, table[-1])), flush=True)
     print(tabulate(table, ["batch", "precision", "sentences/s", "error", "peak memory"], tablefmt="github"))
     times, v = [], vectors.rademacher(link.model.parameters, 1, seed=SEED)
-    operator = link.curvature(rows[:2048])
+    operator = link.differentiation.curvature(rows[:2048])
     for precision in ("ieee", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = precision
         for _ in range(2):

@@ -36,7 +36,6 @@ from transformers.utils import logging as transformers_logging
 
 from hf_msif import MultiStageInfluence, Stage, objectives, training, vectors
 from hf_msif.influence import unrolled
-from hf_msif.influence.multistage import pull_back
 
 BAR = 6.0
 UNIT = "the run, training.record"
@@ -109,23 +108,23 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
 
         Trainer(_Labelled(copy.deepcopy(first[1])), given, collate, rows).train()
 
-    state = link.recording.bytes_of(link.model.parameters)
-    held = link.recording.interval + 2
+    state = link.differentiation.recording.bytes_of(link.model.parameters)
+    held = link.differentiation.recording.interval + 2
     memory = {
         "state": state,
         "states_held": held,
-        "planned": unrolled.held_bytes(link.recording, link.model.parameters, 1),
+        "planned": unrolled.held_bytes(link.differentiation.recording, link.model.parameters, 1),
     }
     # Of one step: its state, adjoint and gradients are three thirds, three thirds and four thirds of a state.
     memory["graphs"] = _peak(lambda: _one_step(link, one), settings.device) - 4 * state
-    memory["measured"] = _peak(lambda: pull_back(link, one), settings.device)
+    memory["measured"] = _peak(lambda: link.differentiation.pull_back(one), settings.device)
     tasks: dict[str, Callable[[], object]] = {
         UNIT: lambda: training.record(
             copy.deepcopy(first[1]), objective, rows, given, None, previous=first[0], progress=False
         ),
         "the run, Hugging Face's Trainer": trainer,
-        "pull-back, 1 query": lambda: pull_back(link, one),
-        "pull-back, 3 queries": lambda: pull_back(link, a),
+        "pull-back, 1 query": lambda: link.differentiation.pull_back(one),
+        "pull-back, 3 queries": lambda: link.differentiation.pull_back(a),
     }
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(settings.repeats):
@@ -152,8 +151,8 @@ class _Labelled(torch.nn.Module):
 
 
 def _one_step(link, a) -> None:
-    slots = link.recording.state(0, link.engine.device)
-    link.replay.backward(slots, 0, link.replay.adjoint(a))
+    slots = link.differentiation.recording.state(0, link.engine.device)
+    link.differentiation.replay.backward(slots, 0, link.differentiation.replay.adjoint(a))
 
 
 def _ratios(mine: list[float], unit: list[float]) -> dict:

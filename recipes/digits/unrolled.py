@@ -74,7 +74,7 @@ def interval(correlation: validation.Correlation) -> str:
 def proximal(chain: MultiStageInfluence, tests: list[dict], corpus: list[dict], alpha: float | str) -> np.ndarray:
     """Removal effects with every unrolled link taken for a minimum."""
     stages = [
-        replace(link.stage, link="proximal", run=None, alpha=alpha if link.split.proximal else None)
+        replace(link.stage, link="implicit", run=None, alpha=alpha if link.split.proximal else None)
         for link in chain.stages
     ]
     with warnings.catch_warnings():

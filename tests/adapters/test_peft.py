@@ -21,7 +21,6 @@ from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.adapters.peft import load as load_with_adapters
 from hf_msif.curvature.derivatives import Evaluation, directional
-from hf_msif.influence.multistage import pull_back
 from hf_msif.project.config import load
 from hf_msif.project.run import Run
 from hf_msif.validation.retraining import WarmStart, hand_on
@@ -341,7 +340,7 @@ def test_a_masked_lm_goes_on_with_lora(pair, memo):
         v = tiny.block({n: link.model.parameters[n] for n in names}, 1, seed)
         expected = plain.along({n: t[0] for n, t in v.items()}, lambda: plain.gradient(names))
         expected = {n: t / len(batch["labels"]) for n, t in expected.items()}
-        tiny.close({n: t[0] for n, t in link.operator.matvec(v).items()}, expected, 1e-6)
+        tiny.close({n: t[0] for n, t in link.differentiation.operator.matvec(v).items()}, expected, 1e-6)
     assert np.abs(msif.query(CORPUS[:1]).score(CORPUS).influence()).min() > 0
 
 
@@ -376,7 +375,8 @@ def test_a_base_weight_may_be_trained_beside_its_adapter(pair, tuned):
     msif = tiny.chain(pair[0], tuned, 1e-11, (CORPUS, TWEETS), trainable=patterns, alpha=0.2)
     link = msif.stage("fine")
     (own,) = link.split.proximal
-    u, inherited, _ = pull_back(link, msif.measurement(TESTS)[0])
+    solution, inherited = link.differentiation.pull_back(msif.measurement(TESTS)[0])
+    u = solution.tensors()
     torch.testing.assert_close(inherited[own], 0.4 * u[own], rtol=0, atol=0)
     carried = link.carry(inherited)["bert.encoder.layer.0.attention.self.query.weight"]
     assert torch.equal(carried, inherited[own])

@@ -103,12 +103,13 @@ def test_a_stage_puts_the_quadratic_terms_on_their_names():
     ]
     one, two = MultiStageInfluence(stages, progress=False).stages
     decayed = {"encoder.lower.weight", "encoder.gain", "encoder.shift", "encoder.upper.weight", "head.weight"}
-    assert one.ridge == dict.fromkeys([n for n in one.split.trained if n in decayed], 0.05)
+    assert one.differentiation.ridge == dict.fromkeys([n for n in one.split.trained if n in decayed], 0.05)
     expected = {"encoder.gain": 0.62, "encoder.upper.weight": 0.62, "encoder.upper.bias": 0.6, "head.weight": 0.02}
-    assert two.ridge == pytest.approx(expected)
-    names = list(two.operator.parameters)
-    ridge = torch.cat([0 * p.flatten().cpu() + expected.get(n, 0.0) for n, p in two.operator.parameters.items()])
-    near(matrix(two.operator), dense_hessian(after, names, ROWS) + torch.diag(ridge))
+    assert two.differentiation.ridge == pytest.approx(expected)
+    operator = two.differentiation.operator
+    names = list(operator.parameters)
+    ridge = torch.cat([0 * p.flatten().cpu() + expected.get(n, 0.0) for n, p in operator.parameters.items()])
+    near(matrix(operator), dense_hessian(after, names, ROWS) + torch.diag(ridge))
 
 
 def test_mixed_and_gradient():
@@ -175,36 +176,38 @@ def subset(seed, size=5, data=ROWS):
 
 def test_the_subset_is_drawn_once():
     link, seen = subset(seed=3)
-    v = tiny.block(link.operator.parameters, 1, seed=0)
-    first = link.operator.matvec(v)
+    v = tiny.block(link.differentiation.operator.parameters, 1, seed=0)
+    first = link.differentiation.operator.matvec(v)
     batches = [list(batch) for batch in seen]
     assert sorted(map(len, batches)) == [1, 2, 2]
     for _ in range(2):
-        torch.testing.assert_close(vectors.flatten(link.operator.matvec(v)), vectors.flatten(first), rtol=0, atol=0)
-    link.operator.trace()
+        torch.testing.assert_close(
+            vectors.flatten(link.differentiation.operator.matvec(v)), vectors.flatten(first), rtol=0, atol=0
+        )
+    link.differentiation.operator.trace()
     assert seen == batches  # nothing was collated again
     ids = {i for batch in batches for i in batch}
-    assert ids == {row["example_id"] for row in link.curvature_rows}
-    assert {row["example_id"] for row in subset(seed=3)[0].curvature_rows} == ids
-    assert {row["example_id"] for row in subset(seed=4)[0].curvature_rows} != ids
-    near(matrix(link.operator), dense_gauss_newton(toy(0), list(v), [ROWS[i] for i in sorted(ids)]))
+    assert ids == {row["example_id"] for row in link.differentiation.curvature_rows}
+    assert {row["example_id"] for row in subset(seed=3)[0].differentiation.curvature_rows} == ids
+    assert {row["example_id"] for row in subset(seed=4)[0].differentiation.curvature_rows} != ids
+    near(matrix(link.differentiation.operator), dense_gauss_newton(toy(0), list(v), [ROWS[i] for i in sorted(ids)]))
 
 
 @pytest.mark.parametrize("size", [None, 11, 1000])
 def test_a_subset_of_all_is_the_data(size):
     link, _ = subset(seed=3, size=size)
-    assert link.curvature_rows == ROWS
-    assert link.operator.examples == 11
+    assert link.differentiation.curvature_rows == ROWS
+    assert link.differentiation.operator.examples == 11
 
 
 def test_masks_are_the_same_in_every_product():
     rows, model = tiny.rows(6, seed=1), tiny.model("bert", "masked")
     stage = Stage("one", model, tiny.objective("masked"), rows, batch_size=4, trainable=["cls.*"])
     links = [MultiStageInfluence([stage], progress=False).stage() for _ in range(2)]
-    v = tiny.block(links[0].operator.parameters, 1, seed=0)
-    first = links[0].operator.matvec(v)
+    v = tiny.block(links[0].differentiation.operator.parameters, 1, seed=0)
+    first = links[0].differentiation.operator.matvec(v)
     for link in (links[0], links[0], links[1]):
-        tiny.close(link.operator.matvec(v), first, 1e-14)
+        tiny.close(link.differentiation.operator.matvec(v), first, 1e-14)
 
 
 # What is remembered between passes ----------------------------------------------------------------------------------

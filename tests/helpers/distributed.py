@@ -54,15 +54,15 @@ def results(dtype, **settings):
     """Query vectors, residuals and scores of the whole pipeline."""
     made = chain(dtype, **settings)
     query = made.query(TESTS)
-    found = {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.items()}
+    found = {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.tensors().items()}
     for name, rows in (("many", CORPUS), ("few", CORPUS[:2]), ("one", CORPUS[:1])):
         scores = query.score(rows, batch_size=3)
         found[f"scores/{name}"] = torch.tensor(np.stack([scores.influence(q) for q in range(3)]))
     found["alone"] = torch.tensor(query.score(CORPUS, stage="fine").influence(1))
     group = made.query(TESTS, aggregate="mean")
-    found |= {f"group/{n}": t for n, t in group.solutions["pre"].items()}
+    found |= {f"group/{n}": t for n, t in group.solutions["pre"].tensors().items()}
     found["N"] = torch.tensor([made.stage("pre").count, made.stage("fine").count])
-    found["norm"] = torch.tensor([made.stage(name).gradient_norm for name in ("pre", "fine")])
+    found["norm"] = torch.tensor([made.stage(name).differentiation.gradient_norm for name in ("pre", "fine")])
     return found
 
 
@@ -101,7 +101,7 @@ def sharded(folder, world):
     from hf_msif.curvature.sharded import Sharded
 
     made = chain(torch.float64, sharded=True)
-    operator = Sharded(made.stage("pre").operator, made.engine)
+    operator = Sharded(made.stage("pre").differentiation.operator, made.engine)
     whole = sum(p.numel() for p in operator.operator.parameters.values())
     v = vectors.rademacher(operator.operator.parameters, 2, seed=0)
     shards = operator.cut(v)
@@ -181,7 +181,7 @@ def unrolled(folder):
     run, before, model = run_of()
     model.load_state_dict(torch.load(folder / "run.pt"))
     query = unrolled_chain(run, before, model, folder / "run", batch_size=3).query(toy.toy_rows(9, 3))
-    return {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.items()}
+    return {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.tensors().items()}
 
 
 def run_of():

@@ -42,8 +42,8 @@ def test_roles(chain):
 def test_krylov_solvers_give_the_dense_answer(chain, query, solver):
     found = MultiStageInfluence(chain.stages(solver=solver), progress=False).query(chain.tests)
     for stage, u in query.solutions.items():
-        for name, t in u.items():
-            torch.testing.assert_close(found.solutions[stage][name], t, rtol=1e-6, atol=1e-8)
+        for name, t in u.tensors().items():
+            torch.testing.assert_close(found.solutions[stage].tensors()[name], t, rtol=1e-6, atol=1e-8)
     assert all(c.converged == [True, True] for c in found.certificates.values())
 
 

@@ -33,7 +33,6 @@ from transformers import get_scheduler
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
 from hf_msif.influence import unrolled
-from hf_msif.influence.multistage import pull_back
 from hf_msif.influence.sweep import damping_sweep
 from hf_msif.influence.unrolled import check_replay
 from hf_msif.training.record import rerun
@@ -190,7 +189,8 @@ def test_a_run_ends_where_torch_ends(setting):
 def test_pull_back_equals_central_differences_of_rerunning(setting):
     found = chain(setting)
     rows = [{"example_id": i, **row} for i, row in enumerate(TESTS)]
-    u, b, certificate = pull_back(found.stages[1], found.measurement(rows)[0])
+    solution, b = found.stages[1].differentiation.pull_back(found.measurement(rows)[0])
+    u, certificate = solution.tensors(), solution.certificate
     assert certificate.replay_difference == 0.0
     step = 1e-5
     for i in range(ROWS):
@@ -243,7 +243,8 @@ def test_pull_back_equals_autograd_through_the_whole_run(settings, trainable, tm
     losses = example_losses(model, end, TESTS)[0]
 
     found = unrolled_chain(run, before, model, tmp_path / "run", trainable)
-    u, b, _ = pull_back(found.stages[1], found.measurement(rows_of(TESTS))[0])
+    solution, b = found.stages[1].differentiation.pull_back(found.measurement(rows_of(TESTS))[0])
+    u = solution.tensors()
     assert set(b) == set(encoder)
     for q in range(2):
         slopes = torch.autograd.grad(losses[q], [weights, *encoder.values()], retain_graph=True)
@@ -265,13 +266,15 @@ def test_a_converged_run_gives_the_implicit_answer(trainable, tmp_path):
     own = {"previous": before, "trainable": trainable, "weight_decay": 0.1, "alpha": alpha}
     training.record(model, ToyObjective(), run.rows, given, tmp_path / "run", progress=False, **own)
     pulled = unrolled_chain(run, before, model, tmp_path / "run", trainable)
-    exact = {"link": "proximal", "alpha": alpha, "curvature": "hessian", "solver": solvers.Dense()}
+    exact = {"link": "implicit", "alpha": alpha, "curvature": "hessian", "solver": solvers.Dense()}
     solved = unrolled_chain(run, before, model, None, trainable, **exact)
-    assert solved.stages[1].gradient_norm < 1e-10
+    assert solved.stages[1].differentiation.gradient_norm < 1e-10
 
     a = solved.measurement(rows_of(TESTS))[0]
-    found, b, certificate = pull_back(pulled.stages[1], a)
-    u, expected, _ = pull_back(solved.stages[1], a)
+    through_run, b = pulled.stages[1].differentiation.pull_back(a)
+    found, certificate = through_run.tensors(), through_run.certificate
+    at_minimum, expected = solved.stages[1].differentiation.pull_back(a)
+    u = at_minimum.tensors()
     assert max(certificate.norms[-1][1]) < 1e-8  # the run has forgotten where it started
     for n, t in expected.items():
         torch.testing.assert_close(b[n], t, rtol=1e-6, atol=1e-9)
@@ -343,8 +346,8 @@ def test_columns_share_a_sweep_and_equal_single_ones(made, monkeypatch):
     assert len(steps) == 9
     singles = [found.query([row]) for row in tests]
     for stage, solution in together.solutions.items():
-        for n, t in solution.items():
-            expected = torch.cat([query.solutions[stage][n] for query in singles])
+        for n, t in solution.tensors().items():
+            expected = torch.cat([query.solutions[stage].tensors()[n] for query in singles])
             torch.testing.assert_close(t, expected, rtol=1e-10, atol=1e-14)
     certificates = [query.certificates["second"] for query in singles]
     assert together.certificates["second"].growth == pytest.approx([c.growth[0] for c in certificates], rel=1e-10)
@@ -376,7 +379,10 @@ def test_the_certificate_has_the_norms_of_the_adjoint(made):
     assert [t for t, _ in certificate.norms] == [9, 6, 3, 0]
     assert certificate.norms[0][1] == [1.0, 1.0]
     run = replace(run, trained=trained_names(model, "all"))
-    start = {n: p.requires_grad_() for n, p in found.stage("second").recording.state(0)["parameters"].items()}
+    start = {
+        n: p.requires_grad_()
+        for n, p in found.stage("second").differentiation.recording.state(0)["parameters"].items()
+    }
     end = run.end(model, start, graph=True)
     losses = example_losses(model, end, TESTS)[0]
     for q in range(2):
@@ -417,7 +423,7 @@ def test_a_head_that_goes_on_is_inherited(settings, tmp_path):
     assert head
     assert head <= set(link.split.proximal)
     assert not link.split.head
-    _, b, _ = pull_back(link, found.measurement(rows_of(tests))[0])
+    _, b = link.differentiation.pull_back(found.measurement(rows_of(tests))[0])
     carried = link.carry(b)
     assert all(carried[n].any() for n in head)
 
@@ -481,7 +487,7 @@ def test_an_interrupted_sweep_goes_on_unchanged(own, monkeypatch, after):
     again = found.query(TESTS)
     assert steps == list(reversed(range(9 - after // 3 * 3)))
     for stage, solution in whole.solutions.items():
-        assert all(torch.equal(t, again.solutions[stage][n]) for n, t in solution.items())
+        assert all(torch.equal(t, again.solutions[stage].tensors()[n]) for n, t in solution.tensors().items())
     assert again.certificates == whole.certificates
     assert not sweeps(folder)
 
@@ -500,7 +506,7 @@ def test_a_sweep_of_another_question_is_not_gone_on_with(own, monkeypatch):
     third = found.query(other)
     for query in (again, third):
         for stage, solution in whole.solutions.items():
-            assert all(torch.equal(t, query.solutions[stage][n]) for n, t in solution.items())
+            assert all(torch.equal(t, query.solutions[stage].tensors()[n]) for n, t in solution.tensors().items())
 
 
 def test_a_damaged_sweep_starts_anew(own, monkeypatch):
@@ -511,7 +517,7 @@ def test_a_damaged_sweep_starts_anew(own, monkeypatch):
     left.write_bytes(left.read_bytes()[:-100])
     again = found.query(TESTS)
     for stage, solution in whole.solutions.items():
-        assert all(torch.equal(t, again.solutions[stage][n]) for n, t in solution.items())
+        assert all(torch.equal(t, again.solutions[stage].tensors()[n]) for n, t in solution.tensors().items())
     assert not sweeps(folder)
 
 
@@ -525,7 +531,7 @@ def test_an_adjoint_that_grows_is_refused_with_remedies(made, tmp_path):
         InputError, match=r"stage 'second': on the way back the adjoint grew .* times at step 9 of 9"
     ) as e:
         found.query(TESTS)
-    for remedy in ("smaller learning rate", "larger batches", "warm-up", "averaging", "fewer steps", "'proximal'"):
+    for remedy in ("smaller learning rate", "larger batches", "warm-up", "averaging", "fewer steps", "'implicit'"):
         assert remedy in str(e.value)
     assert not sweeps(folder)
 
@@ -592,8 +598,8 @@ def test_a_saved_query_knows_its_links(made, tmp_path):
         left, right = (q.score(rows, stage=stage) for q in (query, loaded))
         assert left.frame.equals(right.frame)
         assert left.metadata["certificate"] == right.metadata["certificate"]
-    other = unrolled_chain(run, before, model, None, link="proximal", alpha=0.1)
-    with pytest.raises(InputError, match=r"pulled stage 'second' back by a link that is unrolled"):
+    other = unrolled_chain(run, before, model, None, link="implicit", alpha=0.1)
+    with pytest.raises(InputError, match=r"differentiated stage 'second' by link='unrolled'"):
         Query.from_pretrained(tmp_path, other)
 
 
@@ -602,10 +608,10 @@ def test_a_saved_query_knows_its_links(made, tmp_path):
 )
 def test_a_run_that_does_not_repeat_itself_is_refused(own, mark, slot):
     found, folder = own
-    state = found.stages[1].recording.state(mark)
+    state = found.stages[1].differentiation.recording.state(mark)
     for t in state[slot].values():
         t *= 1.2
-    found.stages[1].recording.write(mark, state)
+    found.stages[1].differentiation.recording.write(mark, state)
     with pytest.raises(InputError, match=r"stage 'second': replaying steps \d to \d ends .* away from the recorded"):
         found.query(TESTS)
     assert not sweeps(folder)
@@ -615,19 +621,19 @@ def test_check_replay_measures_the_whole_run(own):
     found, _ = own
     link = found.stages[1]
     assert check_replay(link) == 0.0
-    state = link.recording.state(9)
+    state = link.differentiation.recording.state(9)
     way = math.sqrt(sum(float((state["parameters"][n] - p).square().sum()) for n, p in first_state(link).items()))
     state["parameters"]["head.bias"][0] += 0.1 * way
-    link.recording.write(9, state)
+    link.differentiation.recording.write(9, state)
     assert check_replay(link) == pytest.approx(0.1, rel=0.2)
 
 
 def first_state(link):
-    return link.recording.state(0)["parameters"]
+    return link.differentiation.recording.state(0)["parameters"]
 
 
 def test_there_is_no_damping_to_sweep(made):
     run, before, model, folder = made
     found = unrolled_chain(run, before, model, folder)
-    with pytest.raises(InputError, match="stage 'second' is pulled back through its run, without a linear system"):
+    with pytest.raises(InputError, match="stage 'second' is differentiated by link='unrolled', without a linear system"):
         damping_sweep(found, TESTS, run.rows, [0.1, 1.0], "second")

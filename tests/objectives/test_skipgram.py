@@ -398,7 +398,7 @@ def test_influence_equals_resolving_the_chain(kind):
     assert float(chain.optima[0]["context.weight"].norm()) > 0.5  # not the trivial minimum
     msif_ = MultiStageInfluence(chain.stages(), progress=False)
     query = msif_.query(chain.tests)
-    smallest = solvers.Dense().init(msif_.stage("pre").operator).eigenvalues
+    smallest = solvers.Dense().init(msif_.stage("pre").differentiation.operator).eigenvalues
     assert int((smallest.abs() < 1e-8).sum()) == 1  # the one rotation of two dimensions
     assert float(smallest[1]) > 1e-4
     for k, (stage, rows) in enumerate((("pre", chain.corpus), ("fine", chain.tweets))):
@@ -463,11 +463,11 @@ def test_pretraining_through_its_own_run(tmp_path):
     ]
     query = MultiStageInfluence(stages, progress=False).query(tests)
     found, fine, pre = query.score(corpus), query.chain.stage("fine"), query.chain.stage("pre")
-    schedule = pre.recording.schedule
+    schedule = pre.differentiation.recording.schedule
     assert set(schedule.epochs) == {0, 1}
     # What finetuning hands back, ∂f/∂W_T; all the rest is the run.
     b = gradient(Evaluation(fine.model, task, fine.collate(tests)), [table])[table]
-    b = (b - fine.operator.mixed(query.solutions["fine"], (table,))[table][0]).cpu()
+    b = (b - fine.differentiation.operator.mixed(query.solutions["fine"].tensors(), (table,))[table][0]).cpu()
 
     def end(index, weight):
         parameters = {n: p.detach() for n, p in start.named_parameters()}

@@ -127,14 +127,14 @@ def test_a_run_recorded_elsewhere_is_used_and_not_trained_over(copied, capsys):
 
 BAD = {
     "polish": (f"{FINE}.polish {{}}", "has polish and link: unrolled; expected one of them"),
-    "run without link": (f"{FINE}.link proximal {FINE}.alpha 0.1 {FINE}.run x", "run or max_growth, which need link"),
-    "growth without link": (f"{FINE}.link proximal {FINE}.alpha 0.1 {FINE}.max_growth 9", "run or max_growth"),
+    "run without link": (f"{FINE}.link implicit {FINE}.alpha 0.1 {FINE}.run x", "run or max_growth, which need link"),
+    "growth without link": (f"{FINE}.link implicit {FINE}.alpha 0.1 {FINE}.max_growth 9", "run or max_growth"),
     "run without model": (f"{FINE}.run x", "stages.finetuning.run"),
-    "link": (f"{FINE}.link unroled", "stages.finetuning.link is unroled; expected one of proximal, unrolled"),
+    "link": (f"{FINE}.link unroled", "stages.finetuning.link is unroled; expected one of implicit, unrolled"),
     "growth": (f"{FINE}.max_growth 0", "stages.finetuning.max_growth is 0"),
     "optimiser": (f"{FINE}.training.optim adafactor", "has optim 'adafactor'"),
-    "alpha": (f"{FINE}.link proximal {FINE}.alpha large", "stages.finetuning.alpha is large"),
-    "alpha and polish": (f"{FINE}.link proximal {FINE}.alpha auto {FINE}.polish {{}}", "alpha: auto"),
+    "alpha": (f"{FINE}.link implicit {FINE}.alpha large", "stages.finetuning.alpha is large"),
+    "alpha and polish": (f"{FINE}.link implicit {FINE}.alpha auto {FINE}.polish {{}}", "alpha: auto"),
 }
 
 
@@ -161,7 +161,7 @@ def test_there_is_no_damping_to_sweep(copied, capsys):
 
 
 def test_alpha_is_estimated(copied, capsys):
-    found = answer(capsys, "query", "--config", copied, f"{FINE}.link", "proximal", f"{FINE}.alpha", "auto")
+    found = answer(capsys, "query", "--config", copied, f"{FINE}.link", "implicit", f"{FINE}.alpha", "auto")
     stage = found["stages"]["finetuning"]
     assert stage["alpha"] == stage["alpha_estimate"]["alpha"]
     assert "estimated from the checkpoints" in stage["text"]

@@ -211,7 +211,7 @@ def test_a_chain_of_three_ranks_every_stage_side_by_side(three, capsys):
         assert found[stage].metadata["stage"] == stage
         assert all(np.abs(found[stage].influence(q)).max() > 0 for q in range(2))
     links = {name: facts["link"] for name, facts in found["domain"].metadata["certificate"]["stages"].items()}
-    assert links == {"pretraining": "proximal", "domain": "unrolled", "finetuning": "proximal"}
+    assert links == {"pretraining": "implicit", "domain": "unrolled", "finetuning": "implicit"}
     assert len(found["domain"]) > len(found["finetuning"])  # neutral tweets teach words, too
     assert answer(capsys, "top", "--run", run)["stage"] == "pretraining"
     both = answer(capsys, "compare", "--runs", run, run, "--stages", "domain", "finetuning")
@@ -224,7 +224,7 @@ def test_a_chain_of_three_ranks_every_stage_side_by_side(three, capsys):
 def test_the_domain_stage_starts_from_the_head_before_it_and_says_what_it_gained(three):
     run = Run(config.load(three), progress=False)
     chain = run.chain()
-    start = chain.stage("domain").recording.state(0)["parameters"]
+    start = chain.stage("domain").differentiation.recording.state(0)["parameters"]
     head = "cls.predictions.transform.dense.weight"
     assert (start[head] == chain.stage("pretraining").model.parameters[head].cpu()).all()
     assert head in chain.stage("domain").split.inherited

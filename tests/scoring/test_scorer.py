@@ -48,7 +48,7 @@ def matrix(scores):
 @pytest.mark.parametrize(("stage", "task", "rows"), [("pre", "masked", CORPUS), ("fine", "classification", TWEETS)])
 def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
     link = exact.chain.stage(stage)
-    u = exact.query.solutions[stage]
+    u = exact.query.solutions[stage].tensors()
     scores = exact.query.score(rows, stage)
     for i, row in enumerate(rows):
         plain = tiny.Plain(link.stage.model, task, tiny.objective(task).collate([row]))
@@ -62,7 +62,7 @@ def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
 
 def test_u_solves_its_system(exact):
     """The pull-back by plain autograd: dense Gauss-Newton of the head, and the mixed derivative by differences."""
-    head = list(exact.query.solutions["fine"])
+    head = list(exact.query.solutions["fine"].tensors())
     assert all(not n.startswith("bert.") or "pooler" in n for n in head)
     tests = tiny.Plain(exact.after, "classification", tiny.objective("classification").collate(TESTS))
     encoder = [n for n in tests.parameters if n not in head]
@@ -72,7 +72,7 @@ def test_u_solves_its_system(exact):
         a = tests.gradient([*head, *encoder], of=tests.sums()[q])
         flat = torch.cat([a[n].flatten() for n in head])
         u = torch.linalg.solve(dense + 0.5 * torch.eye(len(flat)), flat)
-        found = torch.cat([exact.query.solutions["fine"][n][q].flatten() for n in head])
+        found = torch.cat([exact.query.solutions["fine"].tensors()[n][q].flatten() for n in head])
         torch.testing.assert_close(found, u, rtol=0, atol=1e-9 * float(u.abs().max()))
 
         pieces = u.split([a[n].numel() for n in head])
@@ -80,11 +80,11 @@ def test_u_solves_its_system(exact):
         mixed = tweets.along(direction, lambda: tweets.gradient(encoder))
         adjoint = {n: a[n] - mixed[n] / len(TWEETS) for n in encoder}
         corpus = tiny.Plain(exact.before, "masked", exact.chain.stages[0].collate(CORPUS))
-        names = list(exact.query.solutions["pre"])
+        names = list(exact.query.solutions["pre"].tensors())
         wanted = torch.cat([adjoint.get(n, torch.zeros_like(corpus.parameters[n])).flatten() for n in names])
         count = len(corpus.batch["labels"])
         dense_pre = dense_gauss_newton(corpus, names) / count
-        found = torch.cat([exact.query.solutions["pre"][n][q].flatten() for n in names])
+        found = torch.cat([exact.query.solutions["pre"].tensors()[n][q].flatten() for n in names])
         residual = dense_pre @ found + 0.5 * found - wanted
         assert residual.norm() < 1e-7 * wanted.norm()
         assert exact.chain.stage("pre").count == count
@@ -143,7 +143,7 @@ def test_removal_effect_divides_by_the_counted_terms(exact):
 def test_n_counts_all_data_also_when_curvature_is_estimated_on_some(exact, size):
     chain = tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": size})
     link = chain.stage("pre")
-    assert link.operator.examples == size
+    assert link.differentiation.operator.examples == size
     assert link.count == exact.chain.stage("pre").count
     with pytest.raises(InputError, match="sizes of at least 1"):
         tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": 0})

@@ -7,7 +7,6 @@ from helpers.runs import arguments, parameters_of, rows_of
 from transformers import Trainer, TrainerCallback
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives
-from hf_msif.influence.multistage import pull_back
 from hf_msif.influence.unrolled import check_replay
 from hf_msif.training.callback import RecordCallback
 from hf_msif.training.record import rerun
@@ -96,7 +95,8 @@ def test_a_trainers_run_is_replayed_and_pulled_back(settings, trainable, dropout
     model.requires_grad_(True)
     found = chain_of(before, model, tmp_path, trainable)
     assert check_replay(found.stages[1]) < 1e-9
-    u, b, certificate = pull_back(found.stages[1], found.measurement(rows_of(TESTS))[0])
+    solution, b = found.stages[1].differentiation.pull_back(found.measurement(rows_of(TESTS))[0])
+    u, certificate = solution.tensors(), solution.certificate
     assert certificate.replay_difference < 1e-9
 
     step, generator = 1e-5, torch.Generator().manual_seed(0)
@@ -145,7 +145,7 @@ def test_weights_of_rows_are_right(tmp_path):
             sides.append(tiny.Plain(model, "classification", OBJECTIVE.collate(TESTS)).sums().detach())
         else:
             found = chain_of(before, model, folder)
-            u, _, _ = pull_back(found.stages[1], found.measurement(rows_of(TESTS))[0])
+            u = found.stages[1].differentiation.pull_back(found.measurement(rows_of(TESTS))[0])[0].tensors()
     torch.testing.assert_close(u["weights"][:, 4], (sides[0] - sides[1]) / (2 * step), rtol=1e-4, atol=1e-8)
 
 

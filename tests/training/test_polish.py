@@ -25,7 +25,7 @@ def stage_gradient(models, rows, trainable, alpha):
     """‖∇F‖ of the last stage as `Stage` has it."""
     first = Stage("first", models[0], ToyObjective(), ROWS)
     last = Stage("last", models[1], ToyObjective(), rows, trainable, DECAY, alpha, curvature="hessian")
-    return MultiStageInfluence([first, last], progress=False).stage("last").gradient_norm
+    return MultiStageInfluence([first, last], progress=False).stage("last").differentiation.gradient_norm
 
 
 def pair():

@@ -753,7 +753,7 @@ def test_the_implicit_baseline_takes_runs_for_minima(tmp_path):
     mixed, tests = Mixed(kinds, tmp_path), toy_rows(9, 2)
     stages, rows = [link.stage for link in mixed.chain.stages], mixed.kinds[0].rows
     found = validation.baselines(mixed.chain, tests, rows, which=[IMPLICIT])
-    solved = MultiStageInfluence([stages[0], replace(stages[1], link="proximal", run=None, alpha="auto")], None, False)
+    solved = MultiStageInfluence([stages[0], replace(stages[1], link="implicit", run=None, alpha="auto")], None, False)
     expected = solved.query(tests).score(rows).removal_effects()
     np.testing.assert_allclose(found["implicit"], expected, rtol=1e-10)
     unrolled = mixed.chain.query(tests).score(rows).removal_effects()
