@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from .. import vectors
+from ..curvature.derivatives import Evaluation, directional
 from ..engine.corpus import Stream
 from ..engine.files import load_tensors, save_tensors, write_whole
-from ..engine.hashing import describe
+from ..engine.hashing import describe, digest, objective_fingerprint, tensors_fingerprint
 from ..errors import InputError
+from ..scoring.scorer import RowInfluence, Scorable, score
 from ..scoring.scores import Scores
 from ..solvers import Certificate
 from ..vectors import Block
@@ -71,25 +77,68 @@ class Query:
         Args:
             corpus: a table or a stream of rows, see `corpus.as_corpus`. They carry `example_id` as in the stage's
                 data (it seeds a sentence's mask); rows without one are numbered.
-            stage: whose examples the rows are.
-            batch_size: rows a batch; None: the stage's own. It does not change a score.
+            stage: name of the stage whose examples the rows are; defaults to the first.
+            batch_size: rows per batch; defaults to the stage's. It does not change a score.
             output_dir: folder for the finished file, scores.parquet (scores-STAGE.parquet for another stage than the
-                first), and meanwhile for parts that survive the process.
-            resume: go on with what an interrupted scoring left in `output_dir`, on any number of processes; what
-                changed in the meantime is refused by name.
-            keep: only so many rows of largest, smallest and least absolute influence, with moments and a histogram of
-                all of them: for corpora whose scores need not all be kept.
-            dtype: "tf32" has matrix products of float32 in it, where a GPU can; "bfloat16" computes in it where
-                autocast does. The error is measured, printed and in the metadata as `dtype_error`.
-            part_rows: rows a part; 4,096 by default. What an interruption can cost is the rounds in hand: the parts
-                that are scored, sixteen batches a process or one part at least, and those that are written.
+                first), and until then for parts that survive the process.
+            resume: continue an interrupted scoring in `output_dir`, on any number of processes; what changed since
+                then is refused by name.
+            keep: keep the `keep` rows of largest, smallest and least absolute influence alone, with moments and a
+                histogram of all: for corpora whose scores need not all be kept. Defaults to all rows.
+            dtype: "tf32" computes matrix products of float32 in TF32, where a GPU can; "bfloat16" computes in it
+                where autocast does. The error is measured, printed and in the metadata as `dtype_error`.
+            part_rows: rows per part; defaults to 4,096. An interruption costs at most the parts that are being scored
+                (sixteen batches per process, or one part at least) and those that are being written.
 
         Returns:
             `Scores` with `influence` = ∂f/∂ε (eq. (6), positive = harmful) and `removal_effect` = −influence / N.
-        """
-        from ..scoring.scorer import score
 
-        return score(self, corpus, stage, batch_size, **more)
+        Raises:
+            InputError: the corpus is empty, there is no such stage, a setting is out of range, a loss is not finite
+                (the rows are named), a row was not in the run of an unrolled stage, or `output_dir` holds an
+                interrupted scoring that is not to be resumed, or of something else.
+        """
+        return score(self._scorable(self.chain.link(stage)), corpus, batch_size, **more)
+
+    def _scorable(self, link: Link) -> Scorable:
+        stage, name = link.stage, link.stage.name
+        u, count = self.solutions[name], self.facts[name]["N"]
+        if link.recording is None:
+            influence = _implicit_influence(link, u)
+        else:
+            influence = _recorded_influence(link, u["weights"], count)
+        return Scorable(
+            stage=name,
+            file_name="scores.parquet" if link is self.chain.links[0] else f"scores-{name}.parquet",
+            engine=link.engine,
+            model=link.model,
+            objective=stage.objective,
+            batch_size=stage.batch_size,
+            columns=self.columns,
+            count=count,
+            influence=influence,
+            dtype=next(iter(link.model.parameters.values())).dtype,
+            metadata={
+                "stage": name,
+                "N": count,
+                "objective": describe(stage.objective),
+                "certificate": self.certificate(),
+                "tests": self.tests,
+            },
+            identity=lambda: self._identity(link),
+        )
+
+    def _identity(self, link: Link) -> dict[str, Any]:
+        """What scores of the stage's rows depend on: name for people → digest."""
+        name = link.stage.name
+        u, count = self.solutions[name], self.facts[name]["N"]
+        models = {f"the model of stage {stage!r}": facts["fingerprint"] for stage, facts in self.facts.items()}
+        return {
+            "the ranked stage": name,
+            **models,
+            "the query": digest([tensors_fingerprint(u), self.plain_tests, self.aggregate or "", count]),
+            "the objective or its tokenizer": objective_fingerprint(link.stage.objective),
+        }
 
     def certificate(self) -> dict:
         """JSON-able: how far every stage can be trusted, with its N and settings.
@@ -185,6 +234,46 @@ class Query:
             for name in names
         }
         return cls(solutions, certificates, state["tests"], state["losses"], state["aggregate"], chain, facts)
+
+
+def _implicit_influence(link: Link, u: Block) -> Callable[[dict, list[dict]], RowInfluence]:
+    """I(x) = −⟨u_q, ∇ℓ_x⟩, eq. (6), by one forward-mode pass per query column, 3 F each; no gradient is stored."""
+    columns = [vectors.column(u, q) for q in range(vectors.columns(u))]
+
+    def influence(batch: dict, rows: list[dict]) -> RowInfluence:
+        evaluation, slopes = Evaluation(link.model, link.stage.objective, batch), []
+        for column in columns:
+            slope, losses, counts = directional(evaluation, column)
+            slopes.append(-slope.double())
+        return RowInfluence(torch.stack(slopes, 1), losses, counts)
+
+    return influence
+
+
+def _recorded_influence(link: Link, weights: Tensor, count: float) -> Callable[[dict, list[dict]], RowInfluence]:
+    """I(x) = N ∂f/∂w_x of the rows of a recorded run, looked up; a forward pass adds their losses.
+
+    Args:
+        link: the stage, whose rows those of the run are.
+        weights: ∂f/∂w of every row of the run, (Q, rows).
+        count: N of the stage.
+    """
+    places = {row["example_id"]: (place, digest(row)) for place, row in enumerate(link.rows)}
+
+    def influence(batch: dict, rows: list[dict]) -> RowInfluence:
+        for row in rows:
+            if places.get(row["example_id"], (None, ""))[1] != digest(row):
+                raise InputError(
+                    f"the row {row['example_id']!r} is not one of the rows that stage {link.stage.name!r} was trained "
+                    "on: through its run (link='unrolled') only those have an influence. Score rows of its data, or "
+                    "use link='proximal'."
+                )
+        with torch.no_grad():
+            losses, counts = Evaluation(link.model, link.stage.objective, batch).losses({})
+        recorded = weights.T[[places[row["example_id"]][0] for row in rows]]
+        return RowInfluence((count * recorded).double(), losses, counts)
+
+    return influence
 
 
 def _facts(link: Link) -> dict:
