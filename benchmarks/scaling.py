@@ -264,8 +264,8 @@ def simulate(settings: argparse.Namespace) -> None:
     from hf_msif.adapters.functional import FunctionalModel
     from hf_msif.curvature.derivatives import Evaluation
     from hf_msif.engine.corpus import from_files
+    from hf_msif.scoring.parts import PartsOnDisk
     from hf_msif.scoring.scores import frame_of
-    from hf_msif.scoring.sinks import Parts
 
     torch.set_num_threads(1)
     count = 16384
@@ -279,7 +279,8 @@ def simulate(settings: argparse.Namespace) -> None:
         packed = pickle.dumps(rows)
         pickle.loads(packed)
         broadcast = (time.perf_counter() - started) / count
-        sink, influence = Parts(Path(folder) / "scores.parquet", {}, False), np.random.rand(count, settings.queries)
+        sink = PartsOnDisk(Path(folder) / "scores.parquet", {}, False)
+        influence = np.random.rand(count, settings.queries)
         started = time.perf_counter()
         for start in range(0, count, 4096):
             own = slice(start, start + 4096)

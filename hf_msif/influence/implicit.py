@@ -281,8 +281,7 @@ class Implicit(Differentiation):
     def damped(self, damping: float) -> Implicit:
         if not self.solver.damped:
             raise InputError(
-                f"stage {self.bound.name!r} is solved by {self.solver}, which has no damping to sweep: "
-                "use CG."
+                f"stage {self.bound.name!r} is solved by {self.solver}, which has no damping to sweep: use CG."
             )
         return self.with_solver(replace(self.solver, damping=damping))
 

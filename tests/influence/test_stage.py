@@ -387,7 +387,7 @@ def test_an_encoder_that_did_not_move_has_no_alpha():
         _ = link.differentiation.alpha
     frozen = automatic(before, model, toy_rows(1, 8), trainable="head").stage("two")
     assert frozen.differentiation.alpha is None
-    assert "encoder.gain" not in frozen.ridge
+    assert "encoder.gain" not in frozen.differentiation.ridge
 
 
 def test_a_tokenizer_that_the_model_has_no_room_for_is_refused():

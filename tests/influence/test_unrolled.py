@@ -635,5 +635,7 @@ def first_state(link):
 def test_there_is_no_damping_to_sweep(made):
     run, before, model, folder = made
     found = unrolled_chain(run, before, model, folder)
-    with pytest.raises(InputError, match="stage 'second' is differentiated by link='unrolled', without a linear system"):
+    with pytest.raises(
+        InputError, match="stage 'second' is differentiated by link='unrolled', without a linear system"
+    ):
         damping_sweep(found, TESTS, run.rows, [0.1, 1.0], "second")

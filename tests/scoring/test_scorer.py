@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny
-from helpers.tiny import dense_gauss_newton
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers
 
 CORPUS = tiny.rows(9, seed=1, longest=9)
 TWEETS = tiny.rows(6, seed=2)
 TESTS = [{**row, "example_id": f"test{row['example_id']}"} for row in tiny.rows(2, seed=3)]
-# Scores are linear in u, so that its own error does not matter here; float32 could not reach less.
+# Scores are linear in u, so that the error of u does not matter here; float32 cannot reach a smaller one.
 TOL = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -26,9 +25,9 @@ class Case:
         self.query = self.chain.query(TESTS)
         self.tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
 
-    def equal(self, found, expected):
+    def equal(self, values, expected):
         size = np.abs(expected).max()
-        np.testing.assert_allclose(found, expected, rtol=0, atol=self.tolerance * size)
+        np.testing.assert_allclose(values, expected, rtol=0, atol=self.tolerance * size)
 
 
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -62,6 +61,8 @@ def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
 
 def test_u_solves_its_system(exact):
     """The pull-back by plain autograd: dense Gauss-Newton of the head, and the mixed derivative by differences."""
+    from helpers.tiny import dense_gauss_newton
+
     head = list(exact.query.solutions["fine"].tensors())
     assert all(not n.startswith("bert.") or "pooler" in n for n in head)
     tests = tiny.Plain(exact.after, "classification", tiny.objective("classification").collate(TESTS))
@@ -72,8 +73,8 @@ def test_u_solves_its_system(exact):
         a = tests.gradient([*head, *encoder], of=tests.sums()[q])
         flat = torch.cat([a[n].flatten() for n in head])
         u = torch.linalg.solve(dense + 0.5 * torch.eye(len(flat)), flat)
-        found = torch.cat([exact.query.solutions["fine"].tensors()[n][q].flatten() for n in head])
-        torch.testing.assert_close(found, u, rtol=0, atol=1e-9 * float(u.abs().max()))
+        solution = torch.cat([exact.query.solutions["fine"].tensors()[n][q].flatten() for n in head])
+        torch.testing.assert_close(solution, u, rtol=0, atol=1e-9 * float(u.abs().max()))
 
         pieces = u.split([a[n].numel() for n in head])
         direction = {n: piece.view_as(a[n]) for n, piece in zip(head, pieces, strict=True)}
@@ -84,8 +85,8 @@ def test_u_solves_its_system(exact):
         wanted = torch.cat([adjoint.get(n, torch.zeros_like(corpus.parameters[n])).flatten() for n in names])
         count = len(corpus.batch["labels"])
         dense_pre = dense_gauss_newton(corpus, names) / count
-        found = torch.cat([exact.query.solutions["pre"].tensors()[n][q].flatten() for n in names])
-        residual = dense_pre @ found + 0.5 * found - wanted
+        solution = torch.cat([exact.query.solutions["pre"].tensors()[n][q].flatten() for n in names])
+        residual = dense_pre @ solution + 0.5 * solution - wanted
         assert residual.norm() < 1e-7 * wanted.norm()
         assert exact.chain.stage("pre").count == count
 
@@ -111,8 +112,8 @@ def test_padding_partners_do_not_matter(case):
 
 def test_the_batch_size_of_curvature_does_not_matter(exact):
     other = tiny.chain(exact.before, exact.after, 1e-10, (CORPUS, TWEETS), {"batch_size": 2}, batch_size=4)
-    found, expected = matrix(other.query(TESTS).score(CORPUS)), matrix(exact.query.score(CORPUS))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+    values, expected = matrix(other.query(TESTS).score(CORPUS)), matrix(exact.query.score(CORPUS))
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
 def test_a_column_of_several_is_the_query_of_one(exact):
@@ -131,7 +132,7 @@ def test_removal_effect_divides_by_the_counted_terms(exact):
     objective = tiny.objective("masked")
     masked = sum(max(1, round(0.4 * len(row["text"].split()))) for row in CORPUS)
     for stage, rows, count in (("pre", CORPUS, masked), ("fine", TWEETS, len(TWEETS))):
-        # N belongs to the stage's own data, whatever is scored.
+        # N is that of the stage's data, whatever rows are scored.
         scores = exact.query.score(rows[:3], stage)
         assert scores.metadata["N"] == count
         for q in range(2):
