@@ -124,7 +124,7 @@ def pull_back(link: Link, a: Block, question: str | None = None) -> tuple[Block,
     limit = link.stage.max_growth or growth_limit(replay.dtype)
     size = vectors.norm(vectors.select(a, recording.trained)).clamp(min=torch.finfo(torch.float64).tiny)
     sweep = _Sweep(recording, replay, a, question)
-    segments = list(itertools.pairwise(recording.marks))
+    segments = list(itertools.pairwise(recording.saved_steps))
     bar = link.engine.bar(desc=f"{name}: back through the run", total=recording.steps, unit=" steps")
     with bar:
         bar.update(recording.steps - sweep.step)
@@ -156,7 +156,7 @@ def pull_back(link: Link, a: Block, question: str | None = None) -> tuple[Block,
             sweep.norms.append([begin, grown])
             sweep.keep()
     sweep.copy.forget()
-    adjoint = replay.whole(sweep.adjoint)
+    adjoint = replay.gather(sweep.adjoint)
     own = adjoint.slots["parameters"]
     inherited = {n: adjoint.frozen[n] if n in adjoint.frozen else own[n] for n in link.split.inherited}
     for n, anchored in adjoint.anchors.items():
@@ -217,7 +217,7 @@ class _Sweep:
     def keep(self) -> None:
         if not self.copy.due() or self.step == 0:
             return
-        adjoint = self.replay.whole(self.adjoint)
+        adjoint = self.replay.gather(self.adjoint)
         parts = {"frozen": adjoint.frozen, "anchors": adjoint.anchors}
         parts |= {f"slot {slot}": own for slot, own in adjoint.slots.items()}
         flat = {f"{part}/{name}": t for part, own in parts.items() for name, t in own.items()}
@@ -237,4 +237,4 @@ class _Sweep:
             parts.setdefault(part, {})[name] = tensor.to(self.replay.engine.device)
         weights = parts.pop("weights")[""]
         slots = {part.removeprefix("slot "): own for part, own in parts.items() if part.startswith("slot ")}
-        return self.replay.own(Adjoint(slots, parts["frozen"], parts["anchors"], weights))
+        return self.replay.scatter(Adjoint(slots, parts["frozen"], parts["anchors"], weights))

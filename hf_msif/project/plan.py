@@ -154,10 +154,10 @@ def _unrolled(link: Link, arguments, columns: int) -> dict:
         "score_seconds_a_row": forward / step_rows / 3 / columns,
         "state_bytes": state,
         "states_held": run.interval + 2,
-        "states_kept": len(run.marks),
+        "states_kept": len(run.saved_steps),
         "solver_bytes": held_bytes(run, link.model.parameters, columns),
         "vector_bytes": 8 * columns * len(rows),
-        "disk_bytes": len(run.marks) * state,
+        "disk_bytes": len(run.saved_steps) * state,
         "model_bytes": sum(p.numel() * p.element_size() for p in link.model.parameters.values()),
     }
 
