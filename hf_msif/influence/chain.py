@@ -25,6 +25,7 @@ from ..engine.corpus import Stream, as_corpus, as_rows, first
 from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
 from ..errors import InputError
 from ..solvers import Dense, Identity, Solution, solve
+from ..training.objective import QuadraticTerms
 from ..training.recording import Recording
 from ..training.replay import Replay
 from ..vectors import Block
@@ -238,24 +239,23 @@ class Link:
         return self._solver_states[solver]
 
     @cached_property
-    def _decays(self) -> list[str]:
-        """The trained names that the stage's weight decay acts on."""
-        if not self.stage.weight_decay:
-            return []
-        decayed = adapters.decayed_names(self.stage.model)
-        return [name for name in self.split.trained if name in decayed]
+    def quadratic(self) -> QuadraticTerms:
+        """The quadratic terms of F_k in the trained parameters."""
+        return self._quadratic(self.alpha)
 
-    @cached_property
+    def _quadratic(self, alpha: float | None) -> QuadraticTerms:
+        parameters = vectors.select(self.model.parameters, self.split.trained)
+        before = self.before.model.parameters if self.before else None
+        return QuadraticTerms.of(self.stage.model, self.split, parameters, self.stage.weight_decay, alpha, before)
+
+    @property
     def ridge(self) -> dict[str, float | Tensor]:
         """Diagonal of the quadratic terms of F_k."""
-        ridge: dict[str, float | Tensor] = dict.fromkeys(self._decays, self.stage.weight_decay)
-        for name in self.split.proximal:
-            ridge[name] = ridge.get(name, 0.0) + self.tie(name)
-        return ridge
+        return self.quadratic.ridge
 
     def tie(self, name: str) -> float | Tensor:
         """2α on the inherited rows of a proximal parameter, zero on rows that a resize added."""
-        return self.split.tie(name, self.model.parameters[name], self.alpha)
+        return self.quadratic.tie[name]
 
     @cached_property
     def alpha(self) -> float | None:
@@ -282,11 +282,9 @@ class Link:
         Raises:
             InputError: W is W_before.
         """
-        slope = self.curvature(self.rows, {}).gradient()
-        for name in self._decays:
-            slope[name] += self.stage.weight_decay * self.model.parameters[name]
-        slope = vectors.select(slope, self.split.proximal)
-        shift = vectors.stack([{name: self._shift(name) for name in self.split.proximal}])
+        data, parameters = self.curvature(self.rows, {}).gradient(), self.model.parameters
+        slope = vectors.select(self._quadratic(None).gradient(parameters, data), self.split.proximal)
+        shift = vectors.stack([self._quadratic(1.0).shift(parameters)])
         distance, norm = float(vectors.norm(shift)), float(vectors.norm(slope))
         if distance == 0:
             raise InputError(
@@ -340,12 +338,7 @@ class Link:
         The implicit formulas, eqs. (9)–(15), differentiate ∇F_k = 0: they are exact where this is zero. (On a subset
         of the data it is not zero even where training has converged on all of them.)
         """
-        total = self.operator.gradient()
-        for name in self._decays:
-            total[name] += self.stage.weight_decay * self.model.parameters[name]
-        for name in self.split.proximal:
-            total[name] += 2 * self.alpha * self._shift(name)
-        return float(vectors.norm(total))
+        return float(vectors.norm(self.quadratic.gradient(self.model.parameters, self.operator.gradient())))
 
     @cached_property
     def question(self) -> str:
@@ -359,13 +352,6 @@ class Link:
     def fingerprint(self) -> str:
         """SHA-256 of the parameters, by which a saved query knows its model."""
         return tensors_fingerprint(self.model.parameters)
-
-    def _shift(self, name: str) -> Tensor:
-        """W − W_before, zero on rows that a resize added."""
-        shift = torch.zeros_like(self.model.parameters[name])
-        own = self._leading(name, self.model.parameters[name])
-        self._leading(name, shift).copy_(own - self.before.model.parameters[self.split.inherited[name]].to(own))
-        return shift
 
     def _leading(self, name: str, tensor: Tensor, axis: int = 0) -> Tensor:
         """The inherited rows of a tensor: all of them unless the stage resized it."""
