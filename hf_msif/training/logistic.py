@@ -107,8 +107,8 @@ def _layer(target: Any, stage: str) -> str:
         )
     if target.quadratic.tie:
         raise InputError(
-            f"stage {stage!r} ties {next(iter(target.quadratic.tie))!r} to the stage before by alpha, a term that scikit-learn "
-            f"has not: {WAY_OUT}."
+            f"stage {stage!r} ties {next(iter(target.quadratic.tie))!r} to the stage before by alpha, a term that "
+            f"scikit-learn does not have: {WAY_OUT}."
         )
     return names[0].rpartition(".")[0]
 

@@ -10,9 +10,9 @@ the step to the state before it by the chain rule, in two products:
 1. The optimiser is elementwise and has its vector-Jacobian product in closed form (`optimisers`), as clipping and the
    quadratic terms have theirs. They give λ on (φ, m) by every way but the data, and γ = ∂f/∂g.
 2. The data's gradient depends on φ, on the weights w_i of the rows and on the parameters that the run holds constant.
-   One backward pass through the graph of g, with γ at its end, gives all three: the Hessian product ∇²F_B γ is added to
-   λ on φ, the mixed derivative ∂⟨∇F_B, γ⟩/∂frozen to the adjoint of the frozen parameters, and ⟨∇ℓ_i, γ⟩ / Σ count_i
-   to ∂f/∂w_i of every row of the batch at once.
+   One backward pass through the graph of g, with γ at its end, gives all three: the Hessian product ∇²F_B γ, which is
+   added to λ on φ; the mixed derivative ∂⟨∇F_B, γ⟩/∂frozen, added to the adjoint of the frozen parameters; and
+   ⟨∇ℓ_i, γ⟩ / Σ count_i, added to ∂f/∂w_i of every row of the batch at once.
 
 All adjoints have Q columns, one per query. With several processes each one evaluates its share of a batch.
 """
@@ -197,9 +197,7 @@ class Replay:
         gamma = self._through_update(slots, gradient, t, adjoint)
         self._through_gradient(slots["parameters"], graph, gamma, t, adjoint)
 
-    def _gradient_and_graph(
-        self, parameters: Mapping[str, Tensor], t: int
-    ) -> tuple[dict[str, Tensor], _Graph | None]:
+    def _gradient_and_graph(self, parameters: Mapping[str, Tensor], t: int) -> tuple[dict[str, Tensor], _Graph | None]:
         """∇ of the data term of F_B, and its graph where the step is one micro-batch. (Graphs of several are made one
         after another when they are needed: together they would take the memory of the whole batch.)"""
         micro_batches = self._micro_batches(t)
@@ -228,8 +226,7 @@ class Replay:
     def _through_update(self, slots: Slots, gradient: Mapping[str, Tensor], t: int, adjoint: Adjoint) -> Block:
         """The adjoint by every way but the data's gradient, in place; returns γ, on that gradient.
 
-        The optimiser is passed one parameter at a time, whose λ is freed before the next one's: what is held at once is
-        λ, γ and the temporaries of one parameter.
+        One parameter at a time: beside λ and γ only the temporaries of one parameter are held.
         """
         run, gamma = self.recording, {}
         unclipped = self.quadratic.gradient(slots["parameters"], gradient)
