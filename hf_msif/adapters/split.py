@@ -74,13 +74,6 @@ class Split:
             return "proximal" if name in set(self.trained) else "frozen"
         return "head" if name in set(self.trained) else "left out"
 
-    def tie(self, name: str, parameter: Tensor, alpha: float) -> float | Tensor:
-        """2α, the curvature of α ‖W − W_before‖², eq. (12), in a proximal tensor; zero on rows that a resize added."""
-        if name not in self.resized:
-            return 2 * alpha
-        rows = torch.arange(parameter.shape[0], device=parameter.device) < self.resized[name]
-        return 2 * alpha * rows.to(parameter).reshape(-1, *[1] * (parameter.dim() - 1))
-
     def table(self) -> list[dict]:
         """One row a tensor: name, shape, parameters, role, note."""
         rows = []

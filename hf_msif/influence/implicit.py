@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .. import training, vectors
 from ..adapters.functional import memo_bytes
-from ..adapters.split import decayed_names
 from ..curvature import Curvature
 from ..curvature.base import MEMO_BYTES
 from ..curvature.derivatives import Evaluation, directional
@@ -31,6 +30,7 @@ from ..engine.corpus import Stream, first
 from ..errors import InputError
 from ..scoring.scorer import RowInfluence
 from ..solvers import Certificate, Solution, solve
+from ..training.objective import QuadraticTerms
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
@@ -147,25 +147,20 @@ class Implicit(Differentiation):
     # --- the quadratic terms of F_k
 
     @cached_property
-    def _decayed(self) -> list[str]:
-        """The trained names that the stage's weight decay acts on."""
-        stage = self.bound.stage
-        if not stage.weight_decay:
-            return []
-        decayed = decayed_names(stage.model)
-        return [name for name in self.bound.split.trained if name in decayed]
+    def quadratic(self) -> QuadraticTerms:
+        """Weight decay and α ‖W − W_before‖², eq. (12), in the trained parameters."""
+        return self._quadratic(self.alpha)
 
-    @cached_property
+    def _quadratic(self, alpha: float | None) -> QuadraticTerms:
+        bound, stage = self.bound, self.bound.stage
+        parameters = vectors.select(bound.model.parameters, bound.split.trained)
+        before = bound.before.model.parameters if bound.before else None
+        return QuadraticTerms.of(stage.model, bound.split, parameters, stage.weight_decay, alpha, before)
+
+    @property
     def ridge(self) -> dict[str, float | Tensor]:
         """Diagonal of the quadratic terms of F_k."""
-        ridge: dict[str, float | Tensor] = dict.fromkeys(self._decayed, self.bound.stage.weight_decay)
-        for name in self.bound.split.proximal:
-            ridge[name] = ridge.get(name, 0.0) + self.tie(name)
-        return ridge
-
-    def tie(self, name: str) -> float | Tensor:
-        """2α on the inherited rows of a proximal parameter, zero on rows that a resize added."""
-        return self.bound.split.tie(name, self.bound.model.parameters[name], self.alpha)
+        return self.quadratic.ridge
 
     @cached_property
     def alpha(self) -> float | None:
@@ -194,11 +189,9 @@ class Implicit(Differentiation):
             InputError: W is W_before.
         """
         bound = self.bound
-        slope = self.curvature(bound.rows, {}).gradient()
-        for name in self._decayed:
-            slope[name] += bound.stage.weight_decay * bound.model.parameters[name]
-        slope = vectors.select(slope, bound.split.proximal)
-        shift = vectors.stack([{name: self._shift(name) for name in bound.split.proximal}])
+        data, parameters = self.curvature(bound.rows, {}).gradient(), bound.model.parameters
+        slope = vectors.select(self._quadratic(None).gradient(parameters, data), bound.split.proximal)
+        shift = vectors.stack([self._quadratic(1.0).shift(parameters)])
         distance, norm = float(vectors.norm(shift)), float(vectors.norm(slope))
         if distance == 0:
             raise InputError(
@@ -216,21 +209,8 @@ class Implicit(Differentiation):
         The implicit formulas, eqs. (9)–(15), differentiate ∇F_k = 0: they are exact where this is zero. (On a subset
         of the data it is not zero even where training has converged on all of them.)
         """
-        total = self.operator.gradient()
-        for name in self._decayed:
-            total[name] += self.bound.stage.weight_decay * self.bound.model.parameters[name]
-        for name in self.bound.split.proximal:
-            total[name] += 2 * self.alpha * self._shift(name)
-        return float(vectors.norm(total))
-
-    def _shift(self, name: str) -> Tensor:
-        """W − W_before, zero on rows that a resize added."""
-        bound = self.bound
-        shift = torch.zeros_like(bound.model.parameters[name])
-        value = bound.leading(name, bound.model.parameters[name])
-        source = bound.before.model.parameters[bound.split.inherited[name]]
-        bound.leading(name, shift).copy_(value - source.to(value))
-        return shift
+        slopes = self.quadratic.gradient(self.bound.model.parameters, self.operator.gradient())
+        return float(vectors.norm(slopes))
 
     # --- the pull-back
 
@@ -243,7 +223,7 @@ class Implicit(Differentiation):
         if split.frozen:
             mixed = self.operator.mixed(u, split.frozen)
             inherited |= {name: adjoint[name] - mixed[name] for name in split.frozen}
-        inherited |= {name: self.tie(name) * u[name] for name in split.proximal}
+        inherited |= {name: self.quadratic.tie[name] * u[name] for name in split.proximal}
         return Direction(self.bound, u, solution.certificate), inherited
 
     def solve(self, b: Block, checkpoint: Checkpoint | None = None) -> Solution:

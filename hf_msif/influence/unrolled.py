@@ -274,7 +274,7 @@ class Unrolled(Differentiation):
         limit = self.bound.stage.max_growth or growth_limit(replay.dtype)
         size = vectors.norm(vectors.select(adjoint, recording.trained)).clamp(min=torch.finfo(torch.float64).tiny)
         sweep = _Sweep(recording, replay, adjoint, key)
-        segments = list(itertools.pairwise(recording.marks))
+        segments = list(itertools.pairwise(recording.saved_steps))
         bar = self.bound.engine.bar(desc=f"{name}: back through the run", total=recording.steps, unit=" steps")
         with bar:
             bar.update(recording.steps - sweep.step)
@@ -306,7 +306,7 @@ class Unrolled(Differentiation):
                 sweep.norms.append([begin, growth])
                 sweep.keep()
         sweep.copy.forget()
-        adjoint_before = replay.whole(sweep.adjoint)
+        adjoint_before = replay.gather(sweep.adjoint)
         trained = adjoint_before.slots["parameters"]
         frozen = adjoint_before.frozen
         inherited = {n: frozen[n] if n in frozen else trained[n] for n in self.bound.split.inherited}
@@ -357,8 +357,8 @@ class Unrolled(Differentiation):
             f"run of {run.steps:,} steps of up to {step_rows} rows: {time_text(training_seconds)} to train; back "
             f"through it with {columns} column(s) {time_text(solve_seconds)}",
             f"{states} states of {size_text(state)} held at a time, with adjoints {size_text(held)}; model "
-            f"{size_text(model_bytes(parameters))}; {len(run.marks)} states on disk, "
-            f"{size_text(len(run.marks) * state)}",
+            f"{size_text(model_bytes(parameters))}; {len(run.saved_steps)} states on disk, "
+            f"{size_text(len(run.saved_steps) * state)}",
         )
         return Cost(
             solve_seconds=solve_seconds,
@@ -366,14 +366,14 @@ class Unrolled(Differentiation):
             memory_bytes=held,
             model_bytes=model_bytes(parameters),
             vector_bytes=8 * columns * len(bound.rows),
-            disk_bytes=len(run.marks) * state,
+            disk_bytes=len(run.saved_steps) * state,
             details={
                 "steps": run.steps,
                 "step_rows": step_rows,
                 "training_seconds": training_seconds,
                 "state_bytes": state,
                 "states_held": states,
-                "states_kept": len(run.marks),
+                "states_kept": len(run.saved_steps),
                 "solver_bytes": held,
             },
             text=text,
@@ -471,7 +471,7 @@ class _Sweep:
     def keep(self) -> None:
         if not self.copy.due() or self.step == 0:
             return
-        adjoint = self.replay.whole(self.adjoint)
+        adjoint = self.replay.gather(self.adjoint)
         parts = {"frozen": adjoint.frozen, "anchors": adjoint.anchors, "weights": {"": adjoint.weights}}
         parts |= {f"slot {slot}": block for slot, block in adjoint.slots.items()}
         progress = {key: getattr(self, key) for key in ("step", "difference", "growth", "norms")}
@@ -489,4 +489,4 @@ class _Sweep:
         parts |= nested_keys({key: t.to(device) for key, t in tensors.items()})
         weights = parts.pop("weights")[""]
         slots = {part.removeprefix("slot "): block for part, block in parts.items() if part.startswith("slot ")}
-        return self.replay.own(Adjoint(slots, parts["frozen"], parts["anchors"], weights))
+        return self.replay.scatter(Adjoint(slots, parts["frozen"], parts["anchors"], weights))

@@ -20,7 +20,7 @@ from ..errors import InputError
 from . import optimisers
 from .optimisers import Slots
 from .record import check_arguments, check_finite, check_precision
-from .recording import Recording, Schedule, interval, known_by, write_state
+from .recording import Recording, Schedule, facts_of, interval, write_state
 
 # Slot of a recording → what torch's optimisers call it.
 BUFFERS = {"momentum": "momentum_buffer", "first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
@@ -172,7 +172,7 @@ class RecordCallback(TrainerCallback):
                 self.rates,
                 torch.stack(self.generators) if self.dropout else None,
             ),
-            known_by(self.rows, self.initial, self.objective),
+            facts_of(self.rows, self.initial, self.objective),
             self.folder,
         )
 

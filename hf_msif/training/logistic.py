@@ -58,7 +58,7 @@ def minimise(target: Any, stage: str, tol: float, max_iter: int, dense_limit: in
     name = _layer(target, stage)
     weight, bias = target.parameters[f"{name}.weight"], target.parameters.get(f"{name}.bias")
     terms = _terms(target, name, stage)
-    classes, decay = weight.shape[0], target.decay.get(f"{name}.weight", 0.0)
+    classes, decay = weight.shape[0], target.quadratic.decay.get(f"{name}.weight", 0.0)
     missing = np.setdiff1d(np.arange(classes), terms.labels)  # scikit-learn takes the classes from the labels
     features = np.concatenate([terms.features, np.zeros((len(missing), weight.shape[1]))])
     weights = np.concatenate([terms.weights, np.zeros(len(missing))])
@@ -105,10 +105,10 @@ def _layer(target: Any, stage: str) -> str:
             f"stage {stage!r} trains {len(names)} tensors (first {names[0]!r}), which are not one linear layer; "
             f"method='sklearn' is for a linear head on a frozen encoder (trainable='head'): {WAY_OUT}."
         )
-    if target.tie:
+    if target.quadratic.tie:
         raise InputError(
-            f"stage {stage!r} ties {next(iter(target.tie))!r} to the stage before by alpha, a term that scikit-learn "
-            f"has not: {WAY_OUT}."
+            f"stage {stage!r} ties {next(iter(target.quadratic.tie))!r} to the stage before by alpha, a term that "
+            f"scikit-learn does not have: {WAY_OUT}."
         )
     return names[0].rpartition(".")[0]
 

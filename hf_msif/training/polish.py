@@ -14,19 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import vectors
-from ..adapters.functional import FunctionalModel
-from ..adapters.split import Split, decayed_names, split, write
-from ..curvature import Hessian
-from ..curvature.derivatives import Evaluation, reached
+from ..adapters.split import split, write
 from ..engine.accelerated import Engine
-from ..engine.corpus import as_rows, checked_omission
+from ..engine.corpus import as_rows
 from ..errors import InputError
-from ..vectors import Block
 from . import logistic
-from .newton import Newton, Preconditioner, State, lbfgs, nearby
+from .newton import Newton, Preconditioner, lbfgs, nearby
+from .objective import StageObjective
 
 HANDOVER = 1e-3  # gradient norm at which L-BFGS hands over to Newton's method
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -170,7 +167,7 @@ def polish(
     engine = engine or Engine(progress=False)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
-    target = _Target(model, objective, rows, roles, previous, weight_decay, alpha, omit, batch_size, engine)
+    target = StageObjective(model, objective, rows, roles, engine, previous, weight_decay, alpha, omit, batch_size)
     tol = TOLERANCE.get(target.dtype, 1e-4) if tol is None else tol
     with target.model.evaluating(), engine.bar(desc=f"polishing {name}", unit=" steps") as bar:
         state = before = target.at()
@@ -217,93 +214,3 @@ def polish(
     if not report.reached:
         warnings.warn(f"not a stationary point. {report}", stacklevel=2)
     return report
-
-
-class _Target:
-    """F of one stage without some of its examples: value, gradient, Hessian products; itself a solvers' operator."""
-
-    def __init__(self, model, objective, rows, roles: Split, previous, weight_decay, alpha, omit, batch_size, engine):
-        omit = checked_omission(omit, rows, roles.stage)
-        kept = [row for row in rows if row["example_id"] not in omit]
-        if roles.proximal and not alpha:
-            raise InputError(
-                f"stage {roles.stage!r} trains {len(roles.proximal)} inherited tensors (first {roles.proximal[0]!r}): "
-                "give alpha, the α of eq. (12), or freeze them with trainable='head'."
-            )
-        if isinstance(alpha, str):
-            raise InputError(
-                f"stage {roles.stage!r}: alpha is {alpha!r}; a minimum needs the number itself, such as the estimate "
-                "that a chain reports for it."
-            )
-        self.engine, self.roles, self.evaluations, self.products = engine, roles, 0, 0
-        self.model = FunctionalModel(model, engine.device)
-        self.model.parameters |= {name: self.model.parameters[name].clone() for name in roles.trained}
-        names = reached(self.model, objective, rows, roles.trained)  # the rest is held constant
-        self.operator = Hessian(self.model, objective, kept, names, engine, batch_size)
-        self.parameters = self.operator.parameters
-        self.dtype = next(iter(self.parameters.values())).dtype
-        omitted = [row for row in rows if row["example_id"] in omit]
-        self.count = self.operator.count + self._count(objective, omitted, batch_size)
-        self._share = self.operator.count / self.count
-        self.decay = {name: weight_decay for name in names if weight_decay and name in decayed_names(model)}
-        self.tie = {
-            name: roles.tie(name, self.parameters[name], alpha) for name in roles.proximal if name in self.parameters
-        }
-        self._anchor = {name: self._anchored(name, previous) for name in self.tie}
-
-    def _count(self, objective, rows, batch_size) -> float:
-        total = 0.0
-        for start in range(0, len(rows), batch_size):
-            batch = self.engine.place(objective.collate(rows[start : start + batch_size]))
-            evaluation = Evaluation(self.model, objective, batch)
-            with torch.no_grad(), self.model.evaluating():
-                total += float(evaluation.losses({})[1].double().sum())
-        return total
-
-    def _anchored(self, name: str, previous: nn.Module) -> Tensor:
-        source, parameter = previous.get_parameter(self.roles.inherited[name]).detach(), self.parameters[name]
-        anchor = parameter.clone()
-        # All rows, unless a resize added some; a scalar has none.
-        (anchor[: len(source)] if name in self.roles.resized else anchor).copy_(source)
-        return anchor
-
-    def at(self, point: Block | None = None) -> State:
-        """F and ∇F at `point`, which becomes the present one; by default where the model is."""
-        if point is None:
-            point = {name: p.clone().unsqueeze(0) for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.copy_(point[name][0])
-        self.evaluations += 1
-        like = {name: p.unsqueeze(0) for name, p in self.parameters.items()}
-        like[""] = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
-        total = self.engine.sum(like, map(self._losses, self.operator._passing()))
-        value = float(total.pop("")) / self.count
-        gradient = {name: t / self.count for name, t in total.items()}
-        for strength, name, shift in self._quadratic():
-            gradient[name] = gradient[name] + strength * shift
-            value += 0.5 * float((strength * shift.double() ** 2).sum())
-        return State(point, value, gradient)
-
-    def _losses(self, evaluation: Evaluation) -> Block:
-        # With the gradient's graph even where a value would do: without one a memo cannot tell that a constant
-        # module's *input* varies.
-        leaves = evaluation.leaves(self.parameters)
-        total = evaluation.losses(leaves)[0].sum()
-        gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True, allow_unused=True)
-        parts = {name: g.unsqueeze(0) for name, g in zip(leaves, gradients, strict=True)}
-        return parts | {"": total.detach().reshape(1)}
-
-    def _quadratic(self):
-        for name, strength in self.decay.items():
-            yield strength, name, self.parameters[name].unsqueeze(0)
-        for name, strength in self.tie.items():
-            yield strength, name, (self.parameters[name] - self._anchor[name]).unsqueeze(0)
-
-    def matvec(self, v: Block) -> Block:
-        """∂²F v for every column, at the present point."""
-        self.products += vectors.columns(v)
-        product = vectors.scale(self.operator.matvec(v), self._share)
-        for terms in (self.decay, self.tie):
-            for name, strength in terms.items():
-                product[name] = product[name] + strength * v[name]
-        return product

@@ -23,7 +23,7 @@ from ..engine.hashing import tensors_fingerprint
 from ..errors import DivergedError, InputError
 from . import optimisers
 from .optimisers import SGD, AdamW, Slots
-from .recording import Recording, Schedule, known_by
+from .recording import Recording, Schedule, facts_of
 from .replay import Replay
 
 
@@ -111,12 +111,12 @@ def rerun(
 
 def _run(replay: Replay, slots: Slots, begin: int, model: nn.Module, name: str) -> None:
     """The rest of a run, states written where they are kept; ends in the model's parameters."""
-    recording = replay.recording
+    recording, saved_steps = replay.recording, frozenset(replay.recording.saved_steps)
     with replay.engine.bar(total=recording.steps, initial=begin, desc=f"training {name}", unit=" steps") as bar:
         for t in range(begin, recording.steps):
             slots = replay.forward(slots, t)
             bar.update()
-            if t + 1 in replay.marks:
+            if t + 1 in saved_steps:
                 check_finite(slots, name, t + 1)
                 if recording.folder is not None:
                     recording.write(t + 1, slots)
@@ -152,7 +152,7 @@ def compose(
         dropout,
         arguments.seed,
         schedule(arguments, len(rows)),
-        known_by(rows, tensors_fingerprint(model.parameters), objective, omit),
+        facts_of(rows, tensors_fingerprint(model.parameters), objective, omit),
     )
 
 
@@ -237,7 +237,7 @@ def _go_on(recording: Recording, model: FunctionalModel, name: str) -> tuple[Slo
             f"stage {name!r}: {recording.folder} holds a run that differs in {', '.join(other)}: delete it, or choose "
             "another folder, to train anew."
         )
-    kept = [step for step in recording.kept() if step in recording.marks] or [0]
+    kept = [step for step in recording.kept() if step in recording.saved_steps] or [0]
     if kept == [0]:
         recording.write(0, first)
     return recording.state(kept[-1], next(iter(model.parameters.values())).device), kept[-1]

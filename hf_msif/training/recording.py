@@ -104,7 +104,7 @@ class Recording:
         return interval(self.steps)
 
     @property
-    def marks(self) -> list[int]:
+    def saved_steps(self) -> list[int]:
         """The steps before which a state is kept; the last one is the end of the run."""
         return [*range(0, self.steps, self.interval), self.steps]
 
@@ -154,7 +154,7 @@ class Recording:
         optimiser, schedule = found.pop("optimiser"), Schedule.load(folder / "schedule.safetensors")
         facts = {key: value for key, value in found.items() if key not in ("steps", "order")}
         made = cls(optimisers.from_dict(optimiser), schedule=schedule, facts=facts, folder=folder, **given)
-        missing = [mark for mark in made.marks if not made.path(mark).is_file()]
+        missing = [mark for mark in made.saved_steps if not made.path(mark).is_file()]
         if missing:
             raise InputError(
                 f"stage {name!r}: the run in {folder} lacks its state after step {missing[0]} of {made.steps}: let "
@@ -175,7 +175,7 @@ class Recording:
         write_state(self.folder, step, slots)
 
     def state(self, step: int, device: torch.device | str = "cpu") -> Slots:
-        """The state after so many steps, one of `marks`."""
+        """The state after so many steps, one of `saved_steps`."""
         slots: Slots = {}
         for key, tensor in load_tensors(self.path(step))[0].items():
             slot, name = key.split("/", 1)
@@ -203,7 +203,7 @@ def _state_path(folder: Path, step: int) -> Path:
     return folder / f"state-{step:08d}.safetensors"
 
 
-def known_by(rows: list[dict], initial: str, objective: Any, omit: Collection[Any] = ()) -> dict[str, Any]:
+def facts_of(rows: list[dict], initial: str, objective: Any, omit: Collection[Any] = ()) -> dict[str, Any]:
     """`Recording.facts`: what a run is of; `initial` is the fingerprint of its first weights."""
     return {
         "rows": digest(rows),

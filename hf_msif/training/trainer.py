@@ -5,40 +5,38 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters.functional import forward
-from ..adapters.peft import has_adapters, unwrapped
-from ..adapters.peft import save as save_with_adapters
-from ..adapters.split import Split, decayed_names, split
+from ..adapters.peft import unwrapped
+from ..adapters.split import Split, split
 from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import DivergedError, InputError
 from ..objectives import of_epoch
+from .objective import QuadraticTerms, data_term, example_weights
 
-# Arguments that decide the weights: only where they agree does a run go on from the checkpoint of another.
+# Arguments that decide the final weights: a run is resumed from a checkpoint only where all of them agree.
 DECISIVE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 DECISIVE += ("world_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 DECISIVE += ("max_grad_norm", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
 DECISIVE += ("seed", "data_seed", "bf16", "fp16")
 
-# What Trainer and Accelerate leave on modules; under a `forward` that autocasts, the model would be differentiated.
+# What Trainer and Accelerate leave on modules. A `forward` that autocasts would be differentiated later.
 TOUCHED = ("training", "gradient_checkpointing", "forward", "_original_forward", "_is_accelerate_prepared")
 TOUCHED += ("_require_grads_hook", "_require_grads_hooks")
-# With it set, `save_pretrained` would write checkpoints of the adapters alone.
+# Where it is set, `save_pretrained` writes checkpoints of the adapters alone.
 TOUCHED += ("_hf_peft_config_loaded",)
 
 
@@ -63,27 +61,30 @@ def train(
     of its batch; the sums run over all micro-batches and processes of the step, so that it is no mean of means.
 
     Args:
-        model: trained in place. All else about it (modes, `requires_grad`, `forward`) is left as it came.
+        model: trained in place. Its modes, `requires_grad` and `forward` are left as they were.
         objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`, and with `counts` where
             a step has several micro-batches or processes. One with fields `first_draw` and `draws` (a masked LM) draws
             new masks in each epoch: epoch e takes the draws from first_draw + e · draws.
-        data: rows as the objective reads them.
+        data: the stage's examples: a `datasets.Dataset`, a list of dicts that the objective reads, or a list of
+            strings.
         arguments: Hugging Face's `TrainingArguments`, not modified. Dropout that the model configures is on.
-        previous: the model of the stage before, which says what is inherited.
-        trainable: as in `Stage`; everything else is held constant.
-        weight_decay: of the quadratic penalty, as in `Stage`.
-        alpha: ties inherited, trained parameters to their values in `previous`; None: they move freely.
-        resized: as in `Stage`.
+        previous: the model of the stage before, which says what is inherited; None for a first stage.
+        trainable: "all", "head" (everything that is not inherited) or a list of name patterns; all other parameters
+            are held constant.
+        weight_decay: of the quadratic penalty, which acts on the trained parameters but biases and normalisation
+            layers.
+        alpha: α, which ties inherited, trained parameters to their values in `previous`; None: they move freely.
+        resized: accept embeddings that gained rows since the stage before; the new rows are not tied.
         omit: example ids to train without. Order, batches and masks of all others stay as they are, so that two runs
-            differ by the omission alone.
+            differ by the omission alone; Σ count_i is that of the examples that are left.
         name: the stage's name, for messages and the progress bar.
         progress: show the bar.
 
     Returns:
         The mean of F over the steps of this call.
 
-    A run whose `save_strategy` writes checkpoints goes on from the last one when it is called again in the same way,
-    and ends at the weights of a run that was not interrupted.
+    A run whose `save_strategy` writes checkpoints is resumed from the last one when it is called again with the same
+    arguments, and ends at the weights of a run that was not interrupted.
 
     Raises:
         InputError: bad rows, ids to omit that no row has, arguments under which another F would be minimised, or
@@ -96,7 +97,7 @@ def train(
     roles = split(name, model, previous, trainable, resized)
     omit = checked_omission(omit, rows, name)
     arguments = _checked_arguments(arguments, objective, name)
-    record = {
+    facts = {
         "the objective": str(describe(objective)),
         "trainable": list(roles.trained),
         "the stage's weight_decay": weight_decay,
@@ -106,51 +107,34 @@ def train(
         "the initial weights": tensors_fingerprint(dict(model.named_parameters())),
         **{key: str(getattr(arguments, key)) for key in DECISIVE},
     }
-    checkpoint = _last_checkpoint(arguments, record, name)
+    checkpoint = _last_checkpoint(arguments, facts, name)
     collator = _Collator(objective, omit)
-    watch = _Watch(collator, name, progress)
+    monitor = _Monitor(collator, name, progress)
     with _borrowed(model, set(roles.trained)):
         trainer = _StageTrainer(
             model=model,
             args=arguments,
             train_dataset=rows,
             data_collator=collator,
-            callbacks=[watch],
-            penalty=_penalty(model, previous, roles, weight_decay, alpha),
-            name=name,
+            callbacks=[monitor],
+            roles=roles,
+            previous=previous,
+            stage_weight_decay=weight_decay,
+            alpha=alpha,
         )
         trainer.remove_callback(PrinterCallback)
         try:
             loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
         finally:
-            watch.close()
+            monitor.close()
         _check_finite(model, name, trainer.state.global_step)
     # Each process adds up its own share of the steps after the last log.
     return float(trainer.accelerator.gather(torch.tensor([loss], device=arguments.device)).mean())
 
 
-def save(model: nn.Module, tokenizer: Any | None, folder: str | os.PathLike) -> None:
-    """Writes model and tokenizer (where there is one) as `from_pretrained` reads them, whole or not at all; replaces
-    what was there. A model with adapters is written as `lora.load` reads it, encoder included."""
-    folder = Path(folder)
-    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        save_with_adapters(model, part) if has_adapters(model) else model.save_pretrained(part)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _checked_arguments(arguments: TrainingArguments, objective: Any, name: str) -> TrainingArguments:
-    """A copy of the arguments with what our batches and bar need; those that would change F are refused."""
-    parts = arguments.gradient_accumulation_steps * arguments.world_size
+    """A copy of the arguments, set as our batches and bar need it; arguments that would change F are refused."""
+    micro_batches = arguments.gradient_accumulation_steps * arguments.world_size
     refused = {
         "label_smoothing_factor": (arguments.label_smoothing_factor, "the loss is the objective's own"),
         "fsdp": (arguments.fsdp, "the penalties of F need whole parameters"),
@@ -164,7 +148,7 @@ def _checked_arguments(arguments: TrainingArguments, objective: Any, name: str) 
             "DataParallel cannot split masked positions: use `accelerate launch`, or one GPU (CUDA_VISIBLE_DEVICES=0)",
         ),
         "several micro-batches or processes a step": (
-            parts > 1 and not hasattr(objective, "counts"),
+            micro_batches > 1 and not hasattr(objective, "counts"),
             f"{type(objective).__name__} has no method `counts(batch)`, by which F is normalised over a whole step",
         ),
     }
@@ -179,37 +163,37 @@ def _checked_arguments(arguments: TrainingArguments, objective: Any, name: str) 
         )
     arguments = copy.copy(arguments)
     arguments.remove_unused_columns = False
-    arguments.disable_tqdm = True  # one bar, ours: Trainer's prints a dictionary a log entry beside it
+    arguments.disable_tqdm = True  # our bar in its place: Trainer's also prints a dictionary per log entry
     arguments.logging_nan_inf_filter = False  # it would replace a NaN by the mean of the losses before
     arguments.dataloader_pin_memory = arguments.dataloader_pin_memory and arguments.device.type == "cuda"
     return arguments
 
 
-def _last_checkpoint(arguments: TrainingArguments, record: Mapping[str, Any], name: str) -> str | None:
-    """The checkpoint that an interrupted run goes on from, if it is of the run that `record` describes."""
+def _last_checkpoint(arguments: TrainingArguments, facts: Mapping[str, Any], name: str) -> str | None:
+    """The checkpoint from which an interrupted run is resumed, if it belongs to the run that `facts` describes."""
     if arguments.save_strategy == "no":
         return None
     folder = Path(arguments.output_dir)
     file = folder / "run.json"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is None:
         if arguments.process_index == 0:
-            write_json(file, record)
+            write_json(file, facts)
         return None
     before = json.loads(file.read_text()) if file.exists() else {}
-    other = [key for key, value in record.items() if before.get(key) != value]
-    if other:
+    differences = [key for key, value in facts.items() if before.get(key) != value]
+    if differences:
         raise InputError(
-            f"stage {name!r}: {found} is a checkpoint of a run that differs in {', '.join(other)}: delete {folder}, "
-            "or choose another output_dir, to train anew."
+            f"stage {name!r}: {checkpoint} is a checkpoint of a run that differs in {', '.join(differences)}: delete "
+            f"{folder}, or choose another output_dir, to train anew."
         )
-    return found
+    return checkpoint
 
 
 @contextmanager
 def _borrowed(model: nn.Module, trained: set[str]) -> Iterator[None]:
-    """Only `trained` wants gradients inside; on leaving, all but weights and device is as it was."""
-    wanted = {p: p.requires_grad for p in model.parameters()}
+    """Inside, only `trained` requires gradients; on leaving, all but weights and device is as it was."""
+    required = {p: p.requires_grad for p in model.parameters()}
     state = {m: {key: vars(m)[key] for key in TOUCHED if key in vars(m)} for m in model.modules()}
     hooks = {m: set(m._forward_hooks) for m in model.modules()}
     use_cache = getattr(model.config, "use_cache", None)
@@ -220,12 +204,12 @@ def _borrowed(model: nn.Module, trained: set[str]) -> Iterator[None]:
         yield
     finally:
         model.zero_grad()
-        for parameter, wants in wanted.items():
-            parameter.requires_grad_(wants)
-        for module, own in state.items():
+        for parameter, requires_grad in required.items():
+            parameter.requires_grad_(requires_grad)
+        for module, attributes in state.items():
             for key in TOUCHED:
                 vars(module).pop(key, None)
-            vars(module).update(own)
+            vars(module).update(attributes)
             for key in set(module._forward_hooks) - hooks[module]:  # of activation checkpointing, of NEFTune
                 del module._forward_hooks[key]
         if use_cache is not None:
@@ -242,19 +226,18 @@ def _check_finite(model: nn.Module, name: str, step: int) -> None:
 
 
 class _Collator:
-    """The objective's batches, each row with a weight of one or (omitted) zero, masks numbered by the epoch."""
+    """Makes the objective's batches, with a weight for each row (zero where it is omitted) and the epoch's masks."""
 
     def __init__(self, objective: Any, omit: frozenset):
         self.objective, self.omit, self.epoch = objective, omit, 0
 
     def __call__(self, rows: list[dict]) -> dict:
         objective = of_epoch(self.objective, self.epoch)
-        weights = torch.tensor([0.0 if row["example_id"] in self.omit else 1.0 for row in rows])
-        return {**objective.collate(rows), "weights": weights}
+        return {**objective.collate(rows), "weights": example_weights(rows, self.omit)}
 
 
-class _Watch(TrainerCallback):
-    """Numbers the epochs for the collator, shows a bar, and keeps weights that are not finite out of checkpoints."""
+class _Monitor(TrainerCallback):
+    """Tells the collator the epoch, shows a bar, and keeps weights that are not finite out of checkpoints."""
 
     def __init__(self, collator: _Collator, name: str, progress: bool):
         self.collator, self.name, self.progress = collator, name, progress
@@ -267,7 +250,7 @@ class _Watch(TrainerCallback):
         )
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # The workers of a data loader are started after this. A run that goes on begins inside of an epoch.
+        # Workers of the data loader start after this. A run that is resumed begins inside of an epoch.
         self.collator.epoch = math.floor((state.epoch or 0) + 1e-6)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -285,13 +268,17 @@ class _Watch(TrainerCallback):
 
 
 class _StageTrainer(Trainer):
-    loss_is_scaled_for_ga = (
-        True  # else each micro-batch would be divided again, or not, as the model's signature has it
-    )
+    # Otherwise Trainer divides each micro-batch's loss once more, or not, depending on the model's signature.
+    loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, penalty: Callable[[], Tensor | float], name: str, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.penalty, self.name = penalty, name
+    def __init__(self, model, *, roles: Split, previous, stage_weight_decay: float, alpha: float | None, **kwargs):
+        super().__init__(model, **kwargs)
+        self.name, self.parameters = roles.stage, {n: model.get_parameter(n) for n in roles.trained}
+        anchors = None
+        if alpha:  # copies: the model is trained in place, and may share parameters with the one before
+            anchors = {n: previous.get_parameter(n).detach().clone() for n in map(roles.inherited.get, roles.proximal)}
+        # Trainer has moved the model by now: the anchors are put where their parameters are.
+        self.quadratic = QuadraticTerms.of(model, roles, self.parameters, stage_weight_decay, alpha or None, anchors)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A step's micro-batches, and the number of terms they count on all processes (None: ask the one batch)."""
@@ -301,8 +288,8 @@ class _StageTrainer(Trainer):
         if self.args.gradient_accumulation_steps == self.args.world_size == 1:
             return batches, None
         counts = self.data_collator.objective.counts
-        mine = sum((batch["weights"].double() * counts(batch).double()).sum() for batch in batches)
-        return batches, self.accelerator.gather(mine.to(device)).sum()
+        count = sum((batch["weights"].double() * counts(batch).double()).sum() for batch in batches)
+        return batches, self.accelerator.gather(count.to(device)).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's share of F on the rows of the step."""
@@ -310,37 +297,17 @@ class _StageTrainer(Trainer):
         weights = inputs.pop("weights")
 
         def call(positions=None, **kwargs):
-            return forward(self.accelerator.unwrap_model(model), lambda given: model(**given), positions, kwargs)
+            return forward(self.accelerator.unwrap_model(model), lambda inputs: model(**inputs), positions, kwargs)
 
         sums, counts = self.data_collator.objective.losses(call, inputs)
         weights = weights.to(sums)
-        total = (weights * counts).sum() if num_items_in_batch is None else num_items_in_batch.to(sums)
-        total = total + (total == 0)  # a step without a term: its data say nothing, and 0/0 is not that
+        count = (weights * counts).sum() if num_items_in_batch is None else num_items_in_batch.to(sums)
         # Processes' gradients are averaged, but their sums must add up.
-        loss = self.args.world_size * (weights * sums).sum() / total
-        loss = loss + self.penalty() / self.current_gradient_accumulation_steps
+        loss = self.args.world_size * data_term(weights, sums, count)
+        loss = loss + self.quadratic.value(self.parameters) / self.current_gradient_accumulation_steps
         if not loss.isfinite():
             raise DivergedError(
                 f"the loss of stage {self.name!r} is {loss.item()} at step {self.state.global_step + 1}: lower the "
                 "learning rate, or check the data."
             )
         return (loss, None) if return_outputs else loss
-
-
-def _penalty(
-    model: nn.Module, previous: nn.Module | None, roles: Split, weight_decay: float, alpha: float | None
-) -> Callable[[], Tensor | float]:
-    """The quadratic terms of F as a function of the model's present state."""
-    decayed = [n for n in roles.trained if n in decayed_names(model)] if weight_decay else []
-    tied = roles.proximal if alpha else ()
-    anchors = {n: previous.get_parameter(roles.inherited[n]).detach().clone() for n in tied}
-
-    def penalty() -> Tensor | float:
-        total = weight_decay / 2 * sum((model.get_parameter(n) ** 2).sum() for n in decayed)
-        for n, anchor in anchors.items():
-            p = model.get_parameter(n)
-            p = p[: len(anchor)] if n in roles.resized else p
-            total = total + alpha * ((p - anchor.to(p)) ** 2).sum()
-        return total
-
-    return penalty

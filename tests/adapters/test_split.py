@@ -252,7 +252,7 @@ def test_carry_drops_the_new_rows():
     assert set(carried) == {n for n, _ in before.named_parameters()}
     for name, t in carried.items():
         assert t.any() == (name in link.split.inherited.values())
-    tie = link.differentiation.tie(word)
+    tie = link.differentiation.quadratic.tie[word]
     assert tie[: len(tiny.WORDS)].unique().tolist() == [0.4]
     assert not tie[len(tiny.WORDS) :].any()
 

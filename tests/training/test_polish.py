@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from hf_msif import InputError, MultiStageInfluence, Stage, training
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
 from hf_msif.objectives import ImageClassification
-from hf_msif.training.polish import _Target
+from hf_msif.training.objective import StageObjective
 
 ROWS, MORE = toy_rows(1, 40), toy_rows(2, 30)
 DECAY, ALPHA = 0.05, 0.3
@@ -204,9 +204,9 @@ def test_single_precision(seed, batch_size):
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_what_single_precision_cannot_reach_is_not_tried_for_long(batch_size):
     """At the floor of rounding any step may seem to help: it ends there, at the least gradient."""
-    seen, model, at = [], toy(0).float(), _Target.at
+    seen, model, at = [], toy(0).float(), StageObjective.at
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Target, "at", lambda self, point=None: seen.append(at(self, point)) or seen[-1])
+        patch.setattr(StageObjective, "at", lambda self, point=None: seen.append(at(self, point)) or seen[-1])
         with pytest.warns(UserWarning, match="not a stationary point"):
             report = training.polish(
                 model, _SinglePrecision(), ROWS, weight_decay=DECAY, tol=1e-9, batch_size=batch_size

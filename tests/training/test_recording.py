@@ -254,7 +254,7 @@ def test_an_interrupted_run_goes_on_unchanged(optim, after, tmp_path, monkeypatc
         assert torch.equal(p, whole.get_parameter(n))
     left, right = (Recording.from_pretrained(tmp_path / folder) for folder in ("whole", "run"))
     assert left.settings == right.settings
-    for mark in left.marks:
+    for mark in left.saved_steps:
         for slot, own in left.state(mark).items():
             assert all(torch.equal(t, right.state(mark)[slot][n]) for n, t in own.items())
 
@@ -347,7 +347,7 @@ def test_a_recording_is_read_as_it_was_made(tmp_path):
     found = Recording.from_pretrained(tmp_path)
     assert found == made
     assert found.settings == made.settings
-    assert found.marks == [0, 3, 6, 9]
+    assert found.saved_steps == [0, 3, 6, 9]
     assert found.optimiser.eps_inside_root
     assert found.bytes_of(dict(model.named_parameters())) == 3 * 8 * sum(p.numel() for p in model.parameters())
     end = found.state(9)
