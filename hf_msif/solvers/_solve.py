@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
@@ -46,6 +48,48 @@ class Certificate:
     largest_ritz: list[float | None]
     mean_eigenvalue: float | None = None
     residual_unsquared: list[float] | None = None
+
+    @classmethod
+    def from_residual(
+        cls,
+        solver: str,
+        damping: float,
+        tol: float,
+        residual: Tensor,
+        matvecs: Tensor,
+        iterations: int = 0,
+        failure: str = "max_iter",
+        **facts: Any,
+    ) -> Certificate:
+        """The certificate of a method that stops all columns at the same time.
+
+        Args:
+            solver: the method's name.
+            damping: λ.
+            tol: the tolerance.
+            residual: true relative residuals, shape (Q,); a column is converged where it is at most `tol`.
+            matvecs: products per column, shape (Q,).
+            iterations: of every column.
+            failure: the `status` of columns that are not converged.
+            facts: other fields of the certificate; unless given, no negative curvature and no eigenvalue is known.
+        """
+        converged, columns = (residual <= tol).tolist(), len(residual)
+        unknown = {
+            "negative_curvature": [False] * columns,
+            "smallest_ritz": [None] * columns,
+            "largest_ritz": [None] * columns,
+        }
+        return cls(
+            solver,
+            damping,
+            tol,
+            iterations=[iterations] * columns,
+            matvecs=matvecs.tolist(),
+            residual=residual.tolist(),
+            converged=converged,
+            status=["converged" if c else failure for c in converged],
+            **{**unknown, **facts},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON."""

@@ -125,16 +125,14 @@ class Dense(Solver):
         v = vectors.take(u, nonzero)
         residual = vectors.add(vectors.take(b, nonzero), vectors.add(operator.matvec(v, nonzero), v, shift), -1.0)
         relative[nonzero] = operator.norm(residual) / norms[nonzero]
-        converged, columns = (relative <= self.tol).tolist(), len(norms)
-        certificate = Certificate(
+        columns = len(norms)
+        certificate = Certificate.from_residual(
             "dense",
             shift,
             self.tol,
-            iterations=[0] * columns,
-            matvecs=operator.counts.tolist(),
-            residual=relative.tolist(),
-            converged=converged,
-            status=["converged" if ok else "stalled" for ok in converged],
+            relative,
+            operator.counts,
+            failure="stalled",
             negative_curvature=[bool(eigenvalues[0] < -noise)] * columns,
             smallest_ritz=[state.eigenvalues[0].item()] * columns,
             largest_ritz=[state.eigenvalues[-1].item()] * columns,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from .. import vectors
 from ..vectors import Block
 from ._base import Progress, Solver
@@ -46,18 +48,6 @@ class Identity(Solver):
         checkpoint: SolverCheckpoint | None = None,
     ) -> Solution:
         """A copy of b; called by `solve`."""
-        columns = vectors.columns(b)
-        certificate = Certificate(
-            "identity",
-            damping=0.0,
-            tol=0.0,
-            iterations=[0] * columns,
-            matvecs=[0] * columns,
-            residual=[0.0] * columns,
-            converged=[True] * columns,
-            status=["converged"] * columns,
-            negative_curvature=[False] * columns,
-            smallest_ritz=[None] * columns,
-            largest_ritz=[None] * columns,
-        )
+        residual = torch.zeros_like(operator.counts, dtype=torch.float64)
+        certificate = Certificate.from_residual("identity", 0.0, 0.0, residual, operator.counts)
         return Solution(vectors.clone(b), certificate)

@@ -35,14 +35,14 @@ def operator(kind, names=None, batch_size=4, ridge=None, objective=None, model=N
     return KINDS[kind](functional, objective or ToyObjective(), ROWS, names, engine, batch_size, ridge)
 
 
-def matrix(found):
+def matrix(curvature):
     """The operator written out, a column at a time by unit vectors."""
-    like = vectors.stack([found.parameters])
-    return vectors.flatten(found.matvec(vectors.unflatten(torch.eye(vectors.numel(like)).double(), like))).cpu()
+    like = vectors.stack([curvature.parameters])
+    return vectors.flatten(curvature.matvec(vectors.unflatten(torch.eye(vectors.numel(like)).double(), like))).cpu()
 
 
-def near(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=tolerance * float(expected.abs().max()))
+def near(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,10 +50,10 @@ def near(found, expected, tolerance=1e-12):
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_products_are_those_of_the_dense_matrix(kind, names, batch_size):
     """Rows that count once and twice: N is the number of terms, not of rows or batches."""
-    found, model = operator(kind, names, batch_size), toy(0)
-    assert found.count == sum(1 + row["example_id"] % 2 for row in ROWS)
-    assert found.examples == len(ROWS)
-    near(matrix(found), DENSE[kind](model, list(found.parameters), ROWS))
+    curvature, model = operator(kind, names, batch_size), toy(0)
+    assert curvature.count == sum(1 + row["example_id"] % 2 for row in ROWS)
+    assert curvature.examples == len(ROWS)
+    near(matrix(curvature), DENSE[kind](model, list(curvature.parameters), ROWS))
 
 
 def test_the_two_curvatures_differ():
@@ -67,14 +67,14 @@ def test_the_two_curvatures_differ():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_and_symmetric(kind):
-    found = operator(kind)
-    x, y = (tiny.block(found.parameters, 2, seed) for seed in (1, 2))
+    curvature = operator(kind)
+    x, y = (tiny.block(curvature.parameters, 2, seed) for seed in (1, 2))
     scale = torch.tensor([3.0, -0.5], dtype=torch.float64)
-    together = found.matvec(vectors.add(x, y, scale))
-    apart = vectors.add(found.matvec(x), found.matvec(y), scale)
+    together = curvature.matvec(vectors.add(x, y, scale))
+    apart = vectors.add(curvature.matvec(x), curvature.matvec(y), scale)
     near(vectors.flatten(together), vectors.flatten(apart))
     torch.testing.assert_close(
-        vectors.dot(x, found.matvec(y)), vectors.dot(found.matvec(x), y), rtol=1e-11, atol=1e-12
+        vectors.dot(x, curvature.matvec(y)), vectors.dot(curvature.matvec(x), y), rtol=1e-11, atol=1e-12
     )
 
 
@@ -115,15 +115,15 @@ def test_a_stage_puts_the_quadratic_terms_on_their_names():
 def test_mixed_and_gradient():
     model = toy(0)
     trained, frozen = ("encoder.upper.weight", "head.weight", "head.bias"), ("encoder.lower.weight", "encoder.shift")
-    found = operator("gauss_newton", trained, ridge={"head.weight": 9.0}, model=model)
+    curvature = operator("gauss_newton", trained, ridge={"head.weight": 9.0}, model=model)
     dense = dense_hessian(model, [*trained, *frozen], ROWS)
-    size = sum(p.numel() for p in found.parameters.values())
-    v = tiny.block(found.parameters, 3, seed=4)
-    near(vectors.flatten(found.mixed(v, frozen)), vectors.flatten(v).cpu() @ dense[:size, size:])
+    size = sum(p.numel() for p in curvature.parameters.values())
+    v = tiny.block(curvature.parameters, 3, seed=4)
+    near(vectors.flatten(curvature.mixed(v, frozen)), vectors.flatten(v).cpu() @ dense[:size, size:])
 
     sums, counts = example_losses(model, dict(model.named_parameters()), ROWS)
     gradients = torch.autograd.grad(sums.sum() / counts.sum(), [model.get_parameter(n) for n in trained])
-    near(vectors.flatten(found.gradient())[0], torch.cat([g.flatten() for g in gradients]))
+    near(vectors.flatten(curvature.gradient())[0], torch.cat([g.flatten() for g in gradients]))
 
 
 # The trace ----------------------------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ def test_mixed_and_gradient():
 def test_trace_is_within_its_sampling_error(kind, probes, monkeypatch):
     """With ±1 the variance is 2 Σ_{i≠j} A_ij² a probe: within four standard deviations, which shrink as 1/√probes."""
     monkeypatch.setattr(module, "TRACE_PROBES", probes)
-    found = operator(kind, ridge={"head.weight": 0.7})
-    dense = matrix(found)
+    curvature = operator(kind, ridge={"head.weight": 0.7})
+    dense = matrix(curvature)
     off = dense - torch.diag(dense.diagonal())
     deviation = (2 * (off**2).sum() / probes).sqrt()
-    assert abs(found.trace() - dense.trace()) < 4 * deviation
+    assert abs(curvature.trace() - dense.trace()) < 4 * deviation
     assert deviation < 3 / probes**0.5  # the bound is one worth having: the trace is about 8
 
 
@@ -148,8 +148,8 @@ def test_trace_is_exact_on_a_diagonal_and_does_not_change(monkeypatch):
             sums, counts = super().losses(call, batch)
             return 0.0 * sums, counts
 
-    found = operator("hessian", ridge={"head.weight": 0.7, "head.bias": 0.1}, objective=Nothing())
-    assert found.trace() == pytest.approx(9 * 0.7 + 3 * 0.1, rel=1e-14)
+    curvature = operator("hessian", ridge={"head.weight": 0.7, "head.bias": 0.1}, objective=Nothing())
+    assert curvature.trace() == pytest.approx(9 * 0.7 + 3 * 0.1, rel=1e-14)
     first = operator("gauss_newton")
     assert first.trace() == first.trace() == operator("gauss_newton").trace()
 
@@ -159,10 +159,10 @@ def test_trace_is_exact_on_a_diagonal_and_does_not_change(monkeypatch):
 
 @dataclass(frozen=True)
 class Counting(ToyObjective):
-    seen: list = dataclasses.field(default_factory=list)
+    collated: list = dataclasses.field(default_factory=list)
 
     def collate(self, rows):
-        self.seen.append([row["example_id"] for row in rows])
+        self.collated.append([row["example_id"] for row in rows])
         return super().collate(rows)
 
 
@@ -170,22 +170,22 @@ def subset(seed, size=5, data=ROWS):
     objective = Counting()
     stage = Stage("one", toy(0), objective, data, curvature_samples=size, seed=seed, batch_size=2)
     link = MultiStageInfluence([stage], progress=False).stage()
-    objective.seen.clear()
-    return link, objective.seen
+    objective.collated.clear()
+    return link, objective.collated
 
 
 def test_the_subset_is_drawn_once():
-    link, seen = subset(seed=3)
+    link, collated = subset(seed=3)
     v = tiny.block(link.differentiation.operator.parameters, 1, seed=0)
     first = link.differentiation.operator.matvec(v)
-    batches = [list(batch) for batch in seen]
+    batches = [list(batch) for batch in collated]
     assert sorted(map(len, batches)) == [1, 2, 2]
     for _ in range(2):
         torch.testing.assert_close(
             vectors.flatten(link.differentiation.operator.matvec(v)), vectors.flatten(first), rtol=0, atol=0
         )
     link.differentiation.operator.trace()
-    assert seen == batches  # nothing was collated again
+    assert collated == batches  # nothing was collated again
     ids = {i for batch in batches for i in batch}
     assert ids == {row["example_id"] for row in link.differentiation.curvature_rows}
     assert {row["example_id"] for row in subset(seed=3)[0].differentiation.curvature_rows} == ids
@@ -236,13 +236,13 @@ def frozen(request):
 def test_memory_on_and_off_give_the_same(frozen, monkeypatch):
     remembering = frozen()
     v = tiny.block(remembering.parameters, 2, seed=1)
-    found = [remembering.matvec(v), remembering.matvec(v)]
+    products = [remembering.matvec(v), remembering.matvec(v)]
     assert all(e.memo for e in remembering.evaluations)
 
     forgetting = frozen()
     forgetting.evaluations = [dataclasses.replace(e, memo=None) for e in forgetting.evaluations]
     expected = forgetting.matvec(v)
-    for product in found:
+    for product in products:
         tiny.close(product, expected, 1e-13)
     tiny.close(remembering.gradient(), forgetting.gradient(), 1e-13)
     assert remembering.count == forgetting.count
@@ -252,13 +252,13 @@ def test_memory_on_and_off_give_the_same(frozen, monkeypatch):
 def test_memory_is_bounded(frozen, monkeypatch, first):
     """Whichever pass comes first; what does not fit is computed anew."""
     monkeypatch.setattr(module, "MEMO_BYTES", 1)
-    found = frozen()
-    v = tiny.block(found.parameters, 1, seed=1)
-    {"matvec": lambda: found.matvec(v), "gradient": found.gradient, "count": lambda: found.count}[first]()
-    unasked = first == "count" and hasattr(found.evaluations[0].objective, "counts")
-    assert all(e.memo is None or unasked for e in found.evaluations)
+    curvature = frozen()
+    v = tiny.block(curvature.parameters, 1, seed=1)
+    {"matvec": lambda: curvature.matvec(v), "gradient": curvature.gradient, "count": lambda: curvature.count}[first]()
+    unasked = first == "count" and hasattr(curvature.evaluations[0].objective, "counts")
+    assert all(e.memo is None or unasked for e in curvature.evaluations)
     monkeypatch.undo()
-    tiny.close(found.matvec(v), frozen().matvec(v), 1e-13)
+    tiny.close(curvature.matvec(v), frozen().matvec(v), 1e-13)
 
 
 def test_token_types_reach_a_remembered_encoder():
@@ -279,7 +279,7 @@ def test_token_types_reach_a_remembered_encoder():
     objective = Paired(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
     batch, functional = objective.collate(tiny.rows(3)), FunctionalModel(model)
     with functional.evaluating(), torch.no_grad():
-        found = [Evaluation(functional, objective, batch, memo).losses({})[0] for memo in (None, {})]
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+        losses = [Evaluation(functional, objective, batch, memo).losses({})[0] for memo in (None, {})]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
     tokens = {k: batch[k] for k in ("input_ids", "attention_mask")}
     assert not torch.equal(model(**tokens).logits, model(**tokens, token_type_ids=batch["token_type_ids"]).logits)
