@@ -26,7 +26,7 @@ def digest(value: Any) -> str:
 
 
 def _update(sha: hashlib._Hash, value: Any) -> None:
-    """Feeds a value to the hash, with separators that keep apart what `repr` or concatenation would not."""
+    """Feeds a value to the hash; separators mark keys and the lengths of lists."""
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):
             sha.update(f"\x1e{key}\x1f".encode())
