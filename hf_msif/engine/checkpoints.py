@@ -1,4 +1,4 @@
-"""Long work that survives its process: one file of tensors a piece of work, replaced about once a minute."""
+"""Checkpoints of long computations: each has one file of tensors, which is replaced about once a minute."""
 
 from __future__ import annotations
 
@@ -16,54 +16,65 @@ from ..vectors import Block
 from .accelerated import Engine
 from .files import load_tensors, save_tensors
 
-EVERY = 60.0  # seconds between two copies
+EVERY = 60.0  # seconds between two writes
 
 
 @dataclass
 class Checkpoint:
-    """The latest copy of some work's state, at `path`.
+    """The latest state of a computation, in one file.
 
-    The main process writes it, whole or not at all, and reads it for all of them: work may go on with another number
-    of processes. A copy that is damaged, or that answers another `question`, is as none.
+    The main process writes the file, whole or not at all, and reads it for all processes: a computation may go on
+    with another number of processes. A checkpoint that is damaged, or whose `question` differs, is ignored.
+
+    Attributes:
+        path: the file.
+        question: identifies the computation, so that the state of another one is not taken for its own.
+        engine: the processes that share the checkpoint.
+        every: seconds between two writes.
+        written_at: time of the last write on the clock of `time.perf_counter`; at first, when this object was made.
     """
 
     path: Path
     question: str
     engine: Engine
     every: float = EVERY
-    kept: float = field(default_factory=time.perf_counter)
+    written_at: float = field(default_factory=time.perf_counter)
 
     def due(self) -> bool:
-        """Whether it is time for a new copy; the main process's clock counts."""
-        late = float(self.engine.is_main and time.perf_counter() - self.kept >= self.every)
+        """Whether `every` seconds have passed since the last write, by the clock of the main process.
+
+        All processes must call it together, and all get the same answer.
+        """
+        late = float(self.engine.is_main and time.perf_counter() - self.written_at >= self.every)
         return bool(self.engine.add(torch.tensor([late], device=self.engine.device))[0])
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Replaces the copy; `facts` is what JSON knows."""
+        """Replaces the checkpoint by `tensors` and `facts` (JSON-able); all processes must call it together."""
         with self.engine.together():
             if self.engine.is_main:
                 save_tensors(tensors, self.path, {"question": self.question, **facts})
-        self.kept = time.perf_counter()
+        self.written_at = time.perf_counter()
 
     def load(self, place: Callable[[str, Tensor], Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The copy, on every process; None where there is none that can be used.
+        """(tensors, facts) on every process; None if there is no usable checkpoint.
 
-        `place` makes of each tensor, on the device, what is kept of it: they come one after another.
+        The tensors are read one after another. `place(key, tensor)` gets each of them whole, on the device, and
+        returns what is to be held in its place, e.g. this process's slice of it.
         """
-        found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        content: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         with self.engine.together():
             if self.engine.is_main:
-                found = self._read()
-        shapes = None if found is None else ({k: (t.shape, t.dtype) for k, t in found[0].items()}, found[1])
-        shapes = self.engine.broadcast(shapes)
-        if shapes is None:
+                content = self._read()
+        header = None if content is None else ({k: (t.shape, t.dtype) for k, t in content[0].items()}, content[1])
+        header = self.engine.broadcast(header)
+        if header is None:
             return None
         tensors = {}
-        for key, (shape, dtype) in shapes[0].items():
-            own = found[0].pop(key) if found is not None else torch.empty(shape, dtype=dtype)
-            t = self.engine.from_main(own.to(self.engine.device))
+        for key, (shape, dtype) in header[0].items():
+            t = content[0].pop(key) if content is not None else torch.empty(shape, dtype=dtype)
+            t = self.engine.from_main(t.to(self.engine.device))
             tensors[key] = t if place is None else place(key, t)
-        return tensors, shapes[1]
+        return tensors, header[1]
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         from safetensors import SafetensorError
@@ -75,7 +86,7 @@ class Checkpoint:
         return (tensors, facts) if facts.get("question") == self.question else None
 
     def forget(self) -> None:
-        """Removes the copy."""
+        """Removes the checkpoint's file, if it exists."""
         with self.engine.together():
             if self.engine.is_main:
                 self.path.unlink(missing_ok=True)
@@ -130,5 +141,5 @@ class SolverCheckpoint:
 
 
 def at(folder: str | os.PathLike | None, name: str, question: str, engine: Engine) -> Checkpoint | None:
-    """The checkpoint of that name in a folder; None without a folder."""
+    """The checkpoint `folder/name.safetensors` of the computation `question`; None if `folder` is None."""
     return None if folder is None else Checkpoint(Path(folder) / f"{name}.safetensors", question, engine)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,10 @@ class BoundStage:
     def name(self) -> str:
         return self.stage.name
 
+    @property
+    def objective(self) -> Any:
+        return self.stage.objective
+
     def _check_finite(self) -> None:
         for name, parameter in self.model.parameters.items():
             if not parameter.isfinite().all():
@@ -72,7 +77,7 @@ class BoundStage:
 
     def _leave_out_what_the_loss_ignores(self) -> None:
         """A trained tensor that the loss never reads has no curvature: the system would be singular in it."""
-        trained = reached(self.model, self.stage.objective, first(self.rows, 2), self.split.trained)
+        trained = reached(self.model, self.objective, first(self.rows, 2), self.split.trained)
         if not trained:
             raise InputError(f"stage {self.name!r}: the loss depends on none of the trained parameters.")
         unused = {n: "the loss does not depend on it" for n in self.split.trained if n not in set(trained)}
@@ -99,7 +104,7 @@ class BoundStage:
 
     def collate(self, rows: list[dict]) -> dict:
         """A batch of the stage's objective on the engine's device."""
-        return self.engine.place(self.stage.objective.collate(rows))
+        return self.engine.place(self.objective.collate(rows))
 
     def subset(self, size: int | None) -> list[dict]:
         """`size` random rows of the stage's data, the same for the same seed; None: all of them."""
@@ -125,7 +130,7 @@ class BoundStage:
         known = self.differentiation.known_size()
         if known is not None:
             return known
-        total, examples, objective, size = 0.0, 0, self.stage.objective, self.stage.batch_size
+        total, examples, objective, size = 0.0, 0, self.objective, self.stage.batch_size
         total_rows = None if isinstance(self.rows, Stream) else len(self.rows)
         bar = self.engine.bar(total=total_rows, desc=f"{self.name}: counting", unit=" sentences")
         with bar, torch.no_grad(), self.model.evaluating():
@@ -220,8 +225,8 @@ class Chain:
         losses_by_index: list[tuple[int, float]] = []
 
         def parts() -> Iterator[Block]:
-            for indices, batch in self.engine.batches(rows, last.stage.objective, size):
-                evaluation = Evaluation(last.model, last.stage.objective, batch)
+            for indices, batch in self.engine.batches(rows, last.objective, size):
+                evaluation = Evaluation(last.model, last.objective, batch)
                 losses_by_index.extend(zip(indices, evaluation.losses({})[0].tolist(), strict=True))
                 slopes = gradient(evaluation, names)
                 if aggregate is None:

@@ -86,7 +86,7 @@ class Direction:
 
     def influence(self, batch: Mapping[str, Any], rows: list[dict]) -> RowInfluence:
         """−⟨u_k, ∇ℓ_x⟩ by one forward-mode pass per column, 3 F each."""
-        evaluation = Evaluation(self.bound.model, self.bound.stage.objective, batch)
+        evaluation = Evaluation(self.bound.model, self.bound.objective, batch)
         values = []
         for q in range(self.columns):
             slopes, losses, counts = directional(evaluation, vectors.column(self.u, q))

@@ -89,7 +89,7 @@ class Query:
     def _scorable(self, bound: BoundStage) -> Scorable:
         solution, count = self.solutions[bound.name], self.facts[bound.name]["N"]
         first = bound is self.chain.stages[0]
-        objective = bound.stage.objective
+        objective = bound.objective
         return Scorable(
             stage=bound.name,
             file_name="scores.parquet" if first else f"scores-{bound.name}.parquet",
@@ -119,7 +119,7 @@ class Query:
         solution = tensors_fingerprint(self.solutions[bound.name].tensors())
         count = self.facts[bound.name]["N"]
         identity["the query"] = digest([solution, self.plain_tests, self.aggregate or "", count])
-        identity["the objective or its tokenizer"] = objective_fingerprint(bound.stage.objective)
+        identity["the objective or its tokenizer"] = objective_fingerprint(bound.objective)
         return identity
 
     def certificate(self) -> dict:
@@ -208,7 +208,7 @@ def _facts(bound: BoundStage) -> dict:
         "link": bound.stage.link_name,
         "N": bound.count,
         "examples": bound.examples,
-        "objective": describe(bound.stage.objective),
+        "objective": describe(bound.objective),
         "fingerprint": bound.fingerprint,
         **bound.differentiation.facts(),
     }

@@ -129,7 +129,7 @@ class RowWeights:
                     "use link='implicit'."
                 )
         with torch.no_grad():
-            losses, counts = Evaluation(self.bound.model, self.bound.stage.objective, batch).losses({})
+            losses, counts = Evaluation(self.bound.model, self.bound.objective, batch).losses({})
         columns = self.weights[:, [places[row["example_id"]][0] for row in rows]]
         return RowInfluence(self.bound.count * columns.T, losses, counts)
 
@@ -191,7 +191,7 @@ class Unrolled(Differentiation):
         before = bound.before.model.parameters if bound.before else None
         return Replay(
             bound.model,
-            bound.stage.objective,
+            bound.objective,
             bound.rows,
             recording,
             bound.engine,

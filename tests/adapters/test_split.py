@@ -167,7 +167,7 @@ def test_unknown_word_for_trainable():
 def test_model_without_head():
     before, bare = pair("bert")[0], tiny.model("bert", "base", add_pooling_layer=None)
     bare.pooler = None
-    with pytest.raises(InputError, match=r"no parameter of its own beside the inherited encoder; .*AutoModelFor"):
+    with pytest.raises(InputError, match=r"no parameter besides the inherited encoder; .*AutoModelFor"):
         split("fine", bare, before, trainable="head")
 
 

@@ -543,7 +543,7 @@ def test_the_first_words_and_lower_case(tmp_path):
         ("3 3\na 1 2 3\nb 1 2\nc 1 2 3\n", r"line 3: 'b 1 2'… is not a word and 3 numbers, as the first line says"),
         ("a 1 2\nb 1 x\n", r"line 2: 'b 1 x'… is not a word and 2 numbers, as in the first line"),
         ("a 1 2\nb 1 nan\n", "line 2"),
-        ("3 2\na 1 2\n", "has 1 words; its first line says 3: it was cut off"),
+        ("3 2\na 1 2\n", "has 1 words; its first line says 3: the file is incomplete"),
         ("a 1 2\na 3 4\n", "has 'a' twice"),
         ("a 1 2\n[UNK] 3 4\n", r"has '\[UNK\]' twice, or as a word"),
     ],
