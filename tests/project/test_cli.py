@@ -16,7 +16,7 @@ import torch
 from project import msif, project, snapshot, visible
 
 from hf_msif import Scores
-from hf_msif.project import cli
+from hf_msif.project.commands import query
 
 COMMANDS = ("plan", "train", "query", "score", "sweep")
 
@@ -334,14 +334,14 @@ def test_an_interruption_says_so(made, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_configured", interrupt)
+    monkeypatch.setattr(query, "run", interrupt)
     assert msif("query", "--config", made) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_help_lists_every_key_and_imports_nothing_heavy():
     code = (
-        "import sys; from hf_msif.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from hf_msif.project.cli import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules);"
         "sys.exit(code or ' '.join(heavy) or 0)"
     )
@@ -362,7 +362,7 @@ def test_help_lists_every_key_and_imports_nothing_heavy():
 
 
 def test_errors_of_the_configuration_import_nothing_heavy_either(made):
-    code = "import sys; from hf_msif.cli import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
+    code = "import sys; from hf_msif.project.cli import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
     arguments = ["plan", "--config", str(made), "--sed", "1"]
     found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert found.returncode == 2

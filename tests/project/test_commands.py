@@ -9,7 +9,8 @@ import pytest
 from project import image_project, msif, project
 
 from hf_msif.errors import InputError
-from hf_msif.project import commands, config
+from hf_msif.project import config
+from hf_msif.project.retraining import retraining
 from hf_msif.project.run import Run
 from hf_msif.scoring.scores import Scores
 
@@ -98,13 +99,13 @@ def test_from_scratch_trains_each_stage_as_its_settings_say(tmp_path, capsys):
     changes = ("--stages.finetuning.polish", "{tol: 1e-3}", "--stages.finetuning.weight_decay", 0.01)
     assert msif("train", "--config", path, *changes) == 0
     run = Run(config.load(path, [(k[2:], v) for k, v in zip(changes[::2], changes[1::2], strict=True)]), False)
-    retrain = commands.retraining(run, run.chain(), run.tests(), "from_scratch")
+    retrain = retraining(run, run.chain(), run.tests(), "from_scratch")
     assert retrain.polished == [False, True]
     assert [a is None for a in retrain.arguments] == [False, False]
     losses = [retrain(frozenset(), seed).losses for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
     with pytest.raises(InputError, match=r"stages.pretraining.polish is missing"):
-        commands.retraining(run, run.chain(), run.tests(), "warm_start")
+        retraining(run, run.chain(), run.tests(), "warm_start")
 
 
 def test_cleansing_writes_the_rest_and_measures_what_it_does(copied, capsys):

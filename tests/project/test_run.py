@@ -8,10 +8,11 @@ import torch
 import transformers
 from project import SIZES, msif, project, snapshot, visible
 
-from hf_msif import training
 from hf_msif.errors import InputError
 from hf_msif.project import config
 from hf_msif.project.run import Run
+from hf_msif.project.train import stages_to_train, train
+from hf_msif.training import trainer
 
 CHECKPOINTS = [("stages.pretraining.training.save_strategy", "steps"), ("stages.pretraining.training.save_steps", 2)]
 
@@ -47,15 +48,15 @@ def interrupted(run, monkeypatch, step):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Watch, "on_step_end", on_step_end)
+        patch.setattr(trainer._Watch, "on_step_end", on_step_end)
         with pytest.raises(KeyboardInterrupt):
-            run.train("pretraining")
+            train(run, "pretraining")
 
 
 def test_a_finished_training_leaves_no_checkpoints_and_starts_anew(run, capsys):
     same = run(*CHECKPOINTS)
     before = weights(same)
-    report = same.train("pretraining")
+    report = train(same, "pretraining")
     assert report["train"]["loss"] > 0
     assert sorted(p.name for p in same.folder.iterdir()) == [
         "finetuning",
@@ -72,7 +73,7 @@ def test_a_finished_training_leaves_no_checkpoints_and_starts_anew(run, capsys):
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(run, monkeypatch, capsys):
     steps = ("stages.pretraining.training.max_steps", 11)
     whole = run(*CHECKPOINTS, steps)
-    whole.train("pretraining")
+    train(whole, "pretraining")
     expected = weights(whole)
     shutil.rmtree(whole.folder / "pretraining")
 
@@ -81,11 +82,11 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(run, monkeyp
 
     # Other settings would make a model that no configuration describes.
     with pytest.raises(InputError, match=r"differs in .*max_steps, seed: delete"):
-        run(*CHECKPOINTS, ("seed", 1)).train("pretraining")
+        train(run(*CHECKPOINTS, ("seed", 1)), "pretraining")
 
     capsys.readouterr()
     resumed = run(*CHECKPOINTS, steps)
-    resumed.train("pretraining")
+    train(resumed, "pretraining")
     assert "an interrupted training left" in capsys.readouterr().out
     found = weights(resumed)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -94,7 +95,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(run, monkeyp
 
 def test_what_is_not_trained_may_change_between_interruption_and_resumption(run, monkeypatch, capsys):
     interrupted(run(*CHECKPOINTS), monkeypatch, 3)
-    run(*CHECKPOINTS, ("stages.pretraining.solver.damping", 5), ("test.number", 1)).train("pretraining")
+    train(run(*CHECKPOINTS, ("stages.pretraining.solver.damping", 5), ("test.number", 1)), "pretraining")
     assert "checkpoint-2" in capsys.readouterr().out
 
 
@@ -110,7 +111,7 @@ def test_a_training_that_diverges_leaves_the_older_model_and_no_checkpoint(run):
     one = run(*CHECKPOINTS, ("stages.pretraining.training.learning_rate", 1e30))
     before = snapshot(one.folder)
     with pytest.raises(InputError, match="learning rate"):
-        one.train("pretraining")
+        train(one, "pretraining")
     assert snapshot(one.folder) == before
     assert not list(one.folder.glob("*.checkpoints"))
 
@@ -124,7 +125,7 @@ def test_a_failed_save_leaves_the_older_model(run, monkeypatch):
 
     monkeypatch.setattr(one.tokenizer, "save_pretrained", fails)
     with pytest.raises(OSError, match="disk full"):
-        one.train("finetuning")
+        train(one, "finetuning")
     assert {k: v for k, v in snapshot(one.folder).items() if "checkpoints" not in str(k)} == before
     assert not list(one.folder.glob("*.part"))
 
@@ -177,7 +178,7 @@ def test_sentences_are_cut_at_what_the_model_takes(run, tmp_path):
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run):
     one = run(("stages.pretraining.model.config.vocab_size", 20))
     with pytest.raises(InputError, match=r"25 tokens, the model of stage 'pretraining' 20.*vocab_size"):
-        one.train("pretraining")
+        train(one, "pretraining")
 
 
 def test_a_checkpoint_without_the_head_is_no_trained_model(run):
@@ -191,11 +192,11 @@ def test_a_model_given_by_path_is_not_trained_but_may_be_trained_on(run, made, c
     path = ("stages.pretraining.model.path", str(made.parent / "run" / "pretraining"))
     given = run(path, ("stages.pretraining.training", {}))
     shutil.rmtree(given.folder / "pretraining")
-    assert given.to_train() == ["finetuning"]
+    assert stages_to_train(given) == ["finetuning"]
     assert "is taken as it is" in capsys.readouterr().out
     assert given.model("pretraining").config.hidden_size == SIZES["hidden_size"]
     further = run(path)
-    assert further.to_train() == ["pretraining", "finetuning"]
+    assert stages_to_train(further) == ["pretraining", "finetuning"]
     start = further.new_model("pretraining").state_dict()
     assert all(torch.equal(start[name], t) for name, t in given.model("pretraining").state_dict().items())
 
@@ -203,7 +204,7 @@ def test_a_model_given_by_path_is_not_trained_but_may_be_trained_on(run, made, c
 def test_an_inherited_encoder_is_not_trained_without_alpha(run):
     one = run(("stages.finetuning.trainable", ["encoder.embeddings.*", "hidden*", "classifier*"]))
     with pytest.raises(InputError, match=r"stages\.finetuning\.alpha is missing, .*'encoder\.embeddings"):
-        one.train("finetuning")
+        train(one, "finetuning")
 
 
 def test_test_rows_are_of_the_test_side_and_distinct(run):
