@@ -36,8 +36,8 @@ def retraining(
         unpolished = [s.name for s in retrained if s.link == "proximal" and polish_settings[s.name] is None]
         if unpolished:
             raise InputError(
-                f"stages.{unpolished[0]}.polish is missing: a warm start goes from stationary point to stationary point. "
-                "Give polish: {} and train again, or retrain from_scratch."
+                f"stages.{unpolished[0]}.polish is missing: a warm start goes from stationary point to stationary "
+                "point. Give polish: {} and train again, or retrain from_scratch."
             )
         return validation.WarmStart(stages, tests, stage=run.ranked, **shared_settings)
     arguments = [
