@@ -45,7 +45,7 @@ class Case:
     chain: MultiStageInfluence
     tests: list[dict]
     corpus: list[dict]
-    link: BoundStage
+    bound: BoundStage
     seed: int = 0
 
     @property
@@ -229,7 +229,7 @@ def baselines(
         corpus: rows of `stage`, in the same forms.
         stage: name of the corpus's stage; defaults to the first stage.
         which: functions of `BASELINES`, or other functions of a `Case`. Defaults to all that apply: `implicit` needs
-            an unrolled link, `tfidf` and `bm25` need texts in both stages.
+            an unrolled stage, `tfidf` and `bm25` need texts in both stages.
         seed: of `random`.
 
     Returns:

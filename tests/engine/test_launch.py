@@ -19,7 +19,7 @@ from helpers.project import msif, project
 
 from hf_msif import InputError, Scores
 from hf_msif.engine.files import save_tensors
-from hf_msif.project import commands
+from hf_msif.project.commands import query
 
 
 @pytest.fixture(scope="module")
@@ -170,15 +170,15 @@ def test_a_command_that_fails_ends_its_trackers_and_tells_all(trained, monkeypat
         def finish(self):
             raise RuntimeError("offline")
 
-    def failing(run, **more):
-        run.accelerator.trackers = [Broken(), kept]
+    def failing(arguments, project):
+        project.accelerator.trackers = [Broken(), kept]
         error = InputError("row 7 is not finite")
         error.add_note("Writing failed as well.")
         raise error
 
     kept, ends = Kept(), []
     monkeypatch.setattr(Kept, "finish", lambda self: ends.append(1))
-    monkeypatch.setattr(commands, "query", failing)
+    monkeypatch.setattr(query, "run", failing)
     assert msif("query", *moved(trained, "failed")) == 2
     assert ends == [1]
     said = capsys.readouterr().err
