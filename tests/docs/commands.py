@@ -7,6 +7,7 @@ import io
 import re
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from hf_msif.errors import InputError
@@ -16,7 +17,7 @@ from hf_msif.project import cli, config
 PLAIN = {"cp", "export"}
 
 
-class WrongCommand(Exception):
+class CommandError(Exception):
     """A command that the documentation shows and that does not exist, or not so."""
 
 
@@ -25,14 +26,14 @@ def execute(words: list[str], root: Path) -> None:
     if words[0] == "msif" and words[1] != "demo" and _is_here(words):
         code = cli.main(words[1:])
         if code:
-            raise WrongCommand(f"{' '.join(words)} ended with exit code {code}")
+            raise CommandError(f"{' '.join(words)} ended with exit code {code}")
         return
     with contextlib.chdir(root):
         check(words, root)
 
 
 def _is_here(words: list[str]) -> bool:
-    paths = [b for a, b in zip(words, words[1:], strict=False) if a in ("--config", "--run", "--runs")]
+    paths = [b for a, b in pairwise(words) if a in ("--config", "--run", "--runs")]
     return bool(paths) and all(Path(path).exists() for path in paths)
 
 
@@ -40,7 +41,7 @@ def check(words: list[str], root: Path) -> None:
     """Parses a command as the program itself would, in the repository's root.
 
     Raises:
-        WrongCommand: the program, its flag, a setting, a file or a make target does not exist.
+        CommandError: the program, its flag, a setting, a file or a make target does not exist.
     """
     program, *arguments = words
     if program == "msif":
@@ -60,7 +61,7 @@ def check(words: list[str], root: Path) -> None:
 
 def _expect(true: bool, message: str) -> None:
     if not true:
-        raise WrongCommand(message)
+        raise CommandError(message)
 
 
 @contextlib.contextmanager
@@ -71,9 +72,9 @@ def _complaints(words: list[str]):
         with contextlib.redirect_stderr(said):
             yield
     except SystemExit as end:
-        raise WrongCommand(f"{' '.join(words)}: {said.getvalue().strip() or end.code}") from None
+        raise CommandError(f"{' '.join(words)}: {said.getvalue().strip() or end.code}") from None
     except InputError as error:
-        raise WrongCommand(f"{' '.join(words)}: {error}") from None
+        raise CommandError(f"{' '.join(words)}: {error}") from None
 
 
 def _msif(arguments: list[str]) -> None:
@@ -118,7 +119,7 @@ def _script(arguments: list[str], run) -> None:
     try:
         with _complaints(sys.argv), contextlib.suppress(_ParsedError):
             run()
-            raise WrongCommand(f"{' '.join(arguments)}: the script has no argument parser")
+            raise CommandError(f"{' '.join(arguments)}: the script has no argument parser")
     finally:
         argparse.ArgumentParser.parse_known_args, sys.path, sys.argv = parse, path, command
 

@@ -1,7 +1,7 @@
-"""Every command and every block of Python and YAML in README.md, CONTRIBUTING.md and docs/ is executed, on tiny stand-ins.
+"""Every command and every block of Python and YAML in README.md, CONTRIBUTING.md and docs/ is executed, on stand-ins.
 
-A page is executed from top to bottom in an empty working folder that holds what `tests/docs/workplace.py` puts there: the
-data files and models that the pages name. What a block is, its fence says; there is no fence without a language.
+A page is executed from top to bottom in a working folder that holds what `workplace.py` puts there: the tiny data files
+and models that the pages name. What a block is, its fence says; there is no fence without a language.
 
     python   runs; the blocks of a page share one namespace
     yaml     is laid over the page's config.yaml (or is that file, see below), and must be a valid configuration
@@ -30,6 +30,7 @@ from hf_msif.project import config
 ROOT = Path(__file__).parents[2]
 EXECUTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*/README.md"))
+HEAVY = ("lora.md", "unrolled.md", "validation.md")  # they train or retrain for seconds
 LANGUAGES = {"python", "yaml", "bash", "text", "bibtex"}
 FENCE = re.compile(
     r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -84,7 +85,10 @@ def furnished(tmp_path_factory):
     return workplace.furnish(tmp_path_factory.mktemp("workplace"))
 
 
-@pytest.mark.parametrize("page", EXECUTED, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.name in HEAVY), id=name(page)) for page in EXECUTED],
+)
 def test_every_block_runs(page, furnished, tmp_path, monkeypatch):
     workplace.enter(furnished, tmp_path, monkeypatch)
     namespace = {"__name__": "__main__"}
@@ -97,21 +101,15 @@ def test_every_block_runs(page, furnished, tmp_path, monkeypatch):
             padded = "\n" * block.line + block.text  # so that a traceback has the page's line
             exec(compile(padded, str(page), "exec"), namespace)
         elif block.language == "yaml":
-            files = (
-                ["config.yaml"] if block.file is not None else ["config.yaml", _written("overlay.yaml", block.text)]
-            )
-            config.load([block.file or files[0], *files[1:]])
+            if block.file is None:
+                Path("overlay.yaml").write_text(block.text, encoding="utf-8")
+            config.load(["config.yaml", "overlay.yaml"] if block.file is None else block.file)
         elif block.language == "bash":
             for words in command_lines(block.text):
                 try:
                     commands.execute(words, ROOT)
-                except commands.WrongCommand as error:
+                except commands.CommandError as error:
                     pytest.fail(f"{where}: {error}")
-
-
-def _written(path: str, text: str) -> str:
-    Path(path).write_text(text, encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize("page", RECIPES, ids=name)
@@ -123,7 +121,7 @@ def test_every_command_of_a_recipe_is_understood(page):
                 for words in command_lines(block.text):
                     try:
                         commands.check(words, ROOT)
-                    except commands.WrongCommand as error:
+                    except commands.CommandError as error:
                         pytest.fail(f"{name(page)}, line {block.line}: {error}")
                     seen += 1
     assert seen
@@ -176,7 +174,7 @@ def test_command_lines():
 )
 def test_wrong_commands_are_told(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(commands.WrongCommand):
+    with pytest.raises(commands.CommandError):
         commands.check(command_lines(line)[0], ROOT)
 
 
