@@ -78,10 +78,10 @@ def _complaints(words: list[str]):
 
 
 def _msif(arguments: list[str]) -> None:
+    rest = _remaining(["msif", *arguments], lambda: cli.main(arguments))
     with _complaints(["msif", *arguments]):
-        given, rest = cli.parser().parse_known_args(arguments)
-        if given.command in ("demo", "top", "compare"):
-            _expect(not rest, f"msif {given.command} knows no {rest}")
+        if arguments[0] in ("demo", "top", "compare"):
+            _expect(not rest, f"msif {arguments[0]} knows no {rest}")
         else:
             config.parse(rest)
 
@@ -89,39 +89,71 @@ def _msif(arguments: list[str]) -> None:
 def _python(arguments: list[str]) -> None:
     if arguments[:2] == ["-m", "hf_msif"]:
         _msif(arguments[2:])
-    elif arguments[0] == "-m":
-        _script(arguments[2:], lambda: runpy.run_module(arguments[1], run_name="__main__"))
+        return
+    script = arguments[1:]
+    if arguments[0] == "-m":
+        script = arguments[2:]
+        rest = _remaining(script, lambda: runpy.run_module(arguments[1], run_name="__main__"))
     else:
         path = Path(arguments[0])
         _expect(path.is_file(), f"there is no script {path}")
-        if "argparse" in path.read_text():
-            _script(arguments[1:], lambda: runpy.run_path(str(path), run_name="__main__"))
+        if "argparse" not in path.read_text():
+            rest = script
         else:
-            _expect(arguments[1:] == [], f"{path} takes no arguments")
+            with _beside(path.parent):
+                rest = _remaining(script, lambda: runpy.run_path(str(path), run_name="__main__"))
+    if "--config" in rest:
+        with _complaints(arguments):
+            config.parse(rest)
+    else:
+        _expect(not rest, f"{arguments[0]} knows no {rest}")
+
+
+@contextlib.contextmanager
+def _beside(folder: Path):
+    """The folder's modules can be imported, as by a script that lies in it, and are forgotten afterwards."""
+    path, modules = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if str(folder) == str(Path(getattr(sys.modules[name], "__file__", None) or "").parent):
+                del sys.modules[name]
 
 
 class _ParsedError(Exception):
-    """The arguments were accepted: the script need not go on."""
+    """The parser is done, and its program need not go on."""
 
 
-def _script(arguments: list[str], run) -> None:
-    """Runs a script as far as its argument parser, which must accept the arguments."""
-    parse, path, command = argparse.ArgumentParser.parse_known_args, list(sys.path), sys.argv
+def _remaining(arguments: list[str], run) -> list[str]:
+    """Runs a program as far as its argument parser; returns the arguments that the parser left for a configuration."""
+    original, command, depth = argparse.ArgumentParser.parse_known_args, sys.argv, 0
+    remaining: list[str] = []
 
-    def parse_and_end(parser, args=None, namespace=None):
-        _, rest = parse(parser, args, namespace)
-        if rest and "--config" not in arguments:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    def parse_and_end(parser, *args, **settings):
+        nonlocal depth
+        depth += 1  # a command's own parser is called by that of the program
+        try:
+            namespace, rest = original(parser, *args, **settings)
+        finally:
+            depth -= 1
+        if depth:
+            return namespace, rest
+        remaining[:] = rest
         raise _ParsedError
 
     argparse.ArgumentParser.parse_known_args = parse_and_end
     sys.argv = ["script", *arguments]
     try:
-        with _complaints(sys.argv), contextlib.suppress(_ParsedError):
-            run()
-            raise CommandError(f"{' '.join(arguments)}: the script has no argument parser")
+        with _complaints(arguments):
+            code = run()
+    except _ParsedError:
+        return remaining
     finally:
-        argparse.ArgumentParser.parse_known_args, sys.path, sys.argv = parse, path, command
+        argparse.ArgumentParser.parse_known_args, sys.argv = original, command
+    raise CommandError(f"{' '.join(arguments)}: its arguments were not accepted ({code!r:.50})")
 
 
 def _launcher(program: str, arguments: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""Every command and every block of Python and YAML in README.md, CONTRIBUTING.md and docs/ is executed, on stand-ins.
+"""Every command and every block of Python and YAML in README.md, CONTRIBUTING.md and docs/ is executed.
 
-A page is executed from top to bottom in a working folder that holds what `workplace.py` puts there: the tiny data files
-and models that the pages name. What a block is, its fence says; there is no fence without a language.
+A page is executed from top to bottom in a working folder that holds what `workplace.py` puts there: tiny stand-ins of
+the data files and models that the pages name. What a block is, its fence says; there is no fence without a language.
 
     python   runs; the blocks of a page share one namespace
     yaml     is laid over the page's config.yaml (or is that file, see below), and must be a valid configuration

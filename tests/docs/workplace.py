@@ -13,9 +13,9 @@ import os
 import shutil
 from pathlib import Path
 
-import tiny
 import torch
 import transformers
+from helpers import tiny
 
 # Names on the Hub → the folder that is loaded in their place.
 HUB = {"google-bert/bert-base-uncased": "models/bert"}
