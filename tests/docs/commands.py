@@ -102,9 +102,10 @@ def _python(arguments: list[str]) -> None:
         else:
             with _beside(path.parent):
                 rest = _remaining(script, lambda: runpy.run_path(str(path), run_name="__main__"))
-    if "--config" in rest:
+    if "--config" in script:  # of a recipe, whose other arguments override settings
+        place = script.index("--config")
         with _complaints(arguments):
-            config.parse(rest)
+            config.parse([*script[place : place + 2], *rest])
     else:
         _expect(not rest, f"{arguments[0]} knows no {rest}")
 
