@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -26,6 +27,33 @@ class StageCertificate(Protocol):
     def status(self) -> list[str]: ...
 
     def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class DirectCertificate:
+    """Of a pull-back by a formula, where no system is solved and no run is replayed: there is nothing to converge.
+
+    Attributes:
+        method: its name, for people.
+        columns: Q.
+    """
+
+    method: str
+    columns: int
+
+    @property
+    def converged(self) -> list[bool]:
+        return [True] * self.columns
+
+    @property
+    def status(self) -> list[str]:
+        return ["direct"] * self.columns
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.method}: a formula, nothing was solved"
 
 
 class StageSolution(Protocol):

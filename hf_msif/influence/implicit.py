@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import training, vectors
-from ..adapters.functional import memo_bytes
+from ..adapters.functional import FunctionalModel, memo_bytes
 from ..curvature import Curvature
 from ..curvature.base import MEMO_BYTES
 from ..curvature.derivatives import Evaluation, directional
@@ -35,7 +35,7 @@ from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
 from .cost import Cost, activation_bytes, attended, best_seconds, model_bytes, size_text, time_text
-from .differentiation import Differentiation, Retraining, register
+from .differentiation import Differentiation, Retraining, StageCertificate, register
 from .stage import Stage
 
 # Blocks that a product holds for float32: the vector whole, its float64 sum (two), a batch's part of it.
@@ -71,14 +71,16 @@ class Direction:
     """u_k of a stage: the influence of a row is its loss's derivative along −u_k.
 
     Attributes:
-        bound: the stage.
-        u: on its trained names, tensors of shape (Q, *parameter.shape).
+        model: where the losses are differentiated.
+        objective: the stage's.
+        u: on the trained names, tensors of shape (Q, *parameter.shape).
         certificate: how well the system was solved.
     """
 
-    bound: BoundStage
+    model: FunctionalModel
+    objective: Any
     u: Block
-    certificate: Certificate
+    certificate: StageCertificate
 
     @property
     def columns(self) -> int:
@@ -86,7 +88,7 @@ class Direction:
 
     def influence(self, batch: Mapping[str, Any], rows: list[dict]) -> RowInfluence:
         """−⟨u_k, ∇ℓ_x⟩ by one forward-mode pass per column, 3 F each."""
-        evaluation = Evaluation(self.bound.model, self.bound.objective, batch)
+        evaluation = Evaluation(self.model, self.objective, batch)
         values = []
         for q in range(self.columns):
             slopes, losses, counts = directional(evaluation, vectors.column(self.u, q))
@@ -224,7 +226,7 @@ class Implicit(Differentiation):
             mixed = self.operator.mixed(u, split.frozen)
             inherited |= {name: adjoint[name] - mixed[name] for name in split.frozen}
         inherited |= {name: self.quadratic.tie[name] * u[name] for name in split.proximal}
-        return Direction(self.bound, u, solution.certificate), inherited
+        return Direction(self.bound.model, self.bound.objective, u, solution.certificate), inherited
 
     def solve(self, b: Block, checkpoint: Checkpoint | None = None) -> Solution:
         """The solver's system with the stage's curvature and right-hand sides b; Krylov vectors are sharded where the
@@ -266,7 +268,7 @@ class Implicit(Differentiation):
         return self.with_solver(replace(self.solver, damping=damping))
 
     def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> Direction:
-        return Direction(self.bound, tensors, Certificate.from_dict(certificate))
+        return Direction(self.bound.model, self.bound.objective, tensors, Certificate.from_dict(certificate))
 
     def cache_key(self) -> Any:
         stage = self.bound.stage

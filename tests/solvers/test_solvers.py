@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from toy import ToyObjective, toy, toy_rows
+from helpers.toy import ToyObjective, toy, toy_rows
 
 from hf_msif import MultiStageInfluence, Stage, vectors
 from hf_msif.solvers import CG, Certificate, Dense, Identity, MinRes, Solution, Solver, SquaredCG, as_solver, solve
