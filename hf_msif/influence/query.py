@@ -83,8 +83,9 @@ class Query:
                 first), and until then for parts that survive the process.
             resume: continue an interrupted scoring in `output_dir`, on any number of processes; what changed since
                 then is refused by name.
-            keep: keep the `keep` rows of largest, smallest and least absolute influence alone, with moments and a
-                histogram of all: for corpora whose scores need not all be kept. Defaults to all rows.
+            keep: keep only the `keep` rows of largest, of smallest and of least absolute influence per query column,
+                with moments and a histogram of all: for corpora whose scores need not all be kept. Defaults to all
+                rows.
             dtype: "tf32" computes matrix products of float32 in TF32, where a GPU can; "bfloat16" computes in it
                 where autocast does. The error is measured, printed and in the metadata as `dtype_error`.
             part_rows: rows per part; defaults to 4,096. An interruption costs at most the parts that are being scored
@@ -95,8 +96,9 @@ class Query:
 
         Raises:
             InputError: the corpus is empty, there is no such stage, a setting is out of range, a loss is not finite
-                (the rows are named), a row was not in the run of an unrolled stage, or `output_dir` holds an
-                interrupted scoring that is not to be resumed, or of something else.
+                (the rows are named), a row was not in the run of an unrolled stage, the disk is full, or
+                `output_dir` holds an interrupted scoring and either `resume` is false or what that scoring depends on
+                has changed (it is named).
         """
         return score(self._scorable(self.chain.link(stage)), corpus, batch_size, **more)
 
