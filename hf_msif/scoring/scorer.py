@@ -101,25 +101,25 @@ def score(
     process hands them to the sink, which writes them while the next round is scored.
 
     Args:
-        scorable: the question, and the stage whose examples the rows are.
+        scorable: the question, and the stage whose rows are ranked.
         corpus: a table or a stream of rows, see `corpus.as_corpus`.
         batch_size: rows per batch; defaults to the stage's. It does not change a score.
         output_dir: folder for the finished file, and for the parts until it is finished. Defaults to none: the scores
             are in memory, on every process.
         resume: continue an interrupted scoring in `output_dir`, on any number of processes.
-        keep: keep the `keep` rows of largest, smallest and least absolute influence per query column alone, with
+        keep: keep only the `keep` rows of largest, of smallest and of least absolute influence per query column, with
             moments and a histogram of all; defaults to all rows.
-        dtype: "float32", "tf32" or "bfloat16": the precision of matrix products; the model's own by default, which
-            is also what "float32" stands for. The error of the others is measured on some rows, printed, and in the
-            metadata as `dtype_error`.
+        dtype: "tf32" or "bfloat16": the precision of matrix products. Its error is measured on 64 rows, printed, and
+            in the metadata as `dtype_error`. Defaults to the model's own precision, as does "float32".
         part_rows: rows per part.
 
     Returns:
         `Scores`, on every process.
 
     Raises:
-        InputError: the corpus is empty, a setting is out of range, a loss is not finite (the rows are named), or
-            `output_dir` holds an interrupted scoring that is not to be resumed, or of something else.
+        InputError: the corpus is empty, a setting is out of range, a loss is not finite (the rows are named), the
+            disk is full, or `output_dir` holds an interrupted scoring and either `resume` is false or what that
+            scoring depends on has changed (it is named).
     """
     _check_settings(batch_size, keep, dtype, part_rows, resume, output_dir)
     engine, source = scorable.engine, as_corpus(corpus, "the corpus")

@@ -46,7 +46,7 @@ def same(scores, expected):
 
 
 class Killed(BaseException):
-    """As little cleaning up as a signal leaves."""
+    """Like a signal, no `except Exception` catches it."""
 
 
 def interrupted(query, folder, monkeypatch, after, kind=parts.PartsOnDisk, corpus=CORPUS, **settings):
@@ -66,14 +66,14 @@ def interrupted(query, folder, monkeypatch, after, kind=parts.PartsOnDisk, corpu
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_an_interrupted_scoring_goes_on(query, expected, tmp_path, monkeypatch, after):
+def test_an_interrupted_scoring_is_resumed(query, expected, tmp_path, monkeypatch, after):
     interrupted(query, tmp_path, monkeypatch, after)
     assert not (tmp_path / "scores.parquet").exists()
     assert len(list((tmp_path / "scores.parts").glob("part-*.parquet"))) == after
     passed, real = [], implicit.directional
     monkeypatch.setattr(implicit, "directional", lambda *args: passed.append(1) or real(*args))
     same(query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=5, batch_size=4), expected)
-    assert len(passed) == 3 * -(-(24 - 5 * after) // 4)  # the others' rows are not scored again
+    assert len(passed) == 3 * -(-(24 - 5 * after) // 4)  # the rows of finished parts are not scored again
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
 
 
@@ -161,7 +161,7 @@ def test_what_changed_is_named(query, tmp_path, monkeypatch):
     refused("the model of stage 'pre' changed since")
 
 
-def test_nothing_to_go_on_with_is_a_beginning(query, expected, tmp_path):
+def test_without_anything_to_resume_scoring_starts_from_the_beginning(query, expected, tmp_path):
     same(query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=7), expected)
     same(query.score(CORPUS, output_dir=tmp_path), expected)  # a finished file is replaced
     with pytest.raises(InputError, match="resume needs output_dir"):
@@ -181,8 +181,8 @@ def check_kept(scores, expected, keep):
     for q in range(3):
         for by in ("absolute", "harmful", "helpful"):
             for end in ("top", "bottom"):
-                extremes, whole = (getattr(s, end)(keep, by, q) for s in (scores, expected))
-                assert extremes.example_id.tolist() == whole.example_id.tolist(), (by, end)
+                from_kept, from_all = (getattr(s, end)(keep, by, q) for s in (scores, expected))
+                assert from_kept.example_id.tolist() == from_all.example_id.tolist(), (by, end)
         values, facts = expected.influence(q), scores.metadata["kept"]["all"][q]
         assert facts["count"] == len(values)
         assert facts["mean"] == pytest.approx(values.mean(), rel=1e-12)
@@ -207,7 +207,7 @@ def test_the_extremes_of_all_orders_are_kept(query, expected, tmp_path, keep):
 
 
 @pytest.mark.parametrize("after", [1, 4])
-def test_kept_extremes_go_on(query, expected, tmp_path, monkeypatch, after):
+def test_kept_extremes_are_resumed(query, expected, tmp_path, monkeypatch, after):
     monkeypatch.setattr(extremes.ExtremesOnDisk, "SAVE_EVERY", 0.0)
     interrupted(query, tmp_path, monkeypatch, after, extremes.ExtremesOnDisk, keep=2)
     with pytest.raises(InputError, match="the corpus changed since"):
@@ -217,7 +217,7 @@ def test_kept_extremes_go_on(query, expected, tmp_path, monkeypatch, after):
 
 
 def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypatch):
-    """Neither ends without the other: writing the first waits for the second's derivatives."""
+    """Writing the first round waits until derivatives of the second are computed."""
     under_way, inside, add = threading.Event(), implicit.directional, parts.PartsOnDisk.add
     rounds = []
 
@@ -237,7 +237,7 @@ def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypa
     assert len(rounds) == 2
 
 
-def test_a_write_that_failed_is_told_whatever_else_fails(query, tmp_path, monkeypatch):
+def test_a_write_that_failed_is_reported_whatever_else_fails(query, tmp_path, monkeypatch):
     calls, inside, second, failed = [], implicit.directional, threading.Event(), threading.Event()
 
     def full(self, *args):
@@ -274,7 +274,7 @@ def test_the_error_of_bfloat16_is_measured(expected, capsys):
         for q in range(3)
     ]
     assert 1e-4 < error["relative"] < 0.1
-    assert error["relative"] == pytest.approx(max(gaps), rel=1e-3)  # all rows are compared, there are so few
+    assert error["relative"] == pytest.approx(max(gaps), rel=1e-3)  # all rows are compared, since they are few
     assert error["rank_correlation"] > 0.95
     assert f"on 24 rows: relative error {error['relative']:.1e}" in capsys.readouterr().out
     assert "dtype_error" not in exact.metadata
@@ -295,7 +295,7 @@ def test_tf32_is_asked_for_while_scoring_alone(query, monkeypatch):
 # Files that are read when they are asked for ------------------------------------------------------------------------
 
 
-def test_a_file_gives_what_is_asked_for_and_no_more(query, expected, tmp_path, monkeypatch):
+def test_only_what_is_asked_for_is_read_from_a_file(query, expected, tmp_path, monkeypatch):
     query.score(CORPUS, output_dir=tmp_path, part_rows=5)
     scores = Scores.from_parquet(tmp_path / "scores.parquet")
     monkeypatch.setattr(type(scores._source), "whole", lambda self: pytest.fail("the whole file was read"))
@@ -308,7 +308,7 @@ def test_a_file_gives_what_is_asked_for_and_no_more(query, expected, tmp_path, m
     assert scores.bottom(4, "helpful").example_id.tolist() == expected.bottom(4, "helpful").example_id.tolist()
     assert len(scores.top(0)) == 0
     (tmp_path / "scores.parquet").unlink()
-    assert len(scores.top(2)) == 2  # held open: what replaces the file does not mix with it
+    assert len(scores.top(2)) == 2  # the file is still open: one that replaces it does not mix with it
 
 
 def test_metadata_is_in_the_file(query, expected, tmp_path):
@@ -317,7 +317,7 @@ def test_metadata_is_in_the_file(query, expected, tmp_path):
     assert json.loads(packed).keys() == expected.metadata.keys()
 
 
-# Solves that go on --------------------------------------------------------------------------------------------------
+# Solves that are resumed ---------------------------------------------------------------------------------------------
 
 SOLVERS = {
     "cg": solvers.CG(damping=0.5, tol=1e-10, max_iter=12),
@@ -328,7 +328,7 @@ SOLVERS = {
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_an_interrupted_solve_goes_on(name, sharded, tmp_path, monkeypatch):
+def test_an_interrupted_solve_is_resumed(name, sharded, tmp_path, monkeypatch):
     curvature = "gauss_newton" if name == "cg" else "hessian"
     asked, saves, stops, save = [], [], [2, 7, 8], checkpoints.Checkpoint.save
 
@@ -354,8 +354,8 @@ def test_an_interrupted_solve_goes_on(name, sharded, tmp_path, monkeypatch):
             with pytest.raises(Killed):
                 query(checkpoints=tmp_path)
         resumed = query(checkpoints=tmp_path)
-    assert len(asked) == 2 * iterations  # none was done twice
-    for stage, solution in expected.solutions.items():
+    assert len(asked) == 2 * iterations  # no iteration was repeated
+    for stage, u in expected.solutions.items():
         assert resumed.certificates[stage].matvecs == expected.certificates[stage].matvecs
         assert resumed.certificates[stage].residual == pytest.approx(expected.certificates[stage].residual, rel=1e-6)
         tiny.close(resumed.solutions[stage].tensors(), solution.tensors(), 1e-9)
@@ -363,7 +363,7 @@ def test_an_interrupted_solve_goes_on(name, sharded, tmp_path, monkeypatch):
 
 
 def stopped(made, tests, folder, monkeypatch):
-    """Queries until the first copy is written."""
+    """Queries until the first checkpoint is written."""
     save = checkpoints.Checkpoint.save
 
     def failing(self, *args):
@@ -377,7 +377,7 @@ def stopped(made, tests, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [None, slice(0, 100), slice(0, -9), slice(500, None)])
-def test_a_copy_of_another_question_or_a_damaged_one_is_as_none(query, tmp_path, monkeypatch, damage):
+def test_a_checkpoint_of_another_query_or_a_damaged_one_is_ignored(query, tmp_path, monkeypatch, damage):
     monkeypatch.setattr(checkpoints.Checkpoint, "due", lambda self: True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
