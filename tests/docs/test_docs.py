@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import string
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from hf_msif.project import config
 ROOT = Path(__file__).parents[2]
 EXECUTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*/README.md"))
-HEAVY = ("lora.md", "unrolled.md", "validation.md")  # they train or retrain for seconds
+HEAVY = ("command_line.md", "lora.md", "unrolled.md", "validation.md")  # they train or retrain for seconds
 LANGUAGES = {"python", "yaml", "bash", "text", "bibtex"}
 FENCE = re.compile(
     r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -59,15 +60,15 @@ def blocks(page: Path) -> list[Block]:
 def command_lines(text: str) -> list[list[str]]:
     """The words of every command of a block of bash: continuation lines joined, comments cut, variables replaced."""
     variables: dict[str, str] = {}
-    found = []
+    lines = []
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(string.Template(line).safe_substitute(variables), comments=True)
         while words and (assignment := re.fullmatch(r"([A-Z_]+)=(.*)", words[0], re.DOTALL)):
             variables[assignment[1]] = assignment[2]
             words = words[1:]
         if words:
-            found.append(words)
-    return found
+            lines.append(words)
+    return lines
 
 
 def anchors(page: Path) -> set[str]:
@@ -89,27 +90,30 @@ def furnished(tmp_path_factory):
     "page",
     [pytest.param(page, marks=[pytest.mark.slow] * (page.name in HEAVY), id=name(page)) for page in EXECUTED],
 )
-def test_every_block_runs(page, furnished, tmp_path, monkeypatch):
-    workplace.enter(furnished, tmp_path, monkeypatch)
-    namespace = {"__name__": "__main__"}
-    for block in blocks(page):
-        where = f"{name(page)}, line {block.line}"
-        if block.file is not None:
-            Path(block.file).parent.mkdir(parents=True, exist_ok=True)
-            Path(block.file).write_text(block.text, encoding="utf-8")
-        if block.language == "python":
-            padded = "\n" * block.line + block.text  # so that a traceback has the page's line
-            exec(compile(padded, str(page), "exec"), namespace)
-        elif block.language == "yaml":
-            if block.file is None:
-                Path("overlay.yaml").write_text(block.text, encoding="utf-8")
-            config.load(["config.yaml", "overlay.yaml"] if block.file is None else block.file)
-        elif block.language == "bash":
-            for words in command_lines(block.text):
-                try:
-                    commands.execute(words, ROOT)
-                except commands.CommandError as error:
-                    pytest.fail(f"{where}: {error}")
+def test_every_block_runs(page, furnished, tmp_path):
+    with workplace.entered(furnished, tmp_path):
+        namespace = {"__name__": "__main__"}
+        for block in blocks(page):
+            _run(block, page, namespace)
+
+
+def _run(block: Block, page: Path, namespace: dict) -> None:
+    if block.file is not None:
+        Path(block.file).parent.mkdir(parents=True, exist_ok=True)
+        Path(block.file).write_text(block.text, encoding="utf-8")
+    if block.language == "python":
+        padded = "\n" * block.line + block.text  # so that a traceback has the page's line
+        exec(compile(padded, str(page), "exec"), namespace)
+    elif block.language == "yaml":
+        if block.file is None:
+            Path("overlay.yaml").write_text(block.text, encoding="utf-8")
+        config.load(["config.yaml", "overlay.yaml"] if block.file is None else block.file)
+    elif block.language == "bash":
+        for words in command_lines(block.text):
+            try:
+                commands.execute(words, ROOT)
+            except commands.CommandError as error:
+                pytest.fail(f"{name(page)}, line {block.line}: {error}")
 
 
 @pytest.mark.parametrize("page", RECIPES, ids=name)
@@ -182,6 +186,9 @@ def test_nothing_is_left_of_a_stand_in(furnished, tmp_path):
     from transformers import AutoTokenizer
 
     before = AutoTokenizer.from_pretrained, os.getcwd()
-    with pytest.MonkeyPatch.context() as patch:
-        workplace.enter(furnished, tmp_path, patch)
+    with workplace.entered(furnished, tmp_path):
+        assert AutoTokenizer.from_pretrained("google-bert/bert-base-uncased").mask_token_id == 4
+        Path("a_module_of_a_page.py").write_text("")
+        __import__("a_module_of_a_page")
     assert (AutoTokenizer.from_pretrained, os.getcwd()) == before
+    assert "a_module_of_a_page" not in sys.modules

@@ -8,11 +8,16 @@ models/sentiment                                 a classifier on the encoder of 
 models/sentiment_tuned                           the same, encoder trained
 """
 
+import contextlib
 import csv
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
+import pytest
 import torch
 import transformers
 from helpers import tiny
@@ -50,14 +55,21 @@ def furnish(folder: Path) -> Path:
     return folder
 
 
-def enter(furnished: Path, folder: Path, patch) -> None:
+@contextlib.contextmanager
+def entered(furnished: Path, folder: Path) -> Iterator[None]:
     """Works in a copy of the furnished folder, with Hub names led to the folders that stand for them."""
     shutil.copytree(furnished, folder, dirs_exist_ok=True)
-    patch.chdir(folder)
-    patch.syspath_prepend(str(folder))
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    for name in AUTO:
-        _stand_in(patch, getattr(transformers, name))
+    modules = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        for name in AUTO:
+            _stand_in(patch, getattr(transformers, name))
+        yield
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
 
 
 def _stand_in(patch, auto) -> None:
