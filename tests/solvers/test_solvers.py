@@ -1,13 +1,12 @@
-"""Every solver against dense NumPy, by property over one list: a new solver is one line in CASES."""
+"""Every solver against dense NumPy, by property over one list: a new solver is one line in `cases.SOLVERS`."""
 
 import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from cases import SOLVERS
 
 from hf_msif import vectors
 from hf_msif.solvers import CG, Certificate, Dense, Identity, MinRes, SquaredCG, solve
@@ -17,26 +16,8 @@ SHAPES = {"weight": (3, 4), "bias": (5,), "temperature": ()}
 P = 18
 
 
-class Case(NamedTuple):
-    solver: Any
-    system: Callable  # (A, λ) → (S, C) of the system Su = Cb that the solver defines
-    indefinite: bool = True  # solves indefinite systems
-    passes: int = 1  # products an iteration, and a check
-
-
-def shifted(a, damping):
-    return a + damping * np.eye(len(a)), np.eye(len(a))
-
-
-CASES = [
-    Case(CG(damping=0.3, tol=1e-10), shifted, indefinite=False),
-    Case(SquaredCG(damping=0.3, tol=1e-10), lambda a, damping: (a @ a + damping * np.eye(len(a)), a), passes=2),
-    Case(MinRes(damping=0.3, tol=1e-10), shifted),
-    Case(Dense(damping=0.3, tol=1e-10, chunk=5), shifted),
-    Case(Identity(), lambda a, damping: (np.eye(len(a)), np.eye(len(a)))),
-]
-KRYLOV = [case for case in CASES if hasattr(case.solver, "max_iter")]
-DAMPED = [case for case in CASES if hasattr(case.solver, "damping")]
+KRYLOV = [case for case in SOLVERS if hasattr(case.solver, "max_iter")]
+DAMPED = [case for case in SOLVERS if hasattr(case.solver, "damping")]
 
 
 def over(cases):
@@ -88,7 +69,7 @@ DEFINITE = symmetric(np.geomspace(0.1, 10, P))
 INDEFINITE = symmetric(np.concatenate([-np.geomspace(0.7, 4, 6), np.geomspace(0.5, 10, P - 6)]))
 
 
-@over(CASES)
+@over(SOLVERS)
 def test_agrees_with_numpy(case):
     b = right_hand_sides()
     u, certificate, _ = run(DEFINITE, b, case.solver)
@@ -99,7 +80,7 @@ def test_agrees_with_numpy(case):
     assert certificate.negative_curvature == [False] * 3
 
 
-@over([case for case in CASES if case.indefinite])
+@over([case for case in SOLVERS if case.indefinite])
 def test_solves_indefinite_systems(case):
     b = right_hand_sides()
     u, certificate, _ = run(INDEFINITE, b, case.solver)
@@ -110,7 +91,7 @@ def test_solves_indefinite_systems(case):
     assert certificate.negative_curvature == [indefinite] * 3
 
 
-@over([case for case in CASES if not case.indefinite])
+@over([case for case in SOLVERS if not case.indefinite])
 def test_reports_indefinite_systems(case):
     u, certificate, _ = run(INDEFINITE, right_hand_sides(), case.solver)
     assert certificate.negative_curvature == [True] * 3
@@ -138,7 +119,7 @@ def test_zero_curvature_is_not_called_negative():
     assert certificate.negative_curvature == [False]
 
 
-@over(CASES)
+@over(SOLVERS)
 def test_solving_twice_gives_the_same(case):
     operator = Matrix(DEFINITE)
     b, before = operator.block(right_hand_sides()), operator.block(right_hand_sides())
@@ -156,14 +137,14 @@ def _auto(solver):
     return dataclasses.replace(solver, damping="auto") if hasattr(solver, "damping") else solver
 
 
-@over(CASES)
+@over(SOLVERS)
 def test_linear_in_the_right_hand_side(case):
     x, y = right_hand_sides(2)
     u, _, _ = run(DEFINITE, np.stack([x, y, 2 * x - 3 * y]), case.solver)
     np.testing.assert_allclose(u[2], 2 * u[0] - 3 * u[1], atol=1e-7)
 
 
-@over(CASES)
+@over(SOLVERS)
 def test_a_block_equals_its_columns_one_by_one(case):
     b = np.stack(
         [right_hand_sides(1)[0], np.zeros(P), np.linalg.eigh(DEFINITE)[1][:, 4], right_hand_sides(1, seed=5)[0]]
@@ -201,7 +182,7 @@ def test_finished_columns_cost_nothing(case):
         )
 
 
-@over(CASES)
+@over(SOLVERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_certificate_tells_the_true_residual(case, dtype):
     a = torch.as_tensor(DEFINITE).to(dtype).double().numpy()  # the operator as it is after rounding
@@ -217,7 +198,7 @@ def test_certificate_tells_the_true_residual(case, dtype):
         assert certificate.residual_unsquared is None
 
 
-@over(CASES)
+@over(SOLVERS)
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e7])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_float32_reaches_the_tolerance_or_says_not(case, condition, sign):
@@ -385,7 +366,7 @@ def test_auto_damping_asks_the_operator_for_its_trace():
     assert operator.widths == []
 
 
-@over(CASES)
+@over(SOLVERS)
 def test_products_are_never_written_to(case):
     """An operator may keep the tensors it hands out, or hand out its argument."""
 
@@ -411,7 +392,7 @@ def test_products_are_never_written_to(case):
     np.testing.assert_array_equal(vectors.flatten(b), right_hand_sides())
 
 
-@over(CASES)
+@over(SOLVERS)
 def test_values_carry_no_graph_and_keep_their_names_shapes_and_dtype(case):
     operator = Matrix(DEFINITE, torch.float32)
     operator.matrix.requires_grad_()
@@ -431,14 +412,14 @@ def test_progress_is_told_once_an_iteration(case):
     assert seen[-1][1] <= case.solver.tol
 
 
-@over(CASES)
+@over(SOLVERS)
 def test_no_columns(case):
     u, certificate, _ = run(DEFINITE, np.zeros((0, P)), case.solver)
     assert u.shape == (0, P)
     assert certificate.converged == []
 
 
-@over(CASES)
+@over(SOLVERS)
 @pytest.mark.parametrize("a", [DEFINITE, INDEFINITE], ids=["definite", "indefinite"])
 def test_certificate_survives_json(case, a):
     _, certificate, _ = run(a, np.vstack([right_hand_sides(), np.zeros(P)]), case.solver)
@@ -449,7 +430,7 @@ def test_certificate_survives_json(case, a):
     assert all(line.startswith(f"{certificate.solver}, column {q}: ") for q, line in enumerate(lines))
 
 
-@over(CASES)
+@over(SOLVERS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_refuses_what_is_not_finite(case, bad):
     operator = Matrix(DEFINITE)

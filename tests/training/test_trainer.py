@@ -15,8 +15,8 @@ from helpers.state import same, weights
 from helpers.toy import ToyObjective, toy, toy_rows
 from transformers import TrainerCallback
 
-from hf_msif import InputError, objectives, training
-from hf_msif.training import evaluate, save, train
+from hf_msif import InputError, objectives
+from hf_msif.training import evaluate, save, train, trainer
 
 
 def without_dropout(model):
@@ -296,12 +296,12 @@ def interrupt(monkeypatch, step):
             if state.global_step == step:
                 raise InterruptionError
 
-    original = training._StageTrainer.__init__
+    original = trainer._StageTrainer.__init__
 
     def init(self, *args, callbacks, **kwargs):
         original(self, *args, callbacks=[*callbacks, Stop()], **kwargs)
 
-    monkeypatch.setattr(training._StageTrainer, "__init__", init)
+    monkeypatch.setattr(trainer._StageTrainer, "__init__", init)
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
