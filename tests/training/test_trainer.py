@@ -168,6 +168,7 @@ def old_padded(old, like):
     return torch.cat([old, torch.zeros_like(like[len(old) :])])
 
 
+@pytest.mark.slow
 def test_the_minimum_is_that_of_scikit_learn(tmp_path):
     """Frozen encoder, linear head, decay on its weight alone, rows that count once or twice."""
     from sklearn.linear_model import LogisticRegression
@@ -233,6 +234,7 @@ def undisturbed(tmp_path_factory):
     return run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_runs_repeat(undisturbed, tmp_path):
     same(run(tmp_path), undisturbed)
     same(run(tmp_path, omit=()), undisturbed)
@@ -506,6 +508,7 @@ def test_all_but_weights_is_left_as_it_came(tmp_path, task, settings):
         assert any(not torch.equal(p, start[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(tmp_path):
     """Autocast reaches the model's call, and leaves weights and penalty in float32."""
     found = []
