@@ -13,3 +13,13 @@ torch.set_num_threads(1)
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("there is no GPU")
+
+
+@pytest.fixture(scope="session")
+def trained_project(tmp_path_factory):
+    """The configuration's path of `helpers.project.project`, trained: to be copied before anything is changed."""
+    from helpers.project import msif, project
+
+    path = project(tmp_path_factory.mktemp("trained"))
+    assert msif("train", "--config", path, "--json") == 0
+    return path

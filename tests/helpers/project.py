@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 from helpers import tiny
@@ -88,6 +89,14 @@ def msif(*arguments) -> int:
 def visible(text: str) -> list[str]:
     """Lines as a terminal shows them: a progress bar clears itself with carriage returns."""
     return [shown for line in text.split("\n") if (shown := re.split("\r", line)[-1].strip())]
+
+
+def copied(path: Path, folder: Path) -> Path:
+    """A copy in `folder` of the project with the configuration `path`, which names the copies of its files."""
+    shutil.copytree(path.parent, folder, dirs_exist_ok=True)
+    copy = folder / path.name
+    copy.write_text(path.read_text().replace(str(path.parent), str(folder)))
+    return copy
 
 
 def snapshot(folder: Path) -> dict:

@@ -299,11 +299,12 @@ MIXED = {
     "run, minimum": [RUN, MINIMUM],
     "run, minimum with frozen parameters": [RUN, (Minimum, "head", {"alpha": None})],
     "run, minimum, run": [RUN, (Minimum, PATTERNS, {"alpha": 0.3}), (Run, "head", {"optim": "adamw", "rate": 0.05})],
-    "minimum, run, minimum": pytest.param([(Minimum, "all", {}), RUN, MINIMUM], marks=pytest.mark.slow),
+    "minimum, run, minimum": [(Minimum, "all", {}), RUN, MINIMUM],
     "run, run": [RUN, (Run, "all", {"optim": "adamw", "rate": 0.05})],
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", MIXED.values(), ids=MIXED)
 def test_chains_of_both_links_equal_training_all_stages_again(kinds, tmp_path):
     mixed, step = Mixed(kinds, tmp_path), 1e-3

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from helpers.project import msif, project, snapshot, visible
+from helpers.project import copied, msif, project, snapshot, visible
 
 from hf_msif import Scores
 from hf_msif.project import cli, commands
@@ -23,10 +23,10 @@ COMMANDS = ("plan", "train", "query", "score", "sweep")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(trained_project, tmp_path_factory):
     """A project that went through train, query and score; to be copied before anything is changed."""
-    path = project(tmp_path_factory.mktemp("made"))
-    for command in ("train", "query", "score"):
+    path = copied(trained_project, tmp_path_factory.mktemp("made"))
+    for command in ("query", "score"):
         assert msif(command, "--config", path, "--json") == 0
     return path
 
@@ -34,12 +34,15 @@ def made(tmp_path_factory):
 @pytest.fixture
 def copy(made, tmp_path):
     """The folder of a copy, which --run_dir and data files must point to."""
-    shutil.copytree(made.parent, tmp_path, dirs_exist_ok=True)
-    text = made.read_text().replace(str(made.parent), str(tmp_path))
-    (tmp_path / "config.yaml").write_text(text)
-    return tmp_path
+    return copied(made, tmp_path).parent
 
 
+@pytest.fixture
+def untrained(tmp_path):
+    return project(tmp_path)
+
+
+@pytest.mark.slow
 def test_from_plan_to_sweep(tmp_path, capsys):
     path = project(tmp_path)
     run = tmp_path / "run"
@@ -178,14 +181,25 @@ def write(name, text):
 
 
 PRE, FINE = "--stages.pretraining", "--stages.finetuning"
-# what is done to the folder, command and flags, what the one sentence holds; FOLDER is the folder
-BAD = {
+# What is done to the folder, command and flags, what the one sentence holds; FOLDER is the folder.
+# The schema or the parser alone decides these: no stage is trained.
+BAD_ARGUMENTS = {
     "no configuration": (None, "plan --config FOLDER/nowhere.yaml", ["nowhere.yaml", "cannot read"]),
     "no arguments": (None, "plan", ["run_dir is missing", "--config"]),
     "invalid YAML": (write("c.yaml", "a: [1"), "plan --config FOLDER/c.yaml", ["c.yaml", "not valid YAML"]),
     "unknown key": (None, f"plan {PRE}.solver.dampng 1", ["'stages.pretraining.solver.dampng'", ".damping'"]),
     "wrong type": (None, f"train {PRE}.batch_size x", ["stages.pretraining.batch_size is x", "whole number"]),
     "unknown stage": (None, "plan --stages.x.batch_size 1", ["no stage 'x'", "['pretraining', 'finetuning']"]),
+    "a negative number": (None, f"plan {PRE}.solver.damping -1e-4", ["pretraining.solver.damping is -0.0001"]),
+    "no tests": (None, "query --test.number 0", ["test.number is 0", "at least 1"]),
+    "no such run": (None, "top --run FOLDER/nowhere", ["nowhere", "does not exist"]),
+    "not a number of rows": (None, "top --run FOLDER/run -k x", ["-k", "'x'"]),
+    "unknown flag": (None, "top --run FOLDER/run --bye absolute", ["'--bye'", "did you mean --by?"]),
+    "no run": (None, "top", ["--run"]),
+    "unknown command": (None, "trian", ["'trian'", "train"]),
+}
+# These need a trained project.
+BAD = {
     "unknown stage to train": (None, "train --stage x", ["no stage 'x'", "['pretraining', 'finetuning']"]),
     "unknown model type": (None, f"plan {PRE}.model.config.model_type brt", ["pretraining.model.config", "brt"]),
     "no model type": (None, f'plan {PRE}.model.config {{"a":1}}', ["model.config.model_type is missing"]),
@@ -207,7 +221,6 @@ BAD = {
         ["stages.pretraining.training: magic"],
     ),
     "bad training type": (None, f"score {PRE}.training.bf16 maybe", ["stages.pretraining.training.bf16 is maybe"]),
-    "a negative number": (None, f"plan {PRE}.solver.damping -1e-4", ["pretraining.solver.damping is -0.0001"]),
     "our training key": (None, f"plan {PRE}.training.output_dir x", ["stages.pretraining.training.output_dir"]),
     "bad objective": (None, f"plan {PRE}.objective.mask_probability 2", ["mask_probability=2.0", "(0, 1]"]),
     "setting of another solver": (
@@ -253,7 +266,6 @@ BAD = {
     ),
     "NaN in a checkpoint": (nan, "query", ["stage 'pretraining'", "NaN", "damaged"]),
     "a damaged checkpoint": (cut, "query", ["stage 'pretraining': cannot load the model", "pretraining"]),
-    "no tests": (None, "query --test.number 0", ["test.number is 0", "at least 1"]),
     "too many tests": (None, "query --test.number 1000", ["test.number is 1000", "at most"]),
     "too many tests to plan": (None, "plan --test.number 1000", ["test.number is 1000", "at most"]),
     "no such test": (None, "query --test.ids [1]", ["test.ids names [1]", "finetuning"]),
@@ -261,11 +273,6 @@ BAD = {
     "no damping to sweep": (None, f'sweep {PRE}.solver {{"name":"identity"}}', ["identity", "no damping"]),
     "no number of rows": (None, "top --run FOLDER/run -k 0", ["-k is 0", "at least 1"]),
     "no such order": (None, "top --run FOLDER/run --by size", ["by is 'size'", "absolute"]),
-    "no such run": (None, "top --run FOLDER/nowhere", ["nowhere", "does not exist"]),
-    "not a number of rows": (None, "top --run FOLDER/run -k x", ["-k", "'x'"]),
-    "unknown flag": (None, "top --run FOLDER/run --bye absolute", ["'--bye'", "did you mean --by?"]),
-    "no run": (None, "top", ["--run"]),
-    "unknown command": (None, "trian", ["'trian'", "train"]),
     "damaged scores": (
         write("run/scores.parquet", "x"),
         "top --run FOLDER/run",
@@ -274,8 +281,17 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(("prepare", "line", "parts"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments_are_one_sentence_and_nothing_is_written(untrained, capsys, monkeypatch, prepare, line, parts):
+    assert_refused(untrained.parent, capsys, monkeypatch, prepare, line, parts)
+
+
 @pytest.mark.parametrize(("prepare", "line", "parts"), BAD.values(), ids=BAD)
 def test_a_bad_input_is_one_sentence_and_nothing_is_written(copy, capsys, monkeypatch, prepare, line, parts):
+    assert_refused(copy, capsys, monkeypatch, prepare, line, parts)
+
+
+def assert_refused(copy, capsys, monkeypatch, prepare, line, parts):
     # An absent Hub id is looked up; no test waits for a network.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if prepare:
@@ -310,8 +326,8 @@ def test_a_bad_input_is_one_sentence_and_nothing_is_written(copy, capsys, monkey
         (f"{PRE}.model.config.hidden_sise", "stages.pretraining.model.config.hidden_size"),
     ],
 )
-def test_every_command_checks_every_setting_before_it_works(made, capsys, command, flag, nearest):
-    assert msif(command, "--config", made, flag, 1) == 2
+def test_every_command_checks_every_setting_before_it_works(untrained, capsys, command, flag, nearest):
+    assert msif(command, "--config", untrained, flag, 1) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert f"unknown key {flag[2:]!r}; the nearest known key is {nearest!r}." in said.err
@@ -331,12 +347,12 @@ def test_a_recipe_is_its_commands_one_after_another(tmp_path, capsys, monkeypatc
     assert end.value.code == 2
 
 
-def test_an_interruption_says_so(made, capsys, monkeypatch):
+def test_an_interruption_says_so(untrained, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(query, "run", interrupt)
-    assert msif("query", "--config", made) == 130
+    assert msif("query", "--config", untrained) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -371,9 +387,9 @@ def test_help_lists_every_key_and_imports_nothing_heavy():
     assert "NAME.solver" not in said[2]
 
 
-def test_errors_of_the_configuration_import_nothing_heavy_either(made):
+def test_errors_of_the_configuration_import_nothing_heavy_either(untrained):
     code = "import sys; from hf_msif.project.cli import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
-    arguments = ["plan", "--config", str(made), "--sed", "1"]
+    arguments = ["plan", "--config", str(untrained), "--sed", "1"]
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr == "msif plan: error: unknown key 'sed'; the nearest known key is 'seed'.\n"

@@ -75,6 +75,7 @@ def test_from_plan_to_scores(tmp_path, capsys):
     assert not list(run.rglob("sweep-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retrain", ["warm_start", "from_scratch"])
 def test_validate(copied, capsys, retrain):
     report = answer(capsys, "validate", "--config", copied, "--validation.retrain", retrain)
@@ -109,6 +110,7 @@ def test_an_interrupted_training_goes_on(copied, capsys, monkeypatch, stage):
     assert msif("query", "--config", copied, "--json") == 0
 
 
+@pytest.mark.slow
 def test_a_run_recorded_elsewhere_is_used_and_not_trained_over(copied, capsys):
     run = copied.parent / "run"
     expected = answer(capsys, "query", "--config", copied)["losses"]

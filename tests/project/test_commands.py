@@ -57,6 +57,7 @@ def test_images_get_figure_3_and_ids_in_table_1(made):
     assert {key for row in saved for key in row} == {"example_id", "label"}
 
 
+@pytest.mark.slow
 def test_leave_one_out_agrees_with_retraining_and_is_kept(copied, capsys):
     path, *where = copied
     arguments = ("validate", "--config", path, *where, "--validation.examples", 6)
@@ -78,6 +79,7 @@ def test_leave_one_out_agrees_with_retraining_and_is_kept(copied, capsys):
     assert "identity" not in again
 
 
+@pytest.mark.slow
 def test_other_experiments_and_groups_along_the_ranking(copied, capsys):
     path, *where = copied
     few = ("--validation.ceiling_seeds", "[]", "--validation.baselines", "[]")
@@ -109,6 +111,7 @@ def test_from_scratch_trains_each_stage_as_its_settings_say(tmp_path, capsys):
         retraining(run, run.chain(), run.tests(), "warm_start")
 
 
+@pytest.mark.slow
 def test_cleansing_writes_the_rest_and_measures_what_it_does(copied, capsys):
     path, *where = copied
     arguments = ("cleanse", "--config", path, *where, "--cleanse.fraction", 0.1)
@@ -201,6 +204,7 @@ def three(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_chain_of_three_ranks_every_stage_side_by_side(three, capsys):
     run, scores = three.parent / "run", {}
     for stage, file in (("finetuning", "-finetuning"), ("pretraining", ""), ("domain", "-domain")):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.project import SIZES, msif, project
+from helpers.project import SIZES, copied, msif
 
 from hf_msif import solvers
 from hf_msif.adapters.functional import memo_bytes
@@ -13,10 +13,8 @@ from hf_msif.project.run import Run
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    path = project(tmp_path_factory.mktemp("plan"))
-    assert msif("train", "--config", path, "--json") == 0
-    return path
+def path(trained_project, tmp_path_factory):
+    return copied(trained_project, tmp_path_factory.mktemp("plan"))
 
 
 @pytest.fixture

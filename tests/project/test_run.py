@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers.project import SIZES, msif, project, snapshot, visible
+from helpers.project import SIZES, snapshot, visible
 
 from hf_msif.errors import InputError
 from hf_msif.project import config
@@ -17,21 +17,13 @@ from hf_msif.training import trainer
 CHECKPOINTS = [("stages.pretraining.training.save_strategy", "steps"), ("stages.pretraining.training.save_steps", 2)]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A trained project; its folder is to be copied before anything is changed."""
-    path = project(tmp_path_factory.mktemp("made"))
-    assert msif("train", "--config", path, "--json") == 0
-    return path
-
-
 @pytest.fixture
-def make_run(made, tmp_path):
+def make_run(trained_project, tmp_path):
     """Makes the run of a copy, with overrides."""
-    shutil.copytree(made.parent / "run", tmp_path / "run")
+    shutil.copytree(trained_project.parent / "run", tmp_path / "run")
 
     def make(*overrides):
-        return Run(config.load(made, [("run_dir", str(tmp_path / "run")), *overrides]), progress=False)
+        return Run(config.load(trained_project, [("run_dir", str(tmp_path / "run")), *overrides]), progress=False)
 
     return make
 
@@ -144,8 +136,8 @@ def test_the_head_is_new_and_the_encoder_is_the_one_before(make_run):
     assert before.base_model.embeddings.word_embeddings.weight.abs().sum() > 0
 
 
-def test_a_second_stage_of_the_same_task_keeps_the_head(make_run, made):
-    stages = json.loads(made.read_text())["stages"]
+def test_a_second_stage_of_the_same_task_keeps_the_head(make_run, trained_project):
+    stages = json.loads(trained_project.read_text())["stages"]
     stages["pretraining_2"] = {**stages.pop("finetuning"), "task": "masked-lm"} | {
         "model": {},
         "objective": {},
@@ -188,8 +180,8 @@ def test_a_checkpoint_without_the_head_is_no_trained_model(make_run):
         make_run().model("pretraining")
 
 
-def test_a_model_given_by_path_is_not_trained_but_may_be_trained_on(make_run, made, capsys):
-    path = ("stages.pretraining.model.path", str(made.parent / "run" / "pretraining"))
+def test_a_model_given_by_path_is_not_trained_but_may_be_trained_on(make_run, trained_project, capsys):
+    path = ("stages.pretraining.model.path", str(trained_project.parent / "run" / "pretraining"))
     taken = make_run(path, ("stages.pretraining.training", {}))
     shutil.rmtree(taken.folder / "pretraining")
     assert stages_to_train(taken) == ["finetuning"]

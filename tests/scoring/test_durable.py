@@ -355,7 +355,7 @@ def test_an_interrupted_solve_is_resumed(name, sharded, tmp_path, monkeypatch):
                 query(checkpoints=tmp_path)
         resumed = query(checkpoints=tmp_path)
     assert len(asked) == 2 * iterations  # no iteration was repeated
-    for stage, u in expected.solutions.items():
+    for stage, solution in expected.solutions.items():
         assert resumed.certificates[stage].matvecs == expected.certificates[stage].matvecs
         assert resumed.certificates[stage].residual == pytest.approx(expected.certificates[stage].residual, rel=1e-6)
         tiny.close(resumed.solutions[stage].tensors(), solution.tensors(), 1e-9)

@@ -59,6 +59,7 @@ def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
     assert scores.metadata["stage"] == stage
 
 
+@pytest.mark.slow
 def test_u_solves_its_system(exact):
     """The pull-back by plain autograd: dense Gauss-Newton of the head, and the mixed derivative by differences."""
     from helpers.tiny import dense_gauss_newton
@@ -110,6 +111,7 @@ def test_padding_partners_do_not_matter(case):
         case.equal(matrix(case.query.score([row, longest]))[:1], matrix(alone))
 
 
+@pytest.mark.slow
 def test_the_batch_size_of_curvature_does_not_matter(exact):
     other = tiny.chain(exact.before, exact.after, 1e-10, (CORPUS, TWEETS), {"batch_size": 2}, batch_size=4)
     values, expected = matrix(other.query(TESTS).score(CORPUS)), matrix(exact.query.score(CORPUS))

@@ -1,16 +1,15 @@
-"""Every solver against dense NumPy, by property over one list: a new solver is one line in CASES."""
+"""Every solver against dense NumPy, by property over one list: a new solver is one line in `cases.SOLVERS`."""
 
 import dataclasses
 import json
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from cases import SOLVERS, SolverCase, shifted
 from helpers.toy import ToyObjective, toy, toy_rows
 
 from hf_msif import MultiStageInfluence, Stage, vectors
@@ -19,17 +18,6 @@ from hf_msif.solvers.cg import ConjugateGradients
 
 SHAPES = {"weight": (3, 4), "bias": (5,), "temperature": ()}
 P = 18
-
-
-class Case(NamedTuple):
-    solver: Any
-    system: Callable  # (A, λ) → (S, C) of the system Su = Cb that the solver defines
-    indefinite: bool = True  # solves indefinite systems
-    passes: int = 1  # products an iteration, and a check
-
-
-def shifted(a, damping):
-    return a + damping * np.eye(len(a)), np.eye(len(a))
 
 
 @dataclass(frozen=True)
@@ -61,16 +49,9 @@ class Richardson(Solver):
         return Solution(u, dataclasses.replace(certificate, iterations=iterations.tolist()))
 
 
-CASES = [
-    Case(CG(damping=0.3, tol=1e-10), shifted, indefinite=False),
-    Case(SquaredCG(damping=0.3, tol=1e-10), lambda a, damping: (a @ a + damping * np.eye(len(a)), a), passes=2),
-    Case(MinRes(damping=0.3, tol=1e-10), shifted),
-    Case(Dense(damping=0.3, tol=1e-10, chunk=5), shifted),
-    Case(Identity(), lambda a, damping: (np.eye(len(a)), np.eye(len(a)))),
-]
-KRYLOV = [case for case in CASES if hasattr(case.solver, "max_iter")]
-DAMPED = [case for case in CASES if case.solver.damped]
-ALL = [*CASES, Case(Richardson(), shifted, indefinite=False)]
+KRYLOV = [case for case in SOLVERS if hasattr(case.solver, "max_iter")]
+DAMPED = [case for case in SOLVERS if case.solver.damped]
+ALL = [*SOLVERS, SolverCase(Richardson(), shifted, indefinite=False)]
 
 
 def over(cases):
@@ -133,7 +114,7 @@ def test_agrees_with_numpy(case):
     assert certificate.negative_curvature == [False] * 3
 
 
-@over([case for case in CASES if case.indefinite])
+@over([case for case in SOLVERS if case.indefinite])
 def test_solves_indefinite_systems(case):
     b = right_hand_sides()
     u, certificate, _ = run(INDEFINITE, b, case.solver)
@@ -259,7 +240,7 @@ def test_certificate_tells_the_true_residual(case, dtype):
         assert certificate.residual_unsquared is None
 
 
-@over(CASES)
+@over(SOLVERS)
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e7])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_float32_reaches_the_tolerance_or_says_not(case, condition, sign):

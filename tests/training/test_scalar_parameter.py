@@ -107,6 +107,7 @@ def test_training_takes_the_step_of_the_written_out_f(pair, tmp_path):
         torch.testing.assert_close(p.detach(), start[name] - 0.02 * expected[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_removal_is_predicted_through_minimum_and_run(pair, tmp_path):
     """The implicit and the unrolled pull-back against retraining both stages with a row weighted up and down."""
     before, after = pair

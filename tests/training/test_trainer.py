@@ -15,8 +15,8 @@ from helpers.state import same, weights
 from helpers.toy import ToyObjective, toy, toy_rows
 from transformers import TrainerCallback
 
-from hf_msif import InputError, objectives, training
-from hf_msif.training import evaluate, save, train
+from hf_msif import InputError, objectives
+from hf_msif.training import evaluate, save, train, trainer
 
 
 def without_dropout(model):
@@ -168,6 +168,7 @@ def old_padded(old, like):
     return torch.cat([old, torch.zeros_like(like[len(old) :])])
 
 
+@pytest.mark.slow
 def test_the_minimum_is_that_of_scikit_learn(tmp_path):
     """Frozen encoder, linear head, decay on its weight alone, rows that count once or twice."""
     from sklearn.linear_model import LogisticRegression
@@ -233,6 +234,7 @@ def undisturbed(tmp_path_factory):
     return run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_runs_repeat(undisturbed, tmp_path):
     same(run(tmp_path), undisturbed)
     same(run(tmp_path, omit=()), undisturbed)
@@ -296,12 +298,12 @@ def interrupt(monkeypatch, step):
             if state.global_step == step:
                 raise InterruptionError
 
-    original = training._StageTrainer.__init__
+    original = trainer._StageTrainer.__init__
 
     def init(self, *args, callbacks, **kwargs):
         original(self, *args, callbacks=[*callbacks, Stop()], **kwargs)
 
-    monkeypatch.setattr(training._StageTrainer, "__init__", init)
+    monkeypatch.setattr(trainer._StageTrainer, "__init__", init)
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -506,6 +508,7 @@ def test_all_but_weights_is_left_as_it_came(tmp_path, task, settings):
         assert any(not torch.equal(p, start[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(tmp_path):
     """Autocast reaches the model's call, and leaves weights and penalty in float32."""
     found = []

@@ -25,6 +25,7 @@ def test_means_are_over_rows_and_columns_and_signs_do_not_count():
     assert np.isnan(comparison.spearman_r)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_ratio():
     generator = np.random.default_rng(0)
     covered = 0

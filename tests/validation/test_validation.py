@@ -172,6 +172,7 @@ def test_messages_of_the_bank(tmp_path):
 # Experiments on truths in closed form -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lds_of_a_linear_truth():
     """Exact for the truth itself, −1 for its negative; for another vector d the population correlation over random
     subsets of fixed size is that of c and d, since both sums have covariances proportional to S_cd."""
@@ -253,6 +254,7 @@ def test_lds_of_ridge_regression_is_its_closed_form():
     assert found.ceiling.spearman_r > 0.999
 
 
+@pytest.mark.slow
 def test_the_ceiling_is_the_truths_own_reliability():
     """Noise as large as the signal: no method passes the correlation of two measurements by much, and the truth
     itself stays at its square root."""
@@ -357,6 +359,7 @@ def chain():
     return Chain()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_warm_start_is_the_chain_solved_again(chain, stage):
     """Three stages (frozen, proximal and own parameters), Newton's method with dense Hessians as the oracle."""
@@ -716,6 +719,7 @@ def from_scratch(mixed, folder, **settings):
     return FromScratch(stages, toy_rows(9, 2), lambda seed: [toy(seed - 5), toy(seed - 4)], arguments, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [TWO_RUNS, UNROLLED["frozen"]], ids=["two runs", "frozen"])
 def test_from_scratch_takes_the_steps_of_a_run(kinds, tmp_path):
     mixed = Mixed(kinds, tmp_path)
@@ -748,6 +752,7 @@ def test_settings_know_the_run(tmp_path):
     assert one == same != other
 
 
+@pytest.mark.slow
 def test_the_implicit_baseline_takes_runs_for_minima(tmp_path):
     kinds = [(Minimum, "all", {}), (Run, "all", {"momentum": 0.5, "alpha": 0.2})]
     mixed, tests = Mixed(kinds, tmp_path), toy_rows(9, 2)
