@@ -13,8 +13,8 @@ import torch
 from toy import ToyObjective, toy, toy_rows
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_msif import InputError, objectives, training
-from hf_msif.training import evaluate, save, train
+from hf_msif import InputError, objectives
+from hf_msif.training import evaluate, save, train, trainer
 
 RATE = 0.1
 
@@ -322,12 +322,12 @@ def interrupt(monkeypatch, step):
             if state.global_step == step:
                 raise InterruptionError
 
-    original = training._StageTrainer.__init__
+    original = trainer._StageTrainer.__init__
 
     def init(self, *args, callbacks, **kwargs):
         original(self, *args, callbacks=[*callbacks, Stop()], **kwargs)
 
-    monkeypatch.setattr(training._StageTrainer, "__init__", init)
+    monkeypatch.setattr(trainer._StageTrainer, "__init__", init)
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
