@@ -1,5 +1,6 @@
 # make demo   set up a virtual environment and explain three tweets (no network beyond the package index)
-# make test   set up and run the tests and the notebook
+# make test   set up and run all tests, the slow ones and the notebook too
+# make fast   set up and run the tests but the slow ones and those that start processes (two minutes)
 # make quality / make style   check / mend formatting and lint
 
 PYTHON ?= python3
@@ -7,13 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quality style clean
+.PHONY: demo test fast quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msif demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+fast: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow and not launch"
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .

@@ -1,17 +1,18 @@
-"""What ELMo's derivatives cost in units of its own forward pass (F), and four ways to run its recurrence.
+"""The cost of ELMo's derivatives in units of its forward pass (F), and four ways to run its recurrence.
 
     python benchmarks/elmo.py --threads 1                               # the published size, 500 million parameters
-    python benchmarks/elmo.py --threads 1 --vocabulary 50000 --reverse  # also what goes backward
+    python benchmarks/elmo.py --threads 1 --vocabulary 50000 --reverse  # also backward passes
     python benchmarks/elmo.py --threads 1 --scans                       # the recurrence alone
     python benchmarks/elmo.py --check                                   # exit code 1 if the bar is missed
 
-The model is the published configuration (4,096 cells, projections of 512, 2,048 character filters: 93.6 million
+The model has the published configuration (4,096 cells, projections of 512, 2,048 character filters: 93.6 million
 parameters, and a softmax over 793,471 words) with random weights; sentences are those of benchmarks/scoring.py. F is
-the model as it was loaded, under `no_grad`, with the objective's losses: the exact softmax of both directions, its
-logits in chunks. On every batch all things are measured in turn; a ratio is taken within a pass, and the table shows
-its median over repeats, the smallest and the largest. With `--threads 1` seconds are those of the process.
+one pass of the model as it was loaded, under `no_grad`, with the objective's losses: the exact softmax of both
+directions, its logits in chunks. All tasks are measured in turn on every batch. A ratio is taken within a pass; the
+table shows its median over the repeats, its smallest and its largest value. With `--threads 1` seconds are CPU seconds
+of the process.
 
-Bar: one query is scored at no more than 3.5 F.
+Bar: scoring one query costs at most 3.5 F.
 """
 
 from __future__ import annotations
@@ -40,18 +41,19 @@ BAR = {"scoring, 1 query": 3.5}
 UNIT = "forward pass (F)"
 
 
-def main(given: list[str] | None = None) -> int:
-    settings = arguments(given)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    settings = arguments(argv)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.scans:
         print(scans(settings))
         return 0
     tasks, model = tasks_of(settings)
-    seconds, found = measure(tasks, settings), {}
+    seconds, reports = measure(tasks, settings), {}
     for task in tasks:
-        ratios = [mine / its for mine, its in zip(seconds[task.name], seconds[UNIT], strict=True)]
-        found[task.name] = report = {
+        ratios = [task_time / unit for task_time, unit in zip(seconds[task.name], seconds[UNIT], strict=True)]
+        reports[task.name] = report = {
             "ratio": statistics.median(ratios),
             "smallest": min(ratios),
             "largest": max(ratios),
@@ -63,46 +65,47 @@ def main(given: list[str] | None = None) -> int:
     sizes = f"{model.elmo.num_parameters() / 1e6:.1f} million parameters and {settings.vocabulary:,} words"
     if settings.json:
         print(
-            json.dumps({"tasks": found, "settings": vars(settings) | {"tokens": tokens, "torch": torch.__version__}})
+            json.dumps({"tasks": reports, "settings": vars(settings) | {"tokens": tokens, "torch": torch.__version__}})
         )
     else:
-        print(table(found))
+        print(table(reports))
         print(
             f"{sizes}; {settings.sentences} sentences of {tokens / settings.sentences:.1f} tokens in batches of "
-            f"{settings.batch_size}, {settings.repeats} repeats; {settings.dtype} on {name_of(settings)}, "
+            f"{settings.batch_size}, {settings.repeats} repeats; {settings.dtype} on {device_name(settings)}, "
             f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"
         )
-    return 0 if all(report.get("met", True) for report in found.values()) or not settings.check else 1
+    return 0 if all(report.get("met", True) for report in reports.values()) or not settings.check else 1
 
 
-def arguments(given: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; defaults to PyTorch's choice")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sentences", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, default=793_471, help="words of the softmax")
+    parser.add_argument("--vocabulary", type=int, default=793_471, help="number of words of the softmax")
     parser.add_argument("--cells", type=int, default=4096)
     parser.add_argument("--projection", type=int, default=512)
-    parser.add_argument("--reverse", action="store_true", help="also gradient and products: they keep the logits")
+    parser.add_argument("--reverse", action="store_true", help="also gradient and products, which hold all logits")
     parser.add_argument("--scans", action="store_true", help="compare ways to run one bidirectional layer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", action="store_true", help="exit code 1 if the bar is missed")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
-def name_of(settings: argparse.Namespace) -> str:
+def device_name(settings: argparse.Namespace) -> str:
     return torch.cuda.get_device_name() if settings.device.startswith("cuda") else "CPU"
 
 
 def tasks_of(settings: argparse.Namespace) -> tuple[list[Task], ElmoForBidirectionalLM]:
+    """All tasks, the unit first, and the model."""
     words = [f"w{i}" for i in range(30_000)]
     tokenizer = ElmoTokenizer.train([" ".join(words)], size=min(settings.vocabulary, len(words)))
     objective = objectives.BidirectionalLM(tokenizer)
-    made = batches(sentences(words, settings.sentences, settings.seed), objective, settings)
+    task_batches = batches(sentences(words, settings.sentences, settings.seed), objective, settings)
     torch.manual_seed(settings.seed)
     config = ElmoConfig(vocab_size=settings.vocabulary, cell_size=settings.cells, projection_size=settings.projection)
     model = ElmoForBidirectionalLM(config).eval().to(settings.device, getattr(torch, settings.dtype))
@@ -110,36 +113,36 @@ def tasks_of(settings: argparse.Namespace) -> tuple[list[Task], ElmoForBidirecti
     names = tuple(functional.parameters)
     v = direction(functional, names, 1, settings.seed)
 
-    def derivative(function: Callable[[Evaluation], object]):
+    def derivative(function: Callable[[Evaluation], object]) -> Callable[[dict], object]:
         def run(batch: dict) -> object:
             with functional.evaluating():
                 return function(Evaluation(functional, objective, batch))
 
         return run
 
-    found = [Task(UNIT, UNIT, made, lambda batch: plain(model, objective, batch))]
-    found.append(Task("scoring, 1 query", UNIT, made, derivative(lambda e: directional(e, column(v, 0)))))
+    tasks = [Task(UNIT, UNIT, task_batches, lambda batch: plain(model, objective, batch))]
+    tasks.append(Task("scoring, 1 query", UNIT, task_batches, derivative(lambda e: directional(e, column(v, 0)))))
     if settings.reverse:
         for name, function in (
             ("gradient", lambda e: gradient(e, names)),
             ("Gauss-Newton product", lambda e: gauss_newton_product(e, v)),
             ("Hessian product", lambda e: hessian_product(e, v, names)),
         ):
-            found.append(Task(name, UNIT, made, derivative(function)))
-    return found, model
+            tasks.append(Task(name, UNIT, task_batches, derivative(function)))
+    return tasks, model
 
 
 def clock(settings: argparse.Namespace) -> float:
-    """Seconds; those of this process alone where one thread of the CPU does the work, other processes or not."""
+    """Seconds: CPU seconds of this process if one CPU thread does the work, so that other processes do not count."""
     if settings.device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.process_time() if settings.device == "cpu" and settings.threads == 1 else time.perf_counter()
 
 
 def measure(tasks: list[Task], settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a whole pass, task → one number a repeat; every batch is timed by all tasks in turn."""
+    """Task → seconds of a whole pass, one number per repeat; the tasks take turns on every batch."""
     seconds = {task.name: [0.0] * settings.repeats for task in tasks}
-    for repeat in range(-1, settings.repeats):  # the first round warms up and counts for nothing
+    for repeat in range(-1, settings.repeats):  # the first round is a warm-up and is not counted
         for i in range(len(tasks[0].batches) if repeat >= 0 else 1):
             for task in tasks:
                 started = clock(settings)
@@ -149,26 +152,27 @@ def measure(tasks: list[Task], settings: argparse.Namespace) -> dict[str, list[f
     return seconds
 
 
-# --- one bidirectional layer: packed (N, projection) inputs of both directions and the steps' sizes → both outputs
+# --- one bidirectional layer. Each function takes the packed inputs (N, projection) of both directions and the number
+# of sentences at every step, and returns the packed outputs of both directions.
 
 
 def one_after_the_other(layers: list[LstmLayer], inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """What the library does: one product with W_x for all steps, then a product with W_h a step."""
+    """As in the library: one product with W_x for all steps, then one product with W_h per step."""
     return [layer(x, sizes)[0] for layer, x in zip(layers, inputs, strict=True)]
 
 
 def concatenated(layers: list[LstmLayer], inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """One product with [W_x, W_h] a step, as the published weights have it."""
-    return [_loop(_cell(layer), layer, x.split(sizes)) for layer, x in zip(layers, inputs, strict=True)]
+    """One product with [W_x, W_h] per step, the form of the published weights."""
+    return [_loop(_concatenated_step(layer), layer, x.split(sizes)) for layer, x in zip(layers, inputs, strict=True)]
 
 
 def compiled(layers: list[LstmLayer], inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """The library's step through `torch.compile`."""
-    return [_loop(_step, layer, layer.input(x).split(sizes)) for layer, x in zip(layers, inputs, strict=True)]
+    return [_loop(_compiled_step, layer, layer.input(x).split(sizes)) for layer, x in zip(layers, inputs, strict=True)]
 
 
 def stacked(layers: list[LstmLayer], inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """Both directions in one batched product a step."""
+    """Both directions in one batched product per step."""
     state, projection = (torch.stack([getattr(la, n).weight.T for la in layers]) for n in ("state", "projection"))
     gates = torch.stack([layer.input(x) for layer, x in zip(layers, inputs, strict=True)])
     outputs, h, c = [], None, None
@@ -182,6 +186,7 @@ def stacked(layers: list[LstmLayer], inputs: list[Tensor], sizes: list[int]) -> 
 
 
 def _nonlinear(layer: LstmLayer, gates: Tensor, c: Tensor | None, project: Callable) -> tuple[Tensor, Tensor]:
+    """The new (h, c) of the gates, as in `LstmLayer.forward`."""
     i, j, f, o = gates.chunk(4, -1)
     written = torch.sigmoid(i) * torch.tanh(j)
     c = written if c is None else torch.sigmoid(f) * c + written
@@ -190,7 +195,8 @@ def _nonlinear(layer: LstmLayer, gates: Tensor, c: Tensor | None, project: Calla
     return h.clamp(-layer.projection_clip, layer.projection_clip), c
 
 
-def _cell(layer: LstmLayer) -> Callable:
+def _concatenated_step(layer: LstmLayer) -> Callable:
+    """A step that multiplies [x, h] by [W_x, W_h]."""
     weight = torch.cat([layer.input.weight, layer.state.weight], 1)
 
     def step(layer, x, h, c):
@@ -204,7 +210,7 @@ def _plain_step(layer: LstmLayer, gates: Tensor, h: Tensor, c: Tensor) -> tuple[
     return _nonlinear(layer, gates + layer.state(h), c, layer.projection)
 
 
-_step = torch.compile(_plain_step, dynamic=True)
+_compiled_step = torch.compile(_plain_step, dynamic=True)
 
 
 def _loop(step: Callable, layer: LstmLayer, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -218,7 +224,7 @@ def _loop(step: Callable, layer: LstmLayer, inputs: tuple[Tensor, ...]) -> Tenso
 
 
 def scans(settings: argparse.Namespace) -> str:
-    """Milliseconds a sentence of one bidirectional layer: forward, scoring, gradient and Hessian product."""
+    """A table of milliseconds per sentence of one bidirectional layer, for each of the four ways to run it."""
     torch.manual_seed(settings.seed)
     config = ElmoConfig(cell_size=settings.cells, projection_size=settings.projection)
     dtype = getattr(torch, settings.dtype)
@@ -234,7 +240,7 @@ def scans(settings: argparse.Namespace) -> str:
             return scan(layers, x, sizes)
 
     def scoring(scan):
-        with torch.no_grad(), forward_ad.dual_level(), Replaced(layers, names, v):
+        with torch.no_grad(), forward_ad.dual_level(), DualParameters(layers, names, v):
             return [forward_ad.unpack_dual(out).tangent for out in scan(layers, x, sizes)]
 
     def backward(scan):
@@ -244,32 +250,32 @@ def scans(settings: argparse.Namespace) -> str:
     def product(scan):
         parameters = [layer.get_parameter(name) for layer, name in names]
         total = sum((out**2).sum() for out in scan(layers, x, sizes))
-        slopes = torch.autograd.grad(total, parameters, create_graph=True)
-        return torch.autograd.grad(slopes, parameters, v)
+        gradients = torch.autograd.grad(total, parameters, create_graph=True)
+        return torch.autograd.grad(gradients, parameters, v)
 
     rows = []
     expected = forward(one_after_the_other)
     for scan in (one_after_the_other, concatenated, stacked, compiled):
         row = {"": scan.__name__.replace("_", " ")}
-        for measured in (forward, scoring, backward, product):
+        for computation in (forward, scoring, backward, product):
             try:
-                row[measured.__name__] = (
-                    f"{1e3 * _seconds(lambda: measured(scan), settings) / settings.batch_size:.1f}"  # noqa: B023
+                row[computation.__name__] = (
+                    f"{1e3 * _seconds(lambda: computation(scan), settings) / settings.batch_size:.1f}"  # noqa: B023
                 )
-            except Exception as error:  # what a compiled step cannot do
-                row[measured.__name__] = type(error).__name__
+            except Exception as error:  # some derivatives of a compiled step are not supported
+                row[computation.__name__] = type(error).__name__
         torch.testing.assert_close(forward(scan), expected, rtol=1e-3, atol=1e-4)
         rows.append(row)
     text = (
-        f"ms a sentence; {settings.batch_size} sentences of {sum(sizes) / settings.batch_size:.1f} tokens, one layer"
+        f"ms per sentence; {settings.batch_size} sentences of {sum(sizes) / settings.batch_size:.1f} tokens, one layer"
     )
     text += f" of two directions, {settings.cells} cells, projection {settings.projection}, {settings.dtype} on"
-    text += f" {name_of(settings)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    text += f" {device_name(settings)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     return tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True) + "\n" + text
 
 
-class Replaced:
-    """Parameters as dual numbers, and back."""
+class DualParameters:
+    """Inside, the named parameters are dual numbers with the given tangents."""
 
     def __init__(self, layers: list[LstmLayer], names: list, tangents: list[Tensor]):
         self.names, self.tangents = names, tangents
@@ -291,13 +297,13 @@ class Replaced:
 
 
 def _seconds(run: Callable, settings: argparse.Namespace) -> float:
-    """Median over repeats, after one to warm up."""
-    found = []
+    """Median seconds over the repeats, after a warm-up."""
+    seconds = []
     for repeat in range(settings.repeats + 1):
         started = clock(settings)
         run()
-        found += [clock(settings) - started] if repeat else []
-    return statistics.median(found)
+        seconds += [clock(settings) - started] if repeat else []
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

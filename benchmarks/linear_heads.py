@@ -1,9 +1,9 @@
-"""Which solver brings a linear head nearest to its minimum: scikit-learn's three, and ours.
+"""How near solvers bring a linear head to its minimum: three solvers of scikit-learn, and `training.polish`.
 
 python benchmarks/linear_heads.py
 
-‖∇F‖ in float64, recomputed by our own operator, for scikit-learn's digits (64 brightnesses as features) with weight
-decay λ; in brackets the time in units of `polish`'s own method in the same run.
+The table shows ‖∇F‖ in float64 for scikit-learn's digits (64 pixel brightnesses as features) with weight decay λ; for
+every solver the library's own operator computes it. In brackets: the time in units of `polish` in the same run.
 """
 
 import copy
@@ -22,8 +22,8 @@ from hf_msif.objectives import ImageClassification
 SOLVERS = ("lbfgs", "newton-cg", "newton-cholesky")
 
 
-def problem(classes: int):
-    """Digits below `classes`, and a model whose frozen encoder hands the brightnesses on unchanged."""
+def problem(classes: int) -> tuple[ConvNetForImageClassification, list[dict], ImageClassification]:
+    """A model whose frozen encoder returns the brightnesses unchanged, the digits below `classes`, an objective."""
     data = load_digits()
     rows = [
         {"image": image, "label": int(label)}
@@ -39,25 +39,30 @@ def problem(classes: int):
     return model, rows, ImageClassification(scale=1 / 16, dtype="float64")
 
 
-def gradient_norm(model, objective, rows, decay) -> float:
+def gradient_norm(
+    model: ConvNetForImageClassification, objective: ImageClassification, rows: list[dict], decay: float
+) -> float:
+    """‖∇F‖ with respect to the head, at the model as it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = {"trainable": ["head.*"], "weight_decay": decay, "lbfgs_iter": 0, "max_iter": 0}
         return training.polish(model, objective, rows, **settings).gradient_norm
 
 
-def by_scikit_learn(model, objective, rows, decay, solver: str) -> None:
-    """scikit-learn as it is, with a tolerance that no solver reaches."""
+def fit_by_scikit_learn(
+    model: ConvNetForImageClassification, objective: ImageClassification, rows: list[dict], decay: float, solver: str
+) -> None:
+    """Trains the head by scikit-learn, with a tolerance that no solver reaches, and copies it into the model."""
     batch = objective.collate([{"example_id": i, **row} for i, row in enumerate(rows)])
     with torch.no_grad():
         features = model.encoder(batch["pixel_values"]).last_hidden_state.numpy()
     binary = model.config.num_labels == 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = LogisticRegression(
+        regression = LogisticRegression(
             C=(2 if binary else 1) / (len(rows) * decay), tol=1e-15, max_iter=100_000, solver=solver
         ).fit(features, batch["labels"].numpy())
-    weight, bias = torch.from_numpy(found.coef_), torch.from_numpy(found.intercept_)
+    weight, bias = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
     with torch.no_grad():
         model.head[0].weight.copy_(torch.cat([-weight, weight]) / 2 if binary else weight)
         model.head[0].bias.copy_(torch.cat([-bias, bias]) / 2 if binary else bias)
@@ -69,18 +74,18 @@ def main() -> None:
     for classes in (2, 10):
         model, rows, objective = problem(classes)
         for decay in (1e-2, 1e-4, 1e-6):
-            ours, started = copy.deepcopy(model), time.perf_counter()
+            polished, started = copy.deepcopy(model), time.perf_counter()
             settings = {"trainable": ["head.*"], "weight_decay": decay, "tol": 1e-13, "cg_iter": 5000}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                report = training.polish(ours, objective, rows, **settings)
+                report = training.polish(polished, objective, rows, **settings)
             unit = time.perf_counter() - started
             row = [classes, decay, f"{report.gradient_norm:.1e}"]
             for solver in SOLVERS:
                 head, started = copy.deepcopy(model), time.perf_counter()
-                by_scikit_learn(head, objective, rows, decay, solver)
-                spent = (time.perf_counter() - started) / unit
-                row.append(f"{gradient_norm(head, objective, rows, decay):.1e} ({spent:.2f})")
+                fit_by_scikit_learn(head, objective, rows, decay, solver)
+                ratio = (time.perf_counter() - started) / unit
+                row.append(f"{gradient_norm(head, objective, rows, decay):.1e} ({ratio:.2f})")
             table.append(row)
     print(tabulate(table, ["classes", "λ", "polish", *SOLVERS], tablefmt="github", disable_numparse=True))
 

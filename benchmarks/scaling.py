@@ -1,23 +1,23 @@
-"""Scoring on several processes: sentences a second, memory by the length of the corpus, and what a cluster would take.
+"""Scoring on several processes: sentences per second, memory by corpus length, and estimated hours on a cluster.
 
-    python benchmarks/scaling.py               # two processes of one thread against one, in turn; on two idle cores
+    python benchmarks/scaling.py               # two processes of one thread against one, in turn; needs two idle cores
     python benchmarks/scaling.py --memory      # peak memory on 20,000 and on 200,000 streamed sentences
     python benchmarks/scaling.py --throughput  # BERT-base on this machine's GPU, by precision
     python benchmarks/scaling.py --simulate    # 30 million sentences with BERT-base on 1 to 512 GPUs, estimated
     python benchmarks/scaling.py --check       # exit code 1 if a bar is missed (also with --memory)
 
-Speed: `torchrun` starts so many processes, which score the same text file by `Query.score` with parts on disk; the
-clock runs from the first round to the finished file, without the start of Python. The model is the BERT of
-benchmarks/scoring.py with random weights, sentences are random words. Memory: the same with a tiny model; what is
-compared is the largest resident set of the main process. Bars: at least 1.8 times the sentences a second; at most 1.1
-times the memory. Nothing is downloaded.
+Speed: `torchrun` starts one or two processes, which score the same text file by `Query.score` with parts on disk. The
+time is measured from the first round to the finished file, without the start of Python. The model is the BERT of
+benchmarks/scoring.py with random weights; sentences are random words. Memory: the same with a tiny model; the largest
+resident set of the main process is compared. Bars: two processes score at least 1.8 times as many sentences per
+second; a corpus ten times as long takes at most 1.1 times the memory. Nothing is downloaded.
 
-Throughput: a list of sentences is scored by one process with parts on disk, by precision and batch size; the error is
-against float32. A product is one with the Gauss-Newton matrix on 2,048 sentences.
+Throughput: one process scores a list of sentences with parts on disk, for each precision and batch size; the error is
+relative to float32. The product is one with the Gauss-Newton matrix on 2,048 sentences.
 
-The simulation takes from this machine what a sentence costs outside of the model (reading and broadcasting, on the
-main process; tokenising, on each; writing, on the main process), counts the floating point operations of BERT-base,
-and assumes the rest: see --tflops, --bandwidth and --latency, which are printed with the table.
+The simulation measures on this machine what a sentence costs outside the model (reading and broadcasting, on the main
+process; tokenising, on each process; writing, on the main process), counts the floating point operations of BERT-base,
+and assumes the rest: --tflops, --bandwidth and --latency, which are printed with the table.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import BertTokenizer
+
+    from hf_msif import Query
 
 BARS = {"speed": 1.8, "memory": 1.1}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -47,8 +54,9 @@ MODELS = {
 SENTENCES, CORPUS, SEED = 1000, 30_000_000, 0
 
 
-def main(given: list[str] | None = None) -> int:
-    settings = arguments(given)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    settings = arguments(argv)
     if settings.worker:
         return work(settings)
     if settings.simulate or settings.throughput:
@@ -57,37 +65,44 @@ def main(given: list[str] | None = None) -> int:
     return memory(settings) if settings.memory else speed(settings)
 
 
-def arguments(given: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     reader = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     reader.add_argument("--memory", action="store_true")
     reader.add_argument("--throughput", action="store_true")
     reader.add_argument("--simulate", action="store_true")
     reader.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
-    reader.add_argument("--sentences", type=int, default=SENTENCES, help="of the comparison of speeds, of throughput")
-    reader.add_argument("--batch-size", type=int, nargs="+", default=[256, 1024], help="of throughput")
-    reader.add_argument("--model", default="base", choices=[*MODELS], help="of throughput")
+    reader.add_argument(
+        "--sentences", type=int, default=SENTENCES, help="number of sentences, for speed and --throughput"
+    )
+    reader.add_argument("--batch-size", type=int, nargs="+", default=[256, 1024], help="for --throughput")
+    reader.add_argument("--model", default="base", choices=[*MODELS], help="for --throughput")
     reader.add_argument("--repeats", type=int, default=3)
-    reader.add_argument("--tflops", type=float, default=59.0, help="sustained TFLOP/s of a GPU; an H100: 59, TF32 128")
-    reader.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of the network at a GPU")
-    reader.add_argument("--latency", type=float, default=30.0, help="µs of a step of a collective")
+    reader.add_argument(
+        "--tflops", type=float, default=59.0, help="sustained TFLOP/s per GPU; an H100: 59, with TF32 128"
+    )
+    reader.add_argument("--bandwidth", type=float, default=25.0, help="GB/s of the network per GPU")
+    reader.add_argument("--latency", type=float, default=30.0, help="µs per step of a collective operation")
     reader.add_argument("--queries", type=int, default=1)
     reader.add_argument("--worker", help=argparse.SUPPRESS)
-    return reader.parse_args(given)
+    return reader.parse_args(argv)
 
 
-# --- what is measured
+# --- measurements
 
 
 def speed(settings: argparse.Namespace) -> int:
-    """Launches in turn, so that a drift of the machine's speed hits all alike; beside them two processes that know
-    nothing of each other, which is what the machine has to give."""
+    """Compares two processes with one; returns the exit code.
+
+    Launches take turns, so that a drift of the machine's speed affects all alike. Two independent jobs at the same
+    time show the most that the machine can reach.
+    """
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         path = sentences(Path(folder), settings.sentences)
         for repeat in range(settings.repeats):
             one, two = (launch(path, processes, "small") for processes in (1, 2))
             with ThreadPoolExecutor(2) as pool:
-                apart = sum(found["rate"] for found in pool.map(lambda _: launch(path, 1, "small"), range(2)))
+                apart = sum(report["rate"] for report in pool.map(lambda _: launch(path, 1, "small"), range(2)))
             ratios.append(two["rate"] / one["rate"])
             print(
                 f"{repeat}: one process {one['rate']:.1f} sentences/s, two {two['rate']:.1f}: {ratios[-1]:.2f} times; "
@@ -100,19 +115,20 @@ def speed(settings: argparse.Namespace) -> int:
 
 
 def memory(settings: argparse.Namespace) -> int:
-    found = {}
+    """Compares the peak memory on a short and on a long corpus; returns the exit code."""
+    reports = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in (20_000, 200_000):
-            found[count] = launch(sentences(Path(folder), count, longest=12), 1, "tiny")
-            report = found[count]
+            reports[count] = launch(sentences(Path(folder), count, longest=12), 1, "tiny")
+            report = reports[count]
             print(f"{count:,} sentences: peak {report['peak']:.1f} MiB, {report['rate']:.0f} sentences/s", flush=True)
-    ratio = found[200_000]["peak"] / found[20_000]["peak"]
+    ratio = reports[200_000]["peak"] / reports[20_000]["peak"]
     print(f"{ratio:.3f} times, bar {BARS['memory']}")
     return int(settings.check and ratio > BARS["memory"])
 
 
 def sentences(folder: Path, count: int, longest: int = 128) -> Path:
-    """A text file of random words, log-normal lengths."""
+    """Writes a text file of `count` sentences of random words with log-normal lengths; returns its path."""
     import numpy as np
 
     generator, path = np.random.default_rng(SEED), folder / f"{count}.txt"
@@ -123,7 +139,7 @@ def sentences(folder: Path, count: int, longest: int = 128) -> Path:
 
 
 def launch(path: Path, processes: int, model: str) -> dict:
-    """`torchrun` with so many processes of one thread; what the main one reports."""
+    """Scores the file with `processes` processes of one thread under `torchrun`; returns the main process's report."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -141,21 +157,22 @@ def launch(path: Path, processes: int, model: str) -> dict:
     return report
 
 
-def query_of(model: str, curvature_rows: list[dict], batch_size: int = 64):
-    """A question to one stage, with the identity for its curvature: what is measured is scoring."""
+def query_of(model: str, curvature_rows: list[dict], batch_size: int = 64) -> Query:
+    """A query of one stage whose curvature is the identity, so that solving takes no time."""
     import torch
     from transformers import BertConfig, BertForMaskedLM
 
     from hf_msif import MultiStageInfluence, Stage, objectives, solvers
 
     torch.manual_seed(SEED)
-    made = BertForMaskedLM(BertConfig(max_position_embeddings=130, **MODELS[model]))
+    bert = BertForMaskedLM(BertConfig(max_position_embeddings=130, **MODELS[model]))
     objective = objectives.MaskedLM(tokenizer(), max_length=128)
-    stage = Stage("pretraining", made, objective, curvature_rows, solver=solvers.Identity(), batch_size=batch_size)
+    stage = Stage("pretraining", bert, objective, curvature_rows, solver=solvers.Identity(), batch_size=batch_size)
     return MultiStageInfluence([stage], progress=False).query(curvature_rows[:1])
 
 
-def tokenizer():
+def tokenizer() -> BertTokenizer:
+    """A tokenizer of 190 words and the special tokens."""
     from transformers import BertTokenizer
 
     words = [*SPECIAL, *(f"w{i}" for i in range(190))]
@@ -163,22 +180,22 @@ def tokenizer():
 
 
 def work(settings: argparse.Namespace) -> int:
-    """One process of a launch: scores the file, and says how fast and in how much memory."""
+    """One process of a launch: scores the file; the main process prints a report of speed and memory."""
     import torch
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     path = Path(settings.worker)
     rows = [{"example_id": i, "text": "w1 w2 w3 w4 w5"} for i in range(4)]
-    asked = query_of(settings.model, rows)
-    engine = asked.chain.engine
-    with tempfile.TemporaryDirectory() as folder:  # the first file pays for imports
-        asked.score(sentences(Path(folder), 8), output_dir=engine.broadcast(folder))
+    query = query_of(settings.model, rows)
+    engine = query.chain.engine
+    with tempfile.TemporaryDirectory() as folder:  # a warm-up: the first call imports modules
+        query.score(sentences(Path(folder), 8), output_dir=engine.broadcast(folder))
         engine.gather([0])
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        # The main process writes, and all look into the same folder afterwards.
-        scores = asked.score(path, output_dir=engine.broadcast(folder))
+        # The main process writes, and all processes read the same folder afterwards.
+        scores = query.score(path, output_dir=engine.broadcast(folder))
         engine.gather([0])
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -189,7 +206,7 @@ def work(settings: argparse.Namespace) -> int:
 
 
 def throughput(settings: argparse.Namespace) -> None:
-    """A table of sentences a second, by precision and batch size."""
+    """Prints a table of sentences per second by precision and batch size, and the time of a product."""
     import numpy as np
     import torch
     from tabulate import tabulate
@@ -200,8 +217,8 @@ def throughput(settings: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         rows = list(from_files([sentences(Path(folder), settings.sentences)]))
-    asked = query_of(settings.model, rows[:2048], settings.batch_size[0])
-    (link,) = asked.chain.links
+    query = query_of(settings.model, rows[:2048], settings.batch_size[0])
+    (link,) = query.chain.stages
     cuda = link.engine.device.type == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
     started = time.perf_counter()
@@ -209,27 +226,27 @@ def throughput(settings: argparse.Namespace) -> None:
         link.stage.objective.collate(rows[start : start + 64])
     collate = (time.perf_counter() - started) / len(rows)
 
-    def scored(some: list[dict], **how):
+    def influences(rows: list[dict], **options: Any) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
-            return asked.score(some, output_dir=folder, **how).influence()
+            return query.score(rows, output_dir=folder, **options).influence()
 
     table, exact = [], None
     for size in settings.batch_size:
         for dtype in ("float32", "tf32", "bfloat16"):
-            scored(rows[: 2 * size], dtype=dtype, batch_size=size)  # what the first pass pays for
+            influences(rows[: 2 * size], dtype=dtype, batch_size=size)  # a warm-up
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
-            found = scored(rows, dtype=dtype, batch_size=size)
+            influence = influences(rows, dtype=dtype, batch_size=size)
             seconds = time.perf_counter() - started
             peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else ""
-            exact = found if exact is None else exact
-            error = np.sqrt(((found - exact) ** 2).mean() / (exact**2).mean())
+            exact = influence if exact is None else exact
+            error = np.sqrt(((influence - exact) ** 2).mean() / (exact**2).mean())
             table.append([size, dtype, f"{len(rows) / seconds:,.0f}", f"{error:.1e}", peak])
             print(" ".join(map(str, table[-1])), flush=True)
     print(tabulate(table, ["batch", "precision", "sentences/s", "error", "peak memory"], tablefmt="github"))
     times, v = [], vectors.rademacher(link.model.parameters, 1, seed=SEED)
-    operator = link.curvature(rows[:2048])
+    operator = link.differentiation.curvature(rows[:2048])
     for precision in ("ieee", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = precision
         for _ in range(2):
@@ -241,17 +258,17 @@ def throughput(settings: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(
         f"a Gauss-Newton product on 2,048 sentences in batches of {settings.batch_size[0]}: {times[0]:.2f} s in "
-        f"float32, {times[1]:.2f} s with TF32 products; tokenising {collate * 1e6:.0f} µs a sentence, in a thread "
-        "ahead on a GPU\n"
+        f"float32, {times[1]:.2f} s with TF32 products; tokenising {collate * 1e6:.0f} µs per sentence, on a GPU "
+        "in a thread\n"
         f"{where}, torch {torch.__version__}: {settings.model} model, {len(rows):,} sentences"
     )
 
 
-# --- what is estimated
+# --- estimates
 
 
 def simulate(settings: argparse.Namespace) -> None:
-    """A table of hours, by the costs of a sentence outside of the model, measured here, and of its operations."""
+    """Prints a table of estimated hours, from measured costs outside the model and counted operations inside it."""
     import pickle
 
     import numpy as np
@@ -264,14 +281,14 @@ def simulate(settings: argparse.Namespace) -> None:
     from hf_msif.adapters.functional import FunctionalModel
     from hf_msif.curvature.derivatives import Evaluation
     from hf_msif.engine.corpus import from_files
+    from hf_msif.scoring.parts import PartsOnDisk
     from hf_msif.scoring.scores import frame_of
-    from hf_msif.scoring.sinks import Parts
 
     torch.set_num_threads(1)
     count = 16384
     with tempfile.TemporaryDirectory() as folder:
         path = sentences(Path(folder), count)
-        next(iter(from_files([path])))  # the first one pays for imports
+        next(iter(from_files([path])))  # a warm-up: the first call imports modules
         started = time.perf_counter()
         rows = list(from_files([path]))
         read = (time.perf_counter() - started) / count
@@ -279,12 +296,13 @@ def simulate(settings: argparse.Namespace) -> None:
         packed = pickle.dumps(rows)
         pickle.loads(packed)
         broadcast = (time.perf_counter() - started) / count
-        sink, influence = Parts(Path(folder) / "scores.parquet", {}, False), np.random.rand(count, settings.queries)
+        sink = PartsOnDisk(Path(folder) / "scores.parquet", {}, False)
+        influence = np.random.rand(count, settings.queries)
         started = time.perf_counter()
         for start in range(0, count, 4096):
-            own = slice(start, start + 4096)
-            columns = {"loss": influence[own, 0], "terms": influence[own, 0]}
-            sink.add(start // 4096, rows[own], frame_of(rows[own], influence[own], 1.0, columns), 0)
+            part = slice(start, start + 4096)
+            columns = {"loss": influence[part, 0], "terms": influence[part, 0]}
+            sink.add(start // 4096, rows[part], frame_of(rows[part], influence[part], 1.0, columns), 0)
         sink.finish(count // 4096, {})
         write = (time.perf_counter() - started) / count
     objective = objectives.MaskedLM(tokenizer(), max_length=128)
@@ -299,30 +317,33 @@ def simulate(settings: argparse.Namespace) -> None:
     operations = counter.get_total_flops() / 64
     parameters = sum(p.numel() for p in model.parameters.values())
     # benchmarks/scoring.py: one query costs 3.1 forward passes, a Gauss-Newton product 5.2
-    one = 3.1 * settings.queries * operations / (settings.tflops * 1e12)
+    scoring = 3.1 * settings.queries * operations / (settings.tflops * 1e12)
     product = 5.2 * settings.queries * operations / (settings.tflops * 1e12)
     examples, iterations = 2048, 200
     table = []
     for gpus in (1, 8, 64, 512):
-        # Threads read, collate and write meanwhile, but those of the main process take turns.
-        main = read + write + (broadcast if gpus > 1 else 0.0) + tokenise / gpus
-        each = max(one / gpus, main)
-        # a ring: 2 (n − 1)/n of the float64 sum over the slowest link, 2 (n − 1) steps
+        # Threads read, collate and write while the GPU computes, but those of the main process take turns.
+        main_process = read + write + (broadcast if gpus > 1 else 0.0) + tokenise / gpus
+        per_sentence = max(scoring / gpus, main_process)
+        # A ring all-reduce sends 2 (n − 1)/n of the float64 sum over the slowest link, in 2 (n − 1) steps.
         ring = 2 * (gpus - 1) / gpus * 8 * parameters * settings.queries / (settings.bandwidth * 1e9)
         ring += 2 * (gpus - 1) * settings.latency * 1e-6
         solve = iterations * (examples * product / gpus + (ring if gpus > 1 else 0.0))
-        hours, best = each * CORPUS / 3600, max(one, read + write + tokenise) * CORPUS / 3600
-        table.append([gpus, f"{hours:.2f} h", f"{1 / each:,.0f}", f"{best / hours / gpus:.0%}", f"{solve:.0f} s"])
+        hours, best = per_sentence * CORPUS / 3600, max(scoring, read + write + tokenise) * CORPUS / 3600
+        table.append(
+            [gpus, f"{hours:.2f} h", f"{1 / per_sentence:,.0f}", f"{best / hours / gpus:.0%}", f"{solve:.0f} s"]
+        )
     heads = ["GPUs", f"{CORPUS:,} sentences", "sentences/s", "efficiency", f"{iterations} products"]
     print(tabulate(table, heads, tablefmt="github"))
     tokens = sum(batch["attention_mask"].sum().item() for batch in batches) / 4096
     print(
-        f"\nmeasured here, one thread, µs a sentence: reading {read * 1e6:.0f}, broadcasting {broadcast * 1e6:.0f} "
+        f"\nmeasured here, one thread, µs per sentence: reading {read * 1e6:.0f}, broadcasting {broadcast * 1e6:.0f} "
         f"(main process), tokenising {tokenise * 1e6:.0f} (each process), writing {write * 1e6:.0f} (main process)\n"
-        f"counted: {operations / 1e9:.1f} GFLOP a forward pass of a sentence (BERT-base, {parameters / 1e6:.0f} "
+        f"counted: {operations / 1e9:.1f} GFLOP per forward pass of a sentence (BERT-base, {parameters / 1e6:.0f} "
         f"million parameters, {tokens:.0f} tokens), padding included\n"
-        f"assumed: {settings.tflops:g} TFLOP/s sustained a GPU, {settings.bandwidth:g} GB/s and {settings.latency:g} "
-        f"µs a step between GPUs, {settings.queries} query column(s), products on {examples:,} sentences"
+        f"assumed: {settings.tflops:g} TFLOP/s sustained per GPU, {settings.bandwidth:g} GB/s and "
+        f"{settings.latency:g} µs per step between GPUs, {settings.queries} query column(s), products on "
+        f"{examples:,} sentences"
     )
 
 

@@ -1,17 +1,17 @@
-"""What derivatives cost in units of the plain forward pass (F), measured side by side in one run.
+"""The cost of derivatives in units of the plain forward pass (F), measured side by side in one run.
 
-    python benchmarks/scoring.py --threads 1                      # the table; some five minutes on one laptop core
+    python benchmarks/scoring.py --threads 1                      # the table; about five minutes on one laptop core
     python benchmarks/scoring.py --check                          # exit code 1 if a bar is missed
     python benchmarks/scoring.py --device cuda --sentences 4096 --json
 
-F is the user's model as it was loaded (with its own attention kernels), under `no_grad`, with the objective's losses;
-the head runs on the masked positions alone on both sides. On every batch all things are measured in turn, so that a
-drift of the machine's speed hits all alike. A ratio is the time of a whole pass by the time of F over the same
-batches; the table shows its median over repeats, the smallest and the largest. The model is the BERT of
-recipes/bert_gop_debate with random weights; sentences are random words, 28 tokens in the mean with log-normal
-lengths, batched by length as the library does. Nothing is downloaded.
+F is one pass of the user's model as it was loaded (with its own attention kernels), under `no_grad`, with the
+objective's losses. In both cases the head runs on the masked positions only. All tasks are measured in turn on every
+batch, so that a drift of the machine's speed affects all of them alike. A ratio is the time of a whole pass divided by
+the time of F over the same batches; the table shows its median over the repeats, its smallest and its largest value.
+The model is the BERT of recipes/bert_gop_debate with random weights. Sentences are random words with log-normal
+lengths, 28 tokens on average, batched by length as in the library. Nothing is downloaded.
 
-Bars: one query is scored at no more than 3.4 F, a product with the Hessian at no more than 7.5 F.
+Bars: scoring one query costs at most 3.4 F, a product with the Hessian at most 7.5 F.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,14 @@ VOCABULARY, LONGEST, MEAN_LENGTH, SPREAD = 30522, 128, 28, 0.5
 
 @dataclass
 class Task:
-    """Something to measure on a batch, and the task whose time is the unit of its ratio."""
+    """A computation to measure, batch by batch.
+
+    Attributes:
+        name: for the table.
+        unit: name of the task whose time is the unit of the ratio.
+        batches: the batches to run on.
+        run: computes one batch.
+    """
 
     name: str
     unit: str
@@ -52,16 +60,17 @@ class Task:
     run: Callable[[dict], object]
 
 
-def main(given: list[str] | None = None) -> int:
-    settings = arguments(given)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    settings = arguments(argv)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    found, tasks = tasks_of(settings), {}
-    seconds = measure(found, settings)
-    for task in found:
+    tasks, reports = tasks_of(settings), {}
+    seconds = measure(tasks, settings)
+    for task in tasks:
         unit = seconds[task.unit]
-        ratios = [mine / its for mine, its in zip(seconds[task.name], unit, strict=True)]
-        tasks[task.name] = report = {
+        ratios = [numerator / denominator for numerator, denominator in zip(seconds[task.name], unit, strict=True)]
+        reports[task.name] = report = {
             "unit": task.unit,
             "ratio": statistics.median(ratios),
             "smallest": min(ratios),
@@ -70,39 +79,39 @@ def main(given: list[str] | None = None) -> int:
         }
         if task.name in BARS:
             report |= {"bar": BARS[task.name], "met": report["ratio"] <= BARS[task.name]}
-    met = all(report.get("met", True) for report in tasks.values())
-    setting = vars(settings) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    setting["device_name"] = torch.cuda.get_device_name() if settings.device.startswith("cuda") else "CPU"
-    tokens = [int(batch["attention_mask"].sum()) for batch in found[0].batches]
-    setting |= {"batches": len(tokens), "tokens_per_sentence": sum(tokens) / settings.sentences}
+    met = all(report.get("met", True) for report in reports.values())
+    facts = vars(settings) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    facts["device_name"] = torch.cuda.get_device_name() if settings.device.startswith("cuda") else "CPU"
+    tokens = [int(batch["attention_mask"].sum()) for batch in tasks[0].batches]
+    facts |= {"batches": len(tokens), "tokens_per_sentence": sum(tokens) / settings.sentences}
     if settings.json:
-        print(json.dumps({"tasks": tasks, "met": met, "settings": setting}))
+        print(json.dumps({"tasks": reports, "met": met, "settings": facts}))
     else:
-        print(table(tasks))
+        print(table(reports))
         print(
-            f"{settings.sentences} sentences of {setting['tokens_per_sentence']:.1f} tokens in batches of "
-            f"{settings.batch_size}, {settings.repeats} repeats; {settings.dtype} on {setting['device_name']}, "
-            f"{setting['threads']} thread(s), torch {torch.__version__}"
+            f"{settings.sentences} sentences of {facts['tokens_per_sentence']:.1f} tokens in batches of "
+            f"{settings.batch_size}, {settings.repeats} repeats; {settings.dtype} on {facts['device_name']}, "
+            f"{facts['threads']} thread(s), torch {torch.__version__}"
         )
     return 0 if met or not settings.check else 1
 
 
-def arguments(given: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: that of Stage")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; defaults to PyTorch's choice")
+    parser.add_argument("--batch-size", type=int, default=64, help="defaults to that of Stage")
     parser.add_argument("--sentences", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
 def tasks_of(settings: argparse.Namespace) -> list[Task]:
-    """Everything that is measured, a unit before what is measured in it."""
+    """All tasks; a task that is a unit stands before the tasks measured in it."""
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCABULARY))]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=LONGEST)
     rows = sentences(words[len(SPECIAL) :], settings.sentences, settings.seed)
@@ -119,7 +128,9 @@ def tasks_of(settings: argparse.Namespace) -> list[Task]:
     )
     first = {name: t[:1] for name, t in v.items()}
 
-    def derivative(model: FunctionalModel, objective, function: Callable[[Evaluation], object]):
+    def derivative(
+        model: FunctionalModel, objective: Any, function: Callable[[Evaluation], object]
+    ) -> Callable[[dict], object]:
         def run(batch: dict) -> object:
             with model.evaluating():
                 return function(Evaluation(model, objective, batch))
@@ -127,7 +138,7 @@ def tasks_of(settings: argparse.Namespace) -> list[Task]:
         return run
 
     unit = "forward pass (F)"
-    found = [Task(unit, unit, masked_batches, lambda batch: plain(encoder, masked, batch))]
+    tasks = [Task(unit, unit, masked_batches, lambda batch: plain(encoder, masked, batch))]
     for name, function in (
         ("scoring, 1 query", lambda e: directional(e, column(v, 0))),
         ("scoring, 3 queries", lambda e: [directional(e, column(v, q)) for q in range(3)]),
@@ -137,15 +148,15 @@ def tasks_of(settings: argparse.Namespace) -> list[Task]:
         ("Hessian product, 3 queries", lambda e: hessian_product(e, v, all_names)),
         ("Hessian product, forward over reverse", lambda e: forward_over_reverse(e, first)),
     ):
-        found.append(Task(name, unit, masked_batches, derivative(pretraining, masked, function)))
+        tasks.append(Task(name, unit, masked_batches, derivative(pretraining, masked, function)))
     unit = "forward pass of a classifier"
-    found.append(Task(unit, unit, labelled_batches, lambda batch: plain(classifier, labelled, batch)))
+    tasks.append(Task(unit, unit, labelled_batches, lambda batch: plain(classifier, labelled, batch)))
     mixed = derivative(finetuning, labelled, lambda e: hessian_product(e, head, roles.frozen))
-    return [*found, Task("its mixed product, head to encoder", unit, labelled_batches, mixed)]
+    return [*tasks, Task("its mixed product, head to encoder", unit, labelled_batches, mixed)]
 
 
 def forward_over_reverse(evaluation: Evaluation, v: Block) -> Block:
-    """The Hessian product as the tangent of the gradient: exact as well, and measured here as the alternative."""
+    """The Hessian product as the tangent of the gradient: an exact alternative, measured for comparison."""
     leaves = evaluation.leaves(v)
     with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(leaf, v[name][0]) for name, leaf in leaves.items()}
@@ -155,7 +166,7 @@ def forward_over_reverse(evaluation: Evaluation, v: Block) -> Block:
 
 
 def sentences(words: list[str], number: int, seed: int) -> list[dict]:
-    """Rows of words whose frequency falls as 1/rank."""
+    """`number` rows of random words whose frequency is proportional to 1/rank."""
     generator = np.random.default_rng(seed)
     lengths = generator.lognormal(np.log(MEAN_LENGTH - 2) - SPREAD**2 / 2, SPREAD, number)
     lengths = lengths.round().clip(1, LONGEST - 2).astype(int)
@@ -165,14 +176,15 @@ def sentences(words: list[str], number: int, seed: int) -> list[dict]:
     return [{"example_id": i, "text": " ".join(piece), "label": i % 2} for i, piece in enumerate(pieces)]
 
 
-def batches(rows: list[dict], objective, settings: argparse.Namespace) -> list[dict]:
-    """About as `Engine.batches` makes them: rows of like length together, the longest first."""
+def batches(rows: list[dict], objective: Any, settings: argparse.Namespace) -> list[dict]:
+    """Batches on the device, much like those of `Engine.batches`: rows of similar length together, longest first."""
     rows, size = sorted(rows, key=lambda row: len(row["text"]), reverse=True), settings.batch_size
-    made = [objective.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-    return [{key: value.to(settings.device) for key, value in batch.items()} for batch in made]
+    cpu_batches = [objective.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [{key: value.to(settings.device) for key, value in batch.items()} for batch in cpu_batches]
 
 
 def models(settings: argparse.Namespace) -> tuple[BertForMaskedLM, FeedForwardClassifier]:
+    """A masked language model with random weights, and a classifier on a copy of its encoder."""
     torch.manual_seed(settings.seed)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -189,26 +201,27 @@ def models(settings: argparse.Namespace) -> tuple[BertForMaskedLM, FeedForwardCl
 
 
 def direction(model: FunctionalModel, names: tuple[str, ...], columns: int, seed: int) -> Block:
+    """Random columns in the space of the parameters `names`."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: (columns, *model.parameters[name].shape) for name in names}
     return {n: torch.randn(shape, generator=generator).to(model.parameters[n]) for n, shape in shapes.items()}
 
 
-def plain(model: torch.nn.Module, objective, batch: dict) -> object:
-    """The forward pass that a user would run: the module itself, no kernel ruled out."""
+def plain(model: torch.nn.Module, objective: Any, batch: dict) -> object:
+    """The forward pass that a user would run: the module itself, with all kernels allowed."""
 
     def call(positions=None, **inputs):
-        return forward(model, lambda given: model(**given), positions, inputs)
+        return forward(model, lambda kwargs: model(**kwargs), positions, inputs)
 
     with torch.no_grad():
         return objective.losses(call, batch)
 
 
 def measure(tasks: list[Task], settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a whole pass, task → one number a repeat."""
+    """Task → seconds of a whole pass, one number per repeat."""
     cuda = settings.device.startswith("cuda")
     seconds = {task.name: [0.0] * settings.repeats for task in tasks}
-    for repeat in range(-1, settings.repeats):  # the first round warms up and counts for nothing
+    for repeat in range(-1, settings.repeats):  # the first round is a warm-up and is not counted
         for i in range(len(tasks[0].batches) if repeat >= 0 else 1):
             for task in tasks:
                 if cuda:
@@ -228,7 +241,7 @@ def table(tasks: dict[str, dict]) -> str:
             "": name,
             "ratio": f"{report['ratio']:.2f}",
             "min–max": f"{report['smallest']:.2f}–{report['largest']:.2f}",
-            "ms a sentence": f"{1e3 * report['seconds_per_sentence']:.2f}",
+            "ms per sentence": f"{1e3 * report['seconds_per_sentence']:.2f}",
             "bar": f"≤ {report['bar']}" if "bar" in report else "",
             "met": {True: "yes", False: "NO"}.get(report.get("met"), ""),
         }

@@ -1,14 +1,14 @@
-"""Kills a scoring at random moments until it has been killed so often, and compares what comes out in the end.
+"""Kills a scoring run at random moments, resumes it, and compares the finished scores with an undisturbed run.
 
-    python benchmarks/stress.py                       # 20 kills, some ten minutes on two cores
+    python benchmarks/stress.py                       # 20 kills, about ten minutes on two cores
     python benchmarks/stress.py --kills 5 --seed 3
 
-A corpus is scored by `torchrun` on 1, 2 or 3 processes (drawn anew each time) with `resume=True`. At a random moment
-after the first new part either one process or all of them, the launcher included, get signal 9. About every fourth
-time the disk is full instead (a limit on the size of a file that no part fits under), and about every third time a
-finished part is damaged before the next start: cut short, or one bit changed. When a scoring has finished, its file is
-compared with that of one undisturbed process (the same ids in the same order, none lost and none doubled, scores to
-1e-10), and the next one begins.
+`torchrun` scores a corpus on 1, 2 or 3 processes (drawn anew at each start) with `resume=True`. At a random moment
+after the first new part, either one process or all of them with the launcher get signal 9. About every fourth start
+has a full disk instead (a limit on the size of files that is smaller than any part). About every third time a finished
+part is damaged before the next start: it is cut short, or one bit is changed. When a run has finished, its file is
+compared with that of one undisturbed process (the same ids in the same order, none lost, none repeated, scores to
+1e-10), and the next run begins.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from pathlib import Path
 ROWS, PART_ROWS = 1500, 10
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the stress test; returns the exit code."""
     reader = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     reader.add_argument("--kills", type=int, default=20)
     reader.add_argument("--seed", type=int, default=0)
     reader.add_argument("--worker", help=argparse.SUPPRESS)
     reader.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
-    settings = reader.parse_args(given)
+    settings = reader.parse_args(argv)
     if settings.worker:
         return work(Path(settings.worker), settings.limit)
     chance, counts = random.Random(settings.seed), {"one": 0, "all": 0, "full": 0, "damaged": 0, "finished": 0}
@@ -51,12 +52,12 @@ def main(given: list[str] | None = None) -> int:
 
 
 def disturb(folder: Path, expected: Path, chance: random.Random, counts: dict, kills: int) -> None:
-    """One scoring from its beginning to its end."""
+    """One scoring run, from its first start until it has finished, and the comparison; updates `counts`."""
     shutil.rmtree(folder, ignore_errors=True)
     parts = folder / "scores.parts"
     while True:
-        left, processes = counts["one"] + counts["all"] < kills, chance.choice([1, 2, 3])
-        full = left and chance.random() < 0.25
+        more_kills, processes = counts["one"] + counts["all"] < kills, chance.choice([1, 2, 3])
+        full = more_kills and chance.random() < 0.25
         started = run(folder, processes, limit=2048 if full else 0)
         before = len(list(parts.glob("part-*")))
         while started.poll() is None and len(list(parts.glob("part-*"))) <= before:
@@ -68,13 +69,16 @@ def disturb(folder: Path, expected: Path, chance: random.Random, counts: dict, k
             counts["full"] += 1
             print(f"disk full on {processes} process(es), {before} parts before", flush=True)
             continue
-        if left and started.poll() is None:
+        if more_kills and started.poll() is None:
             time.sleep(chance.uniform(0, 1.5))
-            whom = kill(started, chance)
-            if whom:
-                counts[whom] += 1
-                there = len(list(parts.glob("part-*")))
-                print(f"killed {whom} of {processes} process(es) at {there} of {ROWS // PART_ROWS} parts", flush=True)
+            victims = kill(started, chance)
+            if victims:
+                counts[victims] += 1
+                finished = len(list(parts.glob("part-*")))
+                print(
+                    f"killed {victims} of {processes} process(es) at {finished} of {ROWS // PART_ROWS} parts",
+                    flush=True,
+                )
         started.communicate()
         if (folder / "scores.parquet").is_file() and not parts.is_dir():
             break
@@ -86,7 +90,7 @@ def disturb(folder: Path, expected: Path, chance: random.Random, counts: dict, k
 
 
 def run(folder: Path, processes: int, limit: int = 0) -> subprocess.Popen:
-    """A scoring of its own process group."""
+    """Starts a scoring run in its own process group; `limit`: most bytes per file, 0 for no limit."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -100,7 +104,10 @@ def run(folder: Path, processes: int, limit: int = 0) -> subprocess.Popen:
 
 
 def kill(started: subprocess.Popen, chance: random.Random) -> str | None:
-    """Signal 9 for one worker, whose launcher then ends the others, or for all and the launcher."""
+    """Sends signal 9 to one worker, after which the launcher ends the others, or to all workers and the launcher.
+
+    Returns "one" or "all"; None if the run had just finished.
+    """
     import psutil
 
     try:
@@ -112,10 +119,11 @@ def kill(started: subprocess.Popen, chance: random.Random) -> str | None:
             process.send_signal(signal.SIGKILL)
         return "all"
     except psutil.NoSuchProcess:
-        return None  # it had just finished
+        return None
 
 
 def damage(paths: list[Path], chance: random.Random, counts: dict) -> None:
+    """Cuts a random file short, or changes one bit of it."""
     if not paths:
         return
     victim = chance.choice(paths)
@@ -130,19 +138,20 @@ def damage(paths: list[Path], chance: random.Random, counts: dict) -> None:
 
 
 def compare(path: Path, expected: Path) -> None:
+    """Asserts that two files have the same rows and, to 1e-10, the same scores."""
     import numpy as np
 
     from hf_msif import Scores
 
-    found, whole = Scores.from_parquet(path).frame, Scores.from_parquet(expected).frame
-    plain = ["example_id", "text", "text_sha256", "duplicates", "terms"]
-    assert found[plain].equals(whole[plain]), "rows differ"
+    frame, expected_frame = Scores.from_parquet(path).frame, Scores.from_parquet(expected).frame
+    exact_columns = ["example_id", "text", "text_sha256", "duplicates", "terms"]
+    assert frame[exact_columns].equals(expected_frame[exact_columns]), "rows differ"
     for column in ("influence_0", "influence_1", "loss"):
-        np.testing.assert_allclose(found[column], whole[column], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(frame[column], expected_frame[column], rtol=1e-10, atol=1e-14)
 
 
 def work(folder: Path, limit: int) -> int:
-    """One process of a launch."""
+    """One process of a launch; returns its exit code."""
     import torch
     from scaling import MODELS, tokenizer
     from transformers import BertConfig, BertForMaskedLM

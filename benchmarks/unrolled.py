@@ -1,15 +1,15 @@
-"""What a pull-back through a training run costs, in units of the run itself, and its memory beside the plan's.
+"""The cost of a pull-back through a training run in units of the run, and its memory compared with the plan.
 
-    python benchmarks/unrolled.py --threads 1            # some ten minutes on one laptop core
+    python benchmarks/unrolled.py --threads 1            # about ten minutes on one laptop core
     python benchmarks/unrolled.py --check                # exit code 1 if a bar is missed
     python benchmarks/unrolled.py --device cuda --steps 400 --batch-size 64
 
 The run is `training.record`: AdamW with warm-up, cosine decay, clipping and dropout on the whole BERT of
-recipes/bert_gop_debate (random weights and words) with a classifier, float32. In each repeat the same run is trained
-with nothing written, by Hugging Face's `Trainer`, and pulled back with one and with three queries; ratios are taken
-within a repeat, and the table shows their median, smallest and largest.
+recipes/bert_gop_debate (random weights and words) with a classifier, float32. Each repeat trains the same run by
+`training.record` without writing it and by Hugging Face's `Trainer`, and pulls one query and three queries back
+through it. Ratios are taken within a repeat; the table shows their median, smallest and largest value.
 
-Bar: with one query the pull-back takes at most 6 times the run.
+Bar: with one query the pull-back takes at most 6 times as long as the run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from scoring import LONGEST, SPECIAL, VOCABULARY, models, sentences
@@ -36,14 +37,14 @@ from transformers.utils import logging as transformers_logging
 
 from hf_msif import MultiStageInfluence, Stage, objectives, training, vectors
 from hf_msif.influence import unrolled
-from hf_msif.influence.multistage import pull_back
 
 BAR = 6.0
 UNIT = "the run, training.record"
 
 
-def main(given: list[str] | None = None) -> int:
-    settings = arguments(given)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    settings = arguments(argv)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     transformers_logging.set_verbosity_error()
@@ -56,11 +57,11 @@ def main(given: list[str] | None = None) -> int:
     return 0 if report["met"] or not settings.check else 1
 
 
-def arguments(given: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; defaults to PyTorch's choice")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--steps", type=int, default=25)
@@ -68,15 +69,16 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", action="store_true", help="exit code 1 if the bar is missed")
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
 def measure(settings: argparse.Namespace, folder: Path) -> dict:
+    """The report: ratios and seconds of every task, whether the bar is met, and memory in bytes."""
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCABULARY))]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=LONGEST)
     rows = sentences(words[len(SPECIAL) :], settings.sentences, settings.seed)
-    objective, first = objectives.SequenceClassification(tokenizer), models(settings)
-    given = TrainingArguments(
+    objective, (pretrained, classifier) = objectives.SequenceClassification(tokenizer), models(settings)
+    training_arguments = TrainingArguments(
         str(folder / "trainer"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -91,41 +93,43 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
         remove_unused_columns=False,
         seed=settings.seed,
     )
-    finished = copy.deepcopy(first[1])
-    training.record(finished, objective, rows, given, folder / "run", previous=first[0], progress=False)
+    finetuned = copy.deepcopy(classifier)
+    training.record(
+        finetuned, objective, rows, training_arguments, folder / "run", previous=pretrained, progress=False
+    )
     stages = [
-        Stage("pretraining", first[0], objectives.MaskedLM(tokenizer), rows[:8]),
-        Stage("finetuning", finished, objective, rows, link="unrolled", run=folder / "run"),
+        Stage("pretraining", pretrained, objectives.MaskedLM(tokenizer), rows[:8]),
+        Stage("finetuning", finetuned, objective, rows, link="unrolled", run=folder / "run"),
     ]
-    link = MultiStageInfluence(stages, progress=False).links[1]
-    a = vectors.rademacher({n: link.model.parameters[n] for n in link.split.trained}, 3, settings.seed)
-    one, link.engine.progress = vectors.take(a, torch.tensor([0])), False
+    link = MultiStageInfluence(stages, progress=False).stages[1]
+    adjoints = vectors.rademacher({n: link.model.parameters[n] for n in link.split.trained}, 3, settings.seed)
+    adjoint, link.engine.progress = vectors.take(adjoints, torch.tensor([0])), False
 
     def trainer() -> None:
-        def collate(some: list[dict]) -> dict:
-            batch = objective.collate(some)
+        def collate(batch_rows: list[dict]) -> dict:
+            batch = objective.collate(batch_rows)
             batch.pop("truncated")
             return batch
 
-        Trainer(_Labelled(copy.deepcopy(first[1])), given, collate, rows).train()
+        Trainer(_WithLoss(copy.deepcopy(classifier)), training_arguments, collate, rows).train()
 
-    state = link.recording.bytes_of(link.model.parameters)
-    held = link.recording.interval + 2
+    state = link.differentiation.recording.bytes_of(link.model.parameters)
+    held = link.differentiation.recording.interval + 2
     memory = {
         "state": state,
         "states_held": held,
-        "planned": unrolled.held_bytes(link.recording, link.model.parameters, 1),
+        "planned": unrolled.held_bytes(link.differentiation.recording, link.model.parameters, 1),
     }
-    # Of one step: its state, adjoint and gradients are three thirds, three thirds and four thirds of a state.
-    memory["graphs"] = _peak(lambda: _one_step(link, one), settings.device) - 4 * state
-    memory["measured"] = _peak(lambda: pull_back(link, one), settings.device)
+    # One step also holds its state, its adjoint and gradients, of 3/3, 3/3 and 4/3 of the size of a state.
+    memory["graphs"] = _peak(lambda: _one_step(link, adjoint), settings.device) - 4 * state
+    memory["measured"] = _peak(lambda: link.differentiation.pull_back(adjoint), settings.device)
     tasks: dict[str, Callable[[], object]] = {
         UNIT: lambda: training.record(
-            copy.deepcopy(first[1]), objective, rows, given, None, previous=first[0], progress=False
+            copy.deepcopy(classifier), objective, rows, training_arguments, None, previous=pretrained, progress=False
         ),
         "the run, Hugging Face's Trainer": trainer,
-        "pull-back, 1 query": lambda: pull_back(link, one),
-        "pull-back, 3 queries": lambda: pull_back(link, a),
+        "pull-back, 1 query": lambda: link.differentiation.pull_back(adjoint),
+        "pull-back, 3 queries": lambda: link.differentiation.pull_back(adjoints),
     }
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(settings.repeats):
@@ -135,46 +139,48 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
             if settings.device != "cpu":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - started)
-    found = {name: _ratios(mine, seconds[UNIT]) for name, mine in seconds.items()}
-    met = found["pull-back, 1 query"]["ratio"] <= BAR
-    return {"tasks": found, "met": met, "memory": memory, "parameters": vectors.numel(one)}
+    reports = {name: _ratios(task_seconds, seconds[UNIT]) for name, task_seconds in seconds.items()}
+    met = reports["pull-back, 1 query"]["ratio"] <= BAR
+    return {"tasks": reports, "met": met, "memory": memory, "parameters": vectors.numel(adjoint)}
 
 
-class _Labelled(torch.nn.Module):
-    """A classifier with the loss that `Trainer` asks a model for."""
+class _WithLoss(torch.nn.Module):
+    """A classifier that returns its loss, as `Trainer` requires."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, labels=None, **inputs):
+    def forward(self, labels: torch.Tensor | None = None, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": torch.nn.functional.cross_entropy(self.model(**inputs).logits, labels)}
 
 
-def _one_step(link, a) -> None:
-    slots = link.recording.state(0, link.engine.device)
-    link.replay.backward(slots, 0, link.replay.adjoint(a))
+def _one_step(link: Any, adjoint: vectors.Block) -> None:
+    """The pull-back through the first step of the run."""
+    slots = link.differentiation.recording.state(0, link.engine.device)
+    link.differentiation.replay.backward(slots, 0, link.differentiation.replay.adjoint(adjoint))
 
 
-def _ratios(mine: list[float], unit: list[float]) -> dict:
-    ratios = [x / y for x, y in zip(mine, unit, strict=True)]
+def _ratios(seconds: list[float], unit: list[float]) -> dict:
+    """Median, smallest and largest ratio of two lists of times, one per repeat."""
+    ratios = [x / y for x, y in zip(seconds, unit, strict=True)]
     return {
         "ratio": statistics.median(ratios),
         "smallest": min(ratios),
         "largest": max(ratios),
-        "seconds": statistics.median(mine),
+        "seconds": statistics.median(seconds),
     }
 
 
 def _peak(task: Callable[[], object], device: str) -> int:
-    """Bytes that a task holds at its peak beyond what was held before it."""
+    """Peak memory of a task in bytes, beyond what was held before it."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         task()
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would count as held before
+    ctypes.CDLL(None).malloc_trim(0)  # else free memory that the allocator still holds would count as held before
     before, peak, done = _resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -190,11 +196,13 @@ def _peak(task: Callable[[], object], device: str) -> int:
 
 
 def _resident() -> int:
+    """Bytes of this process's resident set."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
 
 def text(report: dict) -> str:
+    """The report as a table and two lines about the run and its memory."""
     lines = [
         [
             name,

@@ -1,7 +1,7 @@
 """Algebra on parameter vectors: `dict[str, Tensor]` whose tensors carry a leading axis of columns.
 
 A *block* maps parameter names to tensors of shape `(Q, *parameter.shape)`: Q vectors of the same parameter space,
-one a query. All functions treat the Q columns independently, so a solver written with them runs Q systems in
+one per query. All functions treat the Q columns independently, so a solver written with them solves Q systems in
 lock-step, and one pass over the data serves all columns. Inner products are accumulated in float64 whatever the
 dtype of the tensors.
 """
@@ -9,33 +9,12 @@ dtype of the tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 Block = dict[str, Tensor]
-
-_ADD: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("add", default=None)
-
-
-@contextmanager
-def across(add: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
-    """Inside, blocks hold one slice of longer vectors, other processes the others: inner products are those of the
-    whole vectors, which `add` (a sum over processes) makes of the slices' own. None: blocks are whole again."""
-    token = _ADD.set(add)
-    try:
-        yield
-    finally:
-        _ADD.reset(token)
-
-
-def whole(values: Tensor) -> Tensor:
-    """Sums over a slice as sums over the whole vectors, see `across`."""
-    add = _ADD.get()
-    return values if add is None else add(values)
 
 
 def columns(x: Mapping[str, Tensor]) -> int:
@@ -72,7 +51,7 @@ def dot(x: Block, y: Block) -> Tensor:
         left = _rows(t).double()
         right = left if y[name] is t else _rows(y[name]).double()
         total += torch.linalg.vecdot(left, right)
-    return whole(total)
+    return total
 
 
 def norm(x: Block) -> Tensor:
@@ -81,7 +60,7 @@ def norm(x: Block) -> Tensor:
 
 
 def add(x: Block, y: Block, scale: Tensor | float = 1.0) -> Block:
-    """x + scale · y; `scale` is a number or one scalar a column, shape (Q,)."""
+    """x + scale · y; `scale` is a number or one scalar per column, shape (Q,)."""
     return {name: t + _as_column(scale, t) * y[name] for name, t in x.items()}
 
 
@@ -93,7 +72,7 @@ def add_(x: Block, y: Block, scale: Tensor | float = 1.0) -> Block:
 
 
 def scale(x: Block, by: Tensor | float) -> Block:
-    """by · x; `by` is a number or one scalar a column, shape (Q,)."""
+    """by · x; `by` is a number or one scalar per column, shape (Q,)."""
     return {name: _as_column(by, t) * t for name, t in x.items()}
 
 
@@ -103,10 +82,12 @@ def where(keep: Tensor, x: Block, y: Block) -> Block:
 
 
 def clone(x: Block) -> Block:
+    """A copy that shares no memory with x."""
     return {name: t.clone() for name, t in x.items()}
 
 
 def zeros_like(x: Block) -> Block:
+    """A block of zeros with the shapes, dtypes and devices of x."""
     return {name: torch.zeros_like(t) for name, t in x.items()}
 
 
@@ -116,7 +97,7 @@ def select(x: Mapping[str, Tensor], names: Iterable[str]) -> Block:
 
 
 def stack(vectors: list[Mapping[str, Tensor]]) -> Block:
-    """Puts Q plain vectors (no column axis) side by side as one block."""
+    """Makes one block of Q columns from Q plain vectors (no column axis)."""
     return {name: torch.stack([v[name] for v in vectors]) for name in vectors[0]}
 
 
@@ -126,25 +107,30 @@ def column(x: Block, index: int) -> dict[str, Tensor]:
 
 
 def take(x: Block, index: Tensor) -> Block:
-    """Copies of the columns that `index` names (integers, or bool of shape (Q,)), as a smaller block."""
+    """A smaller block with copies of the columns `index` (integers, or bool of shape (Q,))."""
     return {name: t[index] for name, t in x.items()}
 
 
 def put_(x: Block, index: Tensor, y: Block) -> Block:
-    """Writes the columns of y over the columns `index` of x, in place; the inverse of `take`; returns x."""
+    """Writes the columns of y over the columns `index` of x, in place; returns x. The inverse of `take`."""
     for name, t in x.items():
         t[index] = y[name]
     return x
 
 
 def rademacher(parameters: Mapping[str, Tensor], columns: int, seed: int, only: int | None = None) -> Block:
-    """A block of independent ±1 entries shaped like `parameters`, the same for the same seed on any device.
+    """A block of independent ±1 entries shaped like `parameters`: the same entries for the same seed on any device.
 
-    `only`: column number q of it alone, a block of one column, in that much memory.
+    Args:
+        parameters: plain tensors (no column axis) that give names, shapes, dtypes and devices.
+        columns: Q.
+        seed: of a generator of its own; the global random state is not touched.
+        only: return column number `only` alone, as a block of one column.
     """
-    generator, own = torch.Generator().manual_seed(seed), slice(None) if only is None else slice(only, only + 1)
+    generator = torch.Generator().manual_seed(seed)
+    wanted = slice(None) if only is None else slice(only, only + 1)
     return {
-        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator)[own] * 2 - 1).to(p)
+        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator)[wanted] * 2 - 1).to(p)
         for name, p in parameters.items()
     }
 
@@ -155,8 +141,13 @@ def flatten(x: Block) -> Tensor:
 
 
 def unflatten(matrix: Tensor, like: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Block:
-    """Inverse of `flatten`; `like` is a block that gives names, shapes and dtypes, unless `dtype` says another one
-    (its Q is ignored)."""
+    """Inverse of `flatten`.
+
+    Args:
+        matrix: shape (Q, P).
+        like: a block that gives names, shapes, devices and dtypes; its number of columns is ignored.
+        dtype: of the result, in the place of the dtypes of `like`.
+    """
     sizes = [math.prod(t.shape[1:]) for t in like.values()]
     return {
         name: part.reshape(matrix.shape[0], *t.shape[1:]).to(t.device, dtype or t.dtype)

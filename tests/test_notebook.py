@@ -13,6 +13,7 @@ from hf_msif import Scores
 from hf_msif.project.demo.run import demo
 from hf_msif.reports.tables import write_table
 
+pytestmark = pytest.mark.slow
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "explore_top_sentences.ipynb"
 
 

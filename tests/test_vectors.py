@@ -1,4 +1,4 @@
-"""Block algebra against NumPy, and what `save` leaves on disk."""
+"""Block algebra against NumPy, and the files that `save_tensors` writes."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_dot_is_accumulated_in_float64():
     x = {"w": torch.tensor([[1e8, 1.0, -1e8]]), "v": torch.tensor([[1.0]])}
     ones = {name: torch.ones_like(t) for name, t in x.items()}
     assert vectors.dot(x, ones).item() == 2.0
-    # 2²⁴ + 1 is no float32, nor is the sum of so many ones followed by one more.
+    # 2²⁴ + 1 is no float32.
     x = {"big": torch.tensor([[2.0**12]]), "one": torch.tensor([[1.0]])}
     assert vectors.dot(x, x).item() == 2**24 + 1
 
@@ -64,15 +64,15 @@ def test_linear_combinations():
 def test_columns_are_picked_and_put_back():
     x, y = block(), block(seed=1)
     index = torch.tensor([2, 0])
-    some = vectors.take(x, index)
-    assert equal(some, vectors.stack([vectors.column(x, 2), vectors.column(x, 0)]))
-    assert equal(some, {name: t[[2, 0]] for name, t in x.items()})
-    vectors.put_(y, index, some)
+    taken = vectors.take(x, index)
+    assert equal(taken, vectors.stack([vectors.column(x, 2), vectors.column(x, 0)]))
+    assert equal(taken, {name: t[[2, 0]] for name, t in x.items()})
+    vectors.put_(y, index, taken)
     assert equal(y, vectors.where(torch.tensor([True, False, True]), x, block(seed=1)))
-    vectors.add_(some, some)
+    vectors.add_(taken, taken)
     assert equal(x, block())  # `take` copies
-    keep = torch.tensor([False, True, False])
-    assert equal(vectors.take(x, keep), {name: t[1:2] for name, t in x.items()})
+    mask = torch.tensor([False, True, False])
+    assert equal(vectors.take(x, mask), {name: t[1:2] for name, t in x.items()})
 
 
 def test_select_clone_and_zeros():
@@ -107,6 +107,8 @@ def test_rademacher():
     assert equal(x, vectors.rademacher(parameters, columns=500, seed=3))
     assert torch.equal(state, torch.get_rng_state())
     assert not equal(x, vectors.rademacher(parameters, columns=500, seed=4))
+    for q in (0, 7):
+        assert equal(vectors.rademacher(parameters, columns=500, seed=3, only=q), vectors.take(x, torch.tensor([q])))
     wide = vectors.rademacher({name: p.double() for name, p in parameters.items()}, columns=500, seed=3)
     np.testing.assert_array_equal(matrix(wide), matrix(x))  # the same signs in any dtype
 
@@ -116,12 +118,12 @@ def test_save_and_load(tmp_path):
     metadata = {"n": 3, "settings": {"tol": 1e-3, "names": ["ä", None]}}
     x = block() | {"half": torch.ones(3, 2, dtype=torch.bfloat16, requires_grad=True)}
     save_tensors(x, path, metadata)
-    y, found = load_tensors(path)
-    assert found == metadata
+    y, loaded = load_tensors(path)
+    assert loaded == metadata
     assert equal(x, y)  # in the order they were saved in
     save_tensors(vectors.take(block(), torch.tensor([1])), path)  # overwrites
-    y, found = load_tensors(str(path))
-    assert found == {}
+    y, loaded = load_tensors(str(path))
+    assert loaded == {}
     assert equal(y, vectors.take(block(), torch.tensor([1])))
     assert [p.name for p in tmp_path.iterdir()] == ["query.safetensors"]
 

@@ -1,4 +1,4 @@
-"""A `PreTrainedModel` made fit for the method: the roles W, U and Θ of its tensors, and itself as their function."""
+"""Makes a `PreTrainedModel` fit for the method: its tensors by role (W, U, Θ), and the model as a function of them."""
 
 from .functional import FunctionalModel
 from .split import Split, decayed_names, encoder, split, write

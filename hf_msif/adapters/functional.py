@@ -1,4 +1,4 @@
-"""A Hugging Face model as a function of its parameters, which it leaves alone; by kernels with second derivatives."""
+"""A Hugging Face model as a pure function of its parameters, computed by kernels that have second derivatives."""
 
 from __future__ import annotations
 
@@ -19,10 +19,26 @@ from .split import encoder
 
 
 class FunctionalModel:
-    """The user's model as a pure function of its parameters; nothing about the model is changed for good.
+    """The user's model as a pure function of its parameters; the model itself is not changed permanently.
 
-    Parameters and buffers are held detached on `device`, in float32 at least: a bfloat16 checkpoint is raised, float64
-    is kept. Where neither device nor dtype changes they are the model's own memory, not a copy.
+    Parameters and buffers are held detached on `device`. float16 and bfloat16 are converted to float32, other dtypes
+    stay. If neither device nor dtype changes, a tensor shares the model's memory and is no copy.
+
+    Args:
+        model: a `PreTrainedModel`, also with PEFT adapters.
+        device: where to compute.
+
+    Attributes:
+        model: the user's model.
+        parameters: name → detached parameter; tied tensors appear once.
+        buffers: name → detached buffer.
+
+    Raises:
+        InputError: the model carries a state from batch to batch (`config.stateful`).
+
+    >>> call = FunctionalModel(nn.Linear(2, 1)).bind({"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.zeros(1)})
+    >>> call(input=torch.ones(1, 2))
+    tensor([[3.]])
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
@@ -32,20 +48,25 @@ class FunctionalModel:
                 "depends on what was read before it. Set model.config.stateful = False."
             )
         self.model = model
-        self.parameters = {n: self._raise(p.detach(), device) for n, p in model.named_parameters()}
-        self.buffers = {n: self._raise(b.detach(), device) for n, b in model.named_buffers()}
+        self.parameters = {n: self._in_full_precision(p.detach(), device) for n, p in model.named_parameters()}
+        self.buffers = {n: self._in_full_precision(b.detach(), device) for n, b in model.named_buffers()}
 
     @staticmethod
-    def _raise(tensor: Tensor, device: torch.device | str) -> Tensor:
-        low = tensor.dtype in (torch.float16, torch.bfloat16)
-        return tensor.to(device=device, dtype=torch.float32 if low else tensor.dtype)
+    def _in_full_precision(tensor: Tensor, device: torch.device | str) -> Tensor:
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        return tensor.to(device=device, dtype=torch.float32 if half else tensor.dtype)
 
     def bind(self, parameters: Mapping[str, Tensor], memo: dict | None = None) -> Callable:
-        """`call(**inputs)`: the model at `parameters` (names that are missing keep their value).
+        """The model at `parameters`, as a function `call(positions=None, **inputs)` that returns its output.
 
-        With `positions=(rows, columns)` the head runs only at those token positions, see `forward`. `memo` keeps the
-        outputs of encoder modules that do not depend on `parameters`, so that repeated passes over the same batch do
-        not pay for a frozen encoder again.
+        Args:
+            parameters: name → value; parameters whose names are missing keep their value in the model.
+            memo: a dict for one batch, empty at first. It stores the outputs of encoder modules that do not depend on
+                `parameters`, so that repeated passes over the batch do not compute a frozen encoder again.
+
+        Returns:
+            The function. With `positions=(rows, columns)`, two index tensors (M,), the head runs only at those token
+            positions and the logits have the shape (M, V), see `forward`.
         """
         varying = set(parameters)
         state = {**self.parameters, **parameters, **self.buffers}
@@ -63,12 +84,18 @@ class FunctionalModel:
 
     @contextmanager
     def evaluating(self, dropout: bool = False) -> Iterator[None]:
-        """Evaluation mode (training mode with `dropout`, but for batch normalisation, whose statistics would move) and
-        attention kernels that have forward-mode and second derivatives; restored on leaving."""
+        """Inside, the model is in evaluation mode, and its attention kernels have forward-mode and second derivatives.
+
+        Modes and kernels are restored on leaving.
+
+        Args:
+            dropout: training mode instead, so that dropout is active; batch normalisation stays in evaluation mode,
+                since its statistics would change.
+        """
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         training = {module: module.training for module in self.model.modules()}
-        # An encoder inside of a model may have a configuration, and so kernels, of its own.
+        # An encoder inside a model may have its own configuration, and so its own kernels.
         attention = [(config, config._attn_implementation) for config in _configs(self.model)]
         swap = any(kernel not in (None, "eager", "sdpa") for _, kernel in attention)
         try:
@@ -89,43 +116,63 @@ class FunctionalModel:
 
 
 def check_vocabulary(name: str, model: nn.Module, objective: Any) -> None:
-    """An id beyond the embedding table ends a CUDA process without a word about tokens."""
+    """Checks that the embedding table has a row for every token of the objective's tokenizer, if both exist.
+
+    An id beyond the table would end a CUDA process with a message that does not mention tokens.
+
+    Args:
+        name: the stage's name, for the message.
+        model: the stage's model.
+        objective: its attribute `tokenizer`, if any, is asked for its length.
+
+    Raises:
+        InputError: the tokenizer has more tokens than the table has rows.
+    """
     try:
         rows = unwrapped(model).get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):  # no such table: images, models of the user's own
+    except (AttributeError, NotImplementedError):  # no such table: images, a user's own model
         return
     tokenizer = getattr(objective, "tokenizer", None)
     tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
     if tokens > rows:
         raise InputError(
             f"the tokenizer has {tokens:,} tokens, the model of stage {name!r} {rows:,}; expected at most as many: "
-            "enlarge the model (model.resize_token_embeddings; model.config.vocab_size in a configuration), or give "
+            "enlarge the model (model.resize_token_embeddings; model.config.vocab_size in a configuration), or pass "
             "the tokenizer that belongs to it."
         )
 
 
 def _configs(model: nn.Module) -> list[PretrainedConfig]:
     """Every configuration that the model's modules hold, each once and before those nested in it."""
-    found: dict[int, PretrainedConfig] = {}
+    configs: dict[int, PretrainedConfig] = {}
 
     def visit(config: Any) -> None:
-        if isinstance(config, PretrainedConfig) and id(config) not in found:
-            found[id(config)] = config
+        if isinstance(config, PretrainedConfig) and id(config) not in configs:
+            configs[id(config)] = config
             for key in config.sub_configs:
                 visit(getattr(config, key, None))
 
     for module in model.modules():
         visit(getattr(module, "config", None))
-    return list(found.values())
+    return list(configs.values())
 
 
 def forward(
     model: nn.Module, run: Callable[[dict], Any], positions: tuple[Tensor, Tensor] | None, inputs: dict[str, Any]
 ) -> Any:
-    """`run(inputs)` of a model whose head is wanted only at the token `positions` (rows, columns); None: at all.
+    """Runs a model whose head is needed only at some token positions.
 
-    With positions the logits have shape (M, V): the encoder's output is gathered before the head, since a masked-LM
-    head over a large vocabulary is most of a small model's work and only about 15 % of the tokens are masked.
+    With positions the encoder's output is gathered before the head: a masked-LM head over a large vocabulary is most
+    of a small model's work, and only about 15 % of the tokens are masked.
+
+    Args:
+        model: the model, also with PEFT adapters.
+        run: calls the model with a dict of inputs; returns its output.
+        positions: (rows, columns), two index tensors (M,); None: all positions.
+        inputs: of the model. `use_cache=False` is added if the model knows it and `inputs` does not set it.
+
+    Returns:
+        The model's output; its `logits`, if it has any, have the shape (M, V) with positions.
     """
     if "use_cache" in inspect.signature(unwrapped(model).forward).parameters:
         inputs = {"use_cache": False, **inputs}
@@ -135,15 +182,17 @@ def forward(
     headless = base is unwrapped(model)
     with _gathered(base, positions) if not headless else nullcontext():
         output = run(inputs)
-    if getattr(output, "logits", None) is not None:  # a model without a head is the objective's to refuse
+    if getattr(output, "logits", None) is not None:  # if there are none, the objective raises the error
         output.logits = output.logits[positions] if headless else output.logits[0]
     return output
 
 
 @contextmanager
 def _gathered(base: nn.Module, positions: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, the base model's output has only the states at `positions`."""
+
     def hook(_module, _args, output):
-        # One row of M tokens: heads are position-wise and keep their three-dimensional view.
+        # One row of M tokens, (1, M, d): heads work on each position alone, and expect three dimensions.
         if isinstance(output, tuple):
             return (output[0][positions].unsqueeze(0), *output[1:])
         output.last_hidden_state = output.last_hidden_state[positions].unsqueeze(0)
@@ -158,13 +207,14 @@ def _gathered(base: nn.Module, positions: tuple[Tensor, Tensor]) -> Iterator[Non
 
 @contextmanager
 def _memoised(model: nn.Module, varying: set[str], memo: dict) -> Iterator[None]:
-    """Replays the outputs of the base model's constant parts from `memo`, and records them where it is empty.
+    """Inside, the constant parts of the base model return their outputs from `memo`, which their first call fills.
 
-    Constant: the whole base model, or those of its children whose parameters and tensor inputs do not vary.
+    Constant is the whole base model if none of its parameters varies; else each of its children whose parameters and
+    tensor inputs do not vary.
     """
     patched = []
     for name, module in _constant_modules(model, varying):
-        # Callers may ask the signature what the module takes.
+        # Callers may inspect the signature to learn what the module accepts.
         @functools.wraps(module.forward)
         def forward(*args, _name=name, _forward=module.forward, **kwargs):
             if _name not in memo:
@@ -177,43 +227,51 @@ def _memoised(model: nn.Module, varying: set[str], memo: dict) -> Iterator[None]
                 memo[_name] = output
             return tree_map(lambda x: x, memo[_name])
 
-        # Accelerate's device hooks are such an attribute too, which must outlive ours.
+        # Accelerate's device hooks set the same attribute; theirs must be restored.
         patched.append((module, vars(module).get("forward")))
         module.forward = forward
     try:
         yield
     finally:
-        for module, own in patched:
+        for module, replaced in patched:
             del module.forward
-            if own is not None:
-                module.forward = own
+            if replaced is not None:
+                module.forward = replaced
 
 
 def _constant_modules(model: nn.Module, varying: set[str]) -> list[tuple[str, nn.Module]]:
-    varied = {id(p) for name, p in model.named_parameters() if name in varying}
+    """The modules, with their names as keys of a memo, that depend on no parameter in `varying`."""
+    varying_ids = {id(p) for name, p in model.named_parameters() if name in varying}
 
     def constant(module: nn.Module) -> bool:
         parameters = list(module.parameters())
-        return bool(parameters) and not any(id(p) in varied for p in parameters)
+        return bool(parameters) and not any(id(p) in varying_ids for p in parameters)
 
     base = encoder(model)
     if base is unwrapped(model):
         return []
     if constant(base):
         return [("base_model", base)]
-    # A ModuleList has no forward of its own to replay.
+    # A ModuleList has no `forward` to replace.
     children = [(n, m) for n, m in base.named_children() if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     return [(n, m) for n, m in children if constant(m)]
 
 
 def memo_bytes(memo: dict) -> int:
-    """Memory held by a memo of `FunctionalModel.bind`."""
+    """Bytes of the tensors in a `memo` of `FunctionalModel.bind`.
+
+    >>> memo_bytes({"embeddings": (torch.zeros(2, 3), None)})
+    24
+    """
     return sum(t.numel() * t.element_size() for t in tree_leaves(memo) if isinstance(t, Tensor))
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether the model draws random numbers in training mode: in modules, or by rates in its configuration."""
+    """Whether the model draws random numbers in training mode.
+
+    True if a dropout module, or an entry of its configuration whose name contains "drop", has a rate above 0.
+    """
     modules = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
-    rates = getattr(model, "config", None)
-    rates = rates.to_dict() if rates is not None else {}
-    return modules or any("drop" in key and isinstance(p, float) and p > 0 for key, p in rates.items())
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if config is not None else {}
+    return modules or any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in settings.items())

@@ -1,7 +1,7 @@
-"""Models with LoRA or other PEFT adapters inside: what a tensor was called before, which are in use; save and load.
+"""Models with LoRA or other PEFT adapters: former names of their tensors, tensors not in use, saving and loading.
 
-Two shapes of one thing are understood: a `PeftModel` around a `PreTrainedModel`, and a `PreTrainedModel` into which
-adapters were injected. Nothing here imports PEFT unless a model or a configuration asks for adapters.
+Two forms are supported: a `PeftModel` around a `PreTrainedModel`, and a `PreTrainedModel` into which adapters were
+injected. PEFT is imported only if a model or a configuration has adapters.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,14 +19,20 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
+if TYPE_CHECKING:
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
 FOLDER, WEIGHTS = "lora", "model.safetensors"  # beside a model's config.json
 
 
-def library(what: str) -> Any:
-    """The module `peft`, which is an optional requirement, for `what`.
+def library(what: str) -> ModuleType:
+    """The module `peft`, which is an optional requirement.
+
+    Args:
+        what: what needs it, for the message.
 
     Raises:
-        InputError: it is not installed.
+        InputError: PEFT is not installed.
     """
     try:
         import peft
@@ -35,48 +42,56 @@ def library(what: str) -> Any:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The `PreTrainedModel` in a `PeftModel`, with its adapters inside; any other model is returned as it is.
+    """The `PreTrainedModel` in a `PeftModel`, with its adapters; any other model is returned as it is.
 
     Raises:
-        InputError: prompt or prefix tuning, whose virtual tokens are not inside of the model.
+        InputError: the model uses prompt or prefix tuning, whose virtual tokens are outside the `PreTrainedModel`.
     """
-    peft = sys.modules.get("peft")  # whoever made adapters has imported it
+    peft = sys.modules.get("peft")  # a model with adapters cannot exist before PEFT was imported
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return model
     for config in model.peft_config.values():
         if config.is_prompt_learning:
             raise InputError(
-                f"the {type(model).__name__} has virtual tokens ({config.peft_type.value}), which are fed to the "
-                "encoder and no part of it; expected LoRA or another method that adds parameters to layers."
+                f"the {type(model).__name__} has virtual tokens ({config.peft_type.value}), which are inputs of the "
+                "encoder and not part of it; expected LoRA or another method that adds parameters to layers."
             )
     return model.base_model.model
 
 
 def former_name(name: str) -> str:
-    """What a tensor of a model with adapters was called before PEFT wrapped its module.
+    """The name that a tensor of a model with adapters had before PEFT wrapped its module.
 
     >>> former_name("layer.0.query.base_layer.weight"), former_name("pooler.modules_to_save.default.dense.bias")
     ('layer.0.query.weight', 'pooler.dense.bias')
     """
     parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
     if "modules_to_save" in parts:
-        at = parts.index("modules_to_save")
-        del parts[at : at + 2]
+        index = parts.index("modules_to_save")
+        del parts[index : index + 2]
     return ".".join(parts)
 
 
 def survey(model: nn.Module, stage: str) -> tuple[set[str], dict[str, str]]:
-    """The tensors that active adapters added to layers, and those that no prediction depends on: name → why.
+    """Which tensors of a model come from adapters, and which are not in use.
+
+    Args:
+        model: any model.
+        stage: the stage's name, for messages.
+
+    Returns:
+        The names of the tensors that active adapters added to layers, and the tensors on which no prediction depends:
+        name → reason. Both are empty for a model without adapters.
 
     Raises:
-        InputError: merged adapters; DoRA, whose gradient is that of no function.
+        InputError: an adapter is merged, or is a DoRA, whose gradient is not the derivative of any function.
     """
     added, idle = set(), {}
     for path, layer in _adapted(model):
         active = [] if layer.disable_adapters else list(layer.active_adapters)
         _check(path, layer, active, stage)
         for kind in layer.adapter_layer_names:
-            for name, _ in _named(getattr(layer, kind), f"{path}.{kind}"):
+            for name, _ in _named_with_ties(getattr(layer, kind), f"{path}.{kind}"):
                 adapter = name.removeprefix(f"{path}.{kind}.").partition(".")[0]
                 if adapter not in active:
                     idle[name] = f"of the adapter {adapter!r}, which is not active"
@@ -84,15 +99,15 @@ def survey(model: nn.Module, stage: str) -> tuple[set[str], dict[str, str]]:
                     added.add(name)
         saved = [adapter for adapter in active if adapter in getattr(layer, "modules_to_save", ())]
         if saved:
-            for name, _ in _named(layer.original_module, f"{path}.original_module"):
+            for name, _ in _named_with_ties(layer.original_module, f"{path}.original_module"):
                 idle[name] = f"modules_to_save.{saved[0]} stands in its place"
-    # A tied tensor is in use where any of its names is.
-    used = {id(p) for name, p in _named(model, "") if name not in idle} if idle else set()
+    # A tied tensor is in use if any of its names is.
+    used = {id(p) for name, p in _named_with_ties(model, "") if name not in idle} if idle else set()
     idle = {name: idle[name] for name, p in model.named_parameters() if name in idle and id(p) not in used}
     return added - set(idle), idle
 
 
-def _named(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _named_with_ties(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     return module.named_parameters(prefix, remove_duplicate=False)
 
 
@@ -100,17 +115,17 @@ def _check(path: str, layer: nn.Module, active: Collection[str], stage: str) -> 
     if getattr(layer, "merged", False):
         raise InputError(
             f"stage {stage!r}: the adapters {layer.merged_adapters} are merged into the weights of {path!r}, which "
-            "are no longer the inherited ones; call unmerge_adapter() on the model."
+            "therefore differ from the inherited ones; call unmerge_adapter() on the model."
         )
     if any(getattr(layer, "use_dora", {}).get(adapter) for adapter in active):
         raise InputError(
-            f"stage {stage!r}: the adapter of {path!r} is a DoRA, which takes the norm of its weight for a constant "
-            "in every gradient, so that it has no second derivatives; expected use_dora=False."
+            f"stage {stage!r}: the adapter of {path!r} is a DoRA, which treats the norm of its weight as a constant "
+            "in every gradient and so has no second derivatives; expected use_dora=False."
         )
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers with adapters, and modules of which each adapter has a trained copy."""
+    """(path, module) of every layer with adapters and of every module that adapters train as a copy."""
     if sys.modules.get("peft") is None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -127,23 +142,29 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Writes a model with one adapter, all of its tensors included, as `load` reads it.
+    """Writes a model with one adapter, all tensors included, to a folder that `load` reads.
 
-    PEFT's own folder has the adapter alone, and the name of a base model elsewhere: here the base model is a stage's
-    encoder and a head, which have no such name. A plain `from_pretrained` finds no weights and says so, where it would
-    make new ones of those that adapters have renamed.
+    PEFT itself would save the adapter alone, with the name of a published base model; here the base model is a stage's
+    encoder with a head, which has no such name. The weights lie in the subfolder "lora", so that a plain
+    `from_pretrained` of the folder fails with a message: it would replace the tensors that adapters renamed by random
+    ones.
+
+    Args:
+        model: a model with one adapter, not merged.
+        folder: where to write; it must have no subfolder "lora".
 
     Raises:
-        InputError: several adapters.
+        InputError: the model has several adapters, or a merged one.
+        FileExistsError: the subfolder exists.
     """
     model = unwrapped(model)
     if len(model.peft_config) != 1:
         raise InputError(
             f"cannot save a model with the adapters {sorted(model.peft_config)}; expected one: delete_adapter() "
-            "removes one that is not in use."
+            "removes an adapter."
         )
     ((adapter, config),) = model.peft_config.items()
-    survey(model, "to be saved")  # not merged
+    survey(model, "to be saved")  # refuses merged adapters
     inner = Path(folder) / FOLDER
     inner.mkdir(parents=True)
     model.config.save_pretrained(folder)
@@ -152,12 +173,19 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
     save_file(tensors, inner / WEIGHTS, {"adapter": adapter})
 
 
-def load(folder: str | os.PathLike, auto: Any) -> nn.Module:
-    """A model that `save` wrote, with its adapter inside, in evaluation mode; `auto` is the Auto class of its task.
+def load(folder: str | os.PathLike, auto: type[_BaseAutoModelClass]) -> nn.Module:
+    """Reads a model with its adapter from a folder of `save`.
+
+    Args:
+        folder: the folder.
+        auto: the Auto class of the model's task, e.g. `AutoModelForSequenceClassification`.
+
+    Returns:
+        The model in evaluation mode, with the adapter injected; each tensor in the dtype in which it was saved.
 
     Raises:
         InputError: PEFT is not installed.
-        ValueError: a folder that does not fit together.
+        ValueError: the tensors in the folder are not those of the model that its configurations describe.
     """
     from transformers import AutoConfig
 
@@ -168,15 +196,15 @@ def load(folder: str | os.PathLike, auto: Any) -> nn.Module:
         adapter = file.metadata()["adapter"]
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     model = peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(inner), model, adapter)
-    own = _state(model)
-    if set(own) != set(state):
-        raise ValueError(f"the tensor {min(set(own) ^ set(state))!r} is in the model or in {inner / WEIGHTS} only")
-    for name, tensor in own.items():
-        tensor.data = state[name]  # in its own dtype, and to everything that is tied to it
+    tensors = _state(model)
+    if set(tensors) != set(state):
+        raise ValueError(f"the tensor {min(set(tensors) ^ set(state))!r} is in the model or in {inner / WEIGHTS} only")
+    for name, tensor in tensors.items():
+        tensor.data = state[name]  # with its dtype, and for all modules that share the tensor
     return model.eval()
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and those buffers that belong to a checkpoint, ties once."""
-    kept = model.state_dict().keys()
-    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
+    """Parameters and persistent buffers; tied tensors appear once."""
+    persistent = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in persistent}

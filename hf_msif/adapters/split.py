@@ -1,6 +1,6 @@
-"""Splits a `PreTrainedModel` into shared encoder W and heads U and Θ.
+"""Splits a `PreTrainedModel` into the shared encoder W and the heads U and Θ.
 
-`split` decides by name and shape which tensors a stage inherited from the stage before, which it trained, and which
+`split` decides by name and shape which tensors a stage inherited from the stage before, which it trains, and which
 are left out.
 """
 
@@ -16,20 +16,26 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .peft import former_name, survey, unwrapped
 
-# What only one of two otherwise equal base models has: BertModel has a pooler, the base of BertForMaskedLM has none.
+# One of two otherwise equal base models may lack it: BertModel has a pooler, the base of BertForMaskedLM has none.
 OPTIONAL_MODULE = "pooler"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Roles of the parameters of one stage (W, U and Θ of the paper, §3.1), by name.
+    """The role of every parameter of one stage (W, U and Θ of the paper, §3.1), by name.
 
     Attributes:
-        shapes: every parameter of the model; tied tensors appear once.
-        inherited: encoder tensors W: own name → name in the model of the stage before.
+        stage: name of the stage.
+        shapes: name → shape of every parameter of the model; tied tensors appear once.
+        inherited: the encoder W: name in this model → name in the model of the stage before.
         trained: tensors that the stage optimises.
         resized: inherited tensors with more rows than before: name → number of inherited (leading) rows.
-        left_out: tensors that are neither inherited nor trained: name → why.
+        left_out: tensors that are neither inherited nor trained: name → reason.
+
+    >>> shapes = {"encoder.weight": torch.Size([2, 3]), "head.weight": torch.Size([4])}
+    >>> roles = Split("finetuning", shapes, {"encoder.weight": "encoder.weight"}, ("head.weight",))
+    >>> roles.frozen, roles.proximal, roles.head, roles.count(roles.trained)
+    (('encoder.weight',), (), ('head.weight',), 4)
     """
 
     stage: str
@@ -41,23 +47,29 @@ class Split:
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Inherited and not trained: Case 1, eq. (2)."""
+        """Tensors that are inherited and not trained: Case 1, eq. (2)."""
         trained = set(self.trained)
         return tuple(name for name in self.inherited if name not in trained)
 
     @property
     def proximal(self) -> tuple[str, ...]:
-        """Inherited and trained: Case 2, eq. (12)."""
+        """Tensors that are inherited and trained: Case 2, eq. (12)."""
         return tuple(name for name in self.trained if name in self.inherited)
 
     @property
     def head(self) -> tuple[str, ...]:
-        """Trained and not inherited: U in pretraining, Θ in finetuning."""
+        """Tensors that are trained and not inherited: U in pretraining, Θ in finetuning."""
         return tuple(name for name in self.trained if name not in self.inherited)
 
     def continuing(self, first: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Split:
-        """The roles of a run that started at `first`, from the model of the stage before: a head that starts with that
-        model's values, as training that goes on with the same task does, is inherited too."""
+        """The roles in a run, where a head that starts from the values of the stage before is inherited too.
+
+        That is the case if training goes on with the same task.
+
+        Args:
+            first: the run's initial parameters, by their names in this model.
+            before: the parameters of the stage before, by their names there.
+        """
         inherited = dict(self.inherited)
         for name, value in first.items():
             if name not in inherited and name in before and torch.equal(value, before[name].to(value)):
@@ -65,17 +77,17 @@ class Split:
         return replace(self, inherited=inherited)
 
     def count(self, names: Sequence[str]) -> int:
-        """Number of scalars in `names`."""
+        """Number of scalars in the tensors `names`."""
         return sum(self.shapes[name].numel() for name in names)
 
     def role(self, name: str) -> str:
-        """One of "frozen", "proximal", "head", "left out"."""
+        """The role of a tensor: "frozen", "proximal", "head" or "left out"."""
         if name in self.inherited:
             return "proximal" if name in set(self.trained) else "frozen"
         return "head" if name in set(self.trained) else "left out"
 
     def table(self) -> list[dict]:
-        """One row a tensor: name, shape, parameters, role, note."""
+        """One row per tensor: its name, shape, number of parameters, role, and a note."""
         rows = []
         for name, shape in self.shapes.items():
             note = self.left_out.get(name, "")
@@ -109,14 +121,15 @@ class Split:
 
 
 def encoder(model: nn.Module) -> nn.Module:
-    """The base model of a `PreTrainedModel`, also of one in a `PeftModel`, whose own `base_model` is another thing."""
+    """The base model of a `PreTrainedModel`, also of one in a `PeftModel` (whose `base_model` is a PEFT wrapper)."""
     return unwrapped(model).base_model
 
 
 def _encoder_names(model: nn.Module, idle: Collection[str]) -> dict[str, str]:
-    """Names in the whole model → names inside the base model, as before any adapters; without those in `idle`.
+    """Name in the whole model → name inside the base model before adapters wrapped it; without the names in `idle`.
 
-    Matched by identity so that ties do not matter. A tensor and a copy that PEFT trains may both be in use.
+    Tensors are matched by identity, so that ties do not matter. A tensor and the copy of it that PEFT trains may both
+    be in use, and then have the same name inside the base model.
     """
     canonical = {id(p): name for name, p in model.named_parameters()}
     pairs = [(canonical[id(p)], former_name(name)) for name, p in encoder(model).named_parameters()]
@@ -134,74 +147,79 @@ def split(
     """Assigns every parameter of `model` its role.
 
     W is what the two *base* models share by name and shape; a pooler that only one of them has belongs to its head.
-    LoRA and other PEFT adapters inside of the encoder belong to the head too, unless the model before has the same;
-    `query.base_layer.weight` is the `query.weight` of the stage before, and a copy in `modules_to_save` takes the
-    place of its original. Inactive adapters, originals that a copy replaces and, with "head", new weights under an
-    adapter are left out.
+    LoRA and other PEFT adapters inside the encoder belong to the head too, unless the previous model has the same
+    ones. `query.base_layer.weight` is the `query.weight` of the stage before, and a copy in `modules_to_save` takes
+    the place of its original. Inactive adapters and originals that a copy replaces are left out, and with "head" also
+    new weights under an adapter.
 
     Args:
-        stage: name used in messages.
+        stage: the stage's name.
         model: the stage's model.
         previous: the model of the stage before, or None for the first stage (nothing is inherited).
         trainable: "all"; "head" (all that is not inherited); or name patterns (`fnmatch`, e.g. `"*.layer.3.*"`).
-        resized: accept tensors that differ from `previous` only in a larger number of rows (`resize_token_embeddings`
-            after tokens were added): the leading rows are inherited, the new ones are not.
+        resized: accept embeddings that differ from those of `previous` only in a larger number of rows
+            (`resize_token_embeddings` after tokens were added): the leading rows are inherited, the new ones are not.
+        previous_stage: name of the stage before, for messages.
 
     Raises:
         InputError: the base models do not match (the first tensor that differs is named), a pattern matches nothing,
-            or nothing is left to train; adapters that are merged, or are no function of the model's parameters.
+            or nothing is left to train; an adapter is merged, or is a DoRA.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     added, idle = survey(model, stage)
-    inherited, grown = _match(stage, model, previous, resized, previous_stage) if previous is not None else ({}, {})
+    inherited, resized_rows = {}, {}
+    if previous is not None:
+        inherited, resized_rows = _match(stage, model, previous, resized, previous_stage)
     trained, left_out = _trained(stage, [name for name in shapes if name not in idle], inherited, trainable)
-    if trainable == "head" and added:  # to train both would have a flat direction
+    if trainable == "head" and added:  # a weight and its adapter trained together would have a flat direction
         under = {n: "held constant under its adapter" for n in trained if ".base_layer." in n}
         trained, left_out = tuple(n for n in trained if n not in under), under
-    return Split(stage, shapes, inherited, trained, grown, {**left_out, **idle})
+    return Split(stage, shapes, inherited, trained, resized_rows, {**left_out, **idle})
 
 
 def _match(
     stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str
 ) -> tuple[dict[str, str], dict[str, int]]:
+    """`Split.inherited` and `Split.resized` of a model and the model of the stage before."""
     added, idle = survey(model, stage)
-    own = _encoder_names(model, idle)
-    other = {base: n for n, base in _encoder_names(previous, survey(previous, previous_stage)[1]).items()}
+    bases_by_name = _encoder_names(model, idle)
+    previous_names = {base: n for n, base in _encoder_names(previous, survey(previous, previous_stage)[1]).items()}
     pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
     way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
 
-    # A head hides inside the base model only where there is no base-model attribute: then names alone decide.
-    whole = any(encoder(one) is unwrapped(one) for one in (model, previous))
-    shared = {name: base for name, base in own.items() if base in other}
+    # The head is part of the "base model" only if there is no base-model attribute: then names alone decide.
+    headless = any(encoder(m) is unwrapped(m) for m in (model, previous))
+    shared = {name: base for name, base in bases_by_name.items() if base in previous_names}
     if not shared:
         raise InputError(
-            f"{pair} share no tensor: the first of the one is {next(iter(own.values()))!r}, of the other "
-            f"{next(iter(other))!r}{way_out}."
+            f"{pair} share no tensor: the first of the one is {next(iter(bases_by_name.values()))!r}, of the other "
+            f"{next(iter(previous_names))!r}{way_out}."
         )
-    bases = dict.fromkeys(base for name, base in own.items() if name in shared or name not in added)
-    for base in [*bases, *other]:
-        if (base in bases) != (base in other) and OPTIONAL_MODULE not in base.split(".") and not whole:
+    bases = dict.fromkeys(base for name, base in bases_by_name.items() if name in shared or name not in added)
+    for base in [*bases, *previous_names]:
+        if (base in bases) != (base in previous_names) and OPTIONAL_MODULE not in base.split(".") and not headless:
             has, lacks = (stage, previous_stage) if base in bases else (previous_stage, stage)
             raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
-    grown = {}
+    resized_rows = {}
     for name, base in shared.items():
-        mine, theirs = model.get_parameter(name).shape, previous.get_parameter(other[base]).shape
-        if mine == theirs:
+        shape, previous_shape = model.get_parameter(name).shape, previous.get_parameter(previous_names[base]).shape
+        if shape == previous_shape:
             continue
-        if _is_embedding(model, name) and mine[1:] == theirs[1:] and mine[0] > theirs[0]:
+        if _is_embedding(model, name) and shape[1:] == previous_shape[1:] and shape[0] > previous_shape[0]:
             if resized:
-                grown[name] = theirs[0]
+                resized_rows[name] = previous_shape[0]
                 continue
             raise InputError(
-                f"{pair} do not match: tensor {base!r} is {tuple(mine)} in {stage!r} and {tuple(theirs)} in "
-                f"{previous_stage!r}; if {mine[0] - theirs[0]} tokens were added with resize_token_embeddings, pass "
-                "resized=True, otherwise pair the model with the checkpoint that it was finetuned from."
+                f"{pair} do not match: tensor {base!r} is {tuple(shape)} in {stage!r} and {tuple(previous_shape)} in "
+                f"{previous_stage!r}; if {shape[0] - previous_shape[0]} tokens were added with "
+                "resize_token_embeddings, pass resized=True, otherwise pair the model with the checkpoint that it was "
+                "finetuned from."
             )
         raise InputError(
-            f"{pair} do not match: tensor {base!r} is {tuple(mine)} in {stage!r} and {tuple(theirs)} in "
+            f"{pair} do not match: tensor {base!r} is {tuple(shape)} in {stage!r} and {tuple(previous_shape)} in "
             f"{previous_stage!r}{way_out}."
         )
-    return {name: other[base] for name, base in shared.items()}, grown
+    return {name: previous_names[base] for name, base in shared.items()}, resized_rows
 
 
 def _is_embedding(model: nn.Module, name: str) -> bool:
@@ -211,14 +229,15 @@ def _is_embedding(model: nn.Module, name: str) -> bool:
 def _trained(
     stage: str, names: list[str], inherited: Mapping[str, str], trainable: str | Sequence[str]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
+    """`Split.trained` and the tensors that no pattern matches, as `Split.left_out`."""
     if trainable == "all":
         return tuple(names), {}
     if trainable == "head":
         head = tuple(name for name in names if name not in inherited)
         if not head:
             raise InputError(
-                f"stage {stage!r} has trainable='head', but its model has no parameter of its own beside the "
-                "inherited encoder; pass the model with its task head (AutoModelFor...), or trainable='all'."
+                f"stage {stage!r} has trainable='head', but its model has no parameter besides the inherited encoder; "
+                "pass the model with its task head (AutoModelFor...), or trainable='all'."
             )
         return head, {}
     if isinstance(trainable, str):
@@ -241,7 +260,11 @@ def _trained(
 
 
 def decayed_names(model: nn.Module) -> set[str]:
-    """Parameters that weight decay acts on: all but biases and normalisation layers, by the rule of `Trainer`."""
+    """Names of the parameters that weight decay acts on: all but biases and normalisation layers, as in `Trainer`.
+
+    >>> decayed_names(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    {'0.weight'}
+    """
     from transformers.trainer_pt_utils import get_parameter_names
 
     forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -249,7 +272,13 @@ def decayed_names(model: nn.Module) -> set[str]:
 
 
 def write(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Copies values into a model's parameters, in place."""
+    """Copies values into a model's parameters, in place and in the parameters' dtype and device.
+
+    >>> linear = nn.Linear(1, 1)
+    >>> write(linear, {"weight": torch.tensor([[2.0]])})
+    >>> linear.weight.item()
+    2.0
+    """
     with torch.no_grad():
         for name, value in parameters.items():
             model.get_parameter(name).copy_(value)

@@ -1,4 +1,4 @@
-"""Curvature of a stage's objective as a linear operator: exact Hessian and Gauss-Newton."""
+"""The curvature of a stage's objective as a linear operator: exact Hessian or Gauss-Newton matrix."""
 
 from .base import Curvature
 from .gauss_newton import GaussNewton

@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import vectors
 from ..adapters.functional import FunctionalModel, memo_bytes
 from ..engine.accelerated import Engine
+from ..solvers.operator import TRACE_PROBES
 from ..vectors import Block
 from .derivatives import Evaluation, gradient, hessian_product
 
-TRACE_PROBES = 4
 MEMO_BYTES = 2 * 2**30
 
 
@@ -29,13 +29,18 @@ class Curvature:
     A subclass defines `_product(evaluation, v)`: Σ_i C_i v over the examples of one batch, for every column of v.
 
     Args:
-        model: where it is differentiated.
-        objective: what is differentiated.
+        model: gives the parameters at which the losses are differentiated.
+        objective: gives the losses.
         rows: the examples; each process holds its shard of them.
         names: trained parameters, the operator's space.
-        engine: runs the passes and adds up what the processes find.
-        batch_size: rows a batch; it does not change a product.
-        ridge: name → number, or tensor that broadcasts to the parameter.
+        engine: runs the passes and adds up over processes.
+        batch_size: rows per batch; it does not change a product.
+        ridge: parameter name → a number, or a tensor that broadcasts to the parameter. Defaults to none.
+
+    Attributes:
+        parameters: the trained parameters, plain tensors.
+        examples: the number of rows.
+        evaluations: this process's batches.
     """
 
     def __init__(
@@ -62,14 +67,14 @@ class Curvature:
     def count(self) -> float:
         """N: the number of counted terms of all examples."""
         with torch.no_grad(), self.model.evaluating(), self.engine.together():
-            mine = sum((float(_counts(e).double().sum()) for e in self._passing()), 0.0)
-        return sum(self.engine.gather([mine]))
+            local = sum((float(_counts(e).double().sum()) for e in self._passing()), 0.0)
+        return sum(self.engine.gather([local]))
 
     def _product(self, evaluation: Evaluation, v: Block) -> Block:
         raise NotImplementedError
 
     def products(self, v: Block) -> Iterator[Block]:
-        """Σ C_i v of each of this process's batches."""
+        """Σ_i C_i v over each of this process's batches, one block per batch."""
         return (self._product(evaluation, v) for evaluation in self._passing())
 
     def matvec(self, v: Block) -> Block:
@@ -89,15 +94,15 @@ class Curvature:
 
         The quadratic terms tie no trained parameter to a frozen one, so they do not appear.
         """
-        width = vectors.columns(v)
-        like = {n: self.model.parameters[n].expand(width, *self.model.parameters[n].shape) for n in names}
+        columns = vectors.columns(v)
+        like = {n: self.model.parameters[n].expand(columns, *self.model.parameters[n].shape) for n in names}
         passing = self.engine.bar(self._passing(), total=len(self.evaluations), desc="mixed derivative")
         with self.model.evaluating():
             total = self.engine.sum(like, (hessian_product(e, v, names) for e in passing))
         return {name: t / self.count for name, t in total.items()}
 
     def gradient(self) -> Block:
-        """(1/N) Σ_i ∇ℓ_i on the trained parameters, a block of one column; the quadratic terms of F are not in it."""
+        """(1/N) Σ_i ∇ℓ_i on the trained parameters, a block of one column, without the quadratic terms of F."""
         like = vectors.stack([self.parameters])
         with self.model.evaluating():
             parts = (vectors.stack([gradient(e, self.parameters)]) for e in self._passing())
@@ -117,12 +122,12 @@ class Curvature:
         return self._trace
 
     def _passing(self) -> Iterator[Evaluation]:
-        """The evaluations of a pass; outputs of frozen encoders are kept between passes while they fit in memory."""
-        held = 0
+        """The batches of a pass; outputs of frozen encoders are kept between passes, up to `MEMO_BYTES`."""
+        memo_size = 0
         for evaluation in self.evaluations:
             yield evaluation
-            held += memo_bytes(evaluation.memo or {})
-            if held > MEMO_BYTES:
+            memo_size += memo_bytes(evaluation.memo or {})
+            if memo_size > MEMO_BYTES:
                 evaluation.memo = None
 
 

@@ -1,13 +1,14 @@
 """Derivatives of the summed losses of one batch: gradient, directional derivative, Hessian and Gauss-Newton products.
 
 Each function takes an `Evaluation` (model, objective, batch) and returns *sums* over the batch's examples, never
-means. Second derivatives are double-backward or forward-over-forward-and-backward; `torch.func.hessian` and `jacrev`
-are not used, since `jvp(jacrev(f))` is silently wrong through an affine LayerNorm.
+means, in the dtype of the model's parameters. Costs are in units of F, one forward pass. Hessian products are computed
+by double backward, Gauss-Newton products by forward mode and backward passes; `torch.func.hessian` and `jacrev` are
+not used, since `jvp(jacrev(f))` is silently wrong through an affine LayerNorm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,15 @@ from ..vectors import Block, columns
 
 @dataclass
 class Evaluation:
-    """The per-example losses of one batch as a function of the parameters."""
+    """The per-example losses ℓ_i of one batch as a function of the parameters.
+
+    Attributes:
+        model: the model as a function of its parameters.
+        objective: makes losses of the model's outputs.
+        batch: what `objective.collate` returned, on the model's device.
+        memo: stores the outputs of constant encoder modules between calls, see `FunctionalModel.bind`; None: nothing
+            is stored.
+    """
 
     model: FunctionalModel
     objective: Any
@@ -30,15 +39,19 @@ class Evaluation:
     memo: dict | None = None
 
     def losses(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(sums, counts), both (B,), at `parameters`; names that are missing keep the model's value."""
+        """(sums, counts), both (B,), at `parameters`; parameters whose names are missing keep the model's value.
+
+        `sums` has each example's summed loss, `counts` its number of terms (e.g. masked tokens).
+        """
         return self.objective.losses(self.model.bind(parameters, self.memo), self.batch)
 
     def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The model's values of the parameters `names`, as new leaves that require a gradient."""
         return {name: self.model.parameters[name].detach().requires_grad_() for name in names}
 
 
 def reached(model: FunctionalModel, objective: Any, rows: list[dict], names: Iterable[str]) -> tuple[str, ...]:
-    """Those of `names` that the losses of the first rows depend on."""
+    """Those of `names` on which the losses of the first two rows depend."""
     device = next(iter(model.parameters.values())).device
     evaluation = Evaluation(model, objective, placed(objective.collate(rows[:2]), device))
     with model.evaluating():
@@ -46,19 +59,22 @@ def reached(model: FunctionalModel, objective: Any, rows: list[dict], names: Ite
         total = evaluation.losses(leaves)[0].sum()
         if not total.requires_grad:
             return ()
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return tuple(name for name, g in zip(leaves, found, strict=True) if g is not None)
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return tuple(name for name, g in zip(leaves, gradients, strict=True) if g is not None)
 
 
 def gradient(evaluation: Evaluation, names: Iterable[str]) -> dict[str, Tensor]:
-    """Σ_i ∇ℓ_i with respect to `names`, as a plain vector. Cost 3 F (F: one forward pass)."""
+    """Σ_i ∇ℓ_i with respect to `names`, as a plain vector (no axis of columns). Costs 3 F."""
     leaves = evaluation.leaves(names)
     sums, _ = evaluation.losses(leaves)
     return _grad(sums.sum(), leaves)
 
 
 def example_gradients(evaluation: Evaluation, names: Iterable[str]) -> Block:
-    """∇ℓ_i of every example of the batch, one column an example. For a handful of test examples, not for a corpus."""
+    """∇ℓ_i of every example with respect to `names`, one column per example: a block with Q = B.
+
+    For a few test examples, not for a corpus: it needs a backward pass per example and holds B gradients.
+    """
     leaves = evaluation.leaves(names)
     sums, _ = evaluation.losses(leaves)
     rows = [_grad(s, leaves, retain_graph=True) for s in sums]
@@ -66,10 +82,14 @@ def example_gradients(evaluation: Evaluation, names: Iterable[str]) -> Block:
 
 
 def directional(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """⟨∇ℓ_i, direction⟩ for every example by forward mode; nothing of a gradient's size is stored. Cost 3 F.
+    """⟨∇ℓ_i, direction⟩ for every example, by forward mode: no gradient is stored. Costs 3 F.
+
+    Args:
+        evaluation: the batch.
+        direction: a plain vector (no axis of columns); parameters whose names are missing have a zero entry.
 
     Returns:
-        (derivatives, sums, counts), each (B,).
+        (derivatives, sums, counts), each (B,): ⟨∇ℓ_i, direction⟩ and what `Evaluation.losses` returns.
     """
     with torch.no_grad(), forward_ad.dual_level():
         parameters = {
@@ -82,9 +102,18 @@ def directional(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tupl
 
 
 def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> Block:
-    """∂/∂names ⟨Σ_i ∇ℓ_i, v⟩ for every column of v: where `names` are v's own the Hessian product, else the mixed one.
+    """∂/∂names ⟨Σ_i ∇ℓ_i, v⟩ for every column of v.
 
-    The gradient's graph is built once and shared by the columns: cost (3 + about 4 Q) F.
+    If `names` are those of v, this is the Hessian product; otherwise it is the product with the mixed second
+    derivative. The graph of the gradient is built once for all Q columns: costs about (3 + 4 Q) F.
+
+    Args:
+        evaluation: the batch.
+        v: a block of Q columns; the inner gradient ∇ℓ_i is with respect to its names.
+        names: parameters of the outer derivative.
+
+    Returns:
+        A block of Q columns over `names`.
     """
     inner = evaluation.leaves(v)
     outer = {name: inner.get(name, leaf) for name, leaf in evaluation.leaves(names).items()}
@@ -93,40 +122,48 @@ def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> B
     curved = [(g, v[name]) for name, g in zip(inner, gradients, strict=True) if g.requires_grad]
     if not curved:  # the loss is linear in these parameters
         return {name: leaf.new_zeros(columns(v), *leaf.shape) for name, leaf in outer.items()}
-    slopes, last = [g for g, _ in curved], columns(v) - 1
-    rows = [_grad(slopes, outer, [t[q] for _, t in curved], retain_graph=q < last) for q in range(columns(v))]
+    inner_gradients, last = [g for g, _ in curved], columns(v) - 1
+    rows = [_grad(inner_gradients, outer, [t[q] for _, t in curved], retain_graph=q < last) for q in range(columns(v))]
     return {name: torch.stack([row[name] for row in rows]) for name in outer}
 
 
 def gauss_newton_product(evaluation: Evaluation, v: Block) -> Block:
-    """Jᵀ H_out J v for every column of v: J the Jacobian of the model's outputs, H_out the losses' Hessian in them.
+    """Jᵀ H_out J v for every column of v.
 
-    Works for any objective: the model's output is cut from the loss, J v is its forward-mode tangent, H_out is
-    applied to it by double backward through the loss alone, and Jᵀ is one backward pass through the same evaluation.
-    Cost 5 F a column.
+    J is the Jacobian of the model's outputs, H_out the Hessian of the summed losses in these outputs. It works for any
+    objective: the model's outputs are cut from the loss, their forward-mode tangent is J v, double backward through
+    the loss alone applies H_out, and one backward pass through the same evaluation of the model applies Jᵀ. Costs 5 F
+    per column.
+
+    Args:
+        evaluation: the batch.
+        v: a block of Q columns.
+
+    Returns:
+        A block of Q columns over the names of v.
     """
     rows = []
     for q in range(columns(v)):
         leaves = evaluation.leaves(v)
         with forward_ad.dual_level():
             duals = {name: forward_ad.make_dual(leaf, v[name][q]) for name, leaf in leaves.items()}
-            cut = _Cut(evaluation.model.bind(duals, evaluation.memo))
+            cut = _CutOutputs(evaluation.model.bind(duals, evaluation.memo))
             sums, _ = evaluation.objective.losses(cut, evaluation.batch)
         inputs = [leaf for _, _, leaf in cut.outputs]
-        slopes = torch.autograd.grad(sums.sum(), inputs, create_graph=True, materialize_grads=True)
-        pairs = [(g, tangent) for g, (_, tangent, _) in zip(slopes, cut.outputs, strict=True) if g.requires_grad]
+        gradients = torch.autograd.grad(sums.sum(), inputs, create_graph=True, materialize_grads=True)
+        pairs = [(g, tangent) for g, (_, tangent, _) in zip(gradients, cut.outputs, strict=True) if g.requires_grad]
         if not pairs:
             rows.append({name: torch.zeros_like(leaf) for name, leaf in leaves.items()})
             continue
-        bent = torch.autograd.grad([g for g, _ in pairs], inputs, [t for _, t in pairs], materialize_grads=True)
-        rows.append(_grad([primal for primal, _, _ in cut.outputs], leaves, list(bent)))
+        products = torch.autograd.grad([g for g, _ in pairs], inputs, [t for _, t in pairs], materialize_grads=True)
+        rows.append(_grad([primal for primal, _, _ in cut.outputs], leaves, list(products)))
     return {name: torch.stack([row[name] for row in rows]) for name in v}
 
 
-class _Cut:
-    """Runs a call and hands its outputs on as fresh leaves, keeping (primal with graph, tangent, leaf) of each."""
+class _CutOutputs:
+    """A model call whose outputs are new leaves, cut from the graph; `outputs` has their (primal, tangent, leaf)."""
 
-    def __init__(self, call):
+    def __init__(self, call: Callable):
         self.call = call
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -143,7 +180,13 @@ class _Cut:
         return output
 
 
-def _grad(outputs, leaves: Mapping[str, Tensor], grad_outputs=None, retain_graph: bool = False) -> dict[str, Tensor]:
+def _grad(
+    outputs: Tensor | Sequence[Tensor],
+    leaves: Mapping[str, Tensor],
+    grad_outputs: Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
+) -> dict[str, Tensor]:
+    """`torch.autograd.grad` by name; zeros for leaves on which the outputs do not depend."""
     grads = torch.autograd.grad(
         outputs,
         list(leaves.values()),

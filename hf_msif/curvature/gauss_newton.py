@@ -1,4 +1,4 @@
-"""The Gauss-Newton matrix of a stage's objective: positive semi-definite, the default."""
+"""The Gauss-Newton matrix of a stage's objective: positive semi-definite, and the default."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from .derivatives import Evaluation, gauss_newton_product
 
 
 class GaussNewton(Curvature):
-    """(1/N) Σ_i J_iᵀ H_out J_i: the Hessian without the curvature of the model's outputs (Schraudolph, 2002).
+    """(1/N) Σ_i J_iᵀ H_i J_i, the Hessian without the curvature of the model's outputs (Schraudolph, 2002).
 
-    Equal to the Fisher information for cross-entropy, and positive semi-definite wherever the loss is convex in the
-    logits: it stays meaningful where a model is not at a stationary point, as no real pretraining run is.
+    J_i is the Jacobian of the model's outputs for example i, and H_i the Hessian of its loss in these outputs. For
+    cross-entropy it equals the Fisher information. It is positive semi-definite wherever the loss is convex in the
+    outputs, so that it stays meaningful away from a stationary point, which no real pretraining run reaches.
     """
 
     def _product(self, evaluation: Evaluation, v: Block) -> Block:

@@ -8,9 +8,9 @@ from .derivatives import Evaluation, hessian_product
 
 
 class Hessian(Curvature):
-    """∂²F/∂trained², eqs. (9), (10), (14), (15): for small, polished models.
+    """∂²F/∂trained², eqs. (9), (10), (14), (15): for small models that were polished.
 
-    Indefinite unless the stage sits at a minimum: solve with `MinRes` where it may not.
+    It is indefinite if the stage is not at a minimum; solve with `MinRes` in that case.
     """
 
     def _product(self, evaluation: Evaluation, v: Block) -> Block:

@@ -1,8 +1,8 @@
-"""The only room that knows Accelerate: exact shards of the data, one reduction a pass, progress bars.
+"""The only module that knows Accelerate: exact shards of the data, one reduction per pass, progress bars.
 
-Every pass over data goes through `Engine`. Rows are dealt out to the processes without padding or repetition (a
-prepared data loader would repeat rows of an uneven last batch, and sums would be wrong), so that each has about as
-much to do; their sums are added once at the end. What fails in one process ends all of them with its message.
+Every pass over data goes through `Engine`. Each row is dealt out to exactly one process (a prepared data loader would
+repeat rows to fill an uneven last batch, and the sums would be wrong), so that all processes have about the same work.
+Their sums are added once, at the end of the pass. An error in one process ends all of them with its message.
 """
 
 from __future__ import annotations
@@ -10,33 +10,48 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor
 
 from ..errors import InputError, ProcessError
-from ..vectors import Block, across
+from ..vectors import Block
 from .batching import cost, deal
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from tqdm.auto import tqdm
+
+    from .corpus import Stream
 
 
 class Engine:
     """Runs passes over data on this process's shard.
 
     Args:
-        accelerator: an `accelerate.Accelerator`; made when none is given.
+        accelerator: an `accelerate.Accelerator`; defaults to `new_accelerator()`.
         progress: show tqdm bars on the main process.
-        sharded: each process holds its part of a solver's vectors, see `slices`.
+        sharded: each process holds only its shard of a solver's vectors, see `curvature.sharded`.
+
+    Attributes:
+        device: this process's device.
+        processes: their number.
+        rank: this process's number, from 0.
+        is_main: whether this is process 0, which reads and writes files for all.
+
+    Raises:
+        InputError: the launcher started another number of processes than the accelerator runs.
     """
 
-    def __init__(self, accelerator=None, progress: bool = True, sharded: bool = False):
-        self.accelerator = accelerator or new_accelerator()
+    def __init__(self, accelerator: Accelerator | None = None, progress: bool = True, sharded: bool = False):
+        self.accelerator: Accelerator = accelerator or new_accelerator()
         self.progress, self.sharded = progress, sharded
-        # Read once: making TrainingArguments later resets the state that an Accelerator reads them from.
+        # Read once: a TrainingArguments made later resets the global state from which an Accelerator reads them.
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
@@ -45,94 +60,114 @@ class Engine:
         if launched != self.processes:
             raise InputError(
                 f"the launcher started {launched} processes, but Accelerate runs {self.processes}: "
-                "every one of them would do the whole job. On CPU set ACCELERATE_USE_CPU=true and use --multi_gpu, "
+                "each of them would do the whole work. On CPU set ACCELERATE_USE_CPU=true and use --multi_gpu, "
                 "or Accelerator(cpu=True)."
             )
 
     # --- shards
 
     def share(self, rows: Sequence[dict], objective: Any, size: int) -> list[list[int]]:
-        """This process's batches as row indices, the costliest first; see `dealing`."""
+        """This process's batches of at most `size` rows, as row indices, the costliest first; see `batching.deal`."""
         return deal([cost(row, objective) for row in rows], size, self.processes)[self.rank]
 
     def batches(
         self, rows: Sequence[dict], objective: Any, batch_size: int, collate: Callable | None = None
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """This process's batches as (row indices, batch on the device); `collate` in the place of the objective's.
+        """This process's batches as (row indices, batch on the device).
 
-        While an accelerator computes, a thread makes the next one: tokenising would take as long as the derivatives.
+        On a GPU a thread makes the next batch while the device computes: tokenising would take as long as the
+        derivatives.
+
+        Args:
+            rows: all rows, the same on every process.
+            objective: its `collate` makes a batch of rows; its texts tell the rows' costs.
+            batch_size: most rows per batch.
+            collate: makes the batches in place of `objective.collate`.
         """
-        mine, collate = self.share(rows, objective, batch_size), collate or objective.collate
-        # On a CPU a thread would take from the cores that compute.
-        each = map if self.device.type == "cpu" else _one_ahead
-        made = each(lambda indices: collate([rows[i] for i in indices]), mine)
-        for indices, batch in zip(mine, made, strict=True):
+        shares, collate = self.share(rows, objective, batch_size), collate or objective.collate
+        # On a CPU a thread would take time from the cores that compute.
+        map_batches = map if self.device.type == "cpu" else _map_ahead
+        batches = map_batches(lambda indices: collate([rows[i] for i in indices]), shares)
+        for indices, batch in zip(shares, batches, strict=True):
             yield indices, self.place(batch)
 
     def rounds(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
         """Consecutive rows, `size` at a time, the same on every process.
 
-        A stream is read by the main process alone, one round ahead, and broadcast: whatever order it comes in, all
-        processes agree on it, and it is fetched once.
+        A stream is read by the main process alone, one round ahead, and broadcast: it is fetched once, and all
+        processes see its rows in the same order.
         """
         if isinstance(rows, Sequence):
             for start in range(0, len(rows), size):
                 with self.together():
-                    found = list(rows[start : start + size])
-                yield found
+                    round_rows = list(rows[start : start + size])
+                yield round_rows
             return
         stream = iter(rows) if self.is_main else iter(())
-        ahead = _one_ahead(lambda _: list(islice(stream, size)), count())
+        rounds = _map_ahead(lambda _: list(islice(stream, size)), count())
         while True:
             with self.together():
-                found = next(ahead)
-            found = self.broadcast(found)
-            if not found:
+                round_rows = next(rounds)
+            round_rows = self.broadcast(round_rows)
+            if not round_rows:
                 return
-            yield found
+            yield round_rows
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with its tensors on the engine's device."""
+        """The batch with its tensors moved to the engine's device; other values stay as they are."""
         return placed(batch, self.device)
 
-    # --- what the processes tell each other
+    # --- communication between processes
 
     def sum(self, like: Mapping[str, Tensor], parts: Iterable[Block]) -> Block:
-        """Σ parts over all batches of all processes; accumulated in float64, returned in the dtype of `like`."""
+        """Σ parts over all batches of all processes, on every process.
+
+        Args:
+            like: tensors with the names, shapes, dtypes and device of the result.
+            parts: one block per batch of this process.
+
+        Returns:
+            The sum, accumulated in float64 and returned in the dtypes of `like`.
+
+        Raises:
+            Exception: what `parts` raised; in the other processes an `InputError` or a `ProcessError` of its text.
+        """
         flat, total = _buffer(like, spare=1)
         failure = self._accumulate(total, parts)
         if self.processes > 1:
             flat[-1] = float(failure is not None)
-            distributed.all_reduce(flat)  # in place: a copy would be one more vector
+            distributed.all_reduce(flat)  # in place: a copy would be one more vector in memory
             if flat[-1]:
                 self._raise(failure)
         elif failure is not None:
             raise failure
         return {name: t.to(like[name].dtype) for name, t in total.items()}
 
-    def sum_sliced(self, like: Mapping[str, Tensor], parts: Iterable[Block]) -> Tensor:
-        """`sum` as this process's slice of it, (Q, ⌈P/processes⌉) in float64; see `slices`."""
-        width = next(iter(like.values())).shape[0]
+    def sum_sharded(self, like: Mapping[str, Tensor], parts: Iterable[Block]) -> Tensor:
+        """This process's shard of `sum(like, parts)`, shape (Q, ⌈P/processes⌉) in float64."""
+        columns = next(iter(like.values())).shape[0]
         size = sum(t[0].numel() for t in like.values())
         flat, total = _buffer(like)
         failure = self._accumulate(total, parts)
         failed = self.add(torch.tensor([float(failure is not None)], device=self.device))
         if failed[0]:
             self._raise(failure)
-        whole = (
-            torch.cat([t.reshape(width, -1) for t in total.values()], 1) if len(total) > 1 else flat.view(width, -1)
-        )
+        if len(total) > 1:
+            whole = torch.cat([t.reshape(columns, -1) for t in total.values()], 1)
+        else:
+            whole = flat.view(columns, -1)
         del flat, total
         if self.processes == 1:
             return whole
-        length = self.slice_length(size)
+        length = self.shard_length(size)
         whole = torch.nn.functional.pad(whole, (0, length * self.processes - size))
-        found = whole.new_empty(width, length)
-        for q in range(width):
-            _reduce_scatter(found[q], whole[q])
-        return found
+        shards = whole.new_empty(columns, length)
+        for q in range(columns):
+            _reduce_scatter(shards[q], whole[q])
+        return shards
 
     def _accumulate(self, total: Block, parts: Iterable[Block]) -> Exception | None:
+        """Adds `parts` to `total` in place; returns the error that stopped it, which all processes must learn of."""
         try:
             for part in parts:
                 for name, t in part.items():
@@ -142,35 +177,38 @@ class Engine:
         return None
 
     def add(self, values: Tensor) -> Tensor:
-        """A small tensor, added up over the processes."""
+        """The sum of a small tensor over the processes, on every process; `values` is not changed."""
         if self.processes > 1:
             values = values.clone()
             distributed.all_reduce(values)
         return values
 
     def gather(self, items: list) -> list:
-        """The lists of all processes, one after another, on every process."""
+        """The lists of all processes, concatenated in the order of their ranks, on every process."""
         if self.processes == 1:
             return items
         from accelerate.utils import gather_object
 
         return gather_object(items)
 
-    def sample(self, stream: Any, size: int, seed: int) -> list[dict]:
-        """`Stream.sample`, read by the main process for all of them."""
+    def sample(self, stream: Stream, size: int, seed: int) -> list[dict]:
+        """`stream.sample(size, seed)`, read by the main process and broadcast."""
         with self.together():
-            found = stream.sample(size, seed) if self.is_main else None
-        return self.broadcast(found)
+            rows = stream.sample(size, seed) if self.is_main else None
+        return self.broadcast(rows)
 
     def from_main(self, t: Tensor) -> Tensor:
-        """The main process's values of a tensor of the same shape, on every process."""
+        """The main process's values of `t`, on every process; all pass a tensor of the same shape and dtype.
+
+        `t` may be overwritten.
+        """
         if self.processes > 1:
             t = t.contiguous()
             distributed.broadcast(t, src=0)
         return t
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, on every process."""
+        """The main process's value, which must be picklable, on every process."""
         if self.processes == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -179,7 +217,12 @@ class Engine:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work of each process on its own, nothing that needs another one: what fails in one is raised in all."""
+        """Inside, each process works on its own, without communication; an error in one is raised in all at the end.
+
+        Raises:
+            Exception: in a process that failed first, its own error; elsewhere an `InputError` or a `ProcessError`
+                with the text of that error.
+        """
         failure = None
         try:
             yield
@@ -192,43 +235,39 @@ class Engine:
             self._raise(failure)
 
     def _raise(self, failure: Exception | None) -> None:
-        """Raises the first process's failure: there its own, elsewhere its message."""
-        mine = [] if failure is None else [(self.rank, type(failure).__name__, str(failure))]
-        rank, kind, text = self.gather(mine)[0]
+        """Raises the failure of the lowest rank that failed: there the error itself, elsewhere one with its text."""
+        failures = [] if failure is None else [(self.rank, type(failure).__name__, str(failure))]
+        rank, kind, text = self.gather(failures)[0]
         if failure is not None and rank == self.rank:
             raise failure
         if kind == InputError.__name__:
             raise InputError(text)
         raise ProcessError(f"process {rank} of {self.processes} failed: {kind}: {text}")
 
-    # --- vectors in slices
+    # --- shards of vectors
 
-    def slice_length(self, size: int) -> int:
-        """Entries of a vector of `size` entries that each process holds; the last one's are padded with zeros."""
+    def shard_length(self, size: int) -> int:
+        """How many entries of a vector of `size` entries each process holds; the last shards are padded with zeros."""
         return -(-size // self.processes)
 
-    def cut(self, row: Tensor) -> Tensor:
-        """This process's slice of a vector that all of them have."""
-        length = self.slice_length(len(row))
-        mine = row[self.rank * length : (self.rank + 1) * length]
-        return torch.nn.functional.pad(mine, (0, length - len(mine))).clone()
+    def cut(self, vector: Tensor) -> Tensor:
+        """This process's shard of a vector that is the same on every process: entries rank × ⌈P/processes⌉, ..."""
+        length = self.shard_length(len(vector))
+        shard = vector[self.rank * length : (self.rank + 1) * length]
+        return torch.nn.functional.pad(shard, (0, length - len(shard))).clone()
 
-    def join(self, mine: Tensor, size: int) -> Tensor:
-        """The vector of which each process has a slice, whole on every one."""
+    def join(self, shard: Tensor, size: int) -> Tensor:
+        """The whole vector of `size` entries, on every process, from the shards that the processes hold."""
         if self.processes == 1:
-            return mine
-        whole = mine.new_empty(self.processes * len(mine))
-        _all_gather(whole, mine.contiguous())
+            return shard
+        whole = shard.new_empty(self.processes * len(shard))
+        _all_gather(whole, shard.contiguous())
         return whole[:size]
 
-    def slices(self):
-        """Inside, inner products of blocks are those of the whole vectors whose slices the blocks hold."""
-        return across(self.add) if self.processes > 1 else nullcontext()
+    # --- progress
 
-    # --- what people see
-
-    def bar(self, iterable: Iterable | None = None, **settings):
-        """A tqdm bar on the main process."""
+    def bar(self, iterable: Iterable | None = None, **settings: Any) -> tqdm:
+        """A tqdm bar, shown on the main process if `progress` is set; `settings` are tqdm's."""
         from tqdm.auto import tqdm
 
         hidden = not (self.progress and self.is_main)
@@ -236,7 +275,10 @@ class Engine:
 
     @contextmanager
     def solver_bar(self, stage: str, solver: Any) -> Iterator[Callable[[int, float], None]]:
-        """A bar over the iterations of a solver; yields its `progress(iteration, residual)`."""
+        """A bar over the iterations of a solver; yields the callback `progress(iteration, residual)`.
+
+        The callback also logs the residual as "<stage>/residual" to the trackers.
+        """
         settings = {"desc": f"{stage}: inverse curvature", "total": getattr(solver, "max_iter", None)}
         with self.bar(**settings, unit=" iterations") as bar:
 
@@ -248,15 +290,20 @@ class Engine:
             yield progress
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Values for the trackers, where the accelerator has some (`Accelerator(log_with=...)`, `init_trackers`)."""
+        """Logs values to the accelerator's trackers, if it has any (`Accelerator(log_with=...)`, `init_trackers`)."""
         if getattr(self.accelerator, "trackers", None):
             self.accelerator.log(dict(values), step=step)
 
 
-def new_accelerator(**settings):
-    """An Accelerator whose processes wait for one another up to two days, since the main process may read a corpus or
-    put parts together for hours (Accelerate's default ends them after ten minutes). The launcher still ends all
-    processes at once when one of them dies."""
+def new_accelerator(**settings: Any) -> Accelerator:
+    """An Accelerator whose processes wait for each other for up to two days.
+
+    Accelerate's default is ten minutes, but the main process may take hours to read a corpus or to put parts together.
+    The launcher still ends all processes at once when one of them dies.
+
+    Args:
+        settings: of `accelerate.Accelerator`.
+    """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -264,24 +311,24 @@ def new_accelerator(**settings):
 
 
 def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
+    """The batch with its tensors moved to a device; other values stay as they are."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _one_ahead(make: Callable, items: Iterable) -> Iterator:
-    """`map`, but a thread makes the next one while the last one is used."""
+def _map_ahead(function: Callable, items: Iterable) -> Iterator:
+    """`map`, but a thread computes the next value while the caller uses the last one."""
     items = iter(items)
-    with ThreadPoolExecutor(1) as maker:
-        pending = [maker.submit(make, item) for item in islice(items, 1)]
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(function, item) for item in islice(items, 1)]
         while pending:
-            made = pending.pop().result()
-            pending += [maker.submit(make, item) for item in islice(items, 1)]
-            yield made
+            value = pending.pop().result()
+            pending += [pool.submit(function, item) for item in islice(items, 1)]
+            yield value
 
 
 def _buffer(like: Mapping[str, Tensor], spare: int = 0) -> tuple[Tensor, Block]:
-    """Zeros in float64 for all tensors of a block in one piece, `spare` entries more at its end, and the block of
-    views of it."""
+    """One tensor of float64 zeros for all tensors of a block and `spare` further entries at its end; its views as a
+    block."""
     first = next(iter(like.values()))
     sizes = [t.numel() for t in like.values()]
     flat = torch.zeros(sum(sizes) + spare, dtype=torch.float64, device=first.device)
@@ -289,10 +336,10 @@ def _buffer(like: Mapping[str, Tensor], spare: int = 0) -> tuple[Tensor, Block]:
     return flat, {name: piece.view(t.shape) for (name, t), piece in zip(like.items(), pieces, strict=True)}
 
 
-def _reduce_scatter(mine: Tensor, whole: Tensor) -> None:
-    # torch 2.13 renamed both and warns about the older names
-    (getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor)(mine, whole)
+def _reduce_scatter(shard: Tensor, whole: Tensor) -> None:
+    # torch 2.13 renamed this function and the next, and warns about their older names
+    (getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor)(shard, whole)
 
 
-def _all_gather(whole: Tensor, mine: Tensor) -> None:
-    (getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor)(whole, mine)
+def _all_gather(whole: Tensor, shard: Tensor) -> None:
+    (getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor)(whole, shard)

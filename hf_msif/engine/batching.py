@@ -1,4 +1,4 @@
-"""Deals rows out to processes in batches: little padding, as much work for each."""
+"""Deals rows out to the processes in batches, with little padding and about the same work for every process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 
-# One batch more for every process, where the largest load falls by more than this.
+# One more batch per process is worth its overhead if the largest load falls by more than this share.
 WORTH_A_BATCH = 0.25
-CHARACTERS = 6  # of a token, about at most; fewer in some scripts, where long rows then seem longer than they are
+# Characters per token, about the most that occur. Some scripts have fewer: their long rows then count as longer than
+# they are.
+CHARACTERS = 6
 
 
 def cost(row: Mapping[str, Any], objective: Any) -> float:
-    """What a row costs: the characters of the text that the objective reads (its `text_column`, else "text"), as far
-    as it reads them; without a text all rows cost alike.
+    """Cost of a row, in characters of its text: what the objective reads before it truncates.
+
+    The text is in the objective's `text_column` ("text" if it names none). At most 6 · max_length characters count,
+    where `max_length` is the objective's, or else its tokenizer's `model_max_length`. A row without a text costs 0.
 
     >>> from types import SimpleNamespace
     >>> cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128))
@@ -31,11 +35,20 @@ def cost(row: Mapping[str, Any], objective: Any) -> float:
 
 
 def deal(costs: Sequence[float], size: int, processes: int) -> list[list[list[int]]]:
-    """The row indices of every process's batches, each row in exactly one, each batch of at most `size` rows.
+    """Deals n rows out to the processes in batches.
 
-    A batch costs its number of rows times its costliest one, since all are padded to that. Rows sorted by cost are cut
-    into ⌈n/(size · processes)⌉ batches a process so that the costliest batch is as cheap as it can be, and these are
-    given away, the costliest first, to whoever has least (Graham's rule): its costliest batch comes first.
+    A batch costs its number of rows times the cost of its costliest row, since all its rows are padded to that one.
+    The rows are sorted by cost and cut into ⌈n/(size · processes)⌉ batches per process, so that the costliest batch is
+    as cheap as possible. The batches are then assigned, the costliest first, to the process with the least work so far
+    (Graham's rule). Each process gets one batch more if that lowers the largest load by over a quarter.
+
+    Args:
+        costs: one cost per row, as `cost` returns it.
+        size: most rows per batch.
+        processes: number of processes.
+
+    Returns:
+        process → its batches, the costliest first → row indices. Each row is in exactly one batch.
 
     >>> deal([1, 9, 1, 1, 9, 1, 1, 1], size=4, processes=2)
     [[[1], [0, 2, 3, 5]], [[4], [6, 7]]]
@@ -43,28 +56,30 @@ def deal(costs: Sequence[float], size: int, processes: int) -> list[list[list[in
     values = np.maximum(np.asarray(costs, dtype=float), 1.0)  # rows without a cost count alike
     order = np.argsort(-values, kind="stable")
     values = values[order]
-    least = -(-len(values) // (size * processes))
-    load, shares = _dealt(values, size, processes, least)
-    if processes > 1 and least:
-        finer, more = _dealt(values, size, processes, least + 1)
-        if finer < (1 - WORTH_A_BATCH) * load:
-            shares = more
+    fewest = -(-len(values) // (size * processes))
+    load, shares = _assign(values, size, processes, fewest)
+    if processes > 1 and fewest:
+        finer_load, finer_shares = _assign(values, size, processes, fewest + 1)
+        if finer_load < (1 - WORTH_A_BATCH) * load:
+            shares = finer_shares
     return [[order[start:end].tolist() for start, end in share] for share in shares]
 
 
-def _dealt(values: np.ndarray, size: int, processes: int, each: int):
-    """The largest load, and every process's intervals: at most so many batches for each in the mean."""
-    # The costliest row is in a batch: none can be cheaper.
+def _assign(
+    values: np.ndarray, size: int, processes: int, batches_each: int
+) -> tuple[float, list[list[tuple[int, int]]]]:
+    """The largest load, and every process's intervals of rows: on average at most `batches_each` per process."""
+    # The costliest row is in some batch, so the largest batch cost is at least that row's.
     low, high = (float(values[0]), float(values[0] * size)) if len(values) else (0.0, 0.0)
-    if len(_cut(values, size, low)) <= each * processes:
+    if len(_intervals(values, size, low)) <= batches_each * processes:
         high = low
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
-        if len(_cut(values, size, middle)) <= each * processes:
+        if len(_intervals(values, size, middle)) <= batches_each * processes:
             high = middle
         else:
             low = middle
-    intervals = _cut(values, size, high)
+    intervals = _intervals(values, size, high)
     loads, shares = [(0.0, rank) for rank in range(processes)], [[] for _ in range(processes)]
     for work, interval in sorted(((values[s] * (e - s), (s, e)) for s, e in intervals), key=lambda pair: -pair[0]):
         load, rank = heapq.heappop(loads)
@@ -73,11 +88,11 @@ def _dealt(values: np.ndarray, size: int, processes: int, each: int):
     return max(loads)[0], shares
 
 
-def _cut(values: np.ndarray, size: int, budget: float) -> list[tuple[int, int]]:
-    """Intervals of the falling `values`: at most `size` long, and within the budget where one row is."""
-    found, start = [], 0
+def _intervals(values: np.ndarray, size: int, budget: float) -> list[tuple[int, int]]:
+    """Cuts the falling `values` into intervals of at most `size` rows that cost at most `budget`, or of one row."""
+    intervals, start = [], 0
     while start < len(values):
         end = min(len(values), start + min(size, max(1, int(budget // values[start]))))
-        found.append((start, end))
+        intervals.append((start, end))
         start = end
-    return found
+    return intervals

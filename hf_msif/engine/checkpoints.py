@@ -1,4 +1,4 @@
-"""Long work that survives its process: one file of tensors a piece of work, replaced about once a minute."""
+"""Checkpoints of long computations: each has one file of tensors, which is replaced about once a minute."""
 
 from __future__ import annotations
 
@@ -16,54 +16,65 @@ from ..vectors import Block
 from .accelerated import Engine
 from .files import load_tensors, save_tensors
 
-EVERY = 60.0  # seconds between two copies
+EVERY = 60.0  # seconds between two writes
 
 
 @dataclass
 class Checkpoint:
-    """The latest copy of some work's state, at `path`.
+    """The latest state of a computation, in one file.
 
-    The main process writes it, whole or not at all, and reads it for all of them: work may go on with another number
-    of processes. A copy that is damaged, or that answers another `question`, is as none.
+    The main process writes the file, whole or not at all, and reads it for all processes: a computation may go on
+    with another number of processes. A checkpoint that is damaged, or whose `question` differs, is ignored.
+
+    Attributes:
+        path: the file.
+        question: identifies the computation, so that the state of another one is not taken for its own.
+        engine: the processes that share the checkpoint.
+        every: seconds between two writes.
+        written_at: time of the last write on the clock of `time.perf_counter`; at first, when this object was made.
     """
 
     path: Path
     question: str
     engine: Engine
     every: float = EVERY
-    kept: float = field(default_factory=time.perf_counter)
+    written_at: float = field(default_factory=time.perf_counter)
 
     def due(self) -> bool:
-        """Whether it is time for a new copy; the main process's clock counts."""
-        late = float(self.engine.is_main and time.perf_counter() - self.kept >= self.every)
+        """Whether `every` seconds have passed since the last write, by the clock of the main process.
+
+        All processes must call it together, and all get the same answer.
+        """
+        late = float(self.engine.is_main and time.perf_counter() - self.written_at >= self.every)
         return bool(self.engine.add(torch.tensor([late], device=self.engine.device))[0])
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Replaces the copy; `facts` is what JSON knows."""
+        """Replaces the checkpoint by `tensors` and `facts` (JSON-able); all processes must call it together."""
         with self.engine.together():
             if self.engine.is_main:
                 save_tensors(tensors, self.path, {"question": self.question, **facts})
-        self.kept = time.perf_counter()
+        self.written_at = time.perf_counter()
 
     def load(self, place: Callable[[str, Tensor], Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The copy, on every process; None where there is none that can be used.
+        """(tensors, facts) on every process; None if there is no usable checkpoint.
 
-        `place` makes of each tensor, on the device, what is kept of it: they come one after another.
+        The tensors are read one after another. `place(key, tensor)` gets each of them whole, on the device, and
+        returns what is to be held in its place, e.g. this process's slice of it.
         """
-        found: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        content: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         with self.engine.together():
             if self.engine.is_main:
-                found = self._read()
-        shapes = None if found is None else ({k: (t.shape, t.dtype) for k, t in found[0].items()}, found[1])
-        shapes = self.engine.broadcast(shapes)
-        if shapes is None:
+                content = self._read()
+        header = None if content is None else ({k: (t.shape, t.dtype) for k, t in content[0].items()}, content[1])
+        header = self.engine.broadcast(header)
+        if header is None:
             return None
         tensors = {}
-        for key, (shape, dtype) in shapes[0].items():
-            own = found[0].pop(key) if found is not None else torch.empty(shape, dtype=dtype)
-            t = self.engine.from_main(own.to(self.engine.device))
+        for key, (shape, dtype) in header[0].items():
+            t = content[0].pop(key) if content is not None else torch.empty(shape, dtype=dtype)
+            t = self.engine.from_main(t.to(self.engine.device))
             tensors[key] = t if place is None else place(key, t)
-        return tensors, shapes[1]
+        return tensors, header[1]
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         from safetensors import SafetensorError
@@ -75,18 +86,20 @@ class Checkpoint:
         return (tensors, facts) if facts.get("question") == self.question else None
 
     def forget(self) -> None:
-        """Removes the copy."""
+        """Removes the checkpoint's file, if it exists."""
         with self.engine.together():
             if self.engine.is_main:
                 self.path.unlink(missing_ok=True)
 
 
 class SolverCheckpoint:
-    """A solver's state by way of a `Checkpoint`, its vectors as plain rows: whole ones and slices are kept alike.
+    """Saves and loads the state of a solver in a `Checkpoint`.
+
+    Blocks are saved as plain matrices, so that a solve may continue with another number of processes, sharded or not.
 
     Args:
-        checkpoint: where.
-        flatten: block → (Q, P), the whole vectors on the main process at least.
+        checkpoint: the file, and when to write it.
+        flatten: block → its matrix of whole vectors, (Q, P), on the main process at least; called on all processes.
         unflatten: its inverse.
     """
 
@@ -94,27 +107,39 @@ class SolverCheckpoint:
         self, checkpoint: Checkpoint, flatten: Callable[[Block], Tensor], unflatten: Callable[[Tensor], Block]
     ):
         self.checkpoint, self.flatten, self.unflatten = checkpoint, flatten, unflatten
-        self.due = checkpoint.due
+
+    def due(self) -> bool:
+        """Whether it is time to save; the same on all processes."""
+        return self.checkpoint.due()
 
     def save(self, blocks: Mapping[str, Block], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Replaces the state that was saved before.
+
+        Args:
+            blocks: the solver's vectors, by name.
+            tensors: what it knows of each column, the same on all processes.
+            facts: values that JSON can hold.
+        """
         flat = {f"tensor/{name}": t.clone() for name, t in tensors.items()}
         for name, block in blocks.items():
-            rows = self.flatten(block)  # of slices all processes together
+            matrix = self.flatten(block)  # all processes together, where they hold shards
             if self.checkpoint.engine.is_main:
-                flat[f"block/{name}"] = rows.cpu()
+                flat[f"block/{name}"] = matrix.cpu()
         self.checkpoint.save(flat, dict(facts))
 
     def load(self) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]] | None:
-        found = self.checkpoint.load(lambda key, t: self.unflatten(t) if key.startswith("block/") else t)
-        if found is None or "done" in found[1]:
+        """The blocks, tensors and facts that were saved last; None where no state was saved for this solve."""
+        saved = self.checkpoint.load(lambda key, t: self.unflatten(t) if key.startswith("block/") else t)
+        if saved is None or "done" in saved[1]:
             return None
-        parts: tuple[dict, dict] = ({}, {})
-        for key, value in found[0].items():
+        blocks: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
+        for key, value in saved[0].items():
             kind, name = key.split("/", 1)
-            parts[kind == "tensor"][name] = value
-        return (*parts, found[1])
+            (blocks if kind == "block" else tensors)[name] = value
+        return blocks, tensors, saved[1]
 
 
 def at(folder: str | os.PathLike | None, name: str, question: str, engine: Engine) -> Checkpoint | None:
-    """The checkpoint of that name in a folder; None without a folder."""
+    """The checkpoint `folder/name.safetensors` of the computation `question`; None if `folder` is None."""
     return None if folder is None else Checkpoint(Path(folder) / f"{name}.safetensors", question, engine)

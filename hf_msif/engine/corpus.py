@@ -1,4 +1,4 @@
-"""Tables and streams of rows: dicts in a fixed order, each with an `example_id` that is the same at every reading."""
+"""Tables and streams of rows: dicts in a fixed order, each with an `example_id` that is the same in every reading."""
 
 from __future__ import annotations
 
@@ -9,20 +9,34 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
 
-# What `datasets` reads a file of such a name with; an ending .gz is its own affair.
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# File ending → the builder of `datasets` that reads such a file, also with a further ending .gz.
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows that are read anew each time and never held together: `read` yields dicts that carry `example_id`.
+    """Rows that are read anew at every iteration and never held in memory as a whole.
 
-    Memory is flat in its length. A stage can be trained on one elsewhere and differentiated here on a random subset
-    (`curvature_samples`), and a corpus to be scored can be one.
+    The memory used does not grow with the number of rows. A stream can be a corpus to be scored, or the data of a
+    stage that was trained elsewhere; its curvature is then taken on a random subset (`curvature_samples`).
+
+    Attributes:
+        read: returns a new iterator over the rows, dicts that carry `example_id`.
+        what: name of the data in error messages.
+
+    Raises:
+        InputError: on iteration, if there is no row.
+
+    >>> stream = Stream(lambda: ({"example_id": i, "text": f"sentence {i}"} for i in range(1000)))
+    >>> len(stream.sample(3, seed=0)), stream.sample(3, seed=0) == stream.sample(3, seed=0)
+    (3, True)
     """
 
     read: Callable[[], Iterator[dict]]
@@ -37,28 +51,38 @@ class Stream:
             raise InputError(f"{self.what} is empty; expected at least one row: check the path and the filters.")
 
     def sample(self, size: int, seed: int) -> list[dict]:
-        """So many random rows in one reading, the same for the same seed; all of them where there are fewer."""
-        # Reservoir sampling (Vitter, 1985, algorithm R): row n replaces a kept one with probability size / n.
-        generator, kept = random.Random(seed), []
+        """`size` rows, drawn uniformly without replacement in one reading; all rows if there are fewer.
+
+        The same seed draws the same rows.
+        """
+        # Reservoir sampling (Vitter, 1985, algorithm R): row n enters with probability size / n, in a random place.
+        generator, reservoir = random.Random(seed), []
         for number, row in enumerate(self):
             if number < size:
-                kept.append(row)
+                reservoir.append(row)
             elif (place := generator.randrange(number + 1)) < size:
-                kept[place] = row
-        return kept
+                reservoir[place] = row
+        return reservoir
 
 
 class Table(Sequence):
-    """A map-style `datasets.Dataset` as rows: read from its Arrow file when asked for, never held as a whole."""
+    """A map-style `datasets.Dataset` as a sequence of rows, which are read from its Arrow file on access.
 
-    def __init__(self, dataset):
+    Rows without an `example_id` are numbered from 0. A slice returns a list of dicts.
+
+    Attributes:
+        dataset: the dataset.
+        numbered: whether the rows get their number as `example_id`.
+    """
+
+    def __init__(self, dataset: Dataset):
         self.dataset = dataset
         self.numbered = "example_id" not in dataset.column_names
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> dict | list[dict]:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
@@ -76,15 +100,23 @@ class Table(Sequence):
             yield {"example_id": number, **row} if self.numbered else row
 
 
-def as_corpus(data, what: str) -> Sequence[dict] | Stream:
-    """Anything whose rows can be scored, without reading it: a table (`as_rows`; a Dataset stays on disk), a
-    `datasets.IterableDataset`, a `Stream`, or files as `pathlib.Path`s (text, JSON lines, CSV, Parquet; gzip too).
+def as_corpus(data: Any, what: str) -> Sequence[dict] | Stream:
+    """Rows that can be scored, from any kind of data; neither files nor datasets are read here.
 
-    Rows of files are named "file.txt:17", those of a streamed dataset are numbered as those of a table, unless they
-    have an `example_id`.
+    Rows get an `example_id` if they have none: in files "file.txt:17" (the name and the row's number from 0), else
+    the row's number.
+
+    Args:
+        data: a `datasets.Dataset` (stays on disk), a list of dicts or strings, a `datasets.IterableDataset`, a
+            `Stream`, or one `pathlib.Path` or several (text, JSON lines, CSV, Parquet; also gzipped).
+        what: name of the data in error messages.
+
+    Returns:
+        A `Stream` for files and streamed datasets, else a sequence of dicts.
 
     Raises:
-        InputError: it is none of these, or a file does not exist or has another ending.
+        InputError: `data` is none of these, is empty, or repeats an id; a file does not exist, its ending is unknown,
+            or two files have the same name.
     """
     from datasets import Dataset, IterableDataset
 
@@ -104,13 +136,20 @@ def as_corpus(data, what: str) -> Sequence[dict] | Stream:
     return as_rows(data, what)
 
 
-def as_rows(data, what: str) -> list[dict]:
-    """Any sensible table (a Dataset, dicts, or strings, column "text") as a list of dicts that carry `example_id`.
+def as_rows(data: Any, what: str) -> list[dict]:
+    """A table as a list of dicts that carry `example_id`: the row's number from 0, unless the row has one.
+
+    Args:
+        data: a `datasets.Dataset`, or a list of dicts or of strings (which become the column "text").
+        what: name of the data in error messages.
 
     Raises:
-        InputError: it is no such table (several splits, a stream, a data frame), is empty, or repeats an id.
+        InputError: `data` is no such table (several splits, a stream, a data frame), is empty, or repeats an id.
+
+    >>> as_rows(["we won", {"text": "they lost", "example_id": "b"}], "the corpus")
+    [{'example_id': 0, 'text': 'we won'}, {'example_id': 'b', 'text': 'they lost'}]
     """
-    # Iterated, a mapping (several splits, one row) or a data frame would pass off its column names as sentences.
+    # A mapping (several splits, or one row) and a data frame iterate over their keys, which would look like sentences.
     named = isinstance(data, Mapping) or hasattr(data, "iterrows")
     if isinstance(data, (str, Path)) or named or not hasattr(data, "__len__"):
         way_out = ""
@@ -142,9 +181,18 @@ def _check_ids(ids: Iterable, what: str) -> None:
 
 
 def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", builder: str | None = None) -> Stream:
-    """Local files as one stream, in the order given; rows are named by their file and their place in it.
+    """Local files as one stream, in the order of `paths`.
 
-    `builder`: of `datasets`, that reads them; None: by their endings.
+    The `example_id` of a row is "file.txt:17": its file's name and its number in the file, from 0.
+
+    Args:
+        paths: the files.
+        what: name of the data in error messages.
+        builder: the builder of `datasets` that reads them, e.g. "text"; None: chosen by the files' endings.
+
+    Raises:
+        InputError: a file does not exist, its ending is unknown, or two files have the same name; on iteration, a
+            file cannot be read (the message says after which row) or there is no row.
     """
     paths, names = [Path(path).expanduser() for path in paths], Counter()
     for path in paths:
@@ -187,12 +235,21 @@ def _builder(path: Path) -> str | None:
 
 
 def first(rows: Iterable[dict], size: int) -> list[dict]:
-    """The first rows of a table or a stream."""
+    """The first `size` rows of a table or a stream; all of them if there are fewer."""
     return rows[:size] if isinstance(rows, Sequence) else list(itertools.islice(iter(rows), size))
 
 
 def checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> frozenset:
-    """The ids to leave out of `rows`, some of them but not all."""
+    """`omit` as a set, after checking that it names rows of `rows` and not all of them.
+
+    Args:
+        omit: the ids to leave out.
+        rows: the data of the stage.
+        name: the stage's name, for messages.
+
+    Raises:
+        InputError: an id that no row has, or nothing would be left.
+    """
     omit, known = frozenset(omit), {row["example_id"] for row in rows}
     if omit - known:
         raise InputError(
@@ -200,5 +257,5 @@ def checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> froz
             f"they look like {rows[0]['example_id']!r}."
         )
     if omit == known:
-        raise InputError(f"omit names every row of the data of stage {name!r}; expected some to be left.")
+        raise InputError(f"omit names every row of the data of stage {name!r}; expected at least one row to be left.")
     return omit

@@ -1,4 +1,4 @@
-"""What things are known by: SHA-256 of rows (plain values, arrays, images), the plain fields of settings."""
+"""Fingerprints (SHA-256) of rows, tensors and objectives, and the plain fields of settings objects."""
 
 from __future__ import annotations
 
@@ -13,33 +13,45 @@ from torch import Tensor
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of rows of plain values, arrays and images."""
-    found = hashlib.sha256()
-    _update(found, value)
-    return found.hexdigest()
+    """SHA-256, in hexadecimal, of nested lists and mappings of plain values, NumPy arrays, images and bytes.
+
+    The order of a mapping's keys does not matter; the order of a list does.
+
+    >>> digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
+    True
+    """
+    sha = hashlib.sha256()
+    _update(sha, value)
+    return sha.hexdigest()
 
 
-def _update(found, value: Any) -> None:
+def _update(sha: hashlib._Hash, value: Any) -> None:
+    """Feeds a value to the hash; separators mark keys and the lengths of lists."""
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):
-            found.update(f"\x1e{key}\x1f".encode())
-            _update(found, value[key])
+            sha.update(f"\x1e{key}\x1f".encode())
+            _update(sha, value[key])
     elif isinstance(value, (list, tuple)) and not all(isinstance(x, (int, float, str)) for x in value):
-        found.update(f"\x1d{len(value)}".encode())
+        sha.update(f"\x1d{len(value)}".encode())
         for item in value:
-            _update(found, item)
+            _update(sha, item)
     elif hasattr(value, "tobytes"):  # a NumPy array, or an image
         shape = getattr(value, "shape", None) or (getattr(value, "size", None), getattr(value, "mode", None))
-        found.update(f"{shape}{getattr(value, 'dtype', '')}".encode())
-        found.update(np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else value.tobytes())
+        sha.update(f"{shape}{getattr(value, 'dtype', '')}".encode())
+        sha.update(np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else value.tobytes())
     elif isinstance(value, bytes):
-        found.update(value)
+        sha.update(value)
     else:
-        found.update(repr(value).encode())
+        sha.update(repr(value).encode())
 
 
-def describe(settings) -> dict:
-    """Class and plain fields of a settings object, for metadata."""
+def describe(settings: object) -> dict[str, Any]:
+    """The class name and the plain fields (text, numbers, lists, None) of a settings object, for metadata.
+
+    >>> from types import SimpleNamespace
+    >>> describe(SimpleNamespace(tol=1e-3, model=object()))
+    {'class': 'SimpleNamespace', 'tol': 0.001}
+    """
     plain = {
         k: v for k, v in vars(settings).items() if isinstance(v, (str, int, float, bool, tuple, list, type(None)))
     }
@@ -47,16 +59,16 @@ def describe(settings) -> dict:
 
 
 def tensors_fingerprint(x: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and values of tensors, in their order."""
-    found = hashlib.sha256()
+    """SHA-256, in hexadecimal, of the names, shapes, dtypes and values of tensors, in their order."""
+    sha = hashlib.sha256()
     for name, t in x.items():
-        found.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
-        found.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # bfloat16 is unknown to NumPy
-    return found.hexdigest()
+        sha.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
+        sha.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # bfloat16 is unknown to NumPy
+    return sha.hexdigest()
 
 
-def objective_fingerprint(objective) -> str:
-    """SHA-256 of an objective's settings, and of its tokenizer or image processor where it has one."""
+def objective_fingerprint(objective: Any) -> str:
+    """SHA-256, in hexadecimal, of an objective's settings, and of its tokenizer or image processor if it has one."""
     parts = [describe(objective)]
     tokenizer, processor = (getattr(objective, name, None) for name in ("tokenizer", "processor"))
     if tokenizer is not None:
@@ -66,7 +78,7 @@ def objective_fingerprint(objective) -> str:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             rules = json.loads(backend.to_str())
-            # What the latest call asked for is no part of it.
+            # Truncation and padding are what the latest call asked for, not properties of the tokenizer.
             parts.append(repr({key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}))
     if hasattr(processor, "to_dict"):
         parts.append(repr(processor.to_dict()))

@@ -1,7 +1,22 @@
 """The method: stages, their chain, how each is differentiated, and the queries that result."""
 
+from .cost import Cost
+from .differentiation import DIFFERENTIATIONS, Differentiation, DirectCertificate, Retraining, StageSolution, register
+from .implicit import Direction
 from .multistage import MultiStageInfluence
 from .query import Query
 from .stage import Stage
 
-__all__ = ["MultiStageInfluence", "Query", "Stage"]
+__all__ = [
+    "DIFFERENTIATIONS",
+    "Cost",
+    "Differentiation",
+    "DirectCertificate",
+    "Direction",
+    "MultiStageInfluence",
+    "Query",
+    "Retraining",
+    "Stage",
+    "StageSolution",
+    "register",
+]

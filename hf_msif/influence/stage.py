@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from ..curvature import GaussNewton, Hessian
+from ..curvature import Curvature, GaussNewton, Hessian
 from ..errors import InputError
-from ..solvers import CG
+from ..solvers import CG, Solver, as_solver
+from .differentiation import DIFFERENTIATIONS, Differentiation
 
-CURVATURES = {"gauss_newton": GaussNewton, "hessian": Hessian}
+CURVATURES: dict[str, type[Curvature]] = {"gauss_newton": GaussNewton, "hessian": Hessian}
 
 
 @dataclass
@@ -32,22 +33,23 @@ class Stage:
             `example_id` names rows (and seeds their masks); rows without one are numbered. Of a first stage with
             `curvature_samples` also a stream, see `corpus.as_corpus`: it is read twice, for the subset and for N.
         trainable: "all", "head" (everything not inherited) or a list of name patterns. What is inherited and not
-            trained is frozen (Case 1), what is inherited and trained hangs on the stage before by `link` (Case 2).
+            trained is frozen (Case 1), what is inherited and trained depends on the stage before by `link` (Case 2).
             With LoRA, "head" is the adapters and all that is new; PEFT alone holds new tensors outside of
             `modules_to_save` (such as BERT's pooler) constant, which is `["*.lora_*", "*.modules_to_save.*"]`.
         weight_decay: of the quadratic penalty, on all trained parameters but biases and normalisation layers (by the
             rule of Hugging Face's `Trainer`, whose own weight decay is AdamW's and no term of an objective).
-        alpha: α of eq. (12), needed where inherited parameters are trained and the link is proximal; "auto": estimated
-            from the parameters themselves, see `Link.estimate`.
-        link: "proximal", where training ended at a minimum of F (the paper's assumption), or "unrolled", which pulls
-            back through the stage's own training run, converged or not (also for a first stage).
+        alpha: α of eq. (12), needed where an implicit stage trains inherited parameters; "auto": estimated from the
+            parameters themselves, see `Implicit.estimate`.
+        link: how the stage is differentiated. "implicit" takes it for a minimum of F (the paper's assumption);
+            "unrolled" goes back through the stage's own training run, converged or not (also of a first stage). Or a
+            `Differentiation` of one's own: its class, or a callable that makes one of a bound stage.
         run: folder of that run, from `training.record` or a `RecordCallback`.
-        max_growth: refuse an unrolled pull-back whose adjoint grows more than so many times; default: 1e-3 divided by
-            the rounding unit of the run's dtype.
-        curvature: "gauss_newton" or "hessian".
+        max_growth: an unrolled pull-back whose adjoint grows by a larger factor is refused; defaults to 1e-3 divided
+            by the rounding unit of the run's dtype.
+        curvature: "gauss_newton", "hessian", or a subclass of `curvature.Curvature`.
         curvature_samples: size of the fixed random subset on which the curvature is estimated; None: all of `data`.
-        solver: one of `hf_msif.solvers`.
-        batch_size: rows a batch in passes over `data`.
+        solver: one of `hf_msif.solvers`, or a `solvers.Solver` of one's own.
+        batch_size: rows per batch in passes over `data`.
         resized: accept embeddings that gained rows since the stage before (see `adapters.split`).
         seed: of the curvature subset.
 
@@ -62,27 +64,33 @@ class Stage:
     trainable: str | Sequence[str] = "all"
     weight_decay: float = 0.0
     alpha: float | str | None = None
-    link: str = "proximal"
+    link: str | Callable[[Any], Differentiation] = "implicit"
     run: str | os.PathLike | None = None
     max_growth: float | None = None
-    curvature: str = "gauss_newton"
+    curvature: str | type[Curvature] = "gauss_newton"
     curvature_samples: int | None = None
-    solver: Any = field(default_factory=CG)
+    solver: Solver = field(default_factory=CG)
     batch_size: int = 64
     resized: bool = False
     seed: int = 0
 
     def __post_init__(self):
-        if self.curvature not in CURVATURES:
+        self.solver = as_solver(self.solver)
+        if not isinstance(self.curvature, type) and self.curvature not in CURVATURES:
             raise InputError(
-                f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}."
+                f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}, or a "
+                "subclass of Curvature."
             )
-        if self.link not in ("proximal", "unrolled"):
-            raise InputError(f"stage {self.name!r}: link is {self.link!r}; expected 'proximal' or 'unrolled'.")
-        if (self.link == "unrolled") != (self.run is not None):
+        if not callable(self.link) and self.link not in DIFFERENTIATIONS:
             raise InputError(
-                f"stage {self.name!r}: link is {self.link!r} and run is {self.run!r}; expected the folder of a "
-                "recorded run where the link is 'unrolled', and none where it is not."
+                f"stage {self.name!r}: link is {self.link!r}; expected one of {sorted(DIFFERENTIATIONS)}, or a "
+                "Differentiation."
+            )
+        needs_run = getattr(self.differentiation, "needs_run", None)
+        if needs_run is not None and needs_run != (self.run is not None):
+            raise InputError(
+                f"stage {self.name!r}: link is {self.link_name!r} and run is {self.run!r}; expected the folder of a "
+                "recorded run where the link is 'unrolled', and none where it is 'implicit'."
             )
         sizes = [self.batch_size, 1 if self.curvature_samples is None else self.curvature_samples]
         if not self.weight_decay >= 0 or min(sizes) < 1:
@@ -95,3 +103,28 @@ class Stage:
             raise InputError(
                 f"stage {self.name!r}: alpha is {self.alpha!r}; expected a positive number, as in eq. (12), or 'auto'."
             )
+
+    @property
+    def differentiation(self) -> Callable[[Any], Differentiation]:
+        """What makes the stage's `Differentiation` of the bound stage."""
+        return self.link if callable(self.link) else DIFFERENTIATIONS[self.link]
+
+    @property
+    def link_name(self) -> str:
+        """The link as saved queries know it: its name in the table, else where its class is defined."""
+        kind = self.differentiation
+        return getattr(kind, "name", "") or _place(kind)
+
+    @property
+    def curvature_class(self) -> type[Curvature]:
+        return self.curvature if isinstance(self.curvature, type) else CURVATURES[self.curvature]
+
+    @property
+    def curvature_name(self) -> str:
+        return _place(self.curvature) if isinstance(self.curvature, type) else self.curvature
+
+
+def _place(kind: Any) -> str:
+    """Where a class or function is defined, "module:Name"; of a partial function what it calls."""
+    kind = getattr(kind, "func", kind)
+    return f"{kind.__module__}:{getattr(kind, '__qualname__', type(kind).__qualname__)}"

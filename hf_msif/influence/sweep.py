@@ -1,8 +1,7 @@
-"""How a ranking moves with the damping: one query a λ, compared with its neighbour."""
+"""How a ranking moves with the damping: one query per λ, each compared with the one before."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ import numpy as np
 
 from ..engine.corpus import as_rows
 from ..errors import InputError
-from .multistage import MultiStageInfluence, judge, pull_back
+from .chain import Chain
+from .multistage import judge
 from .query import Query
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def damping_sweep(
-    chain: MultiStageInfluence, tests, corpus, dampings: Sequence[float], stage: str | None = None, k: int = 10
+    chain: Chain, tests, corpus, dampings: Sequence[float], stage: str | None = None, k: int = 10
 ) -> pd.DataFrame:
     """Scores `corpus` once for every λ of `stage` (the first by default); the later stages are solved once.
 
@@ -30,14 +30,14 @@ def damping_sweep(
         corpus: rows to rank, as examples of `stage`.
         dampings: the λ, positive.
         stage: whose damping moves.
-        k: how many rows are the top of a ranking.
+        k: number of rows in the top of a ranking.
 
     Returns:
-        One row a λ, ascending: `damping`, `iterations` and `residual` (worst column), `spread` (standard deviation of
-        the influence, mean over columns), and against the λ before, NaN in the first row: `top_k_kept` (share of the
-        top k by absolute influence that was there already, mean over columns) and `rank_correlation` (Spearman's ρ of
-        the influences, mean over columns). A λ too small for the solver, which met negative curvature, is warned about
-        and has no ranking: NaN.
+        One row per λ, ascending: `damping`, `iterations` and `residual` (worst column), `spread` (standard deviation
+        of the influence, mean over columns), and against the λ before, NaN in the first row: `top_k_kept` (share of
+        the top k by absolute influence that was there already, mean over columns) and `rank_correlation` (Spearman's
+        ρ of the influences, mean over columns). A λ too small for the solver, which met negative curvature, is warned
+        about and has no ranking: NaN.
 
     Raises:
         InputError: bad rows, dampings that are not positive, k < 1, or a solver without damping.
@@ -49,38 +49,34 @@ def damping_sweep(
         raise InputError(f"the dampings are {dampings}; expected positive numbers.")
     if k < 1:
         raise InputError(f"k is {k}; expected at least 1.")
-    target = chain.link(stage)
-    name, solver = target.stage.name, target.stage.solver
-    if target.recording is not None:
-        raise InputError(f"stage {name!r} is pulled back through its run, without a linear system to damp.")
-    if "damping" not in {field.name for field in dataclasses.fields(solver)}:
-        raise InputError(
-            f"stage {name!r} is solved by {type(solver).__name__}, which has no damping to sweep: use CG."
-        )
+    target = chain.stage(stage)
+    name = target.name
+    damped = [target.differentiation.damped(damping) for damping in dampings]
     rows = as_rows(tests, "the test examples")
     adjoint, losses = chain.measurement(rows)
-    for link in reversed(chain.links):
-        if link is target:
+    for bound in reversed(chain.stages):
+        if bound is target:
             break
-        _, inherited, certificate = pull_back(link, adjoint)
-        judge(link.stage.name, certificate)
-        adjoint = link.carry(inherited)
-    found, before = [], None
-    for damping in dampings:
-        u, _, certificate = pull_back(target, adjoint, dataclasses.replace(solver, damping=damping))
+        solution, inherited = bound.differentiation.pull_back(adjoint)
+        judge(bound.name, solution.certificate)
+        adjoint = bound.carry(inherited)
+    table, before = [], None
+    for damping, differentiation in zip(dampings, damped, strict=True):
+        solution, _ = differentiation.pull_back(adjoint)
+        certificate = solution.certificate
         row = {"damping": damping, "iterations": max(certificate.iterations), "residual": max(certificate.residual)}
         row |= dict.fromkeys(("spread", "top_k_kept", "rank_correlation"), math.nan)
-        found.append(row)
+        table.append(row)
         if "negative_curvature" in certificate.status:
             warnings.warn(f"stage {name!r}: no ranking at damping {damping:g}. {certificate}", stacklevel=2)
             continue
-        scores = Query({name: u}, {name: certificate}, rows, losses, None, chain).score(corpus, stage=name)
+        scores = Query({name: solution}, rows, losses, None, chain).score(corpus, stage=name)
         values = np.stack([scores.influence(q) for q in range(scores.columns)])
         row["spread"] = float(values.std(axis=1).mean())
         if before is not None:
             row["top_k_kept"], row["rank_correlation"] = _compare(before, values, k)
         before = values
-    return pd.DataFrame(found)
+    return pd.DataFrame(table)
 
 
 def _compare(before: np.ndarray, after: np.ndarray, k: int) -> tuple[float, float]:

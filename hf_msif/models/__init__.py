@@ -1,4 +1,4 @@
-"""Models that transformers lacks."""
+"""Models that transformers lacks: ELMo, skip-gram, word vectors, convolutions, a feed-forward classifier."""
 
 from .classifier import FeedForwardClassifier, FeedForwardClassifierConfig
 from .convnet import ConvNetConfig, ConvNetForImageClassification, ConvNetModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,14 @@ from ..errors import InputError
 
 
 def mean_state(states: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, T, d) → (B, d): the mean over the real tokens, where `attention_mask` is one; without a mask over all."""
+    """The mean of `states` (B, T, d) over the tokens whose `attention_mask` (B, T) is 1, or over all without a mask.
+
+    Returns:
+        (B, d), in the dtype of `states`; zeros for a row without a real token.
+
+    >>> mean_state(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
+    tensor([[2.]])
+    """
     if attention_mask is None:
         return states.mean(1)
     weights = attention_mask.to(states).unsqueeze(-1)
@@ -27,7 +35,7 @@ class FeedForwardClassifierConfig(PretrainedConfig):
     Args:
         encoder: configuration of the encoder (a `PretrainedConfig` or its dict).
         hidden_size: units of the hidden layer; the paper uses 64.
-        num_labels and others: as in every `PretrainedConfig`.
+        kwargs: of `PretrainedConfig`, e.g. `num_labels`.
     """
 
     model_type = "feed_forward_classifier"
@@ -43,9 +51,10 @@ class FeedForwardClassifierConfig(PretrainedConfig):
 
 
 class FeedForwardClassifier(PreTrainedModel):
-    """logits = W₂ tanh(W₁ h + b₁) + b₂ with h the mean of the encoder's last hidden states over the real tokens.
+    """logits = W₂ tanh(W₁ h + b₁) + b₂, where h is the mean of the encoder's last hidden states over the real tokens.
 
-    Tokens are real where `attention_mask` is one; without a mask all are.
+    Tokens are real where `attention_mask` is 1; without a mask all are. `input_ids` of shape (B, T) become `logits`
+    of shape (B, num_labels).
     """
 
     config_class = FeedForwardClassifierConfig
@@ -55,27 +64,30 @@ class FeedForwardClassifier(PreTrainedModel):
     def __init__(self, config: FeedForwardClassifierConfig):
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder)
-        if getattr(self.encoder, "pooler", None) is not None:  # unused by a mean, so it would never be trained
+        if getattr(self.encoder, "pooler", None) is not None:  # the mean does not use it, so it would never be trained
             self.encoder.pooler = None
         self.hidden = nn.Linear(config.encoder.hidden_size, config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @classmethod
-    def from_encoder(cls, pretrained: PreTrainedModel, hidden_size: int = 64, **settings) -> FeedForwardClassifier:
-        """A new head on a copy of the encoder of `pretrained`, with or without a head of its own.
+    def from_encoder(
+        cls, pretrained: PreTrainedModel, hidden_size: int = 64, **settings: Any
+    ) -> FeedForwardClassifier:
+        """A new head on a copy of the encoder of a pretrained model.
 
         Args:
-            pretrained: e.g. a masked or causal LM; not modified, and nothing is shared with it.
+            pretrained: e.g. a masked or causal LM, with or without a head. It is not modified and shares no memory
+                with the classifier.
             hidden_size: units of the hidden layer.
             settings: of `FeedForwardClassifierConfig`, e.g. `num_labels`.
 
         Returns:
-            The classifier in evaluation mode, in the dtype of `pretrained`, or float32 where that is a lower one.
+            The classifier in evaluation mode, in the dtype of `pretrained`, but at least float32.
 
         Raises:
-            InputError: an encoder-decoder, an encoder that cannot tell padding from text, or one that
-                `AutoModel.from_config` does not rebuild.
+            InputError: `pretrained` is an encoder-decoder, takes no attention mask, or is not what
+                `AutoModel.from_config` builds from its configuration.
         """
         kind = type(pretrained.base_model)
         if getattr(pretrained.config, "is_encoder_decoder", False):
@@ -90,11 +102,11 @@ class FeedForwardClassifier(PreTrainedModel):
         encoder.dtype = dtype
         model = cls(FeedForwardClassifierConfig(encoder, hidden_size, dtype=dtype, **settings)).to(dtype)
         missing, unexpected = model.encoder.load_state_dict(pretrained.base_model.state_dict(), strict=False)
-        lost = [name for name in unexpected if "pooler" not in name.split(".")]
-        if missing or lost:
+        unknown = [name for name in unexpected if "pooler" not in name.split(".")]
+        if missing or unknown:
             raise InputError(
                 f"{kind.__name__} is not the encoder that AutoModel makes of its configuration: the tensor "
-                f"{[*missing, *lost][0]!r} is in one of them only."
+                f"{[*missing, *unknown][0]!r} is in one of them only."
             )
         return model.eval()
 

@@ -1,4 +1,4 @@
-"""Convolutions as the encoder, dense layers as the head: the image models of the paper's §4.1 (Table A)."""
+"""The image models of the paper's §4.1 (Table A): convolutions are the encoder, dense layers the head."""
 
 from __future__ import annotations
 
@@ -24,17 +24,24 @@ class ConvNetConfig(PretrainedConfig):
     """Configuration of `ConvNetModel` and `ConvNetForImageClassification`.
 
     Args:
-        image_size: height and width of the images, one number if they are equal.
-        num_channels: of the images.
-        channels: output channels of the convolutions, one entry a layer.
-        kernel_size: of every convolution, odd; borders are padded so that it keeps the size.
-        pool_size: window and stride of the pooling after each convolution; 1 for none.
+        image_size: height and width of the images in pixels; one number if they are equal.
+        num_channels: channels of the images.
+        channels: output channels of the convolutions, one entry per layer.
+        kernel_size: width of every convolution, odd; borders are padded so that the size of the image is kept.
+        pool_size: window and stride of the pooling after each convolution; 1 for no pooling.
         pooling: "mean" or "max".
         dense: units of the hidden dense layers of the head; an empty list is a linear head.
         activation: "tanh", "softplus", "gelu" or "silu", which have second derivatives everywhere, or "relu". An
-            influence is the derivative of a minimum: kinks of a ReLU (and of max pooling) move with the parameters and
-            are not in its Hessian.
-        num_labels and others: as in every `PretrainedConfig`.
+            influence is the derivative of a minimum. The kinks of a ReLU (and of max pooling) move with the
+            parameters, which the Hessian does not show.
+        kwargs: of `PretrainedConfig`, e.g. `num_labels`.
+
+    Raises:
+        ValueError: an unknown activation or pooling, an even `kernel_size`, no convolution, or more pooling than the
+            image has pixels.
+
+    >>> ConvNetConfig(image_size=28, channels=[8, 16], pool_size=2).features
+    784
     """
 
     model_type = "msif_convnet"
@@ -58,12 +65,12 @@ class ConvNetConfig(PretrainedConfig):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}; expected an odd number, which keeps the image's size.")
         if not channels:
-            raise ValueError("channels is empty; expected at least one convolution, which is what stages share.")
+            raise ValueError("channels is empty; expected at least one convolution: stages share the convolutions.")
         self.image_size = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
         if min(side // pool_size ** len(channels) for side in self.image_size) < 1:
             raise ValueError(
-                f"{len(channels)} poolings of {pool_size} leave nothing of an image of {self.image_size}: use fewer "
-                "channels entries or a smaller pool_size."
+                f"{len(channels)} poolings of {pool_size} leave no pixel of an image of {self.image_size}: use fewer "
+                "entries in channels or a smaller pool_size."
             )
         self.num_channels, self.channels, self.dense = num_channels, list(channels), list(dense)
         self.kernel_size, self.pool_size, self.pooling = kernel_size, pool_size, pooling
@@ -72,28 +79,30 @@ class ConvNetConfig(PretrainedConfig):
 
     @property
     def features(self) -> int:
-        """Length of the encoder's output."""
+        """Number of features that the encoder returns per image."""
         height, width = (side // self.pool_size ** len(self.channels) for side in self.image_size)
         return height * width * self.channels[-1]
 
 
-class _Pretrained(PreTrainedModel):
+class _ConvNetPreTrainedModel(PreTrainedModel):
+    """What the two models share: configuration and initial weights."""
+
     config_class = ConvNetConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # The language models' 0.02 would leave layers of this width without a signal.
+        # With the language models' standard deviation of 0.02 the signal would vanish in layers of this width.
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             initialization.xavier_uniform_(module.weight)
             initialization.zeros_(module.bias)
 
 
-class ConvNetModel(_Pretrained):
-    """(Convolution, activation, pooling) × layers, flattened: pixels → features.
+class ConvNetModel(_ConvNetPreTrainedModel):
+    """(Convolution, activation, pooling) × layers, flattened. This is the encoder W.
 
-    `last_hidden_state` has shape (B, features).
+    `pixel_values` of shape (B, num_channels, height, width) become `last_hidden_state` of shape (B, features).
     """
 
     def __init__(self, config: ConvNetConfig):
@@ -115,8 +124,11 @@ class ConvNetModel(_Pretrained):
         return BaseModelOutput(last_hidden_state=self.layers(pixel_values.to(self.layers[0].weight.dtype)))
 
 
-class ConvNetForImageClassification(_Pretrained):
-    """`ConvNetModel` (W) and a head of dense layers (U or Θ): (Linear, activation) × hidden layers, Linear."""
+class ConvNetForImageClassification(_ConvNetPreTrainedModel):
+    """`ConvNetModel` (W) and a head of dense layers (U or Θ): (Linear, activation) × hidden layers, Linear.
+
+    `pixel_values` of shape (B, num_channels, height, width) become `logits` of shape (B, num_labels).
+    """
 
     def __init__(self, config: ConvNetConfig):
         super().__init__(config)

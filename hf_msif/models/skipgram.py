@@ -1,4 +1,4 @@
-"""word2vec as a Hugging Face model: a table of static embeddings (W), trained by skip-gram with negative sampling."""
+"""word2vec as a Hugging Face model: a table of static embeddings (W), trained by skip-gram with negative samples."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class SkipGramConfig(PretrainedConfig):
     """Configuration of `SkipGramModel` and the models on it.
 
     Args:
-        vocab_size: rows of the table, as many as the tokenizer has tokens.
+        vocab_size: V, rows of the table; the number of tokens of the tokenizer.
         hidden_size: d, length of an embedding.
-        num_labels and others: as in every `PretrainedConfig`.
+        kwargs: of `PretrainedConfig`, e.g. `num_labels`.
     """
 
     model_type = "skip-gram"
@@ -46,7 +46,7 @@ class SkipGramPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding):
             limit = 0.5 / self.config.hidden_size
             initialization.uniform_(module.weight, -limit, limit)
-        elif module is getattr(self, "context", None):  # as word2vec begins: all pairs equally likely
+        elif module is getattr(self, "context", None):  # as in word2vec: at first all pairs are equally likely
             initialization.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
             initialization.xavier_uniform_(module.weight)
@@ -60,9 +60,14 @@ class SkipGramPreTrainedModel(PreTrainedModel):
 
 
 class SkipGramModel(SkipGramPreTrainedModel):
-    """A table: `last_hidden_state`[..., :] = v of each token, whatever stands beside it. This is W.
+    """A table of embeddings v, which is the encoder W: `last_hidden_state`[..., :] = v of each token.
 
-    Padding has an embedding too, which no sentence's other tokens depend on; what pools over tokens leaves it out.
+    `input_ids` of shape (...) become `last_hidden_state` of shape (..., d). An embedding does not depend on the other
+    tokens. Padding has an embedding too; a mean over tokens must leave it out.
+
+    >>> model = SkipGramModel(SkipGramConfig(vocab_size=3, hidden_size=2))
+    >>> model(torch.tensor([[0, 2, 2, 1]])).last_hidden_state.shape
+    torch.Size([1, 4, 2])
     """
 
     def __init__(self, config: SkipGramConfig):
@@ -75,10 +80,11 @@ class SkipGramModel(SkipGramPreTrainedModel):
 
 
 class SkipGramForPreTraining(SkipGramPreTrainedModel):
-    """`SkipGramModel` (W) and a second table (U), `context.weight`: the vectors u of words as neighbours.
+    """`SkipGramModel` (W) and a second table (U), `context.weight` of shape (V, d): the vectors u of context words.
 
-    logits = u_o · v_c: of each token c in `input_ids`, shape (...), with its own `candidates` o, shape (..., n), or
-    with the whole vocabulary where there are none. `hf_msif.objectives.SkipGram` is trained on them.
+    logits = u_o · v_c for each token c in `input_ids`, shape (...), and its `candidates` o, shape (..., n): the logits
+    have the shape (..., n). Without candidates o is the whole vocabulary, and the shape is (..., V). The objective
+    `hf_msif.objectives.SkipGram` is a function of these logits.
     """
 
     def __init__(self, config: SkipGramConfig):
@@ -104,7 +110,10 @@ class SkipGramForPreTraining(SkipGramPreTrainedModel):
 
 
 class SkipGramForSequenceClassification(SkipGramPreTrainedModel):
-    """logits = Θ h + b with h the mean of the real tokens' embeddings: a bag of words (Joulin et al., 2017)."""
+    """logits = Θ h + b, where h is the mean of the real tokens' embeddings: a bag of words (Joulin et al., 2017).
+
+    `input_ids` of shape (B, T) become `logits` of shape (B, num_labels).
+    """
 
     def __init__(self, config: SkipGramConfig):
         super().__init__(config)

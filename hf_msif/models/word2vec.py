@@ -1,4 +1,4 @@
-"""Published word vectors as an encoder: the plain text format of word2vec, GloVe and fastText."""
+"""Published word vectors as an encoder, read from the text format of word2vec, GloVe and fastText."""
 
 from __future__ import annotations
 
@@ -21,23 +21,31 @@ PAD, UNKNOWN = "[PAD]", "[UNK]"
 def from_word2vec(
     path: str | os.PathLike, limit: int | None = None, lowercase: bool = False
 ) -> tuple[SkipGramModel, PreTrainedTokenizerFast]:
-    """Word vectors from a text file, a word and its d numbers a line, as a model and the tokenizer of its words.
+    """Reads word vectors from a text file, as a model and the tokenizer of its words.
 
-    The first line may be "V d", as word2vec and fastText write it. Rows 0 and 1 of the table are [PAD] (zeros) and
-    [UNK] (the mean of all vectors); the words follow in the file's order.
+    Each line has a word and its d numbers, separated by spaces. The first line may be "V d", as word2vec and fastText
+    write it. Rows 0 and 1 of the model's table are [PAD] (zeros) and [UNK] (the mean of all vectors read); the words
+    follow in the order of the file.
 
     Args:
         path: the file, UTF-8.
-        limit: only the first so many words (such files begin with the most frequent ones).
-        lowercase: the tokenizer lowers texts first, for vectors of lower-case words.
+        limit: read only the first `limit` words (such files begin with the most frequent ones); None: all.
+        lowercase: the tokenizer converts texts to lower case first, for vectors of lower-case words.
 
     Returns:
-        The model in evaluation mode (float32), and a tokenizer that splits words and punctuation apart. Saved into one
-        folder they are what `AutoModelForPreTraining.from_pretrained` starts from: with new context vectors.
+        The model in evaluation mode (float32), and a tokenizer that separates words and punctuation. Save both into
+        one folder to start `AutoModelForPreTraining.from_pretrained` from them, with new context vectors.
 
     Raises:
-        InputError: a file that cannot be read, the binary format, lines of unequal length, a number that is none, a
-            word twice, or fewer words than the header says.
+        InputError: the file cannot be read or is in the binary format, lines have unequal lengths, a number is not
+            finite or no number, a word occurs twice, or there are fewer words than the header says.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+    ...     file.write("we 1 2\\nwon 3 4\\n") and file.flush()
+    ...     model, tokenizer = from_word2vec(file.name)
+    >>> tokenizer("we lost")["input_ids"], model.embeddings.weight[1].tolist()
+    ([2, 1], [2.0, 3.0])
     """
     path = Path(path).expanduser()
     if limit is not None and limit < 1:
@@ -49,13 +57,15 @@ def from_word2vec(
         raise InputError(f"cannot read the word vectors {str(path)!r} ({error.strerror}).") from error
     except UnicodeDecodeError:
         raise InputError(
-            f"{str(path)!r} is not UTF-8 text; expected the text format, a word and its numbers a line: convert "
-            "word2vec's binary format first."
+            f"{str(path)!r} is not UTF-8 text; expected the text format, one word and its numbers per line: "
+            "convert word2vec's binary format first."
         ) from None
     known = {PAD: 0, UNKNOWN: 1, **{word: i for i, word in enumerate(words, 2)}}
     if len(known) != len(words) + 2:
-        twice = next(word for i, word in enumerate(words, 2) if known[word] != i or word in (PAD, UNKNOWN))
-        raise InputError(f"{str(path)!r} has {twice!r} twice, or as a word of its own; expected every word once.")
+        repeated = next(word for i, word in enumerate(words, 2) if known[word] != i or word in (PAD, UNKNOWN))
+        raise InputError(
+            f"{str(path)!r} has {repeated!r} twice, or as a word beside the special token; expected every word once."
+        )
     model = SkipGramModel(SkipGramConfig(len(known), table.shape[1], pad_token_id=0))
     table = torch.from_numpy(table)
     with torch.no_grad():
@@ -70,13 +80,13 @@ def from_word2vec(
 
 
 def _read(lines: Iterator[str], path: Path, limit: int | None) -> tuple[list[str], np.ndarray]:
-    """The words, and their vectors (V, d)."""
+    """The words, and their vectors as float32 of shape (V, d)."""
     first = next(lines, "").split()
     header = len(first) == 2 and all(part.isdecimal() for part in first)
     size, width = (int(first[0]), int(first[1])) if header else (None, len(first) - 1)
     if width < 1:
         raise InputError(f"{str(path)!r} begins with {' '.join(first)[:40]!r}; expected a word and its numbers.")
-    most = min((n for n in (size, limit) if n is not None), default=None)
+    expected_words = min((n for n in (size, limit) if n is not None), default=None)
     words, vectors = [], []
 
     def add(number: int, line: str) -> None:
@@ -96,9 +106,9 @@ def _read(lines: Iterator[str], path: Path, limit: int | None) -> tuple[list[str
     if not header:
         add(1, " ".join(first))
     for number, line in enumerate(lines, 2):
-        if len(words) == most:
+        if len(words) == expected_words:
             break
         add(number, line.rstrip("\n"))
-    if header and len(words) < most:
-        raise InputError(f"{str(path)!r} has {len(words)} words; its first line says {size}: it was cut off.")
+    if header and len(words) < expected_words:
+        raise InputError(f"{str(path)!r} has {len(words)} words; its first line says {size}: the file is incomplete.")
     return words, np.stack(vectors)

@@ -1,23 +1,18 @@
-"""A configuration at work: loads data and models, trains stages, builds the chain. What is asked of it then is in
-`commands`."""
+"""A configuration at work: loads its data and models, and builds the chain of its stages."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import random
-import shutil
-import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..adapters.functional import check_vocabulary
 from ..engine.corpus import Stream
-from ..engine.files import write_json
 from ..engine.hashing import digest
-from ..errors import DivergedError, InputError, first_line
+from ..errors import InputError, first_line
 from . import build, choices
 from .data import load_rows, stream_rows
 from .schema import Config, StageConfig
@@ -66,16 +61,24 @@ class Run:
     # --- what a stage is made of
 
     def arguments(self, name: str, **overrides):
-        """`TrainingArguments` refuse what this machine cannot do, which is no matter once the stage is trained."""
+        """The stage's `TrainingArguments`: the configuration's `training` over our defaults, `overrides` over both.
+
+        They are made only when the stage is to be trained: `TrainingArguments` refuse what this machine cannot do
+        (`bf16`), although another machine may have trained the stage.
+
+        Raises:
+            InputError: a setting that `TrainingArguments` refuse.
+        """
         import torch
         from transformers import TrainingArguments
 
-        # The filter would print the loss before it became NaN; pinning warns where there is no accelerator.
+        # The filter would report the last finite loss in the place of NaN; pinning warns where there is no
+        # accelerator.
         defaults = {"report_to": [], "save_strategy": "no", "seed": self.config.seed, "logging_nan_inf_filter": False}
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()
         try:
             return TrainingArguments(
-                str(self._checkpoints(name)), **{**defaults, **choices.training(self.config, name), **overrides}
+                str(self.checkpoints(name)), **{**defaults, **choices.training(self.config, name), **overrides}
             )
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"stages.{name}.training: {first_line(error)}.") from error
@@ -85,22 +88,22 @@ class Run:
         """The stage whose rows are ranked."""
         return self.config.corpus.stage or self.names[0]
 
-    def output(self, name: str) -> Path:
-        """Where a file about the ranked stage is written: for another stage than the first, its name is in the file's
-        (scores.parquet, scores-finetuning.parquet), so that rankings of several stages lie side by side."""
-        path = self.folder / name
-        return path if self.ranked == self.names[0] else path.with_stem(f"{path.stem}-{self.ranked}")
-
     @property
     def aggregate(self) -> str | None:
-        chosen = self.config.test.aggregate
-        return None if chosen == "none" else chosen
+        """How the test rows' losses are put together, as `MultiStageInfluence.query` takes it: None, sum or mean."""
+        aggregate = self.config.test.aggregate
+        return None if aggregate == "none" else aggregate
 
-    def borrow(self, other: Run) -> None:
+    def borrow_rows(self, other: Run) -> None:
         """Uses the rows that another run of the same data has loaded."""
         self._rows = other._rows
 
     def stage_config(self, name: str) -> StageConfig:
+        """The stage's settings.
+
+        Raises:
+            InputError: the configuration has no stage of this name.
+        """
         if name not in self.config.stages:
             raise InputError(f"there is no stage {name!r} in the configuration; its stages are {self.names}.")
         return self.config.stages[name]
@@ -177,23 +180,29 @@ class Run:
         return self._models[name]
 
     def is_trained(self, name: str) -> bool:
-        """Whether the stage's training is over, or never to be."""
-        return (self.folder / name).is_dir() or self._is_given(name)
+        """Whether the stage has its final model: it was trained here, or its model is taken as it is."""
+        return (self.folder / name).is_dir() or self.is_taken_as_it_is(name)
 
-    def _is_given(self, name: str) -> bool:
-        """Whether the configuration names a finished model and no way to train it, or the run that left it."""
+    def is_taken_as_it_is(self, name: str) -> bool:
+        """Whether the stage is not trained here: the configuration names a finished model (`model.path`), and either
+        no way to train it or the run that made it (`run`)."""
         stage = self.config.stages[name]
-        idle = stage.run is not None or not (stage.training or stage.polish is not None)
-        return stage.model.path is not None and idle
+        is_trained_here = stage.run is None and (bool(stage.training) or stage.polish is not None)
+        return stage.model.path is not None and not is_trained_here
+
+    def forget_model(self, name: str) -> None:
+        """Loads the stage's model anew when it is next asked for."""
+        self._models.pop(name, None)
 
     def present_model(self, name: str):
-        """The trained model, or an untrained one where training is still to come."""
+        """The trained model, or an untrained one if the stage is not trained yet."""
         if name not in self._models and not self.is_trained(name):
             self.arguments(name)
             self._models[name] = self.new_model(name)
         return self.model(name)
 
     def models(self) -> dict[str, Any]:
+        """The trained models of all stages."""
         return {name: self.model(name) for name in self.names}
 
     def new_model(self, name: str):
@@ -202,12 +211,12 @@ class Run:
         before = self.model(self.names[self.names.index(name) - 1]) if self.names.index(name) else None
         return self._made(name, before, self.config.seed)
 
-    def fresh(self, seed: int) -> list:
-        """Untrained models of all stages under a seed, the later ones on the encoders of the earlier ones."""
-        found = []
+    def new_models(self, seed: int) -> list:
+        """Untrained models of all stages under a seed, each on the encoder of the one before."""
+        models = []
         for name in self.names:
-            found.append(self._made(name, found[-1] if found else None, seed))
-        return found
+            models.append(self._made(name, models[-1] if models else None, seed))
+        return models
 
     def _made(self, name: str, before, seed: int):
         classes = None
@@ -216,127 +225,24 @@ class Run:
             classes = len(labels) if labels else max(2, 1 + max(row["label"] for row in self.rows(name)))
         return build.made(self.config, name, before, seed, self.adapters[name], classes)
 
-    # --- commands
+    # --- files of the run folder
 
-    def to_train(self) -> list[str]:
-        """The stages that `msif train` trains: all but those whose model is given and that have no training settings,
-        or a run."""
-        from ..training.record import check_arguments
+    def output(self, name: str) -> Path:
+        """The path of a file about the ranked stage. Unless that is the first stage, the file's name has the stage's
+        (scores.parquet, scores-finetuning.parquet), so that rankings of several stages lie side by side."""
+        path = self.folder / name
+        return path if self.ranked == self.names[0] else path.with_stem(f"{path.stem}-{self.ranked}")
 
-        given = [name for name in self.names if self._is_given(name)]
-        for name in given:
-            print(f"{name}: {self.config.stages[name].model.path} is taken as it is (not trained here)")
-        names = [name for name in self.names if name not in given]
-        for name in names:  # before the first one is trained for hours
-            arguments = self.arguments(name)
-            if self.config.stages[name].link == "unrolled":
-                check_arguments(arguments, name)
-        return names
-
-    def train(self, name: str) -> dict:
-        """Trains one stage, writes `run_dir/<stage>` and `run_dir/<stage>.json` with losses and wall time.
-
-        An interrupted training goes on from its last checkpoint; a finished one starts anew. When it fails, what an
-        earlier one wrote stays.
-        """
-        from .. import training
-        from ..adapters.split import split
-
-        stage, index = self.stage_config(name), self.names.index(name)
-        if stage.run is not None:
-            raise InputError(
-                f"stages.{name}.run is a run that was recorded elsewhere; leave it out to train the stage here."
-            )
-        if stage.data.streaming:
-            raise InputError(
-                f"stages.{name}.data.streaming is for a stage whose model is given (model.path); expected streaming: "
-                "false to train it here."
-            )
-        arguments = self.arguments(name)
-        previous = self.model(self.names[index - 1]) if index else None
-        parts = {"train": self.rows(name)}
-        if stage.data.has_test_side:
-            parts["test"] = self.rows(name, "test")
-        model = self.new_model(name)
-        objective = self.objective(name, model)
-        tied = split(name, model, previous, stage.trainable, stage.resized).proximal
-        if tied and stage.alpha is None and stage.link == "proximal":
-            raise InputError(
-                f"stages.{name}.alpha is missing, but the stage trains {len(tied)} inherited tensors (first "
-                f"{tied[0]!r}); give the α of eq. (12), trainable: head, or link: unrolled."
-            )
-        checkpoints, recorded = self._checkpoints(name), stage.link == "unrolled"
-        last = _last_checkpoint(checkpoints)
-        if last is not None and (recorded or arguments.save_strategy != "no"):
-            print(f"{name}: an interrupted training left {last}, to go on from")
-        report: dict[str, Any] = {"stage": name}
-        if "test" in parts and build.goes_on(self.config.stages[name], model, previous):
-            report["test_before"] = training.evaluate(model, objective, parts["test"], stage.batch_size)
-        started = time.perf_counter()
-        terms = self._terms(name, previous)
-        terms["alpha"] = None if stage.alpha == "auto" else stage.alpha
-        try:
-            if recorded:
-                training.record(
-                    model, objective, parts["train"], arguments, checkpoints, progress=self.progress, **terms
-                )
-            elif stage.uses_trainer:
-                report["training_loss"] = training.train(
-                    model, objective, parts["train"], arguments, progress=self.progress, **terms
-                )
-            if stage.polish is not None:
-                polished = self.polish(name, model, previous)
-                print(polished)
-                report["polish"] = polished.to_dict()
-            report["seconds"] = round(time.perf_counter() - started, 1)
-            for part, rows in parts.items():
-                report[part] = training.evaluate(model, objective, rows, stage.batch_size)
-                if not math.isfinite(report[part]["loss"]):
-                    raise DivergedError(
-                        f"the {part} loss of stage {name!r} is {report[part]['loss']} after training: lower "
-                        f"stages.{name}.training.learning_rate."
-                    )
-        except BaseException as error:
-            if isinstance(error, DivergedError) or _last_checkpoint(checkpoints) is None:
-                shutil.rmtree(checkpoints, ignore_errors=True)
-            raise
-        if recorded:
-            shutil.rmtree(self.recording(name), ignore_errors=True)
-            os.replace(checkpoints, self.recording(name))
-        training.save(model, self.tokenizer, self.folder / name)
-        write_json(self.folder / f"{name}.json", report)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        self._models.pop(name, None)
-        return report
-
-    def polish(self, name: str, model, previous):
-        """Brings a model of the stage to a stationary point, in place, as the stage's `polish` says."""
-        from .. import training
-        from ..engine.accelerated import Engine
-
-        return training.polish(
-            model,
-            self.objective(name, model),
-            self.rows(name),
-            batch_size=self.config.stages[name].batch_size,
-            engine=Engine(progress=self.progress),
-            **choices.polishing(self.config, name),
-            **self._terms(name, previous),
-        )
-
-    def _terms(self, name: str, previous) -> dict[str, Any]:
-        """What belongs to F beside the rows' losses, as `train` and `polish` take it."""
-        shared = ("trainable", "weight_decay", "alpha", "resized")
-        stage = self.config.stages[name]
-        return {"previous": previous, "name": name, **{key: getattr(stage, key) for key in shared}}
-
-    def _checkpoints(self, name: str) -> Path:
+    def checkpoints(self, name: str) -> Path:
+        """The folder of a stage's checkpoints while it is trained."""
         return self.folder / f"{name}.checkpoints"
 
     def recording(self, name: str) -> Path:
-        """Where the training run of an unrolled stage is kept."""
-        own = self.config.stages[name].run
-        return self.folder / f"{name}.run" if own is None else Path(own).expanduser()
+        """The folder of the recorded training run of an unrolled stage."""
+        folder = self.config.stages[name].run
+        return self.folder / f"{name}.run" if folder is None else Path(folder).expanduser()
+
+    # --- the chain and what it is asked
 
     def chain(self, models: dict[str, Any] | None = None, planned: bool = False):
         """The `MultiStageInfluence` of the configuration, from the trained models (or those given); `planned`: stages
@@ -361,59 +267,75 @@ class Run:
 
     @cached_property
     def accelerator(self):
-        """One for all passes, with the trackers that the configuration asks for."""
+        """One `Accelerator` for all passes, with the trackers that the configuration names."""
         from ..engine.accelerated import new_accelerator
 
         trackers = self.config.trackers
         try:
-            made = new_accelerator(log_with=trackers or None, project_dir=str(self.folder))
+            accelerator = new_accelerator(log_with=trackers or None, project_dir=str(self.folder))
             if trackers:
-                missing = set(trackers) - {str(getattr(found, "value", found)) for found in made.log_with}
+                available = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+                missing = set(trackers) - available
                 if missing:
                     raise ValueError(f"{sorted(missing)} cannot be used here, is it installed")
-                made.init_trackers("hf_msif", config={"config": self.config.model_dump_json()})
+                accelerator.init_trackers("hf_msif", config={"config": self.config.model_dump_json()})
         except (ValueError, ImportError) as error:
             raise InputError(f"trackers: {first_line(error)}.") from error
-        return made
+        return accelerator
 
     def _link(self, name: str, planned: bool) -> dict[str, Any]:
+        """How a stage is differentiated; `planned`: an implicit stage stands for one whose run is still to come."""
         stage = self.config.stages[name]
-        if stage.link == "proximal":
-            return {}
-        if planned and not self.is_trained(name):
-            return {"alpha": 1.0}
-        return {"link": stage.link, "run": self.recording(name), "max_growth": stage.max_growth}
+        if stage.recorded:
+            if planned and not self.is_trained(name):
+                return {"alpha": 1.0}
+            return {"link": stage.link, "run": self.recording(name), "max_growth": stage.max_growth}
+        return {"link": stage.link, "run": stage.run, "max_growth": stage.max_growth}
+
+    def planned(self, bound):
+        """How a bound stage of `chain(planned=True)` will be differentiated, once it is trained."""
+        stage = self.config.stages[bound.name]
+        if not stage.recorded or self.is_trained(bound.name):
+            return bound.differentiation
+        from ..influence.differentiation import DIFFERENTIATIONS
+
+        return DIFFERENTIATIONS[stage.link].planned(bound, self.arguments(bound.name))
 
     def tests(self) -> list[dict]:
-        """The test rows asked about: from the test side of the last stage's data where there is one."""
-        chosen = self.config.test
+        """The test rows that the query asks about, as `test` chooses them among those of `test_side`.
+
+        Raises:
+            InputError: `test.ids` that are no rows of the test side, or more rows than it has.
+        """
+        settings = self.config.test
         name, rows = self.names[-1], self.test_side()
-        if chosen.ids is not None:
+        if settings.ids is not None:
             by_id = {str(row["example_id"]): row for row in rows}
-            missing = [i for i in chosen.ids if str(i) not in by_id]
+            missing = [i for i in settings.ids if str(i) not in by_id]
             if missing:
                 raise InputError(
                     f"test.ids names {missing}, which are not rows of the test side of stage {name!r}; its ids are "
                     f"{list(by_id)[:5]}, ..."
                 )
-            return [by_id[str(i)] for i in chosen.ids]
-        if chosen.wrong:
-            rows = self._wrong(name, rows)
+            return [by_id[str(i)] for i in settings.ids]
+        if settings.wrong:
+            rows = self._misclassified(name, rows)
         content = self.content(name)
         distinct = list({digest(row[content]): row for row in rows}.values())
-        if chosen.number > len(distinct):
+        if settings.number > len(distinct):
             raise InputError(
-                f"test.number is {chosen.number}; expected at most {len(distinct)}, the distinct {content}s on the "
-                f"test side of stage {name!r}{' that the model classifies wrongly' if chosen.wrong else ''}."
+                f"test.number is {settings.number}; expected at most {len(distinct)}, the distinct {content}s on the "
+                f"test side of stage {name!r}{' that the model classifies wrongly' if settings.wrong else ''}."
             )
-        return random.Random(chosen.seed).sample(distinct, chosen.number)
+        return random.Random(settings.seed).sample(distinct, settings.number)
 
     def test_side(self) -> list[dict]:
-        """All test rows of the last stage; its training rows where nothing is set aside."""
+        """All test rows of the last stage; its training rows if no test rows are set aside."""
         name = self.names[-1]
         return self.rows(name, "test" if self.config.stages[name].data.has_test_side else None)
 
-    def _wrong(self, name: str, rows: list[dict]) -> list[dict]:
+    def _misclassified(self, name: str, rows: list[dict]) -> list[dict]:
+        """Those of the rows that the trained model of the stage classifies wrongly."""
         from .. import training
 
         model = self.model(name)
@@ -423,25 +345,15 @@ class Run:
         return training.mistakes(model, objective, rows, self.config.stages[name].batch_size)
 
     def corpus(self) -> list[dict] | Stream:
-        """The rows that are ranked."""
+        """The rows that are ranked: those of the ranked stage, or a sample of them."""
         from ..engine.accelerated import Engine
 
-        chosen = self.config.corpus
+        settings = self.config.corpus
         rows = self.rows(self.ranked)
         if isinstance(rows, Stream):
-            if chosen.sample is None:
+            if settings.sample is None:
                 return rows
-            return Engine(self.accelerator, progress=False).sample(rows, chosen.sample, chosen.seed)
-        if chosen.sample is None or chosen.sample >= len(rows):
+            return Engine(self.accelerator, progress=False).sample(rows, settings.sample, settings.seed)
+        if settings.sample is None or settings.sample >= len(rows):
             return rows
-        return random.Random(chosen.seed).sample(rows, chosen.sample)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a `Trainer`, or state of a recorded run, in a folder."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if not folder.is_dir():
-        return None
-    states = sorted(str(path) for path in folder.glob("state-*.safetensors"))
-    return states[-1] if states else get_last_checkpoint(str(folder))
+        return random.Random(settings.seed).sample(rows, settings.sample)

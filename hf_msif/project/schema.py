@@ -118,9 +118,9 @@ class StageConfig(Section):
     alpha: Positive | Literal["auto"] | None = None
     """α of eq. (12), which ties inherited, trained parameters to the stage before; auto: training does not tie them,
     and α is estimated from the finished model"""
-    link: Literal["proximal", "unrolled"] = "proximal"
-    """how the stage hangs on what came before: proximal takes it for a minimum; unrolled goes back through its
-    training run, which is recorded"""
+    link: Literal["implicit", "unrolled"] = "implicit"
+    """how the stage is differentiated: implicit takes it for a minimum; unrolled goes back through its training run,
+    which is recorded"""
     run: str | None = None
     """folder of that run where it was recorded elsewhere (a RecordCallback); null: run_dir/NAME.run"""
     max_growth: Positive | None = None
@@ -134,6 +134,11 @@ class StageConfig(Section):
     """rows a batch in passes over the data"""
     resized: bool = False
     """accept embeddings that gained rows since the stage before"""
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the stage's training run is recorded, to go back through it."""
+        return self.link == "unrolled"
 
     @property
     def uses_trainer(self) -> bool:
@@ -258,7 +263,7 @@ class Config(Section):
                     f"{key}.data.streaming is for a first stage with curvature_samples and without test_split or "
                     "test_fraction; expected its rows to be at hand, or those settings to be so."
                 )
-            if stage.data.streaming and (stage.link == "unrolled" or classifies):
+            if stage.data.streaming and (stage.recorded or classifies):
                 raise InputError(
                     f"{key}.data.streaming is for implicit stages of language models; expected streaming: false."
                 )
@@ -271,7 +276,7 @@ class Config(Section):
                     f"{key}.model.config is for the first stage, {names[0]!r}: later ones build on its encoder; "
                     "leave it out."
                 )
-            if stage.link == "unrolled" and stage.polish is not None:
+            if stage.recorded and stage.polish is not None:
                 raise InputError(
                     f"{key} has polish and link: unrolled; expected one of them: an unrolled stage is what its "
                     "training run left, a polished one is a minimum."
@@ -281,7 +286,7 @@ class Config(Section):
                     f"{key} has polish and alpha: auto; expected α as a number: a polished stage is at the minimum "
                     "that its α makes."
                 )
-            if stage.link == "proximal" and (stage.run is not None or stage.max_growth is not None):
+            if stage.link == "implicit" and (stage.run is not None or stage.max_growth is not None):
                 raise InputError(f"{key} has run or max_growth, which need link: unrolled.")
             if stage.model.lora is not None and not index:
                 raise InputError(

@@ -1,15 +1,18 @@
-"""Pictures of scores: the paper's Figure 3, and histograms of influence. Needs matplotlib
+"""Figures: the paper's Figure 3, and what every other figure is made with. Needs matplotlib
 (`pip install hf_msif[validation]`)."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..engine.files import write_whole
 from ..errors import InputError
 from ..objectives.images import channels_first, decoded
 
@@ -18,7 +21,14 @@ if TYPE_CHECKING:
 
 
 def figure(**settings):
-    """A figure that no window and no global state knows."""
+    """A matplotlib figure that is part of no window and of no global state.
+
+    Args:
+        settings: of `matplotlib.figure.Figure`.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -26,31 +36,53 @@ def figure(**settings):
     return Figure(**settings)
 
 
+def write_figure(path: str | os.PathLike, draw: Callable[[Path], object]) -> str | None:
+    """Writes a figure, whole or not at all, where it can be drawn: a command does not fail for want of matplotlib.
+
+    Args:
+        path: of the PNG.
+        draw: writes the PNG to the path that it is called with.
+
+    Returns:
+        `path`, or None with a warning if the figure cannot be drawn.
+    """
+    try:
+        write_whole(path, draw)
+    except InputError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
+    return str(path)
+
+
 def extremes(
     scores: Scores, tests: Sequence[dict], corpus: Sequence[dict], path: str | os.PathLike, k: int = 4
 ) -> None:
-    """Draws each test image beside the k most harmful and the k most helpful images of the corpus, with their scores
-    (the paper's Figure 3 is the first column). At most eight tests.
+    """Draws each test image beside the k most harmful and the k most helpful images of the corpus, with their
+    influence (the paper's Figure 3). At most eight test images are drawn.
 
     Args:
-        scores: of `corpus`, one column a test or one for all.
-        tests, corpus: rows with an `image`, and a `label` that is shown.
+        scores: of `corpus`, one column per test image, or one for all of them together.
+        tests: rows with an `image`, and a `label` that is shown.
+        corpus: rows with an `image`, and a `label` that is shown.
         path: of the PNG.
+        k: images of the corpus on each side.
     """
     images = {row["example_id"]: row for row in corpus}
-    asked = list(tests)[:8] if scores.columns > 1 or len(tests) == 1 else [None]
-    drawn = figure(figsize=(1.3 * (2 * k + 1), 1.6 * len(asked)), layout="constrained")
-    grid = drawn.subplots(len(asked), 2 * k + 1, squeeze=False)
-    for q, (row, axes) in enumerate(zip(asked, grid, strict=True)):
+    shown_tests = list(tests)[:8] if scores.columns > 1 or len(tests) == 1 else [None]
+    page = figure(figsize=(1.3 * (2 * k + 1), 1.6 * len(shown_tests)), layout="constrained")
+    grid = page.subplots(len(shown_tests), 2 * k + 1, squeeze=False)
+    for column, (row, axes) in enumerate(zip(shown_tests, grid, strict=True)):
         _show(axes[0], row, "test" if row is not None else f"{len(tests)} tests")
-        for by, places in (("harmful", axes[1 : k + 1]), ("helpful", axes[k + 1 :])):
-            top = scores.top(min(k, len(scores)), by, q)
-            for place, i, value in zip(places, top.example_id, top.influence, strict=False):
-                _show(place, images[i], f"{by}\n{value:+.3g}")
-    drawn.savefig(path, dpi=150, format="png")
+        for by, side in (("harmful", axes[1 : k + 1]), ("helpful", axes[k + 1 :])):
+            top = scores.top(min(k, len(scores)), by, column)
+            # Of a corpus with fewer than k rows, the last places stay empty.
+            for place, example_id, influence in zip(side, top.example_id, top.influence, strict=False):
+                _show(place, images[example_id], f"{by}\n{influence:+.3g}")
+    page.savefig(path, dpi=150, format="png")
 
 
 def _show(axes, row: dict | None, title: str) -> None:
+    """Draws a row's image and label; an empty place for None."""
     axes.set_title(title, fontsize=7)
     axes.set(xticks=[], yticks=[])
     if row is None:
@@ -65,7 +97,7 @@ def _show(axes, row: dict | None, title: str) -> None:
 
 
 def encoded(image: Any) -> Any:
-    """PIL images as the {"bytes", "path"} of an image column of `datasets`; anything else as it is."""
+    """A PIL image as the {"bytes", "path"} of an image column of `datasets`, in PNG; anything else as it is."""
     if not hasattr(image, "save"):
         return image
     buffer = io.BytesIO()

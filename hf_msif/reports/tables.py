@@ -1,4 +1,4 @@
-"""Tables that people read: the paper's Table 1, printed, as Markdown and as Parquet."""
+"""Tables that people read, for the terminal, as Markdown and as Parquet; the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ if TYPE_CHECKING:
 
 
 def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
-    """The paper's Table 1: for every test example the k rows of largest and of smallest absolute influence, with
-    their scores."""
+    """The paper's Table 1: for every test example the k rows of the largest and of the smallest absolute influence.
+
+    Args:
+        scores: of any corpus.
+        k: how many of either.
+
+    Returns:
+        One row per test example and rank below min(k, rows of the corpus). Influences are signed: positive is harmful.
+    """
     import pandas as pd
 
     rows = []
-    for q in range(scores.columns):
-        test = test_sentence(scores, q)
-        top, bottom = scores.top(k, query=q), scores.bottom(k, query=q)
+    for column in range(scores.columns):
+        test = test_sentence(scores, column)
+        top, bottom = scores.top(k, query=column), scores.bottom(k, query=column)
         rows += [
             {
                 "test sentence": test,
@@ -36,12 +43,13 @@ def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
 
 
 def _shown(rows: pd.DataFrame, i: int) -> str:
-    """A row's text; an image, which has none, by its id."""
+    """The text of row i, or its id where it has no text, as an image."""
     return rows.text[i] or f"example {rows.example_id[i]}"
 
 
 def test_sentence(scores: Scores, query: int) -> str:
-    """The test example behind a query column."""
+    """What a query column is about: the test example's text, its id where it has no text, or how many test examples
+    it puts together."""
     tests = scores.metadata["tests"]
     if len(tests) == scores.columns:
         return tests[query].get("text", f"example {tests[query].get('example_id')}")
@@ -49,33 +57,39 @@ def test_sentence(scores: Scores, query: int) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as GitHub Markdown; a bar inside a text is escaped."""
+    """A table as GitHub Markdown; a bar inside a text is escaped, and a line break becomes a space."""
     from tabulate import tabulate
 
-    safe = table.map(lambda x: " ".join(x.split()).replace("|", "\\|") if isinstance(x, str) else x)
-    headers = [c.replace("|", "\\|") for c in table.columns]
-    return tabulate(safe, headers, tablefmt="pipe", showindex=False, floatfmt=".4g", disable_numparse=_texts(table))
+    escaped = table.map(lambda cell: " ".join(cell.split()).replace("|", "\\|") if isinstance(cell, str) else cell)
+    headers = [name.replace("|", "\\|") for name in table.columns]
+    texts = _text_columns(table)
+    return tabulate(escaped, headers, tablefmt="pipe", showindex=False, floatfmt=".4g", disable_numparse=texts)
 
 
 def plain(table: pd.DataFrame, width: int = 46) -> str:
-    """A table for the terminal, long texts wrapped."""
+    """A table for the terminal.
+
+    Args:
+        table: any.
+        width: characters at which a text is wrapped.
+    """
     from tabulate import tabulate
 
-    texts = _texts(table)
+    texts = _text_columns(table)
     return tabulate(
         table,
         headers="keys",
         tablefmt="simple_grid",
         showindex=False,
         floatfmt=".3g",
-        maxcolwidths=[width if number in texts else None for number in range(table.shape[1])],
+        maxcolwidths=[width if n in texts else None for n in range(table.shape[1])],
         disable_numparse=texts,
     )
 
 
-def _texts(table: pd.DataFrame) -> list[int]:
-    """Columns with text, in which tabulate must not take "007" for a number."""
-    return [n for n, column in enumerate(table) if table[column].map(lambda x: isinstance(x, str)).any()]
+def _text_columns(table: pd.DataFrame) -> list[int]:
+    """Numbers of the columns that hold text, in which tabulate must not take "007" for a number."""
+    return [n for n, name in enumerate(table) if table[name].map(lambda cell: isinstance(cell, str)).any()]
 
 
 def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
@@ -85,12 +99,12 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
 
 
 def training_line(report: dict) -> str:
-    """One line on what training a stage reached."""
+    """One line on what training a stage reached, from what `run_dir/<stage>.json` holds."""
     parts = [f"{report['stage']}: trained in {report['seconds']} s"]
     for side in ("train", "test"):
         if side in report:
-            found = report[side]
-            accuracy = f", accuracy {found['accuracy']:.3f}" if "accuracy" in found else ""
+            figures = report[side]
+            accuracy = f", accuracy {figures['accuracy']:.3f}" if "accuracy" in figures else ""
             before = f"{report['test_before']['loss']:.3f} before, " if f"{side}_before" in report else ""
-            parts.append(f"{side} loss {before}{found['loss']:.3f}{accuracy} ({found['examples']:,} rows)")
+            parts.append(f"{side} loss {before}{figures['loss']:.3f}{accuracy} ({figures['examples']:,} rows)")
     return "; ".join(parts)

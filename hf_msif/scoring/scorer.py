@@ -1,44 +1,92 @@
-"""Scores a corpus for a query by per-example directional derivatives; no per-example gradient is ever stored."""
+"""`score`: the influence of every row of a corpus, in rounds, by all processes; `Scorable`: what it needs to know."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .. import vectors
-from ..curvature.derivatives import Evaluation, directional
+from ..adapters.functional import FunctionalModel
+from ..engine.accelerated import Engine
 from ..engine.corpus import Stream, as_corpus
-from ..engine.hashing import describe, digest, objective_fingerprint, tensors_fingerprint
 from ..errors import InputError
-from ..influence.chain import Link
-from ..influence.query import Query
+from .extremes import ExtremesInMemory, ExtremesOnDisk
+from .memory import InMemory
+from .parts import PartsOnDisk
 from .scores import Scores, frame_of, influence_columns
-from .sinks import Collected, KeptParts, Parts
+from .sinks import NullSink, Sink, WriteBehind
 from .summary import Extremes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PART_ROWS = 4096
+ROUND_BATCHES = 16  # per process, at least
 DTYPES = ("float32", "tf32", "bfloat16")
-COMPARED = 64  # rows scored in both precisions
+COMPARED_ROWS = 64  # scored in the requested and in the model's own precision
+
+
+class RowInfluence(NamedTuple):
+    """The influences of the rows of a batch.
+
+    Attributes:
+        influence: (B, Q) in float64: I(x) of each row for each query column, eq. (6).
+        losses: (B,): ℓ of each row, a sum.
+        counts: (B,): how many terms ℓ sums.
+    """
+
+    influence: Tensor
+    losses: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Scorable:
+    """What scoring needs to know of a question and of the stage whose rows are ranked; `influence.Query` makes it.
+
+    Attributes:
+        stage: name of the stage.
+        file_name: of the finished file: "scores.parquet", or "scores-NAME.parquet" for another stage than the first.
+        engine: deals the rows out to the processes.
+        model: the stage's model.
+        objective: makes batches of rows; its `text_column` or `image_column` says where a row's content is.
+        batch_size: rows per batch, unless `score` is asked for another size.
+        columns: Q, the number of query columns.
+        count: N of the stage: the removal of a row has the effect −influence / N.
+        influence: (batch on the device, its rows) → `RowInfluence`; called inside `model.evaluating()` and in the
+            requested precision.
+        dtype: the model's own precision, for messages.
+        metadata: of the finished scores: the stage, N, its objective, the certificate, the test rows.
+        identity: returns what the scores depend on: name for people → digest; called for scores on disk only.
+    """
+
+    stage: str
+    file_name: str
+    engine: Engine
+    model: FunctionalModel
+    objective: Any
+    batch_size: int
+    columns: int
+    count: float
+    influence: Callable[[dict, list[dict]], RowInfluence]
+    dtype: torch.dtype
+    metadata: dict[str, Any]
+    identity: Callable[[], dict[str, Any]]
 
 
 def score(
-    query: Query,
+    scorable: Scorable,
     corpus,
-    stage: str | None = None,
     batch_size: int | None = None,
     output_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -46,91 +94,76 @@ def score(
     dtype: str | None = None,
     part_rows: int = PART_ROWS,
 ) -> Scores:
-    """I(x) = −⟨u_k, ∇ℓ_x⟩ for every row x of `corpus`: one forward-mode pass a query column, 3 F a column.
+    """I(x), eq. (6), of every row x of `corpus` for every query column.
 
-    Of an unrolled stage the rows are its own, and I(x) = N ∂f/∂w_x is known already; a forward pass adds their losses.
-    See `Query.score` for the arguments.
+    The corpus is read in rounds of consecutive rows, and a round is cut into parts of `part_rows` rows. The processes
+    share the rows of the parts that are missing in the sink, and gather their influences once per round; the main
+    process hands them to the sink, which writes them while the next round is scored.
+
+    Args:
+        scorable: the question, and the stage whose examples the rows are.
+        corpus: a table or a stream of rows, see `corpus.as_corpus`.
+        batch_size: rows per batch; defaults to the stage's. It does not change a score.
+        output_dir: folder for the finished file, and for the parts until it is finished. Defaults to none: the scores
+            are in memory, on every process.
+        resume: continue an interrupted scoring in `output_dir`, on any number of processes.
+        keep: keep the `keep` rows of largest, smallest and least absolute influence per query column alone, with
+            moments and a histogram of all; defaults to all rows.
+        dtype: "float32", "tf32" or "bfloat16": the precision of matrix products; the model's own by default, which
+            is also what "float32" stands for. The error of the others is measured on some rows, printed, and in the
+            metadata as `dtype_error`.
+        part_rows: rows per part.
+
+    Returns:
+        `Scores`, on every process.
 
     Raises:
-        InputError: empty corpus, unknown stage, a setting out of range, a loss that is not finite (rows are named), a
-            row that an unrolled stage's run did not see, or an interrupted scoring of something else in `output_dir`.
+        InputError: the corpus is empty, a setting is out of range, a loss is not finite (the rows are named), or
+            `output_dir` holds an interrupted scoring that is not to be resumed, or of something else.
     """
-    link = query.chain.link(stage)
-    _check(batch_size, keep, dtype, part_rows, resume, output_dir)
-    source = as_corpus(corpus, "the corpus")
-    engine, size = link.engine, batch_size or link.stage.batch_size
-    scorer = _Scorer(query, link, size, None if dtype == "float32" else dtype)
-    path = None if output_dir is None else Path(output_dir) / _file_name(query, link)
+    _check_settings(batch_size, keep, dtype, part_rows, resume, output_dir)
+    engine, source = scorable.engine, as_corpus(corpus, "the corpus")
+    batch_size, reduced_dtype = batch_size or scorable.batch_size, None if dtype == "float32" else dtype
+    # A round is long enough that sorting its rows by length pays on every process, and that what happens once per
+    # round (waiting for its first batch, gathering its results) costs little.
+    parts_per_round = math.ceil(ROUND_BATCHES * batch_size * engine.processes / part_rows)
+    path = None if output_dir is None else Path(output_dir) / scorable.file_name
     with engine.together():
-        sink = _sink(scorer, path, resume, keep, dtype, part_rows) if path is None or engine.is_main else None
-    # Enough rows at a time that sorting them by length pays, on every process, and that what happens once a round
-    # (its first batch is waited for, results are gathered) is little.
-    parts_a_round = math.ceil(16 * size * engine.processes / part_rows)
-    done, started, error = 0, time.perf_counter(), None
+        opened = _open_sink(scorable, path, resume, keep, dtype, part_rows, parts_per_round)
+    done, started, dtype_error = 0, time.perf_counter(), None
     total = None if isinstance(source, Stream) else len(source)
-    bar = engine.bar(total=total, desc=f"scoring {link.stage.name}", unit=" sentences")
-    with bar, link.model.evaluating(), _Writer() as writer:
-        for rows in engine.rounds(source, parts_a_round * part_rows):
-            numbered = {(done + i) // part_rows: rows[i : i + part_rows] for i in range(0, len(rows), part_rows)}
-            with engine.together():
-                writer.check()
-                todo = [n for n, some in numbered.items() if sink.missing(n, some)] if sink is not None else None
-            todo = engine.broadcast(todo)
-            pending = [row for n in todo for row in numbered[n]]
-            if pending:
-                if scorer.dtype and error is None:
-                    error = scorer.error(pending)
-                found = scorer.measured(pending, bar)
+    with opened as sink:
+        with (
+            engine.bar(total=total, desc=f"scoring {scorable.stage}", unit=" sentences") as bar,
+            scorable.model.evaluating(),
+        ):
+            for rows in engine.rounds(source, parts_per_round * part_rows):
+                parts = _parts(rows, done // part_rows, part_rows)
                 with engine.together():
-                    writer.wait()
-                    if sink is not None:
-                        writer.start(_hand_over, scorer, sink, todo, numbered, found)
-            done += len(rows)
-            bar.n = done
-            bar.refresh()
-            engine.log({"scored": done, "sentences_a_second": done / (time.perf_counter() - started)}, done)
-        with engine.together():
-            writer.wait()
-    metadata = scorer.metadata | {"columns": query.columns}
-    if error is not None:
-        metadata["dtype_error"] = {"dtype": dtype, **error}
-    if path is None:
-        return sink.scores(metadata)
-    with engine.together():
-        if engine.is_main:
-            sink.finish(-(-done // part_rows), metadata)
-    return Scores.from_parquet(path)
+                    missing = [number for number, part in parts.items() if sink.missing(number, part)]
+                missing_parts = {number: parts[number] for number in engine.broadcast(missing)}
+                missing_rows = [row for part in missing_parts.values() for row in part]
+                if missing_rows:
+                    if reduced_dtype and dtype_error is None:
+                        dtype_error = {"dtype": dtype, **_precision_error(scorable, missing_rows, batch_size, dtype)}
+                    measured = _measure(scorable, missing_rows, batch_size, reduced_dtype, bar)
+                    with engine.together():
+                        _add_parts(sink, scorable, missing_parts, measured)
+                done += len(rows)
+                bar.n = done
+                bar.refresh()
+                engine.log({"scored": done, "sentences_a_second": done / (time.perf_counter() - started)}, done)
+        metadata = {**scorable.metadata, "columns": scorable.columns}
+        if dtype_error is not None:
+            metadata["dtype_error"] = dtype_error
+        for turn in (engine.is_main, not engine.is_main):  # the other processes read the file of the main one
+            with engine.together():
+                if turn:
+                    scores = sink.finish(math.ceil(done / part_rows), metadata)
+    return scores
 
 
-class _Writer:
-    """One write at a time, in a thread, while the next round is scored."""
-
-    def __enter__(self) -> _Writer:
-        self.pool, self.pending = ThreadPoolExecutor(1), None
-        return self
-
-    def start(self, write: Callable, *arguments) -> None:
-        self.pending: Future | None = self.pool.submit(write, *arguments)
-
-    def check(self) -> None:
-        """Raises what a write that has ended raised."""
-        if self.pending is not None and self.pending.done():
-            self.wait()
-
-    def wait(self) -> None:
-        if self.pending is not None:
-            wait([self.pending])  # interrupted, it stays to be asked for
-            pending, self.pending = self.pending, None
-            pending.result()
-
-    def __exit__(self, kind, error, trace) -> None:
-        self.pool.shutdown()
-        failed = self.pending.exception() if self.pending is not None else None
-        if failed is not None:  # then the block has failed, too
-            error.add_note(f"Writing the scores before failed as well: {failed}")
-
-
-def _check(batch_size, keep, dtype, part_rows, resume, output_dir) -> None:
+def _check_settings(batch_size, keep, dtype, part_rows, resume, output_dir) -> None:
     for name, value in (("batch_size", batch_size), ("keep", keep), ("part_rows", part_rows)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             way_out = ", or None for the stage's own" if name == "batch_size" else ""
@@ -141,146 +174,127 @@ def _check(batch_size, keep, dtype, part_rows, resume, output_dir) -> None:
         raise InputError("resume needs output_dir, the folder in which the interrupted scoring kept its parts.")
 
 
-def _file_name(query: Query, link: Link) -> str:
-    first = query.chain.links[0] is link
-    return "scores.parquet" if first else f"scores-{link.stage.name}.parquet"
-
-
-def _sink(scorer: _Scorer, path: Path | None, resume: bool, keep: int | None, dtype: str | None, part_rows: int):
-    """Where scores go: memory, parts on disk, or an account of the extremes in either."""
-    extremes = Extremes(keep, influence_columns(scorer.query.columns)) if keep else None
+def _open_sink(
+    scorable: Scorable,
+    path: Path | None,
+    resume: bool,
+    keep: int | None,
+    dtype: str | None,
+    part_rows: int,
+    parts_per_round: int,
+) -> AbstractContextManager[Sink]:
+    """The sink of this process: every process has its own scores in memory, the main one alone has a file."""
+    extremes = Extremes(keep, influence_columns(scorable.columns)) if keep else None
     if path is None:
-        return Collected(extremes)
-    manifest = {**scorer.identity, "keep": keep, "dtype": dtype or "float32", "part_rows": part_rows}
-    if extremes is not None:
-        return KeptParts(path, manifest, resume, extremes)
-    return Parts(path, manifest, resume)
+        sink = InMemory() if extremes is None else ExtremesInMemory(extremes)
+    elif not scorable.engine.is_main:
+        return nullcontext(NullSink(path))  # without a thread, so that no frame is made
+    else:
+        manifest = {**scorable.identity(), "keep": keep, "dtype": dtype or "float32", "part_rows": part_rows}
+        if extremes is None:
+            sink = PartsOnDisk(path, manifest, resume)
+        else:
+            sink = ExtremesOnDisk(path, manifest, resume, extremes)
+    return WriteBehind(sink, ahead=parts_per_round)
 
 
-def _hand_over(scorer: _Scorer, sink, todo: Sequence[int], numbered: dict[int, list[dict]], found: _Found) -> None:
+def _parts(rows: list[dict], first: int, part_rows: int) -> dict[int, list[dict]]:
+    """Number → rows of the parts that consecutive rows are cut into; the first part has the number `first`."""
+    starts = range(0, len(rows), part_rows)
+    return {number: rows[start : start + part_rows] for number, start in enumerate(starts, first)}
+
+
+def _add_parts(sink: Sink, scorable: Scorable, parts: dict[int, list[dict]], measured: _Measured) -> None:
+    """Hands the parts to the sink; `measured` holds their rows, one part after another."""
     start = 0
-    for number in todo:
-        rows = numbered[number]
-        own = slice(start, start + len(rows))
+    for number, rows in parts.items():
+        measured_part = measured.slice(start, start + len(rows))
         start += len(rows)
-        sink.add(number, rows, scorer.frame(rows, found, own), int(found.cut[own].sum()))
+        # A function: the thread that writes makes the frame, too.
+        sink.add(number, rows, partial(_frame, scorable, rows, measured_part), int(measured_part.truncated.sum()))
 
 
-@dataclass
-class _Found:
-    """Of rows in their order: influence (rows, Q), and loss, terms and whether the text was cut, (rows,)."""
+@dataclass(frozen=True)
+class _Measured:
+    """Of n rows in their order: influence (n, Q); loss, number of terms, and 1 where the row was truncated, (n,)."""
 
     influence: np.ndarray
-    loss: np.ndarray
-    terms: np.ndarray
-    cut: np.ndarray
+    losses: np.ndarray
+    counts: np.ndarray
+    truncated: np.ndarray
+
+    def slice(self, start: int, end: int) -> _Measured:
+        columns = (self.influence, self.losses, self.counts, self.truncated)
+        return _Measured(*(column[start:end] for column in columns))
 
 
-class _Scorer:
-    """A query's stage at work on rows."""
+def _measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | None, bar=None) -> _Measured:
+    """Every process scores its share of the rows; every process gets all results."""
+    engine = scorable.engine
+    share: list[tuple[list[int], np.ndarray]] = []  # (places of a batch's rows, their columns)
+    end = len(rows) + (bar.n if bar is not None else 0)
+    with engine.together():
+        for indices, batch in engine.batches(rows, scorable.objective, batch_size):
+            batch_rows = [rows[i] for i in indices]
+            with _matrix_products_in(dtype, engine.device):
+                influence, losses, counts = scorable.influence(batch, batch_rows)
+            truncated = batch.get("truncated", torch.zeros(len(indices))).to(losses.device)
+            columns = [column.double() for column in (losses, counts, truncated, influence)]
+            values = torch.column_stack(columns).cpu().numpy()  # one transfer per batch
+            _check_finite(values, batch_rows)
+            share.append((indices, values))
+            if bar is not None:
+                bar.update(min(len(indices) * engine.processes, end - bar.n))
+    # One array per process: many small ones are slow to gather.
+    whole_share = [tuple(np.concatenate(arrays) for arrays in zip(*share, strict=True))] if share else []
+    places, values = (np.concatenate(arrays) for arrays in zip(*engine.gather(whole_share), strict=True))
+    values = values[np.argsort(places)]
+    return _Measured(influence=values[:, 3:], losses=values[:, 0], counts=values[:, 1], truncated=values[:, 2])
 
-    def __init__(self, query: Query, link: Link, batch_size: int, dtype: str | None):
-        self.query, self.link, self.engine = query, link, link.engine
-        self.objective, self.batch_size, self.dtype = link.stage.objective, batch_size, dtype
-        self.u = query.solutions[link.stage.name]
-        self.count = query.facts[link.stage.name]["N"]
 
-    def measured(self, rows: list[dict], bar=None, reduced: bool = True) -> _Found:
-        """Every process scores its share; all of them get everything."""
-        mine: list[tuple[list[int], np.ndarray]] = []
-        end = len(rows) + (bar.n if bar is not None else 0)
-        with self.engine.together():
-            recorded = self._recorded(rows) if self.link.recording is not None else None
-            for indices, batch in self.engine.batches(rows, self.objective, self.batch_size):
-                known = None if recorded is None else recorded[indices]
-                values = self._batch(batch, known, self.dtype if reduced else None)
-                _check_finite(values, [rows[i] for i in indices])
-                cut = batch.get("truncated", torch.zeros(len(indices))).to(values)
-                mine.append((indices, torch.column_stack([values, cut]).cpu().numpy()))
-                if bar is not None:
-                    bar.update(min(len(indices) * self.engine.processes, end - bar.n))
-        own = [(np.concatenate([i for i, _ in mine]), np.concatenate([v for _, v in mine]))] if mine else []
-        found = self.engine.gather(own)
-        order, values = (np.concatenate(column) for column in zip(*found, strict=True))
-        values = values[np.argsort(order)]
-        return _Found(values[:, 2:-1], values[:, 0], values[:, 1], values[:, -1])
-
-    def _batch(self, batch: dict, recorded: torch.Tensor | None, dtype: str | None) -> torch.Tensor:
-        """(B, 2 + Q) in float64: loss, terms, influences."""
-        evaluation = Evaluation(self.link.model, self.objective, batch)
-        with _computing_in(dtype, self.engine.device):
-            if recorded is not None:
-                with torch.no_grad():
-                    sums, counts = evaluation.losses({})
-                slopes = [recorded]
-            else:
-                slopes = []
-                for q in range(self.query.columns):
-                    slope, sums, counts = directional(evaluation, vectors.column(self.u, q))
-                    slopes.append(-slope.double())
-        return torch.column_stack([sums.double(), counts.double(), *slopes])
-
-    def frame(self, rows: list[dict], found: _Found, own: slice) -> pd.DataFrame:
-        """The rows' columns of `Scores`."""
-        column = getattr(self.objective, "text_column", getattr(self.objective, "image_column", "text"))
-        columns = {"loss": found.loss[own], "terms": found.terms[own]}
-        return frame_of(rows, found.influence[own], self.count, columns, column)
-
-    def error(self, rows: list[dict]) -> dict[str, Any]:
-        """Of the reduced precision against the model's own, on some of the rows: the root mean square of the
-        differences in units of that of the influences, and the rank correlation; worst column."""
-        from scipy.stats import spearmanr
-
-        some = rows[:: max(1, len(rows) // COMPARED)][:COMPARED]
-        low, high = (self.measured(some, reduced=on).influence for on in (True, False))
-        size = np.sqrt((high**2).mean(0)).clip(min=np.finfo(float).tiny)
-        relative = float((np.sqrt(((low - high) ** 2).mean(0)) / size).max())
-        ranks = [spearmanr(x, y).statistic for x, y in zip(low.T, high.T, strict=True)] if len(some) > 2 else [np.nan]
-        found = {"rows": len(some), "relative": relative, "rank_correlation": float(min(ranks))}
-        if self.engine.is_main:
-            print(
-                f"{self.dtype} against {next(iter(self.u.values())).dtype} on {len(some)} rows: relative error "
-                f"{relative:.1e}, rank correlation {found['rank_correlation']:.4f}"
-            )
-        return found
-
-    @cached_property
-    def metadata(self) -> dict[str, Any]:
-        found = {"stage": self.link.stage.name, "N": self.count, "objective": describe(self.objective)}
-        return found | {"certificate": self.query.certificate(), "tests": self.query.tests}
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the scores depend on, name → digest."""
-        found = {"the ranked stage": self.link.stage.name}
-        for name, facts in self.query.facts.items():
-            found[f"the model of stage {name!r}"] = facts["fingerprint"]
-        found["the query"] = digest(
-            [tensors_fingerprint(self.u), self.query.plain_tests, self.query.aggregate or "", self.count]
+def _check_finite(values: np.ndarray, rows: list[dict]) -> None:
+    finite = np.isfinite(values).all(1)
+    bad_ids = [row["example_id"] for row, is_finite in zip(rows, finite, strict=True) if not is_finite]
+    if bad_ids:
+        raise InputError(
+            f"the loss (or its derivative) of the rows with example_id {bad_ids[:5]} is not finite: check the model's "
+            "weights and inputs."
         )
-        found["the objective or its tokenizer"] = objective_fingerprint(self.objective)
-        return found
 
-    def _recorded(self, rows: list[dict]) -> torch.Tensor:
-        """N ∂f/∂w of the rows, (rows, Q)."""
-        places = self._places
-        for row in rows:
-            if places.get(row["example_id"], ("", ""))[1] != digest(row):
-                raise InputError(
-                    f"the row {row['example_id']!r} is not one of the rows that stage {self.link.stage.name!r} was "
-                    "trained on: through its run (link='unrolled') only those have an influence. Score rows of its "
-                    "data, or use link='proximal'."
-                )
-        return self.count * self.u["weights"].T[[places[row["example_id"]][0] for row in rows]]
 
-    @cached_property
-    def _places(self) -> dict[Any, tuple[int, str]]:
-        return {row["example_id"]: (i, digest(row)) for i, row in enumerate(self.link.rows)}
+def _frame(scorable: Scorable, rows: list[dict], measured: _Measured) -> pd.DataFrame:
+    """The columns of `Scores`, without `duplicates`."""
+    objective = scorable.objective
+    content_column = getattr(objective, "text_column", getattr(objective, "image_column", "text"))
+    columns = {"loss": measured.losses, "terms": measured.counts}
+    return frame_of(rows, measured.influence, scorable.count, columns, content_column)
+
+
+def _precision_error(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str) -> dict[str, Any]:
+    """How far influences in `dtype` are from those in the model's own precision, on some of the rows: the root mean
+    square of the differences relative to that of the influences, and Spearman's rank correlation; of the worst query
+    column."""
+    from scipy.stats import spearmanr
+
+    rows = rows[:: max(1, len(rows) // COMPARED_ROWS)][:COMPARED_ROWS]
+    reduced, exact = (_measure(scorable, rows, batch_size, precision).influence for precision in (dtype, None))
+    scale = np.sqrt((exact**2).mean(0)).clip(min=np.finfo(float).tiny)
+    relative = float((np.sqrt(((reduced - exact) ** 2).mean(0)) / scale).max())
+    correlations = [np.nan]
+    if len(rows) > 2:
+        correlations = [spearmanr(x, y).statistic for x, y in zip(reduced.T, exact.T, strict=True)]
+    error = {"rows": len(rows), "relative": relative, "rank_correlation": float(min(correlations))}
+    if scorable.engine.is_main:
+        print(
+            f"{dtype} against {scorable.dtype} on {len(rows)} rows: relative error {relative:.1e}, rank correlation "
+            f"{error['rank_correlation']:.4f}"
+        )
+    return error
 
 
 @contextmanager
-def _computing_in(dtype: str | None, device: torch.device) -> Iterator[None]:
-    # Matrix products alone, where the hardware has them; inside, torch.get_float32_matmul_precision (older) raises.
+def _matrix_products_in(dtype: str | None, device: torch.device) -> Iterator[None]:
+    # TF32 where the hardware has it. Inside, the older torch.get_float32_matmul_precision raises.
     if dtype == "tf32":
         before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
         try:
@@ -290,13 +304,3 @@ def _computing_in(dtype: str | None, device: torch.device) -> Iterator[None]:
     else:
         with torch.autocast(device.type, dtype=torch.bfloat16) if dtype else nullcontext():
             yield
-
-
-def _check_finite(values: torch.Tensor, rows: list[dict]) -> None:
-    fine = torch.isfinite(values).all(1).tolist()
-    bad = [row["example_id"] for row, ok in zip(rows, fine, strict=True) if not ok]
-    if bad:
-        raise InputError(
-            f"the loss (or its derivative) of the rows with example_id {bad[:5]} is not finite: check the model's "
-            "weights and inputs."
-        )

@@ -1,4 +1,4 @@
-"""`Scores`: the result. One row a sentence, one pair of columns a query, every setting in the metadata."""
+"""`Scores`: one row per scored row, one pair of columns per query column, and every setting in the metadata."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 ORDERS = ("absolute", "harmful", "helpful")
 METADATA_KEY = b"hf_msif"
-DUPLICATES = 3  # place of that column
+DUPLICATES = 3  # position of the column "duplicates"
 
 
-def pack(metadata: dict) -> bytes:
-    """Metadata as a Parquet schema holds it."""
+def pack_metadata(metadata: dict) -> bytes:
+    """Metadata as the value that a Parquet schema has under `METADATA_KEY`."""
     return json.dumps(metadata, default=str, ensure_ascii=False).encode()
 
 
@@ -35,27 +35,41 @@ def write_frame(frame: pd.DataFrame, metadata: dict, path: str | os.PathLike) ->
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: pack(metadata)})
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: pack_metadata(metadata)})
     write_whole(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
 
 
 class Scores:
     """Influence of every scored row on the test loss.
 
-    Columns of `frame`: `example_id`, `text` (empty for an image), `text_sha256` (of the text or the image),
-    `duplicates` (rows with the same one, this one included), `loss` (ℓ of the row, a sum), `terms` (how many it
-    sums), then a pair a query column:
+    Columns of `frame`:
 
-    - `influence` = ∂f/∂ε for F + ε ℓ_x, eq. (6). Positive: more of x raises the test loss (harmful). Negative: it
-      helps.
+    - `example_id`: of the row.
+    - `text`: of the row; empty for an image.
+    - `text_sha256`: SHA-256 of the text or of the image.
+    - `duplicates`: how many rows have the same text or image, this row included.
+    - `loss`: ℓ of the row, a sum.
+    - `terms`: how many terms ℓ sums.
+    - `influence` = ∂f/∂ε for F + ε ℓ_x, eq. (6). Positive: more weight on x raises the test loss (harmful). Negative:
+      more weight on x lowers it (helpful).
     - `removal_effect` = −influence / N: predicted change of the test loss when x is removed and all stages are
       trained again.
 
-    With several query columns the names end in `_0`, `_1`, … in the order of the test examples. Of a file the frame
-    is read when it is asked for; `top`, `bottom` and `influence` read the columns and rows that they need.
+    With several query columns the last two exist for each of them, and their names end in `_0`, `_1`, … in the order
+    of the test examples. The frame of a file is read when it is asked for; `top`, `bottom` and `influence` read the
+    columns and rows that they need.
 
-    Where only the extremes were kept, `metadata["kept"]` says how many, with moments and a histogram of all
+    Where only the extreme rows were kept, `metadata["kept"]` says how many, with moments and a histogram of all
     influences, and there is no column `duplicates`.
+
+    >>> rows = [{"example_id": i, "text": text} for i, text in enumerate(["vote", "tax", "vote"])]
+    >>> scores = Scores.build(rows, np.array([[0.5], [-2.0], [1.0]]), count=4, columns={}, metadata={})
+    >>> scores.top(2, by="harmful")[["example_id", "influence", "removal_effect", "duplicates"]].values.tolist()
+    [[2.0, 1.0, -0.25, 2.0], [0.0, 0.5, -0.125, 2.0]]
+
+    Args:
+        frame: the columns above.
+        metadata: ready for JSON; `columns` is the number of query columns.
     """
 
     def __init__(self, frame: pd.DataFrame, metadata: dict | None = None):
@@ -72,9 +86,18 @@ class Scores:
         metadata: dict,
         text_column: str = "text",
     ) -> Scores:
-        """Assembles scores from rows in corpus order and an array of influences, shape (rows, Q)."""
-        found = with_duplicates(frame_of(rows, influence, count, columns, text_column))
-        return cls(found, {**metadata, "columns": influence.shape[1]})
+        """Assembles scores in memory.
+
+        Args:
+            rows: in the order of the corpus, each with its `example_id`.
+            influence: (rows, Q), eq. (6).
+            count: N of the stage.
+            columns: more columns: name → one value per row; scoring has `loss` and `terms`.
+            metadata: ready for JSON.
+            text_column: key of a row's text or image.
+        """
+        frame = with_duplicates(frame_of(rows, influence, count, columns, text_column))
+        return cls(frame, {**metadata, "columns": influence.shape[1]})
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -92,19 +115,43 @@ class Scores:
         return self.metadata["columns"]
 
     def influence(self, query: int = 0) -> np.ndarray:
-        """Influence on the loss of test example number `query`, in corpus order."""
+        """Influence on the loss of test example number `query`, (rows,), in corpus order.
+
+        Raises:
+            InputError: there is no such query column.
+        """
         return self._source.column(f"influence{self._suffix(query)}")
 
     def removal_effects(self) -> np.ndarray:
-        """Predicted changes of all test losses on removal of each row, shape (rows, queries)."""
+        """Predicted changes of all test losses on removal of each row, (rows, Q)."""
         return self.frame[[f"removal_effect{self._suffix(q)}" for q in range(self.columns)]].to_numpy()
 
     def top(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
-        """The first k rows by "absolute" influence, or as "harmful" (most positive), or "helpful" (most negative)."""
+        """The first k rows of an order.
+
+        Args:
+            k: how many rows, at most.
+            by: "absolute" (largest absolute influence first), "harmful" (most positive first) or "helpful" (most
+                negative first); rows with equal influence are in corpus order.
+            query: number of the query column.
+
+        Raises:
+            InputError: there is no such order or query column, or fewer than k rows of each order were kept.
+        """
         return self._picked(self._order(by, query)[:k], query)
 
     def bottom(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
-        """The k rows at the other end of the order: with "absolute", the least influential ones, smallest first."""
+        """The last k rows of an order, the last one first: by "absolute" those of least absolute influence.
+
+        Args:
+            k: how many rows, at most.
+            by: "absolute" (largest absolute influence first), "harmful" (most positive first) or "helpful" (most
+                negative first).
+            query: number of the query column.
+
+        Raises:
+            InputError: there is no such order or query column, or fewer than k rows of each order were kept.
+        """
         return self._picked(self._order(by, query)[::-1][:k], query)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -130,15 +177,15 @@ class Scores:
             raise InputError(
                 f"{path} does not exist; expected the Parquet file that `msif score` or `Scores.to_parquet` writes."
             )
-        found = cls.__new__(cls)
-        found._source = _File(path)
-        packed = found._source.metadata.get(METADATA_KEY)
+        scores = cls.__new__(cls)
+        scores._source = _File(path)
+        packed = scores._source.metadata.get(METADATA_KEY)
         if packed is None:
             raise InputError(
                 f"{path} is a Parquet file without scores' metadata; expected one that `Scores.to_parquet` wrote."
             )
-        found.metadata = json.loads(packed)
-        return found
+        scores.metadata = json.loads(packed)
+        return scores
 
     def _suffix(self, query: int) -> str:
         if not 0 <= query < self.columns:
@@ -148,7 +195,7 @@ class Scores:
         return "" if self.columns == 1 else f"_{query}"
 
     def _order(self, by: str, query: int) -> np.ndarray:
-        """Places of the rows, first to last; ties in corpus order."""
+        """Places of the rows, first to last; rows with equal influence are in corpus order."""
         if by not in ORDERS:
             raise InputError(f"by is {by!r}; expected one of {list(ORDERS)}.")
         value = self.influence(query)
@@ -156,14 +203,17 @@ class Scores:
         return np.argsort(key, kind="stable")
 
     def _picked(self, places: np.ndarray, query: int) -> pd.DataFrame:
-        kept = self.metadata.get("kept", {}).get("keep")
-        if kept is not None and len(places) > kept:
-            raise InputError(f"these scores kept the {kept:,} most extreme rows of each order, not {len(places):,}.")
+        keep = self.metadata.get("kept", {}).get("keep")
+        if keep is not None and len(places) > keep:
+            raise InputError(
+                f"these scores kept the {keep:,} most extreme rows of each order, not {len(places):,}: ask for at "
+                f"most {keep:,}, or score again with a larger `keep`."
+            )
         suffix = self._suffix(query)
         names = {f"influence{suffix}": "influence", f"removal_effect{suffix}": "removal_effect"}
-        shown = self._source.rows(places).rename(columns=names)
+        rows = self._source.rows(places).rename(columns=names)
         order = ["example_id", "influence", "removal_effect", "loss", "terms", "duplicates", "text"]
-        return shown[[name for name in order if name in shown]]
+        return rows[[name for name in order if name in rows]]
 
 
 class _Frame:
@@ -183,7 +233,7 @@ class _Frame:
 
 
 class _File:
-    """Scores in a Parquet file, held open: what replaces it later does not mix with it."""
+    """Scores in a Parquet file. It stays open, so that a file that replaces it later does not mix with it."""
 
     def __init__(self, path: str | os.PathLike):
         import pyarrow.parquet as pq
@@ -201,32 +251,40 @@ class _File:
         return self.file.read([name])[name].to_numpy()
 
     def rows(self, places: np.ndarray) -> pd.DataFrame:
-        """A row group at a time."""
+        """Reads one row group at a time."""
         import pandas as pd
 
-        sizes = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
+        sizes = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        group = np.searchsorted(starts, places, side="right") - 1
-        found = []
-        for g in np.unique(group):
-            here = np.flatnonzero(group == g)
-            frame = self.file.read_row_group(int(g)).take(places[here] - starts[g]).to_pandas()
-            found.append(frame.set_axis(here))
-        if not found:
+        groups = np.searchsorted(starts, places, side="right") - 1
+        frames = []
+        for group in np.unique(groups):
+            positions = np.flatnonzero(groups == group)
+            frame = self.file.read_row_group(int(group)).take(places[positions] - starts[group]).to_pandas()
+            frames.append(frame.set_axis(positions))
+        if not frames:
             return self.file.schema_arrow.empty_table().to_pandas()
-        return pd.concat(found).sort_index().reset_index(drop=True)
+        return pd.concat(frames).sort_index().reset_index(drop=True)
 
 
 def frame_of(
     rows: Sequence[dict], influence: np.ndarray, count: float, columns: dict[str, Any], text_column: str = "text"
 ) -> pd.DataFrame:
-    """The columns of `Scores` but `duplicates`."""
+    """The columns of `Scores`, without `duplicates`.
+
+    Args:
+        rows: in the order of the corpus, each with its `example_id`.
+        influence: (rows, Q), eq. (6).
+        count: N of the stage.
+        columns: more columns: name → one value per row; scoring has `loss` and `terms`.
+        text_column: key of a row's text or image.
+    """
     import pandas as pd
 
     contents = [row.get(text_column, "") for row in rows]
     table = {
         "example_id": [row["example_id"] for row in rows],
-        "text": [value if isinstance(value, str) else "" for value in contents],  # an image has none
+        "text": [value if isinstance(value, str) else "" for value in contents],
         "text_sha256": [
             hashlib.sha256(value.encode()).hexdigest() if isinstance(value, str) else digest(value)
             for value in contents
@@ -237,16 +295,20 @@ def frame_of(
         suffix = "" if width == 1 else f"_{q}"
         pairs[f"influence{suffix}"] = influence[:, q]
         pairs[f"removal_effect{suffix}"] = -influence[:, q] / count
-    # At once: pandas warns about a frame that grows by more than a hundred columns, one by one.
+    # All at once: pandas warns about a frame to which more than a hundred columns are added one by one.
     return pd.concat([pd.DataFrame({**table, **columns}), pd.DataFrame(pairs)], axis=1)
 
 
 def influence_columns(width: int) -> list[str]:
-    """Names of the influence columns of so many queries."""
+    """Names of the influence columns of `width` query columns.
+
+    >>> influence_columns(1), influence_columns(2)
+    (['influence'], ['influence_0', 'influence_1'])
+    """
     return ["influence"] if width == 1 else [f"influence_{q}" for q in range(width)]
 
 
 def with_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with how often each row's text or image occurs in it."""
+    """The frame itself, to which the column `duplicates` is added: how often each row's text or image occurs in it."""
     frame.insert(DUPLICATES, "duplicates", frame.groupby("text_sha256")["text_sha256"].transform("size"))
     return frame

@@ -1,4 +1,5 @@
-"""A bounded account of any number of scores: the extreme rows, moments and a histogram of all (`score(keep=k)`)."""
+"""`Extremes`: an account of scores whose size does not grow with their number (`score(keep=k)`): the extreme rows,
+and moments and a histogram of all."""
 
 from __future__ import annotations
 
@@ -11,24 +12,39 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-# Edges of the histogram: 0 and ± 10^(k/4), the same for all runs, so that counts of parts add up.
+# Edges of the histogram: 0 and ± 10^(k/4), the same for all runs, so that the counts of parts can be added.
 EDGES = np.array([10.0 ** (k / 4) for k in range(-120, 121)])
 EDGES = np.concatenate([-EDGES[::-1], [0.0], EDGES])
 
 
 @dataclass
 class Moments:
-    """Count, mean, squared deviation, range and histogram of a query column's influences."""
+    """Count, mean, squared deviation, range and histogram of one query column's influences.
+
+    >>> moments = Moments()
+    >>> moments.add(np.array([1.0, 2.0]))
+    >>> moments.add(np.array([6.0]))
+    >>> moments.count, moments.mean, moments.deviation, moments.largest
+    (3, 3.0, 14.0, 6.0)
+
+    Attributes:
+        count: number of values.
+        mean: their mean.
+        deviation: Σ (x − mean)².
+        smallest: the smallest value.
+        largest: the largest value.
+        histogram: number of a bin → how many values are in it; bin b ends at EDGES[b], which belongs to it.
+    """
 
     count: int = 0
     mean: float = 0.0
-    deviation: float = 0.0  # Σ (x − mean)²
+    deviation: float = 0.0
     smallest: float = math.inf
     largest: float = -math.inf
-    histogram: dict[int, int] = field(default_factory=dict)  # number of the bin → count; bin b ends at EDGES[b]
+    histogram: dict[int, int] = field(default_factory=dict)
 
     def add(self, values: np.ndarray) -> None:
-        """Chan, Golub & LeVeque (1979): two means and deviations as those of both together."""
+        """Includes more values, at least one, by the update of Chan, Golub & LeVeque (1979)."""
         n, mean = len(values), float(values.mean())
         total, shift = self.count + n, mean - self.mean
         self.deviation += float(((values - mean) ** 2).sum()) + shift**2 * self.count * n / total
@@ -36,11 +52,11 @@ class Moments:
         self.count = total
         self.smallest, self.largest = min(self.smallest, float(values.min())), max(self.largest, float(values.max()))
         bins, counts = np.unique(np.searchsorted(EDGES, values), return_counts=True)
-        for b, c in zip(bins.tolist(), counts.tolist(), strict=True):
-            self.histogram[b] = self.histogram.get(b, 0) + c
+        for b, bin_count in zip(bins.tolist(), counts.tolist(), strict=True):
+            self.histogram[b] = self.histogram.get(b, 0) + bin_count
 
     def to_dict(self) -> dict:
-        """Plain numbers; the histogram as [from, to, count]."""
+        """Plain numbers, ready for JSON; the histogram as a list of [from, to, count]."""
         low, high = np.concatenate([[-math.inf], EDGES]).tolist(), np.concatenate([EDGES, [math.inf]]).tolist()
         return {
             "count": self.count,
@@ -53,8 +69,27 @@ class Moments:
 
 
 class Extremes:
-    """For each query column the `keep` rows of largest, of smallest and of least absolute influence, so that the first
-    and last `keep` rows of all orders of `Scores.top` are among them; and the `Moments` of all."""
+    """The extreme rows of a corpus, and the `Moments` of all of its rows.
+
+    A row is extreme if, in some query column, it is among the `keep` rows of largest, of smallest or of least absolute
+    influence, or of largest absolute influence: so the first and the last `keep` rows of every order of `Scores.top`
+    are there.
+
+    >>> import pandas as pd
+    >>> extremes = Extremes(1, ["influence"])
+    >>> extremes.add(pd.DataFrame({"influence": [0.5, -2.0, 0.1]}))
+    >>> extremes.add(pd.DataFrame({"influence": [3.0, 1.0]}))
+    >>> extremes.frame.influence.tolist(), extremes.moments[0].count
+    ([-2.0, 0.1, 3.0], 5)
+
+    Args:
+        keep: how many rows per order.
+        columns: names of the influence columns.
+
+    Attributes:
+        frame: the extreme rows, in the order of the corpus; None before the first `add`.
+        moments: one entry per influence column.
+    """
 
     def __init__(self, keep: int, columns: list[str]):
         self.keep, self.columns = keep, columns
@@ -62,28 +97,32 @@ class Extremes:
         self.moments = [Moments() for _ in columns]
 
     def add(self, frame: pd.DataFrame) -> None:
-        """The next rows, in the order of the corpus."""
+        """Includes the next rows, in the order of the corpus."""
         import pandas as pd
 
         for column, moments in zip(self.columns, self.moments, strict=True):
             moments.add(frame[column].to_numpy())
-        pool = frame if self.frame is None else pd.concat([self.frame, frame], ignore_index=True)
-        chosen = np.zeros(len(pool), dtype=bool)
+        candidates = frame if self.frame is None else pd.concat([self.frame, frame], ignore_index=True)
+        is_extreme = np.zeros(len(candidates), dtype=bool)
         for column in self.columns:
-            values = pool[column].to_numpy()
-            for key in (-values, values, abs(values)):  # ties: the earlier row
-                chosen[np.argsort(key, kind="stable")[: self.keep]] = True
-        self.frame = pool[chosen].reset_index(drop=True)
+            values = candidates[column].to_numpy()
+            # The row of largest absolute influence is that of largest or of smallest influence.
+            for key in (-values, values, abs(values)):
+                is_extreme[np.argsort(key, kind="stable")[: self.keep]] = True  # stable: of equal rows the earlier one
+        self.frame = candidates[is_extreme].reset_index(drop=True)
 
     def state(self) -> list[dict]:
         """The moments, ready for JSON."""
         return [asdict(moments) for moments in self.moments]
 
     def restore(self, frame: pd.DataFrame, state: list[dict]) -> None:
-        """Goes on from a frame and a `state`."""
+        """Continues an earlier account: its `frame`, and what its `state` returned."""
         self.frame = frame
-        self.moments = [Moments(**{**s, "histogram": {int(b): c for b, c in s["histogram"].items()}}) for s in state]
+        self.moments = [
+            Moments(**{**values, "histogram": {int(b): count for b, count in values["histogram"].items()}})
+            for values in state
+        ]
 
     def summary(self) -> dict:
-        """For the metadata of the scores."""
+        """What the metadata of the scores say of it."""
         return {"keep": self.keep, "all": [moments.to_dict() for moments in self.moments]}

@@ -1,10 +1,24 @@
 """Inverse-curvature-vector products: `solve(operator, b, solver) -> Solution(value, certificate)`."""
 
+from ._base import Solver, as_solver
 from ._solve import Certificate, Solution, solve
 from .cg import CG
 from .dense import Dense
 from .identity import Identity
 from .minres import MinRes
+from .operator import Operator
 from .squared_cg import SquaredCG
 
-__all__ = ["CG", "Certificate", "Dense", "Identity", "MinRes", "Solution", "SquaredCG", "solve"]
+__all__ = [
+    "CG",
+    "Certificate",
+    "Dense",
+    "Identity",
+    "MinRes",
+    "Operator",
+    "Solution",
+    "Solver",
+    "SquaredCG",
+    "as_solver",
+    "solve",
+]

@@ -1,101 +1,166 @@
-"""What every solver does with an operator: counted products, its size, its mean eigenvalue, λ."""
+"""`Solver`, the class to derive a solver from; the damping λ and the checks of settings that solvers share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-
-from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
+from .operator import TRACE_PROBES, CountedOperator, Operator, mean_eigenvalue
+
+if TYPE_CHECKING:
+    from ..engine.checkpoints import SolverCheckpoint
+    from ._solve import Solution
+
+Progress = Callable[[int, float], None]
 
 
-class Operator(Protocol):
-    """A symmetric linear map A on the space of `parameters` (plain tensors, no column axis), P scalars in all.
+class Solver:
+    """Settings that define a linear system Su = c, most often (A + λI)u = b, and how it is solved.
 
-    It may also have `trace() -> float`; without one, `damping="auto"` estimates the trace from four more products.
+    To write a solver, derive a frozen dataclass from this class, with its settings as fields, and define `compute`
+    (and `init`, if something is computed once per operator). It is then used like any other:
+    `Stage(..., solver=MySolver(...))`. A solver must be hashable, and two equal solvers must give equal solutions.
+    Its `repr` should name all its settings: it is part of the key by which an interrupted solve is found again.
+
+    The class attributes below are facts that others ask of a solver. State them where the default is not right.
+
+    Attributes:
+        vectors_held: blocks as large as the right-hand side that `compute` holds at a time beside it, from which the
+            memory of a query is estimated. Defaults to 5.
+        shardable: `compute` treats a block only through the functions of `vectors` that act on each entry, through
+            `operator.matvec` and through `operator.dot`, so that a block may be this process's shard of longer
+            vectors. Where it is False, the default, every process holds whole vectors.
+        damped: the solver is a dataclass with a field `damping`, which a sweep may replace. Defaults to False.
     """
 
-    parameters: Mapping[str, Tensor]
+    vectors_held: ClassVar[int] = 5
+    shardable: ClassVar[bool] = False
+    damped: ClassVar[bool] = False
 
-    def matvec(self, block: Block) -> Block:
-        """A v for each column of a block, tensors of shape (Q, *parameter.shape); Q varies from call to call."""
-        ...
+    def init(self, operator: Operator) -> Any:
+        """What is computed once per operator, such as a factorisation or the value of damping="auto".
+
+        The result is the `state` of every `compute` with this operator. Defaults to None.
+        """
+        return None
+
+    def compute(
+        self,
+        operator: CountedOperator,
+        b: Block,
+        state: Any,
+        progress: Progress | None = None,
+        checkpoint: SolverCheckpoint | None = None,
+    ) -> Solution:
+        """Solves one block of right-hand sides; called by `solve`.
+
+        Args:
+            operator: A; its `matvec` checks each product and counts it in `operator.counts`.
+            b: Q right-hand sides, tensors of shape (Q, *parameter.shape), known to be finite. Not to be written to.
+            state: what `init` returned.
+            progress: if given, to be called as `progress(iteration, residual)` once per iteration.
+            checkpoint: if given, saves and loads the state of a long solve. A solver may ignore it.
+
+        Returns:
+            `Solution(value, certificate)`, where the residuals in the certificate are recomputed from `value`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no compute.")
+
+    def products(self, parameters: int, columns: int) -> int:
+        """The largest number of products with all columns that a solve takes, `init` included.
+
+        Args:
+            parameters: P, the length of a vector.
+            columns: Q, the number of right-hand sides.
+
+        Returns:
+            Where the solver has a setting `max_iter`: max_iter + 1, one product per iteration and one to check.
+
+        Raises:
+            InputError: the solver has no `max_iter` and does not define this method.
+        """
+        if not hasattr(self, "max_iter"):
+            raise InputError(
+                f"{self} does not say how many products it takes; expected a setting max_iter, or a method "
+                "products(parameters, columns)."
+            )
+        return self.max_iter + 1
+
+    def extra_bytes(self, parameters: int) -> int:
+        """Bytes that are held beside vectors, for P = `parameters`; of a matrix, for instance. Defaults to 0."""
+        return 0
 
 
-class Counted:
-    """The operator as the solvers use it: every product is checked, and counted for the columns it was spent on."""
+class AdaptedSolver(Solver):
+    """An object that has `init` and `compute` and is no `Solver`, with the facts that it does not state itself."""
 
-    def __init__(self, operator: Operator, like: Block):
-        first = next(iter(like.values()))
-        self.operator = operator
-        self.counts = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
+    def __init__(self, solver: Any):
+        self.solver, self.init, self.compute = solver, solver.init, solver.compute
+        for fact in ("vectors_held", "shardable", "damped", "max_iter", "products", "extra_bytes"):
+            if hasattr(solver, fact):
+                setattr(self, fact, getattr(solver, fact))
 
-    def __call__(self, v: Block, index: Tensor) -> Block:
-        """A v for a block v that holds the columns `index`. Not to be written to: it may be the operator's own."""
-        if not len(index):
-            return v
-        self.counts[index] += 1
-        product = self.operator.matvec(v)
-        product = {name: product[name].detach() for name in v}
-        check_finite(product, "a product of the operator (matvec)")
-        return product
+    def __repr__(self) -> str:
+        return repr(self.solver)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AdaptedSolver) and self.solver == other.solver
 
-def check_finite(x: Block, what: str) -> None:
-    """Raises InputError when `what`, the block x, holds NaN or inf."""
-    for name, t in x.items():
-        bad = (~t.isfinite().all()).double().reshape(1)
-        if vectors.whole(bad)[0]:  # on every process, where each holds a slice
-            raise InputError(f"{what} holds NaN or inf in parameter {name!r}.")
+    def __hash__(self) -> int:
+        return hash(self.solver)
 
 
-def dimension(operator: Operator) -> int:
-    """P, the number of scalars among the operator's parameters (of the whole vectors, where it works on slices)."""
-    if hasattr(operator, "dimension"):
-        return operator.dimension
-    return sum(p.numel() for p in operator.parameters.values())
+def as_solver(solver: Any) -> Solver:
+    """The solver itself, or an object with `init` and `compute` made one.
 
-
-def eps(x: Mapping[str, Tensor]) -> float:
-    """Rounding unit of the coarsest dtype in x."""
-    return max(torch.finfo(t.dtype).eps for t in x.values())
+    Raises:
+        InputError: it has no `init` or no `compute`, or is not hashable.
+    """
+    if isinstance(solver, type) or not all(callable(getattr(solver, name, None)) for name in ("init", "compute")):
+        raise InputError(
+            f"solver is {solver!r}; expected a solver such as hf_msif.solvers.CG(), or an object with the methods "
+            "init and compute."
+        )
+    try:
+        hash(solver)
+    except TypeError:
+        raise InputError(
+            f"solver is {solver!r}, which is not hashable; expected a frozen dataclass: @dataclass(frozen=True)."
+        ) from None
+    return solver if isinstance(solver, Solver) else AdaptedSolver(solver)
 
 
 class Damping(NamedTuple):
-    """λ in force, and the mean eigenvalue it was derived from (None when λ was given)."""
+    """λ in force, and the mean eigenvalue from which it was derived (None where λ was given as a number)."""
 
     value: float
     mean_eigenvalue: float | None
 
 
 def damping(solver: Any, operator: Operator, squared: bool = False) -> Damping:
-    """`solver.damping`, or `solver.damping_fraction` × mean eigenvalue for "auto".
+    """`solver.damping`, or `solver.damping_fraction` × `mean_eigenvalue` (of A² when `squared`) for "auto".
 
-    The mean eigenvalue is trace/P. The trace is the operator's own where it has one, else Hutchinson's (1990) mean of
-    vᵀAv over four seeded Rademacher vectors. `squared` takes the mean of ‖Av‖² instead: the trace of A², estimated.
+    Raises:
+        InputError: the mean eigenvalue is not positive.
     """
     if solver.damping != "auto":
         return Damping(float(solver.damping), None)
-    if hasattr(operator, "trace") and not squared:
-        trace = float(operator.trace())
-    else:
-        sliced = getattr(operator, "random", None)
-        v = sliced(4) if sliced else vectors.rademacher(operator.parameters, columns=4, seed=0)
-        product = Counted(operator, v)(v, torch.arange(4))
-        trace = vectors.dot(product if squared else v, product).mean().item()
-    mean = trace / dimension(operator)
+    mean = mean_eigenvalue(operator, squared)
     if not 0 < mean < math.inf:
         raise InputError(
-            f"damping='auto' needs a positive mean eigenvalue, but the trace is {trace:.3g}: use MinRes(damping=0.0) "
+            f"damping='auto' needs a positive mean eigenvalue, but it is {mean:.3g}: use MinRes(damping=0.0) "
             "or curvature='gauss_newton', or give damping as a number."
         )
     return Damping(solver.damping_fraction * mean, mean)
+
+
+def damping_products(solver: Any, columns: int) -> int:
+    """Products with Q = `columns` columns that `damping` takes at most, rounded up."""
+    return -(-TRACE_PROBES // columns) if solver.damping == "auto" else 0
 
 
 def check_settings(solver: Any, counts: tuple[str, ...]) -> None:

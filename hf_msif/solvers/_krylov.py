@@ -1,158 +1,243 @@
-"""Runs a Krylov recurrence on a block: freezes columns that are done, checks them, refines what the check refutes."""
+"""What Krylov solvers share: a recurrence is stepped, iterated until its columns are done, and refined.
+
+The recurrence's own residual drifts away from the true one in finite precision. So when a run of the recurrence ends,
+the true residual is recomputed; where it exceeds `tol`, another run starts on what is left (iterative refinement), as
+long as iterations are left and the true residual has at least halved since the last start.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import eps
-from ._solve import Keeper, Progress
+from ._base import Damping, Progress, Solver, check_settings, damping, damping_products
+from .operator import CountedOperator, Operator, rounding_unit
+
+if TYPE_CHECKING:
+    from ..engine.checkpoints import SolverCheckpoint
+
+Dot = Callable[[Block, Block], Tensor]
+
+
+class KrylovSolver(Solver):
+    """What the Krylov solvers share; each has settings `damping`, `tol`, `max_iter` and `damping_fraction`."""
+
+    shardable: ClassVar[bool] = True
+    damped: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_settings(self, counts=("max_iter",))
+
+    def init(self, operator: Operator) -> Damping:
+        """λ, at the cost of four products when it must be estimated."""
+        return damping(self, operator)
+
+    def products(self, parameters: int, columns: int) -> int:
+        """max_iter + 1, and the products that estimate the damping."""
+        return self.max_iter + 1 + damping_products(self, columns)
 
 
 class Recurrence(Protocol):
-    """A method's state, started at u = 0 on unit right-hand sides: a NamedTuple of blocks and (Q,) tensors."""
+    """A method's state, started at u = 0 on unit right-hand sides: a NamedTuple of blocks and (Q,) tensors.
+
+    Inner products are taken by `dot`, the operator's own.
+    """
 
     x: Block  # the iterate
-    error: Tensor  # ‖residual‖ by the recurrence
-    stop: Tensor  # no further step is possible
-    negative: Tensor  # … because of negative curvature
+    error: Tensor  # ‖residual‖, as the recurrence has it
+    stop: Tensor  # no further step is possible,
+    negative: Tensor  # and the reason is negative curvature
     diagonal: Tensor  # the newest row of the Lanczos tridiagonal,
     off: Tensor  # and the entry that ties it to the next row
 
     @classmethod
-    def start(cls, r: Block) -> Recurrence: ...
+    def start(cls, r: Block, dot: Dot) -> Recurrence: ...
 
-    def step(self, matvec: Callable[[Block], Block]) -> Recurrence: ...
+    def step(self, matvec: Callable[[Block], Block], dot: Dot) -> Recurrence: ...
+
+
+class LinearSystem:
+    """(B + λI)u = c for Q columns, as `krylov` solves it.
+
+    Args:
+        operator: gives the inner product, and the counts of products.
+        product: B v as `product(v, index)`, for a block v that holds the columns `index`.
+        rhs: c.
+        damping: λ.
+        residual: c − (B + λI)u as `residual(u, index)`, for a solver that knows a better way to compute it.
+
+    Attributes:
+        rhs_norms: ‖c‖ of each column, shape (Q,).
+        rounding_unit: of the dtype of c.
+    """
+
+    def __init__(
+        self,
+        operator: CountedOperator,
+        product: Callable[[Block, Tensor], Block],
+        rhs: Block,
+        damping: float,
+        residual: Callable[[Block, Tensor], Block] | None = None,
+    ):
+        self.dot, self.norm, self.counts = operator.dot, operator.norm, operator.counts
+        self.product, self.rhs, self.damping = product, rhs, damping
+        self.residual = residual or self._residual
+        self.rhs_norms, self.rounding_unit = operator.norm(rhs), rounding_unit(rhs)
+
+    def matvec(self, v: Block, index: Tensor) -> Block:
+        """(B + λI)v for a block v that holds the columns `index`."""
+        return vectors.add(self.product(v, index), v, self.damping) if self.damping else self.product(v, index)
+
+    def _residual(self, u: Block, index: Tensor) -> Block:
+        return vectors.add(vectors.take(self.rhs, index), self.matvec(u, index), -1.0)
 
 
 def krylov(
     recurrence: type[Recurrence],
-    product: Callable[[Block, Tensor], Block],
-    rhs: Block,
-    damping: float,
+    system: LinearSystem,
     solver: Any,
-    counts: Tensor,
     progress: Progress | None = None,
-    keeper: Keeper | None = None,
-    residual: Callable[[Block, Tensor], Block] | None = None,
+    checkpoint: SolverCheckpoint | None = None,
 ) -> tuple[Block, dict[str, Any]]:
-    """Solves (B + λI)u = c, where `product(v, index)` is Bv for a block v that holds the columns `index`.
+    """Solves a system with the solver's `tol` and `max_iter`; returns u and the fields of its certificate."""
+    saved = checkpoint.load() if checkpoint is not None else None
+    state = KrylovState.start(system, solver.tol) if saved is None else KrylovState.load(recurrence, system, *saved)
+    while len(state.running):
+        iterate(state, recurrence, system, solver, progress, checkpoint)
+        refine(state, system, solver)
+    return state.x, _report(state, system, solver)
 
-    The recurrence's own residual drifts away from the true one in finite precision, so the true one is recomputed
-    when a run ends; where it exceeds `tol` the recurrence is started again on what is left (iterative refinement),
-    as long as iterations are left and the true residual fell at least by half since the last start.
 
-    `counts` are the products spent on each column, which go into the copies that `keeper` keeps. `residual(u, index)`
-    is c − (B + λI)u, for solvers that know a better way to compute it. Returns u and the fields of its certificate
-    that are known here.
-    """
+def iterate(
+    state: KrylovState,
+    recurrence: type[Recurrence],
+    system: LinearSystem,
+    solver: Any,
+    progress: Progress | None,
+    checkpoint: SolverCheckpoint | None,
+) -> None:
+    """Starts a run of the recurrence, unless one was loaded, and steps it until all of its columns are done."""
+    if state.recurrence is None:
+        state.begin_run(recurrence, system)
+    while len(state.running):
+        step(state, system, solver, progress)
+        if checkpoint is not None and len(state.running) and checkpoint.due():
+            checkpoint.save(*state.dump(system))
 
-    def system(v: Block, index: Tensor) -> Block:
-        return vectors.add(product(v, index), v, damping) if damping else product(v, index)
 
-    if residual is None:
+def step(state: KrylovState, system: LinearSystem, solver: Any, progress: Progress | None) -> None:
+    """One step of the recurrence; the columns that are done leave it, and their iterates are added to x."""
+    index = state.running
+    state.recurrence = now = state.recurrence.step(lambda v: system.matvec(v, index), system.dot)
+    state.steps += 1
+    state.iterations[index] += 1
+    for q, *row in zip(index.tolist(), now.diagonal.tolist(), now.off.tolist(), strict=True):
+        state.tridiagonals[q].append(row)
+    error = now.error * state.relative_at_start[index]
+    if progress is not None:
+        progress(state.steps, error.max().item())
+    # Below the rounding unit the recurrence's residual says nothing any more: time to recompute the true one.
+    reached = (error <= solver.tol) | (now.error <= system.rounding_unit)
+    done = reached | now.stop | (state.iterations[index] >= solver.max_iter)
+    if done.any():
+        columns = index[done]
+        x = vectors.add_(vectors.take(state.x, columns), vectors.take(now.x, done), state.residual_norms[columns])
+        vectors.put_(state.x, columns, x)
+        state.stuck[columns], state.negative[columns] = (now.stop & ~reached)[done], now.negative[done]
+        state.recurrence, state.running = _take(now, ~done), index[~done]
 
-        def residual(u: Block, index: Tensor) -> Block:
-            return vectors.add(vectors.take(rhs, index), system(u, index), -1.0)
 
-    size = vectors.norm(rhs)
-    kept = keeper.load() if keeper is not None else None
-    way = _Way.start(rhs, size, solver.tol) if kept is None else _Way.load(recurrence, counts, *kept)
-    while len(way.index):
-        if way.state is None:
-            way.begin(recurrence, size)
-        while len(way.index):
-            way.step(system, progress, size, solver, eps(rhs))
-            if keeper is not None and len(way.index) and keeper.due():
-                keeper.save(*way.dump(counts))
-        for q, row in way.rows.items():
-            way.ritz[q] += _extreme_eigenvalues(row)
-        active = way.active
-        way.r = residual(vectors.take(way.x, active), active)
-        way.relative[active] = vectors.norm(way.r) / size[active]
-        improved = way.relative <= 0.5 * way.before
-        again = (way.relative > solver.tol) & improved & (way.iterations < solver.max_iter) & ~way.stuck
-        way.index, way.r, way.state = active[again[active]], vectors.take(way.r, again[active]), None
-    return way.x, _report(solver, damping, eps(rhs), way.iterations, way.relative, way.negative, way.ritz)
+def refine(state: KrylovState, system: LinearSystem, solver: Any) -> None:
+    """Recomputes the true residuals after a run, and chooses the columns that another run is to improve."""
+    for q, rows in state.tridiagonals.items():
+        state.ritz[q] += _extreme_eigenvalues(rows)
+    columns = state.run_columns
+    residual = system.residual(vectors.take(state.x, columns), columns)
+    state.relative[columns] = system.norm(residual) / system.rhs_norms[columns]
+    improved = state.relative <= 0.5 * state.relative_at_start
+    again = (state.relative > solver.tol) & improved & (state.iterations < solver.max_iter) & ~state.stuck
+    state.running = columns[again[columns]]
+    state.residual, state.recurrence = vectors.take(residual, again[columns]), None
 
 
 @dataclass
-class _Way:
-    """How far a solve has come: what it has found, and the runs of the recurrence that are under way."""
+class KrylovState:
+    """The state of a solve: the solution so far, and the run of the recurrence that is in progress."""
 
     x: Block
-    relative: Tensor  # ‖c − (B + λI)x‖ / ‖c‖
+    relative: Tensor  # ‖c − (B + λI)x‖ / ‖c‖ at the end of the last run
     iterations: Tensor
-    stuck: Tensor
-    negative: Tensor
-    index: Tensor  # the columns still running
-    r: Block  # what is left of them, where a run is about to start
-    ritz: list[list[float]]
-    passes: int = 0
-    active: Tensor | None = None  # the columns that this run started with,
-    before: Tensor | None = None  # their relative residuals,
-    length: Tensor | None = None  # and residuals then
-    state: Any = None
-    rows: dict[int, list[list[float]]] = field(default_factory=dict)
+    stuck: Tensor  # the recurrence could not go on
+    negative: Tensor  # it met negative curvature
+    running: Tensor  # indices of the columns that are not done
+    residual: Block  # of those columns, between two runs; empty during a run
+    ritz: list[list[float]]  # extreme eigenvalues of the tridiagonals of all finished runs, for each column
+    steps: int = 0
+    run_columns: Tensor | None = None  # the columns with which the run in progress started,
+    relative_at_start: Tensor | None = None  # the relative residuals then,
+    residual_norms: Tensor | None = None  # and their norms
+    recurrence: Any = None
+    tridiagonals: dict[int, list[list[float]]] = field(default_factory=dict)  # column → rows of the run in progress
 
     @classmethod
-    def start(cls, rhs: Block, size: Tensor, tol: float) -> _Way:
-        relative = (size > 0).to(size)  # of x = 0
-        no, index = torch.zeros_like(size, dtype=torch.bool), (relative > tol).nonzero().flatten()
-        none = torch.zeros_like(size, dtype=torch.long)
-        left = vectors.take(rhs, index)
-        return cls(vectors.zeros_like(rhs), relative, none, no, no.clone(), index, left, [[] for _ in size])
+    def start(cls, system: LinearSystem, tol: float) -> KrylovState:
+        """x = 0, which solves the columns where c = 0."""
+        norms = system.rhs_norms
+        relative, no = (norms > 0).to(norms), torch.zeros_like(norms, dtype=torch.bool)
+        running = (relative > tol).nonzero().flatten()
+        return cls(
+            x=vectors.zeros_like(system.rhs),
+            relative=relative,
+            iterations=torch.zeros_like(norms, dtype=torch.long),
+            stuck=no,
+            negative=no.clone(),
+            running=running,
+            residual=vectors.take(system.rhs, running),
+            ritz=[[] for _ in norms],
+        )
 
-    def begin(self, recurrence: type[Recurrence], size: Tensor) -> None:
-        self.active, self.before, self.length = self.index, self.relative.clone(), self.relative * size
-        self.state = recurrence.start(vectors.scale(self.r, 1 / self.length[self.index]))
-        self.rows, self.r = {q: [] for q in self.active.tolist()}, {}
+    def begin_run(self, recurrence: type[Recurrence], system: LinearSystem) -> None:
+        """Starts the recurrence on the residuals of the running columns, scaled to length 1."""
+        self.run_columns, self.relative_at_start = self.running, self.relative.clone()
+        self.residual_norms = self.relative * system.rhs_norms
+        unit = vectors.scale(self.residual, 1 / self.residual_norms[self.running])
+        self.recurrence = recurrence.start(unit, system.dot)
+        self.tridiagonals, self.residual = {q: [] for q in self.running.tolist()}, {}
 
-    def step(self, system, progress: Progress | None, size: Tensor, solver: Any, unit: float) -> None:
-        index = self.index
-        self.state = state = self.state.step(lambda v: system(v, index))
-        self.passes += 1
-        self.iterations[index] += 1
-        for q, *row in zip(index.tolist(), state.diagonal.tolist(), state.off.tolist(), strict=True):
-            self.rows[q].append(row)
-        error = state.error * self.before[index]
-        if progress is not None:
-            progress(self.passes, error.max().item())
-        # Beyond the rounding unit the recurrence only flatters itself: time to look at the true residual.
-        reached = (error <= solver.tol) | (state.error <= unit)
-        done = reached | state.stop | (self.iterations[index] >= solver.max_iter)
-        if done.any():
-            at = index[done]
-            gained = vectors.add_(vectors.take(self.x, at), vectors.take(state.x, done), self.length[at])
-            vectors.put_(self.x, at, gained)
-            self.stuck[at], self.negative[at] = (state.stop & ~reached)[done], state.negative[done]
-            self.state, self.index = _take(state, ~done), index[~done]
-
-    def dump(self, counts: Tensor) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]]:
-        """Blocks, tensors and plain values, as a `Keeper` saves them."""
-        parts = {**{f"state.{k}": v for k, v in self.state._asdict().items()}, **vars(self), "counts": counts}
-        blocks = {k: v for k, v in parts.items() if isinstance(v, dict) and k not in ("rows", "r")}
+    def dump(self, system: LinearSystem) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]]:
+        """Blocks, tensors and plain values, as `SolverCheckpoint.save` takes them."""
+        recurrence = {f"recurrence.{name}": value for name, value in self.recurrence._asdict().items()}
+        parts = {**recurrence, **vars(self), "counts": system.counts}
+        blocks = {k: v for k, v in parts.items() if isinstance(v, dict) and k not in ("tridiagonals", "residual")}
         tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor)}
-        rows = [[q, row] for q, row in self.rows.items()]
-        return blocks, tensors, {"passes": self.passes, "ritz": self.ritz, "rows": rows}
+        tridiagonals = [[q, rows] for q, rows in self.tridiagonals.items()]
+        return blocks, tensors, {"steps": self.steps, "ritz": self.ritz, "tridiagonals": tridiagonals}
 
     @classmethod
-    def load(cls, recurrence: type[Recurrence], counts: Tensor, blocks, tensors, facts) -> _Way:
+    def load(cls, recurrence: type[Recurrence], system: LinearSystem, blocks, tensors, facts) -> KrylovState:
+        """Inverse of `dump`; also sets the system's counts of products."""
         parts = {**blocks, **tensors}
-        counts.copy_(parts.pop("counts"))
-        state = {k.removeprefix("state."): parts.pop(k) for k in list(parts) if k.startswith("state.")}
-        rows = dict(facts["rows"])
-        return cls(**parts, r={}, ritz=facts["ritz"], passes=facts["passes"], rows=rows, state=recurrence(**state))
+        system.counts.copy_(parts.pop("counts"))
+        prefix = "recurrence."
+        saved = {k.removeprefix(prefix): parts.pop(k) for k in list(parts) if k.startswith(prefix)}
+        return cls(
+            **parts,
+            residual={},
+            ritz=facts["ritz"],
+            steps=facts["steps"],
+            tridiagonals=dict(facts["tridiagonals"]),
+            recurrence=recurrence(**saved),
+        )
 
 
-def _take(state: Any, keep: Tensor) -> Any:
-    return type(state)(*(vectors.take(f, keep) if isinstance(f, dict) else f[keep] for f in state))
+def _take(recurrence: Any, columns: Tensor) -> Any:
+    return type(recurrence)(*(vectors.take(f, columns) if isinstance(f, dict) else f[columns] for f in recurrence))
 
 
 def _extreme_eigenvalues(rows: list[list[float]]) -> list[float]:
@@ -162,22 +247,25 @@ def _extreme_eigenvalues(rows: list[list[float]]) -> list[float]:
     return [values[0].item(), values[-1].item()]
 
 
-def _report(solver, damping, unit, iterations, relative, negative, ritz) -> dict[str, Any]:
-    def status(error: float, count: int, bad: bool) -> str:
+def _report(state: KrylovState, system: LinearSystem, solver: Any) -> dict[str, Any]:
+    def status(error: float, iterations: int, negative: bool) -> str:
         if error <= solver.tol:
             return "converged"
-        return "negative_curvature" if bad else "max_iter" if count >= solver.max_iter else "stalled"
+        return "negative_curvature" if negative else "max_iter" if iterations >= solver.max_iter else "stalled"
 
     # An eigenvalue estimate at the level of rounding has no sign: a semi-definite operator is not indefinite.
-    indefinite = [bool(e) and min(e) < -10 * unit * max(map(abs, e)) for e in ritz]
-    iterations, relative, negative = iterations.tolist(), relative.tolist(), negative.tolist()
+    noise = 10 * system.rounding_unit
+    indefinite = [bool(ritz) and min(ritz) < -noise * max(map(abs, ritz)) for ritz in state.ritz]
+    iterations, relative, negative = state.iterations.tolist(), state.relative.tolist(), state.negative.tolist()
     return {
+        "damping": system.damping,
         "tol": float(solver.tol),
         "iterations": iterations,
+        "matvecs": system.counts.tolist(),
         "residual": relative,
         "converged": [error <= solver.tol for error in relative],
         "status": [status(*column) for column in zip(relative, iterations, negative, strict=True)],
         "negative_curvature": [a or b for a, b in zip(negative, indefinite, strict=True)],
-        "smallest_ritz": [min(e) - damping if e else None for e in ritz],
-        "largest_ritz": [max(e) - damping if e else None for e in ritz],
+        "smallest_ritz": [min(ritz) - system.damping if ritz else None for ritz in state.ritz],
+        "largest_ritz": [max(ritz) - system.damping if ritz else None for ritz in state.ritz],
     }

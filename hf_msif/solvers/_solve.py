@@ -1,63 +1,37 @@
-"""The nouns and the verb: an operator, a solver, a `Solution` with its `Certificate`, and `solve`."""
+"""`solve`, and what it returns: a `Solution` with its `Certificate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import vectors
+from ..errors import InputError
 from ..vectors import Block
-from ._base import Operator, check_finite
+from ._base import Progress, Solver, as_solver
+from .operator import CountedOperator, Operator
 
-Progress = Callable[[int, float], None]
-
-
-class Keeper(Protocol):
-    """Keeps the state of a long solve, see `checkpoints.SolverCheckpoint`."""
-
-    def due(self) -> bool:
-        """Whether it is time to save."""
-        ...
-
-    def save(self, blocks: Mapping[str, Block], tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Replaces what was saved before."""
-        ...
-
-    def load(self) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]] | None:
-        """What was saved last, None where nothing was."""
-        ...
-
-
-class Solver(Protocol):
-    """Settings that define a linear system and how it is solved."""
-
-    def init(self, operator: Operator) -> Any:
-        """What is paid once an operator: the value of damping="auto", a factorisation."""
-        ...
-
-    def compute(
-        self, operator: Operator, b: Block, state: Any, progress: Progress | None, keeper: Keeper | None
-    ) -> Solution:
-        """What is paid once a right-hand side."""
-        ...
+if TYPE_CHECKING:
+    from ..engine.checkpoints import SolverCheckpoint
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known about a solution; lists have one entry a column.
+    """What is known about a solution; lists have one entry per column.
 
-    - `solver`, `damping` (λ, in units of the system solved), `tol`: the settings in force.
-    - `iterations`; `matvecs`: products with the operator, the check of the residual included, `Solver.init` excluded.
+    - `solver`: the method. `damping`: λ, in the units of the system that was solved. `tol`: the tolerance.
+    - `iterations`: steps of the method, over all restarts.
+    - `matvecs`: products with the operator, the check of the residual included, `Solver.init` excluded.
     - `residual`: the *true* relative residual ‖Su − c‖/‖c‖ of the system Su = c that the solver defines, recomputed
       from the returned u with a fresh product; 0 where c = 0. `converged`: residual ≤ tol.
     - `status`: why the column ended: "converged", "max_iter", "stalled" or "negative_curvature".
-    - `negative_curvature`: S was seen not to be positive definite. It stops CG and only informs elsewhere.
-    - `smallest_ritz`, `largest_ritz`: extreme eigenvalue estimates of the operator *without* damping (of H² for
-      SquaredCG; exact for Dense), None where the solver has none.
-    - `mean_eigenvalue`: trace/P, known where damping="auto" needed it (of H² for SquaredCG).
+    - `negative_curvature`: S was seen not to be positive definite. This stops CG, and informs elsewhere.
+    - `smallest_ritz`, `largest_ritz`: estimates of the extreme eigenvalues of the operator *without* damping (of H²
+      for SquaredCG; exact for Dense), None where the solver has no estimate.
+    - `mean_eigenvalue`: trace/P, known where damping="auto" needed it (of H² for SquaredCG), else None.
     - `residual_unsquared`: ‖Hu − b‖/‖b‖ for SquaredCG, None elsewhere.
     """
 
@@ -74,6 +48,48 @@ class Certificate:
     largest_ritz: list[float | None]
     mean_eigenvalue: float | None = None
     residual_unsquared: list[float] | None = None
+
+    @classmethod
+    def from_residual(
+        cls,
+        solver: str,
+        damping: float,
+        tol: float,
+        residual: Tensor,
+        matvecs: Tensor,
+        iterations: int = 0,
+        failure: str = "max_iter",
+        **facts: Any,
+    ) -> Certificate:
+        """The certificate of a method that stops all columns at the same time.
+
+        Args:
+            solver: the method's name.
+            damping: λ.
+            tol: the tolerance.
+            residual: true relative residuals, shape (Q,); a column is converged where it is at most `tol`.
+            matvecs: products per column, shape (Q,).
+            iterations: of every column.
+            failure: the `status` of columns that are not converged.
+            facts: other fields of the certificate; unless given, no negative curvature and no eigenvalue is known.
+        """
+        converged, columns = (residual <= tol).tolist(), len(residual)
+        unknown = {
+            "negative_curvature": [False] * columns,
+            "smallest_ritz": [None] * columns,
+            "largest_ritz": [None] * columns,
+        }
+        return cls(
+            solver,
+            damping,
+            tol,
+            iterations=[iterations] * columns,
+            matvecs=matvecs.tolist(),
+            residual=residual.tolist(),
+            converged=converged,
+            status=["converged" if c else failure for c in converged],
+            **{**unknown, **facts},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON."""
@@ -120,24 +136,26 @@ def solve(
     solver: Solver,
     state: Any = None,
     progress: Progress | None = None,
-    keeper: Keeper | None = None,
+    checkpoint: SolverCheckpoint | None = None,
 ) -> Solution:
     """Solves the system that `solver` defines, (A + λI)u = b for most, for each of the Q columns of `b` independently.
 
     Args:
-        operator: any object with `matvec(block) -> block`, linear and symmetric, and `parameters: dict[str, Tensor]`.
+        operator: any object with `matvec(block) -> block`, linear and symmetric, and `parameters: dict[str, Tensor]`;
+            see `Operator` for what else it may have.
         b: Q right-hand sides, `dict[str, Tensor]` of shapes (Q, *parameter.shape), dtype and device of the parameters.
-        solver: `CG(...)`, `SquaredCG(...)`, `MinRes(...)`, `Identity()` or `Dense(...)`.
+        solver: `CG(...)`, `SquaredCG(...)`, `MinRes(...)`, `Identity()`, `Dense(...)`, or a `Solver` of your own.
         state: `solver.init(operator)`, when several blocks are solved with the same operator and solver.
-        progress: called as `progress(iteration, residual)` once an iteration, with the largest relative residual
+        progress: called as `progress(iteration, residual)` once per iteration, with the largest relative residual
             (as the recurrence estimates it) among the columns that were still running.
-        keeper: keeps the state of a Krylov solver now and then; what it kept of the same question is gone on from.
+        checkpoint: where a Krylov solver saves its state from time to time; a state that was saved for the same system
+            is loaded, and the solve continues from there.
 
     Returns:
         `Solution(value, certificate)`. A column that did not converge is *reported* in the certificate, never raised.
 
     Raises:
-        ValueError: on NaN or inf in `b` or in a product, and when `b` and `operator.parameters` disagree.
+        InputError: NaN or inf in `b` or in a product; `b` and `operator.parameters` disagree; no solver.
 
     >>> import torch
     >>> class Diagonal:
@@ -152,15 +170,19 @@ def solve(
     >>> solution.certificate.converged, solution.certificate.iterations
     ([True], [2])
     """
-    parameters = operator.parameters
+    solver, parameters = as_solver(solver), operator.parameters
     if set(b) != set(parameters) or not b:
-        odd = sorted(set(b) ^ set(parameters))
-        raise ValueError(f"b and operator.parameters must name the same parameters, but differ in {odd[:5]}.")
-    count = vectors.columns(b)
+        unmatched = sorted(set(b) ^ set(parameters))
+        raise InputError(f"b and operator.parameters must name the same parameters, but differ in {unmatched[:5]}.")
+    columns = vectors.columns(b)
     for name, p in parameters.items():
-        expected, found = ((count, *p.shape), p.dtype, p.device), (tuple(b[name].shape), b[name].dtype, b[name].device)
-        if expected != found:
-            raise ValueError(f"b[{name!r}] has shape, dtype and device {found}, the operator expects {expected}.")
+        expected = ((columns, *p.shape), p.dtype, p.device)
+        actual = (tuple(b[name].shape), b[name].dtype, b[name].device)
+        if actual != expected:
+            raise InputError(f"b[{name!r}] has shape, dtype and device {actual}, the operator expects {expected}.")
+    counted = CountedOperator(operator, columns)
     b = {name: b[name].detach() for name in parameters}
-    check_finite(b, "b")
-    return solver.compute(operator, b, solver.init(operator) if state is None else state, progress, keeper)
+    counted.check_finite(b, "b")
+    if state is None:
+        state = solver.init(operator)
+    return solver.compute(counted, b, state, progress, checkpoint)

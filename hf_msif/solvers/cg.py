@@ -1,37 +1,41 @@
-"""Conjugate gradients: (A + λI)u = b for positive definite A + λI, one product an iteration."""
+"""Conjugate gradients: (A + λI)u = b for positive definite A + λI, one product per iteration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Counted, Damping, Operator, check_settings, damping, eps
-from ._krylov import krylov
-from ._solve import Certificate, Keeper, Progress, Solution
+from ._base import Damping, Progress
+from ._krylov import Dot, KrylovSolver, LinearSystem, krylov
+from ._solve import Certificate, Solution
+from .operator import CountedOperator, rounding_unit
+
+if TYPE_CHECKING:
+    from ..engine.checkpoints import SolverCheckpoint
 
 
 @dataclass(frozen=True)
-class CG:
+class CG(KrylovSolver):
     """(A + λI)u = b by conjugate gradients (Hestenes & Stiefel, 1952).
 
     The iterate minimises ½uᵀ(A + λI)u − uᵀb over the Krylov space, which has a minimum only where A + λI is
-    positive definite: a Gauss-Newton matrix, or a Hessian at a real minimum. A direction p with pᵀ(A + λI)p ≤ 0
+    positive definite: a Gauss-Newton matrix, or a Hessian at a true minimum. A direction p with pᵀ(A + λI)p ≤ 0
     ends the column at the iterate before it, and the certificate says so.
 
     Args:
         damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × trace(A)/P.
         tol: a column is done when ‖(A + λI)u − b‖ ≤ tol ‖b‖.
-        max_iter: most iterations a column, restarts included; one product each.
+        max_iter: the largest number of iterations of a column, restarts included; one product each.
         damping_fraction: used by damping="auto" alone.
 
     Raises:
-        ValueError: on settings out of range, and for damping="auto" when the trace is not positive.
+        InputError: a setting out of range; in `init`, damping="auto" where the trace is not positive.
 
     >>> from hf_msif.solvers import solve
     >>> class Diagonal:
@@ -50,39 +54,31 @@ class CG:
     max_iter: int = 200
     damping_fraction: float = 10.0
 
-    def __post_init__(self):
-        check_settings(self, counts=("max_iter",))
-
-    def init(self, operator: Operator) -> Damping:
-        """λ, at the cost of four products when it must be estimated."""
-        return damping(self, operator)
+    vectors_held: ClassVar[int] = 5
 
     def compute(
         self,
-        operator: Operator,
+        operator: CountedOperator,
         b: Block,
         state: Damping,
         progress: Progress | None = None,
-        keeper: Keeper | None = None,
+        checkpoint: SolverCheckpoint | None = None,
     ) -> Solution:
-        """One block of right-hand sides; called by `solve`."""
-        product = Counted(operator, b)
-        u, report = krylov(ConjugateGradients, product, b, state.value, self, product.counts, progress, keeper)
-        certificate = Certificate(
-            "cg", state.value, mean_eigenvalue=state.mean_eigenvalue, matvecs=product.counts.tolist(), **report
-        )
-        return Solution(u, certificate)
+        """Solves one block of right-hand sides; called by `solve`."""
+        system = LinearSystem(operator, operator.matvec, b, state.value)
+        u, report = krylov(ConjugateGradients, system, self, progress, checkpoint)
+        return Solution(u, Certificate("cg", mean_eigenvalue=state.mean_eigenvalue, **report))
 
 
 class ConjugateGradients(NamedTuple):
-    """The recurrence, and the tridiagonal it hides: T[k,k] = 1/αₖ + βₖ₋₁/αₖ₋₁, T[k,k+1] = √βₖ/αₖ."""
+    """The recurrence, and the Lanczos tridiagonal in it: T[k,k] = 1/αₖ + βₖ₋₁/αₖ₋₁, T[k,k+1] = √βₖ/αₖ."""
 
     x: Block
     r: Block
     p: Block
     rr: Tensor  # ‖r‖²
     carry: Tensor  # βₖ₋₁/αₖ₋₁
-    scale: Tensor  # largest curvature |pᵀSp|/‖p‖² met, the yardstick of rounding
+    scale: Tensor  # the largest curvature |pᵀSp|/‖p‖² so far, against which rounding is measured
     error: Tensor
     stop: Tensor
     negative: Tensor
@@ -90,33 +86,33 @@ class ConjugateGradients(NamedTuple):
     off: Tensor
 
     @classmethod
-    def start(cls, r: Block) -> ConjugateGradients:
-        rr = vectors.dot(r, r)
+    def start(cls, r: Block, dot: Dot) -> ConjugateGradients:
+        rr = dot(r, r)
         zero, no = torch.zeros_like(rr), torch.zeros_like(rr, dtype=torch.bool)
         return cls(vectors.zeros_like(r), r, vectors.clone(r), rr, zero, zero, rr.sqrt(), no, no, zero, zero)
 
-    def step(self, matvec: Callable[[Block], Block]) -> ConjugateGradients:
+    def step(self, matvec: Callable[[Block], Block], dot: Dot) -> ConjugateGradients:
         x, r, p, rr = self.x, self.r, self.p, self.rr
         product = matvec(p)
-        pp, curvature = vectors.dot(p, p), vectors.dot(p, product)
+        pp, curvature = dot(p, p), dot(p, product)
         scale = torch.maximum(self.scale, curvature.abs() / pp)
-        noise = eps(p) * scale * pp
+        noise = rounding_unit(p) * scale * pp
         flat = curvature <= noise
         alpha = torch.where(flat, 0.0, rr / curvature)
         vectors.add_(x, p, alpha)
         vectors.add_(r, product, -alpha)
-        new = vectors.dot(r, r)
-        beta, inverse = new / rr, curvature / rr
+        rr_next = dot(r, r)
+        beta, inverse_alpha = rr_next / rr, curvature / rr
         return ConjugateGradients(
             x=x,
             r=r,
             p=vectors.add(r, p, beta),
-            rr=new,
-            carry=beta * inverse,
+            rr=rr_next,
+            carry=beta * inverse_alpha,
             scale=scale,
-            error=new.sqrt(),
+            error=rr_next.sqrt(),
             stop=flat,
             negative=curvature < -noise,
-            diagonal=inverse + self.carry,
-            off=beta.sqrt() * inverse,
+            diagonal=inverse_alpha + self.carry,
+            off=beta.sqrt() * inverse_alpha,
         )

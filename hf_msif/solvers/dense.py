@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,12 @@ from torch import Tensor
 from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
-from ._base import Counted, Damping, Operator, check_settings, damping, dimension, eps
-from ._solve import Certificate, Keeper, Progress, Solution
+from ._base import Damping, Progress, Solver, check_settings, damping, damping_products
+from ._solve import Certificate, Solution
+from .operator import CountedOperator, Operator, dimension, rounding_unit
+
+if TYPE_CHECKING:
+    from ..engine.checkpoints import SolverCheckpoint
 
 
 class Factorisation(NamedTuple):
@@ -30,13 +34,13 @@ def written_out(operator: Operator, chunk: int = 64) -> Tensor:
     rows = []
     for index in torch.arange(size, device=device).split(chunk):
         units = torch.zeros(len(index), size, device=device).scatter_(1, index[:, None], 1.0)
-        block = vectors.unflatten(units, like)
-        rows.append(vectors.flatten(Counted(operator, block)(block, index - index[0])).double())
+        product = CountedOperator(operator, len(index)).matvec(vectors.unflatten(units, like))
+        rows.append(vectors.flatten(product).double())
     return torch.cat(rows)
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Solver):
     """(A + λI)u = b with A written out from P products with unit vectors, symmetrised, and decomposed in float64.
 
     One eigendecomposition serves definite, indefinite and singular A (there u is the least-squares solution of
@@ -46,11 +50,12 @@ class Dense:
         damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × trace(A)/P.
         tol: a column counts as converged when ‖(A + λI)u − b‖ ≤ tol ‖b‖, with a fresh product.
         max_parameters: refuse larger P.
-        chunk: unit vectors a product.
+        chunk: unit vectors per product.
         damping_fraction: used by damping="auto" alone.
 
     Raises:
-        ValueError: when P > max_parameters, when A is not symmetric beyond rounding, and on settings out of range.
+        InputError: a setting out of range; in `init`, P > max_parameters, or an A that is not symmetric beyond
+            rounding.
 
     >>> from hf_msif.solvers import solve
     >>> class Diagonal:
@@ -69,8 +74,19 @@ class Dense:
     chunk: int = 64
     damping_fraction: float = 10.0
 
+    vectors_held: ClassVar[int] = 2
+    damped: ClassVar[bool] = True
+
     def __post_init__(self):
         check_settings(self, counts=("max_parameters", "chunk"))
+
+    def products(self, parameters: int, columns: int) -> int:
+        """P products with one vector, one product to check, and those that estimate the damping."""
+        return -(-parameters // columns) + 1 + damping_products(self, columns)
+
+    def extra_bytes(self, parameters: int) -> int:
+        """The matrix and its eigenvectors in float64."""
+        return 16 * parameters**2
 
     def init(self, operator: Operator) -> Factorisation:
         """The factorisation of A, P products; λ is not in it."""
@@ -82,7 +98,7 @@ class Dense:
             )
         matrix = written_out(operator, self.chunk)
         asymmetry = ((matrix - matrix.T).norm() / matrix.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
-        if asymmetry > eps(operator.parameters) ** 0.5:
+        if asymmetry > rounding_unit(operator.parameters) ** 0.5:
             raise InputError(
                 f"The operator is not symmetric: ‖A − Aᵀ‖/‖A‖ = {asymmetry:.1e}, beyond rounding. Does every product "
                 "see the same examples, with the same masks and without dropout?"
@@ -91,37 +107,35 @@ class Dense:
 
     def compute(
         self,
-        operator: Operator,
+        operator: CountedOperator,
         b: Block,
         state: Factorisation,
         progress: Progress | None = None,
-        keeper: Keeper | None = None,
+        checkpoint: SolverCheckpoint | None = None,
     ) -> Solution:
-        """One block of right-hand sides, one product a column to check it; called by `solve`."""
+        """Solves one block of right-hand sides, with one product per column to check it; called by `solve`."""
         shift, basis = state.damping.value, state.eigenvectors
         eigenvalues = state.eigenvalues + shift
-        noise = 10 * eps(b) * eigenvalues.abs().max()
+        noise = 10 * rounding_unit(b) * eigenvalues.abs().max()
         inverse = torch.where(eigenvalues.abs() > noise, 1 / eigenvalues, 0.0)
         u = vectors.unflatten((vectors.flatten(b).double() @ basis * inverse) @ basis.T, b)
 
-        product, size = Counted(operator, b), vectors.norm(b)
-        residual, index = torch.zeros_like(size), size.nonzero().flatten()
-        some = vectors.take(u, index)
-        rest = vectors.add(vectors.take(b, index), vectors.add(product(some, index), some, shift), -1.0)
-        residual[index] = vectors.norm(rest) / size[index]
-        converged, count = (residual <= self.tol).tolist(), len(size)
-        certificate = Certificate(
+        norms = operator.norm(b)
+        relative, nonzero = torch.zeros_like(norms), norms.nonzero().flatten()
+        v = vectors.take(u, nonzero)
+        residual = vectors.add(vectors.take(b, nonzero), vectors.add(operator.matvec(v, nonzero), v, shift), -1.0)
+        relative[nonzero] = operator.norm(residual) / norms[nonzero]
+        columns = len(norms)
+        certificate = Certificate.from_residual(
             "dense",
             shift,
             self.tol,
-            iterations=[0] * count,
-            matvecs=product.counts.tolist(),
-            residual=residual.tolist(),
-            converged=converged,
-            status=["converged" if ok else "stalled" for ok in converged],
-            negative_curvature=[bool(eigenvalues[0] < -noise)] * count,
-            smallest_ritz=[state.eigenvalues[0].item()] * count,
-            largest_ritz=[state.eigenvalues[-1].item()] * count,
+            relative,
+            operator.counts,
+            failure="stalled",
+            negative_curvature=[bool(eigenvalues[0] < -noise)] * columns,
+            smallest_ritz=[state.eigenvalues[0].item()] * columns,
+            largest_ritz=[state.eigenvalues[-1].item()] * columns,
             mean_eigenvalue=state.damping.mean_eigenvalue,
         )
         return Solution(u, certificate)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Operator
-from ._solve import Certificate, Keeper, Progress, Solution
+from ._base import Progress, Solver
+from ._solve import Certificate, Solution
+from .operator import CountedOperator
+
+if TYPE_CHECKING:
+    from ..engine.checkpoints import SolverCheckpoint
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Solver):
     """u = b without a product: the gradient baseline of the paper's Figure 2(c), not a solution of Au = b.
 
-    The certificate is exact for the system it names, Iu = b: residual 0, no product.
+    The certificate is that of the system Iu = b: residual 0, no product.
 
     >>> import torch
     >>> from hf_msif.solvers import solve
@@ -26,30 +33,21 @@ class Identity:
     [[1.0, 3.0]]
     """
 
-    def init(self, operator: Operator) -> None:
-        """Nothing is paid once."""
+    vectors_held: ClassVar[int] = 1
+
+    def products(self, parameters: int, columns: int) -> int:
+        """None at all."""
+        return 0
 
     def compute(
         self,
-        operator: Operator,
+        operator: CountedOperator,
         b: Block,
         state: None = None,
         progress: Progress | None = None,
-        keeper: Keeper | None = None,
+        checkpoint: SolverCheckpoint | None = None,
     ) -> Solution:
         """A copy of b; called by `solve`."""
-        count = vectors.columns(b)
-        certificate = Certificate(
-            "identity",
-            damping=0.0,
-            tol=0.0,
-            iterations=[0] * count,
-            matvecs=[0] * count,
-            residual=[0.0] * count,
-            converged=[True] * count,
-            status=["converged"] * count,
-            negative_curvature=[False] * count,
-            smallest_ritz=[None] * count,
-            largest_ritz=[None] * count,
-        )
+        residual = torch.zeros_like(operator.counts, dtype=torch.float64)
+        certificate = Certificate.from_residual("identity", 0.0, 0.0, residual, operator.counts)
         return Solution(vectors.clone(b), certificate)

@@ -1,37 +1,41 @@
-"""Minimum residual method: (A + λI)u = b for symmetric, possibly indefinite A, one product an iteration."""
+"""Minimum residual method: (A + λI)u = b for symmetric, possibly indefinite A, one product per iteration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Counted, Damping, Operator, check_settings, damping
-from ._krylov import krylov
-from ._solve import Certificate, Keeper, Progress, Solution
+from ._base import Damping, Progress
+from ._krylov import Dot, KrylovSolver, LinearSystem, krylov
+from ._solve import Certificate, Solution
+from .operator import CountedOperator
+
+if TYPE_CHECKING:
+    from ..engine.checkpoints import SolverCheckpoint
 
 
 @dataclass(frozen=True)
-class MinRes:
+class MinRes(KrylovSolver):
     """(A + λI)u = b by the minimum residual method (Paige & Saunders, 1975).
 
     The iterate minimises ‖(A + λI)u − b‖ over the Krylov space; A may be indefinite, and singular when b is in its
-    range. The residual falls monotonically, and the certificate's `negative_curvature` is for information.
+    range. The residual falls monotonically. `negative_curvature` in the certificate is information, not a failure.
 
     Args:
         damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × trace(A)/P. On an
             indefinite A a shift can make the system *worse*: it moves negative eigenvalues towards zero.
         tol: a column is done when ‖(A + λI)u − b‖ ≤ tol ‖b‖.
-        max_iter: most iterations a column, restarts included; one product each.
+        max_iter: the largest number of iterations of a column, restarts included; one product each.
         damping_fraction: used by damping="auto" alone.
 
     Raises:
-        ValueError: on settings out of range, and for damping="auto" when the trace is not positive.
+        InputError: a setting out of range; in `init`, damping="auto" where the trace is not positive.
 
     >>> from hf_msif.solvers import solve
     >>> class Diagonal:
@@ -49,40 +53,32 @@ class MinRes:
     max_iter: int = 200
     damping_fraction: float = 10.0
 
-    def __post_init__(self):
-        check_settings(self, counts=("max_iter",))
-
-    def init(self, operator: Operator) -> Damping:
-        """λ, at the cost of four products when it must be estimated."""
-        return damping(self, operator)
+    vectors_held: ClassVar[int] = 12
 
     def compute(
         self,
-        operator: Operator,
+        operator: CountedOperator,
         b: Block,
         state: Damping,
         progress: Progress | None = None,
-        keeper: Keeper | None = None,
+        checkpoint: SolverCheckpoint | None = None,
     ) -> Solution:
-        """One block of right-hand sides; called by `solve`."""
-        product = Counted(operator, b)
-        u, report = krylov(MinimumResidual, product, b, state.value, self, product.counts, progress, keeper)
-        certificate = Certificate(
-            "minres", state.value, mean_eigenvalue=state.mean_eigenvalue, matvecs=product.counts.tolist(), **report
-        )
-        return Solution(u, certificate)
+        """Solves one block of right-hand sides; called by `solve`."""
+        system = LinearSystem(operator, operator.matvec, b, state.value)
+        u, report = krylov(MinimumResidual, system, self, progress, checkpoint)
+        return Solution(u, Certificate("minres", mean_eigenvalue=state.mean_eigenvalue, **report))
 
 
-# ‖S r‖ / (‖S‖ ‖r‖) at which r counts as orthogonal to the range of S, as far as float64 directions can tell.
+# The value of ‖S r‖ / (‖S‖ ‖r‖) below which r counts as orthogonal to the range of S, for directions in float64.
 LEAST_SQUARES = torch.finfo(torch.float64).eps ** 0.5
 
 
 class MinimumResidual(NamedTuple):
-    """Lanczos vectors v, and the QR factorisation of their tridiagonal by plane rotations (c, s), one a step.
+    """Lanczos vectors v, and the QR factorisation of their tridiagonal by plane rotations (c, s), one per step.
 
     x and w are float64 whatever the dtype of the operator: rounding them costs MINRES the *square* of the condition
     number in attainable accuracy, where rounding v costs the condition number (Sleijpen, van der Vorst &
-    Modersitzki, 2000). In float32 that decides between an answer and noise, for half as much memory again.
+    Modersitzki, 2000). In float32 this decides between a solution and noise. It costs half as much memory again.
     """
 
     x: Block
@@ -90,20 +86,20 @@ class MinimumResidual(NamedTuple):
     v_old: Block
     w: Block  # search directions W = V R⁻¹, R upper triangular with three diagonals
     w_old: Block
-    off: Tensor  # βₖ₊₁, ties vₖ to vₖ₊₁
+    off: Tensor  # βₖ₊₁, which ties vₖ to vₖ₊₁
     c: Tensor
     s: Tensor
-    above: Tensor  # entry above the diagonal of R that the last rotation left to be rotated once more
+    above: Tensor  # entry above the diagonal of R, to which one more rotation is to be applied
     corner: Tensor  # entry two above the diagonal, of the next column of R
-    scale: Tensor  # largest entry of the tridiagonal, the yardstick of rounding
+    scale: Tensor  # largest entry of the tridiagonal, against which rounding is measured
     error: Tensor
     stop: Tensor
     negative: Tensor
     diagonal: Tensor
 
     @classmethod
-    def start(cls, r: Block) -> MinimumResidual:
-        error = vectors.norm(r)
+    def start(cls, r: Block, dot: Dot) -> MinimumResidual:
+        error = dot(r, r).sqrt()
         zero, no = torch.zeros_like(error), torch.zeros_like(error, dtype=torch.bool)
         wide = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in r.items()}
         return cls(
@@ -124,12 +120,12 @@ class MinimumResidual(NamedTuple):
             diagonal=zero,
         )
 
-    def step(self, matvec: Callable[[Block], Block]) -> MinimumResidual:
+    def step(self, matvec: Callable[[Block], Block], dot: Dot) -> MinimumResidual:
         v = self.v
-        new = vectors.add(matvec(v), self.v_old, -self.off)
-        alpha = vectors.dot(v, new)
-        vectors.add_(new, v, -alpha)
-        beta = vectors.norm(new)
+        v_next = vectors.add(matvec(v), self.v_old, -self.off)
+        alpha = dot(v, v_next)
+        vectors.add_(v_next, v, -alpha)
+        beta = dot(v_next, v_next).sqrt()
         scale = torch.maximum(self.scale, torch.maximum(alpha.abs(), beta))
 
         delta = self.c * self.above + self.s * alpha
@@ -147,7 +143,7 @@ class MinimumResidual(NamedTuple):
         vectors.add_(self.x, w, torch.where(stop, 0.0, c * self.error))
         return MinimumResidual(
             x=self.x,
-            v=vectors.scale(new, 1 / beta),  # β = 0 leaves no error, or stops: the column ends here
+            v=vectors.scale(v_next, 1 / beta),  # where β = 0 the error is zero or `stop` is set: the column ends here
             v_old=v,
             w=w,
             w_old=self.w,

@@ -1,35 +1,40 @@
-"""The paper's system, eq. (16): conjugate gradients on the squared Hessian, two products an iteration."""
+"""The paper's system, eq. (16): conjugate gradients on the squared Hessian, two products per iteration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Counted, Damping, Operator, check_settings, damping
-from ._krylov import krylov
-from ._solve import Certificate, Keeper, Progress, Solution
+from ._base import Damping, Progress, damping, damping_products
+from ._krylov import KrylovSolver, LinearSystem, krylov
+from ._solve import Certificate, Solution
 from .cg import ConjugateGradients
+from .operator import CountedOperator, Operator
+
+if TYPE_CHECKING:
+    from ..engine.checkpoints import SolverCheckpoint
 
 
 @dataclass(frozen=True)
-class SquaredCG:
+class SquaredCG(KrylovSolver):
     """(H² + λI)u = Hb by conjugate gradients, the minimiser of ½uᵀ(H² + λI)u − uᵀHb (paper, eq. (16)).
 
-    H may be indefinite: H² is not. The price is two products an iteration and the square of the condition number;
-    for λ = 0 and regular H the solution is that of Hu = b, which `MinRes` reaches without squaring.
+    H may be indefinite: H² is not. The price is two products per iteration and the square of the condition number.
+    For λ = 0 and regular H the solution is that of Hu = b, which `MinRes` reaches without squaring.
 
     Args:
         damping: λ ≥ 0, in units of *squared* eigenvalues, or "auto": `damping_fraction` × trace(H²)/P.
         tol: a column is done when ‖(H² + λI)u − Hb‖ ≤ tol ‖Hb‖. The certificate also has ‖Hu − b‖/‖b‖.
-        max_iter: most iterations a column, restarts included; two products each.
+        max_iter: the largest number of iterations of a column, restarts included; two products each.
         damping_fraction: used by damping="auto" alone.
 
     Raises:
-        ValueError: on settings out of range, and for damping="auto" when H is zero.
+        InputError: a setting out of range; in `init`, damping="auto" where H is zero.
 
     >>> import torch
     >>> from hf_msif.solvers import solve
@@ -47,48 +52,45 @@ class SquaredCG:
     max_iter: int = 200
     damping_fraction: float = 0.1
 
-    def __post_init__(self):
-        check_settings(self, counts=("max_iter",))
+    vectors_held: ClassVar[int] = 6
 
     def init(self, operator: Operator) -> Damping:
         """λ, at the cost of four products when it must be estimated."""
         return damping(self, operator, squared=True)
 
+    def products(self, parameters: int, columns: int) -> int:
+        """Two per iteration; Hb; two for the true residual; and those that estimate the damping."""
+        return 2 * self.max_iter + 3 + damping_products(self, columns)
+
     def compute(
         self,
-        operator: Operator,
+        operator: CountedOperator,
         b: Block,
         state: Damping,
         progress: Progress | None = None,
-        keeper: Keeper | None = None,
+        checkpoint: SolverCheckpoint | None = None,
     ) -> Solution:
-        """One block of right-hand sides; called by `solve`."""
-        product, size = Counted(operator, b), vectors.norm(b)
-        unsquared = torch.where(size > 0, torch.nan, size)  # known when the residual is
-        index = unsquared.nonzero().flatten()
-        rhs = vectors.put_(vectors.zeros_like(b), index, product(vectors.take(b, index), index))
+        """Solves one block of right-hand sides; called by `solve`."""
+        matvec, norms = operator.matvec, operator.norm(b)
+        residual_unsquared = torch.where(norms > 0, torch.nan, norms)  # NaN until `residual` has computed it
+        nonzero = residual_unsquared.nonzero().flatten()
+        rhs = vectors.put_(vectors.zeros_like(b), nonzero, matvec(vectors.take(b, nonzero), nonzero))
 
         def squared(v: Block, index: Tensor) -> Block:
-            return product(product(v, index), index)
+            return matvec(matvec(v, index), index)
 
         def residual(u: Block, index: Tensor) -> Block:
-            # H(b − Hu) − λu costs as much as Hb − H(Hu) − λu, cancels less, and passes by the residual of Hu = b.
-            rest = vectors.add(vectors.take(b, index), product(u, index), -1.0)
-            unsquared[index] = vectors.norm(rest) / size[index]
-            return vectors.add(product(rest, index), u, -state.value)
+            # H(b − Hu) − λu needs as many products as Hb − H(Hu) − λu, cancels less, and yields b − Hu on the way.
+            unsquared = vectors.add(vectors.take(b, index), matvec(u, index), -1.0)
+            residual_unsquared[index] = operator.norm(unsquared) / norms[index]
+            return vectors.add(matvec(unsquared, index), u, -state.value)
 
-        counts = product.counts
-        u, report = krylov(ConjugateGradients, squared, rhs, state.value, self, counts, progress, keeper, residual)
-        unsquared[unsquared.isnan() & (vectors.norm(u) == 0)] = 1.0  # Hb = 0: nothing was done
-        left = unsquared.isnan().nonzero().flatten()  # finished before an interruption
-        if len(left):
-            residual(vectors.take(u, left), left)
-        certificate = Certificate(
-            "squared_cg",
-            state.value,
-            matvecs=product.counts.tolist(),
-            mean_eigenvalue=state.mean_eigenvalue,
-            residual_unsquared=unsquared.tolist(),
-            **report,
-        )
-        return Solution(u, certificate)
+        system = LinearSystem(operator, squared, rhs, state.value, residual)
+        u, report = krylov(ConjugateGradients, system, self, progress, checkpoint)
+        residual_unsquared[residual_unsquared.isnan() & (operator.norm(u) == 0)] = 1.0  # Hb = 0, so u = 0
+        # Columns that were finished before an interruption: their unsquared residuals were not saved.
+        unknown = residual_unsquared.isnan().nonzero().flatten()
+        if len(unknown):
+            residual(vectors.take(u, unknown), unknown)
+        report |= {"matvecs": operator.counts.tolist(), "residual_unsquared": residual_unsquared.tolist()}
+        return Solution(u, Certificate("squared_cg", mean_eigenvalue=state.mean_eigenvalue, **report))

@@ -1,13 +1,13 @@
-"""Proof by retraining: is the predicted effect of a removal what removal does? Leave-one-out, groups, LDS, baselines.
+"""Validation by retraining: does removing examples change the test loss as predicted? Leave-one-out, groups, LDS.
 
     retrain = validation.WarmStart(stages, tests)        # or FromScratch, or a function (omit, seed) → losses
-    bank = validation.Bank(retrain, "runs/bank")         # cached, resumable, shared by all methods
+    bank = validation.Bank(retrain, "runs/bank")         # cached, resumable, the same for all methods
     scores = msif.query(tests).score(corpus)
     result = validation.leave_one_out(bank, scores, baselines=validation.baselines(msif, tests, corpus))
-    print(result)                                        # r, slope, intervals, and the ceiling beside them
+    print(result)                                        # r, slope and intervals of every method, and the ceiling
 
 Every number is a *removal effect*: the change of a test loss when training examples are removed and all stages are
-trained again; positive means that the examples helped.
+trained again. Positive means that the examples helped.
 """
 
 from .bank import Bank, Retrained

@@ -1,4 +1,4 @@
-"""A bank of retrained chains: what every method is measured against, computed once and kept."""
+"""A bank of retrainings: the measurements that every method is compared with, computed once and stored."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Retrained:
-    """One retraining: the test losses f after it, one a test example, and how it went.
+    """The result of one retraining.
 
     Attributes:
-        losses: Q test losses.
-        reached: it came to the stationary point it was to come to.
+        losses: the test losses f after it, one per test example: Q numbers.
+        reached: whether it reached the stationary point that it should reach.
         notes: JSON-able details, e.g. the gradient norm of every stage.
     """
 
@@ -37,19 +37,24 @@ class Retrained:
 class Bank:
     """Test losses after retraining without sets of examples, cached by (omitted ids, seed, settings).
 
-    Each retraining is one small JSON file, written whole and then renamed: a run that is killed goes on where it was,
-    several processes may fill the same folder, and all methods are compared with the same retrainings.
+    Each retraining is one small JSON file, written whole or not at all. So a run that was killed continues where it
+    stopped, several processes may fill the same folder, and all methods are compared with the same retrainings.
 
     Args:
-        retrain: `retrain(omit, seed)` trains all stages without the examples whose ids are in `omit` (a frozenset, of
-            one stage) and returns the test losses, Q numbers or a `Retrained`. Its attribute `settings` (JSON-able),
-            where it has one, says what else the losses depend on; `WarmStart` and `FromScratch` have it.
-        folder: where retrainings are kept; None keeps them in memory alone.
-        settings: more of what the losses depend on; needed for a plain function with a folder.
+        retrain: `retrain(omit, seed)` trains all stages without the examples whose ids are in `omit` (a frozenset of
+            ids of one stage) and returns the test losses: Q numbers or a `Retrained`. Its attribute `settings`
+            (JSON-able), if it has one, says what else the losses depend on; `WarmStart` and `FromScratch` have it.
+        folder: where retrainings are stored; None: only in memory.
+        settings: further settings (JSON-able) on which the losses depend; needed if there is a folder and `retrain` is
+            a plain function.
         progress: show a bar over the retrainings.
 
+    Attributes:
+        computed: number of retrainings that this object computed rather than read.
+        fingerprint: SHA-256 of all settings; retrainings with another fingerprint are not read.
+
     Raises:
-        InputError: a folder without settings.
+        InputError: there is a folder, but there are no settings.
 
     >>> bank = Bank(lambda omit, seed: [2.0 - len(omit)], progress=False)
     >>> bank.effects([{"a"}, {"a", "b"}]).tolist(), bank.computed
@@ -60,41 +65,48 @@ class Bank:
 
     def __init__(
         self,
-        retrain: Callable[[frozenset, int], Any],
+        retrain: Callable[[frozenset, int], Retrained | Sequence[float]],
         folder: str | os.PathLike | None = None,
         settings: Mapping[str, Any] | None = None,
         progress: bool = True,
     ):
-        own = getattr(retrain, "settings", None)
-        if folder is not None and own is None and settings is None:
+        retrain_settings = getattr(retrain, "settings", None)
+        if folder is not None and retrain_settings is None and settings is None:
             raise InputError(
-                "a bank in a folder must know what its losses depend on, or another experiment would read them as its "
-                "own: pass settings={...}."
+                "a bank in a folder must know what its losses depend on, or another experiment could read its "
+                "retrainings: pass settings={...}."
             )
         self.retrain, self.progress, self.computed = retrain, progress, 0
-        self.settings = {**(own or {}), **(settings or {})}
+        self.settings = {**(retrain_settings or {}), **(settings or {})}
         self.fingerprint = hashlib.sha256(_json(self.settings).encode()).hexdigest()
         self.folder = None if folder is None else Path(folder)
-        self._held: dict[str, dict] = {}
+        self._entries: dict[str, dict] = {}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / f"settings-{self.fingerprint[:12]}.json", self.settings, indent=None)
 
     def losses(self, omissions: Sequence[Collection], seed: int = 0) -> np.ndarray:
-        """Test losses after retraining without each of the sets of ids: shape (sets, Q)."""
+        """Test losses after retraining without each of the sets of ids: float64, shape (sets, Q).
+
+        Raises:
+            InputError: a retraining ended in losses that are not finite, or a stored file is damaged.
+        """
         return np.array([entry["losses"] for entry in self.entries(omissions, seed)])
 
     def effects(self, omissions: Sequence[Collection], seeds: Sequence[int] = (0,)) -> np.ndarray:
-        """Measured removal effects, shape (sets, Q): the losses without a set minus those with all examples, under the
-        same seed; the mean over `seeds`."""
-        found = []
+        """Measured removal effects: float64, shape (sets, Q), in units of the test loss; positive: the set helped.
+
+        The effect is the loss without a set minus the loss with all examples under the same seed; the mean over
+        `seeds`.
+        """
+        effects = []
         for seed in seeds:
             losses = self.losses([(), *omissions], seed)
-            found.append(losses[1:] - losses[0])
-        return np.mean(found, axis=0)
+            effects.append(losses[1:] - losses[0])
+        return np.mean(effects, axis=0)
 
     def entries(self, omissions: Sequence[Collection], seed: int = 0) -> list[dict]:
-        """The records of the retrainings (losses, reached, notes, seconds), those that are missing being made now."""
+        """The records of the retrainings (losses, reached, notes, seconds); missing ones are computed first."""
         sets = [_ordered(omission) for omission in omissions]
         keys = [self._key(omitted, seed) for omitted in sets]
         missing = {key: omitted for key, omitted in zip(keys, sets, strict=True) if self._read(key) is None}
@@ -102,47 +114,47 @@ class Bank:
             missing.items(), desc=f"retraining, seed {seed}", disable=not self.progress or not missing, leave=False
         ) as bar:
             for key, omitted in bar:
-                self._make(key, omitted, seed)
+                self._compute(key, omitted, seed)
         return [self._read(key) for key in keys]
 
     def unreached(self, omissions: Sequence[Collection], seeds: Sequence[int]) -> int:
-        """How many of these retrainings missed their stationary point."""
+        """Number of these retrainings, with those of all examples, that missed their stationary point."""
         return sum(not entry["reached"] for seed in seeds for entry in self.entries([(), *omissions], seed))
 
     def _key(self, omitted: list, seed: int) -> str:
         return hashlib.sha256(_json([self.fingerprint, omitted, seed]).encode()).hexdigest()[:32]
 
     def _read(self, key: str) -> dict | None:
-        if key not in self._held and self.folder is not None and (path := self.folder / f"{key}.json").exists():
+        if key not in self._entries and self.folder is not None and (path := self.folder / f"{key}.json").exists():
             try:
                 entry = json.loads(path.read_text())
             except json.JSONDecodeError as error:
-                raise InputError(f"{path} is damaged ({error}): delete it, and it is made again.") from None
-            self._held[key] = entry
-        return self._held.get(key)
+                raise InputError(f"{path} is damaged ({error}): delete it, and it will be computed again.") from None
+            self._entries[key] = entry
+        return self._entries.get(key)
 
-    def _make(self, key: str, omitted: list, seed: int) -> None:
+    def _compute(self, key: str, omitted: list, seed: int) -> None:
         started = time.perf_counter()
         with warnings.catch_warnings():
-            # Counted and reported as a whole: a warning a retraining would bury the bar.
+            # They are counted and reported together: one warning per retraining would hide the bar.
             warnings.filterwarnings("ignore", "not a stationary point")
-            found = self.retrain(frozenset(omitted), seed)
-        found = found if isinstance(found, Retrained) else Retrained(found)
-        losses = [float(x) for x in np.ravel(np.asarray(found.losses, dtype=np.float64))]
+            result = self.retrain(frozenset(omitted), seed)
+        result = result if isinstance(result, Retrained) else Retrained(result)
+        losses = [float(x) for x in np.ravel(np.asarray(result.losses, dtype=np.float64))]
         if not np.isfinite(losses).all():
             raise InputError(
                 f"retraining without {omitted[:5]} under seed {seed} ended in losses that are not finite."
             )
         entry = {"omitted": omitted, "seed": seed, "fingerprint": self.fingerprint, "losses": losses}
-        entry |= {"reached": found.reached, "notes": found.notes, "seconds": round(time.perf_counter() - started, 3)}
-        self._held[key] = entry
+        entry |= {"reached": result.reached, "notes": result.notes, "seconds": round(time.perf_counter() - started, 3)}
+        self._entries[key] = entry
         self.computed += 1
         if self.folder is not None:
             write_json(self.folder / f"{key}.json", entry, indent=None)
 
 
 def _ordered(omission: Collection) -> list:
-    """The ids once each, in one order whatever the order they came in, as JSON reads them back."""
+    """The distinct ids as plain Python values, sorted, so that the same set always has the same JSON text."""
     plain = {i.item() if isinstance(i, np.generic) else i for i in omission}
     return sorted(plain, key=lambda i: (type(i).__name__, i))
 

@@ -1,8 +1,8 @@
-"""What an influence has to beat: one score a row and test column, each comparable to a removal effect.
+"""Baselines that an influence has to beat: one score per row and test column, to be compared with removal effects.
 
 A baseline is a function of a `Case` that returns an array (rows, Q). Its sign is that of `removal_effect`: positive
-means that the test loss is predicted to rise when the row is removed (the row helps). Only `identity` and
-`gradient_dot` also have its unit; the others order rows.
+means that the test loss is predicted to rise when the row is removed (the row helps). `implicit`, `identity` and
+`gradient_dot` also have its unit; the others only order rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..adapters.split import encoder
 from ..curvature.derivatives import Evaluation, example_gradients
 from ..engine.corpus import as_rows
 from ..errors import InputError
-from ..influence.chain import Link
+from ..influence.chain import BoundStage
+from ..influence.implicit import Implicit
 from ..influence.multistage import MultiStageInfluence
 from ..influence.stage import Stage
 from ..objectives import tokenized
@@ -31,66 +32,86 @@ from ..vectors import Block
 
 @dataclass
 class Case:
-    """A chain, the test rows (of its last stage), the corpus (rows of `link`'s stage) and what baselines share."""
+    """What baselines are computed from, and quantities that several of them share.
+
+    Attributes:
+        chain: the stages.
+        tests: Q test rows, of the last stage.
+        corpus: the rows to score, of the stage `bound`.
+        bound: the stage of the corpus, bound to the chain.
+        seed: of `random`.
+    """
 
     chain: MultiStageInfluence
     tests: list[dict]
     corpus: list[dict]
-    link: Link
+    bound: BoundStage
     seed: int = 0
 
     @property
-    def last(self) -> Link:
-        return self.chain.links[-1]
+    def last(self) -> BoundStage:
+        """The last stage, bound to the chain."""
+        return self.chain.stages[-1]
 
     @cached_property
     def test_gradients(self) -> Block:
-        """∇f of every test on the parameters of the last stage that the corpus's stage shares, under its names."""
+        """∇f of every test on the parameters that the last stage shares with the corpus's stage: a block of Q columns.
+
+        Names are those of the corpus's stage.
+
+        Raises:
+            InputError: no shared parameter is trained.
+        """
         adjoint, _ = self.chain.measurement(self.tests)
-        for link in reversed(self.chain.links):
-            if link is self.link:
+        for bound in reversed(self.chain.stages):
+            if bound is self.bound:
                 break
-            adjoint = link.carry({name: adjoint[name] for name in link.split.inherited})
-        shared = [n for n in self.link.split.trained if n in adjoint and bool(adjoint[n].any())]
+            adjoint = bound.carry({name: adjoint[name] for name in bound.split.inherited})
+        shared = [n for n in self.bound.split.trained if n in adjoint and bool(adjoint[n].any())]
         if not shared:
             raise InputError(
-                f"stage {self.link.stage.name!r} trains no parameter that {self.last.stage.name!r} shares: a gradient "
-                "baseline has nothing to compare."
+                f"stage {self.bound.name!r} trains no parameter that {self.last.stage.name!r} shares; gradient "
+                "baselines need one: leave them out with which=[...]."
             )
         return vectors.select(adjoint, shared)
 
     @cached_property
     def gradients(self) -> tuple[np.ndarray, np.ndarray]:
         """⟨∇f, ∇ℓ⟩ on the shared parameters, (rows, Q), and ‖∇ℓ‖ there, (rows,)."""
-        tests, objective, found = vectors.flatten(self.test_gradients).double(), self.link.stage.objective, []
+        tests, objective = vectors.flatten(self.test_gradients).double(), self.bound.objective
+        products = []
         engine = self.chain.engine
-        with self.link.model.evaluating(), engine.bar(total=len(self.corpus), desc="gradients", unit=" rows") as bar:
+        with self.bound.model.evaluating(), engine.bar(total=len(self.corpus), desc="gradients", unit=" rows") as bar:
             for indices, batch in engine.batches(self.corpus, objective, batch_size=1):
-                evaluation = Evaluation(self.link.model, objective, batch)
+                evaluation = Evaluation(self.bound.model, objective, batch)
                 rows = vectors.flatten(example_gradients(evaluation, list(self.test_gradients))).double()
-                found += zip(indices, (rows @ tests.T).tolist(), rows.norm(dim=1).tolist(), strict=True)
+                products += zip(indices, (rows @ tests.T).tolist(), rows.norm(dim=1).tolist(), strict=True)
                 bar.update(len(indices) * engine.processes)
-        found = sorted(engine.gather(found))
-        return np.array([row[1] for row in found]), np.array([row[2] for row in found])
+        products = sorted(engine.gather(products))
+        return np.array([row[1] for row in products]), np.array([row[2] for row in products])
 
     @cached_property
     def texts(self) -> tuple[list[str], list[str]]:
-        """The corpus's and the tests' texts."""
-        found = []
-        for link, rows in ((self.link, self.corpus), (self.last, self.tests)):
-            column = getattr(link.stage.objective, "text_column", None)
+        """The texts of the corpus and those of the tests.
+
+        Raises:
+            InputError: one of the stages has no texts.
+        """
+        texts = []
+        for bound, rows in ((self.bound, self.corpus), (self.last, self.tests)):
+            column = getattr(bound.objective, "text_column", None)
             if column is None:
                 raise InputError(
-                    f"stage {link.stage.name!r} has no texts ({type(link.stage.objective).__name__}): leave the "
-                    "baselines tfidf and bm25 out."
+                    f"stage {bound.name!r} has no texts ({type(bound.objective).__name__}): leave out "
+                    "the baselines tfidf and bm25."
                 )
-            found.append([row[column] for row in rows])
-        return found[0], found[1]
+            texts.append([row[column] for row in rows])
+        return texts[0], texts[1]
 
 
 def identity(case: Case) -> np.ndarray:
-    """Identity for every inverse curvature, the paper's Figure 2(c): −I/N with u_k = a_k."""
-    # Where α is not a number, W moves with W_before one to one, as a run begins: 2α = 1.
+    """−I/N with the identity in place of every inverse curvature, u_k = a_k: the paper's Figure 2(c)."""
+    # If α is not a number, 2α = 1: then W moves with W_before one to one, as at the beginning of a run.
 
     def changes(stage: Stage) -> dict:
         return {"solver": Identity(), "alpha": 0.5 if stage.alpha in (None, "auto") else stage.alpha}
@@ -99,21 +120,23 @@ def identity(case: Case) -> np.ndarray:
 
 
 def implicit(case: Case) -> np.ndarray:
-    """The chain with unrolled links taken for minima, by each stage's curvature and solver: eqs. (9)–(15), with the
-    estimate α̂ where the stage has no α."""
+    """−I/N, eqs. (9)–(15), with every unrolled stage treated as if its stage were at a minimum.
+
+    Each stage keeps its curvature and its solver; a stage without α gets the estimate α̂.
+    """
     return _effects(case, lambda stage: {"alpha": stage.alpha or "auto"})
 
 
 def _effects(case: Case, changes: Callable[[Stage], dict]) -> np.ndarray:
-    """−I/N of the chain of proximal links that `changes` makes of its stages."""
-    stages = [replace(link.stage, link="proximal", run=None, **changes(link.stage)) for link in case.chain.links]
+    """−I/N of the chain whose stages are all implicit and have the settings that `changes` returns."""
+    stages = [replace(bound.stage, link="implicit", run=None, **changes(bound.stage)) for bound in case.chain.stages]
     chain = MultiStageInfluence(stages, case.chain.engine.accelerator, case.chain.engine.progress)
-    return chain.query(case.tests).score(case.corpus, stage=case.link.stage.name).removal_effects()
+    return chain.query(case.tests).score(case.corpus, stage=case.bound.name).removal_effects()
 
 
 def gradient_dot(case: Case) -> np.ndarray:
-    """⟨∇f, ∇ℓ⟩/N on the shared parameters: the effect of leaving one gradient step on the row undone."""
-    return case.gradients[0] / case.link.count
+    """⟨∇f, ∇ℓ⟩/N on the shared parameters: the effect of leaving out one gradient step on the row."""
+    return case.gradients[0] / case.bound.count
 
 
 def gradient_cosine(case: Case) -> np.ndarray:
@@ -124,15 +147,24 @@ def gradient_cosine(case: Case) -> np.ndarray:
 
 
 def representation(case: Case) -> np.ndarray:
-    """Cosine of encoder outputs (means over real tokens, or over an image's places), by each stage's own model."""
-    corpus, tests = _representations(case.link, case.corpus), _representations(case.last, case.tests)
+    """Cosine of the encoder outputs of row and test, each by the model of its stage.
+
+    An output is the mean over the real tokens of a text, or over the positions of an image.
+
+    Raises:
+        InputError: the two encoders have different numbers of features.
+    """
+    corpus, tests = _representations(case.bound, case.corpus), _representations(case.last, case.tests)
     if corpus.shape[1] != tests.shape[1]:
-        raise InputError(f"the encoders' outputs have {corpus.shape[1]} and {tests.shape[1]} features.")
+        raise InputError(
+            f"the encoders' outputs have {corpus.shape[1]} and {tests.shape[1]} features; expected as many: leave out "
+            "the baseline representation."
+        )
     return _unit(corpus) @ _unit(tests).T
 
 
 def tfidf(case: Case) -> np.ndarray:
-    """Cosine of TF-IDF vectors, document frequencies from the corpus."""
+    """Cosine of the TF-IDF vectors of row and test, with document frequencies from the corpus."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     corpus, tests = case.texts
@@ -142,10 +174,11 @@ def tfidf(case: Case) -> np.ndarray:
 
 
 def bm25(case: Case, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
-    """Okapi BM25 (Robertson & Zaragoza, 2009) of the corpus's rows for the test as the query.
+    """Okapi BM25 (Robertson & Zaragoza, 2009) of every row, with the test as the query.
 
-    Σ_terms log(1 + (n − d + ½)/(d + ½)) · f (k1 + 1) / (f + k1 (1 − b + b · length/mean length)), d the number of rows
-    that have the term and f its count in the row; a term counts as often as the test has it.
+    Σ_terms log(1 + (n − d + ½)/(d + ½)) · f (k1 + 1) / (f + k1 (1 − b + b · length/mean length)), where n is the
+    number of rows, d the number of rows that have the term, and f its count in the row. A term that occurs several
+    times in the test is added as often.
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -162,7 +195,7 @@ def bm25(case: Case, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
 
 
 def random(case: Case) -> np.ndarray:
-    """Independent normal numbers: what chance looks like at this size."""
+    """Independent standard normal numbers, to show what chance achieves with this many removals."""
     return np.random.default_rng(case.seed).standard_normal((len(case.corpus), len(case.tests)))
 
 
@@ -188,42 +221,46 @@ def baselines(
     which: Sequence[Baseline] | None = None,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Scores of `corpus`, rows of `stage`, for `tests`, under every baseline's name.
+    """Scores every row of `corpus` for every test, by each baseline.
 
     Args:
-        chain: stages as for the influence itself; its solvers are not used.
-        tests: rows of the last stage, one column each.
-        corpus: rows of `stage`, as `Query.score` takes them.
-        stage: the first by default.
-        which: functions of `BASELINES`, or any other of a `Case`; default: all that apply (implicit needs an unrolled
-            link, tfidf and bm25 texts in both stages).
+        chain: the stages, as for the influence itself; only `implicit` uses their solvers.
+        tests: Q rows of the last stage: a `datasets.Dataset`, or a list of dicts or strings.
+        corpus: rows of `stage`, in the same forms.
+        stage: name of the corpus's stage; defaults to the first stage.
+        which: functions of `BASELINES`, or other functions of a `Case`. Defaults to all that apply: `implicit` needs
+            an unrolled stage, `tfidf` and `bm25` need texts in both stages.
         seed: of `random`.
 
     Returns:
         name → array (rows, Q) in corpus order, signed as a removal effect: positive means that the row helps.
+
+    Raises:
+        InputError: there is no such stage, the rows are no table, or a baseline in `which` does not apply.
     """
-    case = Case(chain, as_rows(tests, "the test examples"), as_rows(corpus, "the corpus"), chain.link(stage), seed)
+    case = Case(chain, as_rows(tests, "the test examples"), as_rows(corpus, "the corpus"), chain.stage(stage), seed)
     if which is None:
-        texts = all(hasattr(link.stage.objective, "text_column") for link in (case.link, case.last))
-        odd = () if texts else TEXT
-        if all(link.recording is None for link in chain.links):
-            odd = (*odd, implicit)
-        which = [baseline for baseline in BASELINES if baseline not in odd]
+        texts = all(hasattr(bound.objective, "text_column") for bound in (case.bound, case.last))
+        inapplicable = () if texts else TEXT
+        if all(isinstance(bound.differentiation, Implicit) for bound in chain.stages):
+            inapplicable = (*inapplicable, implicit)
+        which = [baseline for baseline in BASELINES if baseline not in inapplicable]
     return {baseline.__name__: baseline(case) for baseline in which}
 
 
-def _representations(link: Link, rows: list[dict]) -> np.ndarray:
-    engine, objective, found = link.engine, link.stage.objective, []
-    with torch.no_grad(), link.model.evaluating():
+def _representations(bound: BoundStage, rows: list[dict]) -> np.ndarray:
+    """Encoder outputs (rows, features) of all rows, in their order, on every process."""
+    engine, objective, outputs = bound.engine, bound.objective, []
+    with torch.no_grad(), bound.model.evaluating():
         for indices, batch in engine.batches(
-            rows, objective, link.stage.batch_size, lambda some: _inputs(objective, some)
+            rows, objective, bound.stage.batch_size, lambda batch_rows: _inputs(objective, batch_rows)
         ):
-            found += zip(indices, _pooled(link, batch).double().tolist(), strict=True)
-    return np.array([row[1] for row in sorted(engine.gather(found))])
+            outputs += zip(indices, _pooled(bound, batch).double().tolist(), strict=True)
+    return np.array([row[1] for row in sorted(engine.gather(outputs))])
 
 
 def _inputs(objective: Any, rows: list[dict]) -> dict:
-    """What the encoder reads: the whole text, unmasked, or what the objective's batches have but labels."""
+    """The encoder's inputs: the whole text, unmasked; without a tokenizer the objective's batch without its labels."""
     if hasattr(objective, "tokenizer"):
         return tokenized(objective, rows)
     names = getattr(objective, "inputs", None)
@@ -231,11 +268,12 @@ def _inputs(objective: Any, rows: list[dict]) -> dict:
     return {name: batch[name] for name in names} if names else {k: v for k, v in batch.items() if k != "labels"}
 
 
-def _pooled(link: Link, inputs: dict) -> Tensor:
-    base, parameters = encoder(link.stage.model), link.model.parameters
-    whole = {id(p): parameters[name] for name, p in link.stage.model.named_parameters()}
-    state = {name: whole[id(p)] for name, p in base.named_parameters()}
-    buffers = {name: b.to(link.engine.device) for name, b in base.named_buffers()}
+def _pooled(bound: BoundStage, inputs: dict) -> Tensor:
+    """The encoder's output of a batch as (B, features): a mean over real tokens, or over image positions."""
+    base, parameters = encoder(bound.stage.model), bound.model.parameters
+    values = {id(p): parameters[name] for name, p in bound.stage.model.named_parameters()}
+    state = {name: values[id(p)] for name, p in base.named_parameters()}
+    buffers = {name: b.to(bound.engine.device) for name, b in base.named_buffers()}
     output = torch.func.functional_call(base, {**state, **buffers}, kwargs=inputs)
     states = getattr(output, "last_hidden_state", None)
     if states is None:

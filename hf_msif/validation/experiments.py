@@ -1,4 +1,4 @@
-"""The experiments: removal of single examples, of groups and of random subsets, each against its prediction."""
+"""Three experiments: remove single examples, groups or random subsets, and compare the effects with predictions."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from .measures import Correlation, correlation
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
-METHOD = "influence"
+METHOD = "influence"  # name of the method under test among the baselines
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Predicted against measured removal effects, for one method and the baselines beside it.
+    """Predicted and measured removal effects, of the influence and of the baselines.
+
+    All effects are in units of the test loss; positive means that the removed examples helped.
 
     Attributes:
         kind: "leave_one_out", "remove_groups" or "datamodelling_score".
-        correlations: "influence" and every baseline → `Correlation`. The LDS is the `spearman_r` of a
+        correlations: "influence" and the name of every baseline → `Correlation`. The LDS is the `spearman_r` of a
             "datamodelling_score".
-        ceiling: the correlation of the measurement with itself under other seeds, which no method can be expected to
-            pass; None where no such seeds were given.
-        omissions: the sets of ids that were left out.
+        ceiling: the correlation of the measurement with a second one under other seeds, which no method can be
+            expected to exceed; None if there was no second measurement.
+        omissions: the n sets of ids that were left out.
         labels: a name for each of them.
-        measured, repeated: measured removal effects (n, Q) under the seeds, and under the ceiling's.
-        predicted: method → predicted removal effects (n, Q); Q = 1 where test columns were added up.
+        measured: measured removal effects (n, Q); Q = 1 if the effects were aggregated over test columns.
+        repeated: the second measurement (n, Q), under the seeds of the ceiling; None if there was none.
+        predicted: method → predicted removal effects (n, Q).
         settings: seeds, fraction, number of retrainings that missed their stationary point, and so on.
     """
 
@@ -49,7 +53,7 @@ class Validation:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a method: r, ρ, slope, their intervals, n and the ceilings."""
+        """One row per method: Pearson's r, Spearman's r, their intervals, slope, n and the ceilings."""
         import pandas as pd
 
         rows = []
@@ -64,22 +68,22 @@ class Validation:
 
     @property
     def removals(self) -> pd.DataFrame:
-        """One row a removal: its label, how many examples, measured and predicted effect (means over columns)."""
+        """One row per removal: label, number of examples, measured and predicted effect (means over columns)."""
         import pandas as pd
 
-        found = {"removed": self.labels, "examples": [len(o) for o in self.omissions]}
-        found["measured"] = self.measured.mean(1)
+        table = {"removed": self.labels, "examples": [len(o) for o in self.omissions]}
+        table["measured"] = self.measured.mean(1)
         if self.repeated is not None:
-            found["measured_again"] = self.repeated.mean(1)
-        return pd.DataFrame(found | {name: values.mean(1) for name, values in self.predicted.items()})
+            table["measured_again"] = self.repeated.mean(1)
+        return pd.DataFrame(table | {name: values.mean(1) for name, values in self.predicted.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: `pearson_r`, `spearman_r`, `slope`, `n`, …, the same under each baseline's name, `ceiling`,
-        `settings`."""
-        own = self.correlations[METHOD].to_dict()
+        """JSON-able: the fields of the influence's `Correlation` (`pearson_r`, `spearman_r`, `slope`, `n`, …); the
+        same fields under "ceiling" and under each baseline's name; "kind" and "settings"."""
+        influence = self.correlations[METHOD].to_dict()
         others = {name: c.to_dict() for name, c in self.correlations.items() if name != METHOD}
         ceiling = None if self.ceiling is None else self.ceiling.to_dict()
-        return {"kind": self.kind, **own, "ceiling": ceiling, **others, "settings": self.settings}
+        return {"kind": self.kind, **influence, "ceiling": ceiling, **others, "settings": self.settings}
 
     def __str__(self) -> str:
         from tabulate import tabulate
@@ -93,8 +97,8 @@ class Validation:
         ]
         if self.ceiling is not None:
             c = self.ceiling
-            end = ["(ceiling)", c.pearson_r, interval(c.pearson_interval)]
-            rows.append([*end, c.spearman_r, interval(c.spearman_interval), c.slope])
+            row = ["(ceiling)", c.pearson_r, interval(c.pearson_interval)]
+            rows.append([*row, c.spearman_r, interval(c.spearman_interval), c.slope])
         c = self.correlations[METHOD]
         head = (
             f"{self.kind.replace('_', ' ')}: n = {c.n} removals, {c.columns} test column(s), {c.level:.0%} intervals"
@@ -106,10 +110,17 @@ class Validation:
         names = ["method", "Pearson r", "", "Spearman", "", "slope"]
         return head + "\n" + tabulate(rows, names, floatfmt=".3f")
 
-    def plot(self, path: str | os.PathLike | None = None, methods: Sequence[str] | None = None):
-        """Scatter of measured against predicted effects with the least-squares line, one panel a method.
+    def plot(self, path: str | os.PathLike | None = None, methods: Sequence[str] | None = None) -> Figure:
+        """Scatter of measured against predicted effects with the least-squares line, one panel per method.
 
-        Needs matplotlib (`pip install hf_msif[validation]`). Returns the figure; also writes it where `path` is given.
+        Needs matplotlib (`pip install hf_msif[validation]`).
+
+        Args:
+            path: where to write the figure as PNG; None: it is not written.
+            methods: names in `correlations`; default to all.
+
+        Returns:
+            The figure.
         """
         from ..reports.figures import figure as new_figure
 
@@ -143,42 +154,55 @@ def leave_one_out(
     ceiling_seeds: Sequence[int] = (1,),
     resamples: int = 1000,
 ) -> Validation:
-    """Removes single examples, trains all stages again, and compares with the prediction (the paper's §4.1, Fig. 2).
+    """Removes single examples, trains all stages again, and compares the effects with predictions (§4.1, Fig. 2).
 
     Args:
-        bank: of retrainings of the same chain and tests.
-        predicted: `Scores` of the corpus, or removal effects (rows, Q) in the order of `ids`.
-        ids: example ids of the rows; those of the scores by default.
-        examples: how many, those of the largest absolute predicted effect, as in the paper; or their ids.
-        baselines: name → the same for other methods, in the same order; see `validation.baselines`.
-        aggregate: "sum" or "mean" over the test columns (the paper sums), or None: a correlation a column, averaged.
-        seeds: the measurement is the mean over them.
-        ceiling_seeds: of the second measurement that the ceiling comes from; empty: none.
-        resamples: of the bootstrap over removals.
+        bank: retrainings of the same chain, with the same tests.
+        predicted: `Scores` of the corpus, or predicted removal effects (rows, Q) in the order of `ids`.
+        ids: example ids of the rows of `predicted`; default to those of the scores.
+        examples: the ids of the examples to remove; or their number, then those with the largest absolute predicted
+            effect are taken, as in the paper.
+        baselines: name → `Scores` or array (rows, Q) of other methods, in the same order; see `validation.baselines`.
+        aggregate: "sum" or "mean" of the effects over the test columns (the paper sums); None: a correlation per
+            column, and the mean of these.
+        seeds: the measurement is the mean over retrainings with these seeds.
+        ceiling_seeds: seeds of the second measurement, from which the ceiling is computed; empty: no ceiling.
+        resamples: number of bootstrap samples of the removals.
 
     Returns:
-        `Validation`. Effects are in units of the test loss (of its sum or mean over tests, as `aggregate` says).
+        `Validation`. Effects are in units of the test loss (of its sum or mean over tests, as `aggregate` says);
+        positive means that the examples helped.
 
     Raises:
-        InputError: numbers of rows or columns that do not fit, unknown ids, scores aggregated in another way, or
-            seeds that are the ceiling's too.
+        InputError: numbers of rows or columns differ, there is no row with an id, the scores are aggregated in
+            another way, `seeds` and `ceiling_seeds` overlap, or there are fewer than three removals.
 
-    >>> effects = {"a": 3.0, "b": -2.0, "c": 1.0, "d": 0.5}  # a truth that adds up, and a prediction of half its size
+    >>> effects = {"a": 3.0, "b": -2.0, "c": 1.0, "d": 0.5}  # effects that add up, and predictions of half their size
     >>> bank = Bank(lambda omit, seed: [7.0 + sum(effects[i] for i in omit)], progress=False)
-    >>> found = leave_one_out(bank, np.array([1.5, -1.0, 0.5, 0.25]), list("abcd"), examples=3)
-    >>> found.labels, round(found.to_dict()["pearson_r"], 6), round(found.to_dict()["slope"], 6)
+    >>> result = leave_one_out(bank, np.array([1.5, -1.0, 0.5, 0.25]), list("abcd"), examples=3)
+    >>> result.labels, round(result.to_dict()["pearson_r"], 6), round(result.to_dict()["slope"], 6)
     (['a', 'b', 'c'], 1.0, 2.0)
     """
-    methods, ids, place = _methods(predicted, ids, baselines, aggregate)
+    methods, ids, row_of = _methods(predicted, ids, baselines, aggregate)
     if isinstance(examples, int):
         strength = np.abs(methods[METHOD]).sum(1)
-        chosen = [ids[i] for i in np.argsort(-strength, kind="stable")[:examples]]
+        removed_ids = [ids[i] for i in np.argsort(-strength, kind="stable")[:examples]]
     else:
-        chosen = list(examples)
-    omissions = [[i] for i in chosen]
-    settings = {"examples": len(chosen)}
+        removed_ids = list(examples)
+    omissions = [[i] for i in removed_ids]
+    settings = {"examples": len(removed_ids)}
     return _compare(
-        "leave_one_out", bank, methods, place, omissions, chosen, aggregate, seeds, ceiling_seeds, resamples, settings
+        "leave_one_out",
+        bank,
+        methods,
+        row_of,
+        omissions,
+        removed_ids,
+        aggregate,
+        seeds,
+        ceiling_seeds,
+        resamples,
+        settings,
     )
 
 
@@ -193,23 +217,37 @@ def remove_groups(
     ceiling_seeds: Sequence[int] = (1,),
     resamples: int = 1000,
 ) -> Validation:
-    """Removes groups of examples, each predicted by the sum of its members' effects, eq. (8).
+    """Removes groups of examples; the prediction for a group is the sum of its members' effects, eq. (8).
 
     Args:
-        predicted, ids, baselines, aggregate, seeds, ceiling_seeds, resamples: as in `leave_one_out`.
+        bank: retrainings of the same chain, with the same tests.
+        predicted: `Scores` of the corpus, or predicted removal effects (rows, Q) in the order of `ids`.
         groups: name → the ids of its members; at least three groups.
+        ids: example ids of the rows of `predicted`; default to those of the scores.
+        baselines: name → `Scores` or array (rows, Q) of other methods, in the same order; see `validation.baselines`.
+        aggregate: "sum" or "mean" of the effects over the test columns; None: a correlation per column, and the
+            mean of these.
+        seeds: the measurement is the mean over retrainings with these seeds.
+        ceiling_seeds: seeds of the second measurement, from which the ceiling is computed; empty: no ceiling.
+        resamples: number of bootstrap samples of the removals.
 
-    Returns, raises: as `leave_one_out`.
+    Returns:
+        `Validation`. Effects are in units of the test loss (of its sum or mean over tests, as `aggregate` says);
+        positive means that the examples helped.
+
+    Raises:
+        InputError: numbers of rows or columns differ, there is no row with an id, the scores are aggregated in
+            another way, `seeds` and `ceiling_seeds` overlap, or there are fewer than three removals.
 
     >>> bank = Bank(lambda omit, seed: [float(sum(omit))], progress=False)
-    >>> found = remove_groups(bank, np.arange(6.0), {"low": [0, 1], "high": [4, 5], "odd": [1, 3, 5]}, range(6))
-    >>> found.removals["measured"].tolist(), found.removals["influence"].tolist()
+    >>> result = remove_groups(bank, np.arange(6.0), {"low": [0, 1], "high": [4, 5], "odd": [1, 3, 5]}, range(6))
+    >>> result.removals["measured"].tolist(), result.removals["influence"].tolist()
     ([1.0, 9.0, 9.0], [1.0, 9.0, 9.0])
     """
-    methods, _, place = _methods(predicted, ids, baselines, aggregate)
+    methods, _, row_of = _methods(predicted, ids, baselines, aggregate)
     omissions = [list(group) for group in groups.values()]
     return _compare(
-        "remove_groups", bank, methods, place, omissions, list(groups), aggregate, seeds, ceiling_seeds, resamples, {}
+        "remove_groups", bank, methods, row_of, omissions, list(groups), aggregate, seeds, ceiling_seeds, resamples, {}
     )
 
 
@@ -226,28 +264,46 @@ def datamodelling_score(
     ceiling_seeds: Sequence[int] = (1,),
     resamples: int = 1000,
 ) -> Validation:
-    """Linear datamodelling score (Park et al., 2023): trains on random subsets, and correlates over them, per test,
-    the measured loss with the sum of the predicted effects; the mean over tests.
+    """Linear datamodelling score (LDS; Park et al., 2023): trains all stages on random subsets of the corpus.
 
-    The LDS is `spearman_r` of the result, its interval a bootstrap over subsets. An LDS means nothing without its
-    `fraction`: at one half the removal is too large for any first-order prediction.
+    For each test the measured effects are correlated, over the subsets, with the sums of the predicted effects of the
+    removed rows. The LDS is the mean over tests: `spearman_r` of the result, with a bootstrap over subsets as its
+    interval. An LDS has no meaning without its `fraction`: at one half the removal is too large for any first-order
+    prediction.
 
     Args:
-        predicted, ids, baselines, aggregate, seeds, ceiling_seeds, resamples: as in `leave_one_out`.
-        subsets: how many; the first ones of a larger number are the same, so that a bank can grow.
-        fraction: of the rows that is kept, in (0, 1); at least one row is removed.
+        bank: retrainings of the same chain, with the same tests.
+        predicted: `Scores` of the corpus, or predicted removal effects (rows, Q) in the order of `ids`.
+        ids: example ids of the rows of `predicted`; default to those of the scores.
+        subsets: number of subsets. A larger number begins with the same subsets, so that a bank can grow.
+        fraction: share of the rows that each subset keeps, in (0, 1); at least one row is removed.
         seed: of the draw of subsets.
+        baselines: name → `Scores` or array (rows, Q) of other methods, in the same order; see `validation.baselines`.
+        aggregate: "sum" or "mean" of the effects over the test columns; None: a correlation per column, and the
+            mean of these.
+        seeds: the measurement is the mean over retrainings with these seeds.
+        ceiling_seeds: seeds of the second measurement, from which the ceiling is computed; empty: no ceiling.
+        resamples: number of bootstrap samples of the removals.
 
-    Returns, raises: as `leave_one_out`.
+    Returns:
+        `Validation`. Effects are in units of the test loss (of its sum or mean over tests, as `aggregate` says);
+        positive means that the examples helped.
+
+    Raises:
+        InputError: numbers of rows or columns differ, there is no row with an id, the scores are aggregated in
+            another way, `seeds` and `ceiling_seeds` overlap, `fraction` is outside (0, 1), or there are fewer
+            than three removals.
 
     >>> bank = Bank(lambda omit, seed: [-float(sum(omit))], progress=False)
-    >>> found = datamodelling_score(bank, -np.arange(40.0), range(40), subsets=20, fraction=0.9)
-    >>> round(found.to_dict()["spearman_r"], 6), found.settings["removed"]
+    >>> result = datamodelling_score(bank, -np.arange(40.0), range(40), subsets=20, fraction=0.9)
+    >>> round(result.to_dict()["spearman_r"], 6), result.settings["removed"]
     (1.0, 4)
     """
-    methods, ids, place = _methods(predicted, ids, baselines, aggregate)
+    methods, ids, row_of = _methods(predicted, ids, baselines, aggregate)
     if not 0 < fraction < 1:
-        raise InputError(f"fraction is {fraction}; expected the share of rows that is kept, between 0 and 1.")
+        raise InputError(
+            f"fraction is {fraction}; expected the share of the rows that each subset keeps, between 0 and 1."
+        )
     omissions = random_omissions(ids, subsets, fraction, seed)
     settings = {"subsets": subsets, "fraction": fraction, "subset_seed": seed, "removed": len(omissions[0])}
     labels = list(range(subsets))
@@ -255,7 +311,7 @@ def datamodelling_score(
         "datamodelling_score",
         bank,
         methods,
-        place,
+        row_of,
         omissions,
         labels,
         aggregate,
@@ -267,38 +323,48 @@ def datamodelling_score(
 
 
 def random_omissions(ids: Sequence, subsets: int, fraction: float, seed: int = 0) -> list[list]:
-    """`subsets` random sets of round((1 − fraction) N) ids, at least one id each: what each subset lacks."""
+    """`subsets` random sets of ids to leave out, each of round((1 − fraction) N) of the N ids but at least one.
+
+    >>> [len(omission) for omission in random_omissions(range(40), subsets=3, fraction=0.9)]
+    [4, 4, 4]
+    """
     generator = np.random.default_rng(seed)
     size = max(1, round((1 - fraction) * len(ids)))
     return [[ids[i] for i in generator.choice(len(ids), size, replace=False)] for _ in range(subsets)]
 
 
-def _methods(predicted, ids, baselines, aggregate) -> tuple[dict[str, np.ndarray], list, dict]:
-    """name → removal effects (rows, Q), summed over columns where the experiment does; the rows' ids; id → row."""
+def _methods(
+    predicted: Scores | np.ndarray,
+    ids: Sequence | None,
+    baselines: Mapping[str, Scores | np.ndarray] | None,
+    aggregate: str | None,
+) -> tuple[dict[str, np.ndarray], list, dict[Any, int]]:
+    """Three results: method → removal effects (rows, Q), aggregated over columns if asked for; ids; id → row."""
     if aggregate not in (None, "sum", "mean"):
         raise InputError(f"aggregate is {aggregate!r}; expected 'sum', 'mean' or None.")
     if ids is None:
         if not isinstance(predicted, Scores):
-            raise InputError("predictions given as an array need ids=, the example ids of its rows.")
+            raise InputError("predictions that are an array need ids=, the example ids of its rows.")
         ids = predicted.frame["example_id"]
     ids = [i.item() if isinstance(i, np.generic) else i for i in ids]
-    given = {METHOD: predicted, **(baselines or {})}
-    if len(given) != 1 + len(baselines or {}):
-        raise InputError(f"a baseline cannot be called {METHOD!r}, the name of the method itself.")
-    found = {name: _effects(name, values, aggregate) for name, values in given.items()}
-    for name, values in found.items():
+    predictions = {METHOD: predicted, **(baselines or {})}
+    if len(predictions) != 1 + len(baselines or {}):
+        raise InputError(f"a baseline cannot be called {METHOD!r}, the name of the method itself: rename it.")
+    effects = {name: _effects(name, values, aggregate) for name, values in predictions.items()}
+    for name, values in effects.items():
         if len(values) != len(ids):
-            raise InputError(f"{name!r} has {len(values)} rows, but there are {len(ids)} ids.")
-    return found, ids, {i: row for row, i in enumerate(ids)}
+            raise InputError(f"{name!r} has {len(values)} rows, but there are {len(ids)} ids: pass one id per row.")
+    return effects, ids, {i: row for row, i in enumerate(ids)}
 
 
 def _effects(name: str, values: Scores | np.ndarray, aggregate: str | None) -> np.ndarray:
+    """Predicted removal effects (rows, Q) in float64, aggregated over columns if asked for: Q = 1."""
     if isinstance(values, Scores):
-        had = values.metadata.get("certificate", {}).get("aggregate")
-        if had != aggregate and had is not None:
+        scores_aggregate = values.metadata.get("certificate", {}).get("aggregate")
+        if scores_aggregate != aggregate and scores_aggregate is not None:
             raise InputError(
-                f"the scores of {name!r} are of the {had} over the test examples, but aggregate is {aggregate!r}: use "
-                "the same, or scores with one column a test example."
+                f"the scores of {name!r} are of the {scores_aggregate} over the test examples, but aggregate is "
+                f"{aggregate!r}: use the same, or scores with one column per test example."
             )
         values = values.removal_effects()
     values = np.asarray(values, dtype=np.float64)
@@ -313,18 +379,30 @@ def _aggregated(values: np.ndarray, aggregate: str) -> np.ndarray:
 
 
 def _compare(
-    kind, bank, methods, place, omissions, labels, aggregate, seeds, ceiling_seeds, resamples, settings
+    kind: str,
+    bank: Bank,
+    methods: Mapping[str, np.ndarray],
+    row_of: Mapping[Any, int],
+    omissions: list[list],
+    labels: list[Hashable],
+    aggregate: str | None,
+    seeds: Sequence[int],
+    ceiling_seeds: Sequence[int],
+    resamples: int,
+    settings: Mapping[str, Any],
 ) -> Validation:
-    unknown = [i for omitted in omissions for i in omitted if i not in place]
+    """Measures the effects of the omissions and correlates every method's predictions with them."""
+    unknown = [i for omitted in omissions for i in omitted if i not in row_of]
     if unknown:
         raise InputError(f"there is no row with the example_id {unknown[0]!r} among the predictions.")
     if set(seeds) & set(ceiling_seeds):
         raise InputError(
-            f"seeds {list(seeds)} and ceiling_seeds {list(ceiling_seeds)} overlap: the ceiling would lie."
+            f"seeds {list(seeds)} and ceiling_seeds {list(ceiling_seeds)} overlap; expected different seeds: the same "
+            "retrainings would raise the ceiling."
         )
 
-    def measure(some: Sequence[int]) -> np.ndarray:
-        effects = bank.effects(omissions, some)
+    def measure(seeds: Sequence[int]) -> np.ndarray:
+        effects = bank.effects(omissions, seeds)
         return effects if aggregate is None else _aggregated(effects, aggregate)
 
     measured = measure(seeds)
@@ -336,7 +414,7 @@ def _compare(
                 f"{name!r} has {values.shape[1]} test columns, but the bank measures {measured.shape[1]}: score the "
                 "same test examples."
             )
-        predicted[name] = np.array([values[[place[i] for i in omitted]].sum(0) for omitted in omissions])
+        predicted[name] = np.array([values[[row_of[i] for i in omitted]].sum(0) for omitted in omissions])
     settings = {"seeds": list(seeds), "ceiling_seeds": list(ceiling_seeds), "aggregate": aggregate, **settings}
     settings |= {"bank": bank.fingerprint, "unreached": bank.unreached(omissions, [*seeds, *ceiling_seeds])}
     return Validation(

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import adapters, training
+from ..adapters import Split
 from ..adapters.functional import FunctionalModel
-from ..adapters.split import Split
 from ..curvature.derivatives import Evaluation
-from ..engine.accelerated import Engine
+from ..engine import Engine
 from ..engine.corpus import as_rows
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError
+from ..influence.differentiation import Retraining
 from ..influence.stage import Stage
 from ..training.polish import PolishReport, polish
-from ..training.record import rerun
-from ..training.recording import Recording
 from .bank import Retrained
 
 
-class _Chain:
+class _Retrainer:
     """What both ways of retraining share: the stages, which of them loses examples, and the measurement."""
 
     def __init__(
@@ -43,17 +42,11 @@ class _Chain:
         self.target = names.index(stage) if stage is not None else 0
         self.tests = as_rows(tests, "the test examples")
         self.tol, self.polish_settings = tol, dict(polish_settings)
-        self.roles = [
-            adapters.split(s.name, s.model, self.stages[k - 1].model if k else None, s.trainable, s.resized)
-            for k, s in enumerate(self.stages)
+        before = [None, *self.stages]
+        self.retrainings: list[Retraining] = [
+            s.differentiation.retraining(s, before[k], self.engine) for k, s in enumerate(self.stages)
         ]
-        self.recordings = [
-            Recording.from_pretrained(s.run, s.name) if s.run is not None else None for s in self.stages
-        ]
-        for k, recording in enumerate(self.recordings):
-            if k and recording is not None:
-                before = dict(self.stages[k - 1].model.named_parameters())
-                self.roles[k] = self.roles[k].continuing(recording.state(0)["parameters"], before)
+        self.roles: list[Split] = [retraining.roles for retraining in self.retrainings]
 
     @property
     def settings(self) -> dict:
@@ -67,15 +60,15 @@ class _Chain:
                 "trainable": s.trainable if isinstance(s.trainable, str) else list(s.trainable),
                 "weight_decay": s.weight_decay,
                 "alpha": s.alpha,
-                "link": s.link if recording is None else recording.settings,
+                "link": retraining.settings(),
             }
-            for s, recording in zip(self.stages, self.recordings, strict=True)
+            for s, retraining in zip(self.stages, self.retrainings, strict=True)
         ]
-        own = {"retraining": type(self).__name__, "tol": self.tol, "polish": self.polish_settings}
-        return {**own, "stage": self.stages[self.target].name, "tests": digest(self.tests), "stages": stages}
+        shared = {"retraining": type(self).__name__, "tol": self.tol, "polish": self.polish_settings}
+        return {**shared, "stage": self.stages[self.target].name, "tests": digest(self.tests), "stages": stages}
 
-    def _settings(self, k: int, models: Sequence[nn.Module], omit: Collection) -> dict[str, Any]:
-        """What `train` and `polish` need to know alike of stage k."""
+    def terms(self, k: int, models: Sequence[nn.Module], omit: Collection) -> dict[str, Any]:
+        """F of stage k, as `train`, `record` and `polish` take it."""
         s = self.stages[k]
         return {
             "previous": models[k - 1] if k else None,
@@ -87,10 +80,11 @@ class _Chain:
             "name": s.name,
         }
 
-    def polish(self, k: int, models: Sequence[nn.Module], omit: Collection, **more) -> PolishReport:
+    def polish(self, k: int, models: Sequence[nn.Module], omit: Collection, **settings) -> PolishReport:
+        """Brings the model of stage k to a stationary point of F without the ids in `omit`, in place."""
         s = self.stages[k]
-        settings = {"batch_size": s.batch_size, "tol": self.tol, **self.polish_settings, **more}
-        settings |= self._settings(k, models, omit)
+        settings = {"batch_size": s.batch_size, "tol": self.tol, **self.polish_settings, **settings}
+        settings |= self.terms(k, models, omit)
         return polish(models[k], s.objective, s.data, engine=self.engine, **settings)
 
     def measured(self, model: nn.Module, reports: Sequence[PolishReport]) -> Retrained:
@@ -112,24 +106,25 @@ class _Chain:
         return Retrained(losses, all(r.reached for r in reports), notes)
 
 
-class WarmStart(_Chain):
-    """Every stage from the one that loses examples on is polished again from its finished parameters; one with an
-    unrolled link repeats its run, from where the stage before now ends. Earlier stages are what they are.
+class WarmStart(_Retrainer):
+    """Every stage from the one that loses examples on is trained again from its finished parameters, as its link
+    predicts it: an implicit stage is polished again, an unrolled one repeats its run, from where the stage before now
+    ends. Earlier stages stay what they are.
 
     The local minimum that the finished models sit in is followed, or the steps that were taken, which is what an
     influence function predicts; the whole chain of a small model takes a second. The stages' models are copied, never
     changed. Frozen encoders are handed on from stage to stage, proximal ones are tied to the retrained one, eq. (12).
 
     Args:
-        stages: as in `MultiStageInfluence`; those that are trained again in float64, at stationary points
+        stages: as for `MultiStageInfluence`; those that are trained again in float64, at stationary points
             (`training.polish`) or at the end of their runs, since differences of losses are what is wanted.
         tests: examples of the last stage, one column each.
-        stage: whose examples are left out; the first by default.
+        stage: whose examples are left out; defaults to the first.
         perturbation: under a seed other than 0 every tensor that is trained again starts with Gaussian noise of this
             size relative to its root mean square, which shows how reproducible the truth is.
-        tol: as in `polish`.
+        tol: of ‖∇F‖ at a stationary point; defaults to 1e-9 in float64, 1e-4 in float32.
         engine: made when none is given.
-        polish_settings: more of `polish`'s arguments.
+        polish_settings: further arguments of `training.polish`.
 
     Raises:
         InputError: the stages do not fit together.
@@ -146,15 +141,15 @@ class WarmStart(_Chain):
         **polish_settings,
     ):
         super().__init__(stages, tests, stage, tol, polish_settings, engine)
-        for s, roles, recording in zip(self.stages, self.roles, self.recordings, strict=True):
-            if recording is None and s.alpha == "auto" and roles.proximal:
+        for s, retraining in zip(self.stages, self.retrainings, strict=True):
+            if retraining.polishes and s.alpha == "auto" and retraining.roles.proximal:
                 raise InputError(
                     f"stage {s.name!r}: alpha is 'auto', so training did not tie it, and a warm start would leave "
                     "where it ended; expected alpha as a number, link='unrolled', or FromScratch."
                 )
         self.perturbation = perturbation
         self._finished: list[nn.Module] | None = None
-        self._preconditioners: list = []
+        self._prepared: list = []
 
     @property
     def settings(self) -> dict:
@@ -164,13 +159,11 @@ class WarmStart(_Chain):
         """The stages' models at their stationary points, which every retraining starts from; made once."""
         if self._finished is None:
             models = [copy.deepcopy(s.model) for s in self.stages]
-            for k in range(len(models)):
+            for k, retraining in enumerate(self.retrainings):
                 if k:
                     hand_on(models[k - 1], models[k], self.roles[k], self.roles[k].frozen)
-                found = None
-                if self.recordings[k] is None and k >= self.target:
-                    found = self.polish(k, models, (), factorise=True).preconditioner
-                self._preconditioners.append(found)
+                prepared = retraining.prepare(partial(self.polish, k, models)) if k >= self.target else None
+                self._prepared.append(prepared)
             self._finished = models
         return self._finished
 
@@ -178,44 +171,35 @@ class WarmStart(_Chain):
         """Test losses after retraining without the ids in `omit`."""
         models, reports = list(self.finished()), []
         for k in range(self.target, len(models)):
-            models[k], recording = copy.deepcopy(models[k]), self.recordings[k]
-            if recording is not None:
-                adapters.write(models[k], recording.state(0)["parameters"])
+            models[k], retraining = copy.deepcopy(models[k]), self.retrainings[k]
+            retraining.begin(models[k])
             if k:
-                names = self.roles[k].frozen if recording is None else self.roles[k].inherited
-                hand_on(models[k - 1], models[k], self.roles[k], names)
+                hand_on(models[k - 1], models[k], self.roles[k], retraining.handed_on())
             if seed:
                 perturb(models[k], self.roles[k].trained, self.perturbation, seed + 1000 * k)
-            if recording is None:
-                reports.append(self.polish(k, models, omit, preconditioner=self._preconditioners[k]))
-            else:
-                self._rerun(k, models, omit)
-        return self.measured(models[-1], reports)
-
-    def _rerun(self, k: int, models: Sequence[nn.Module], omit: Collection) -> None:
-        s, settings = self.stages[k], self._settings(k, models, omit)
-        for known in ("weight_decay", "alpha"):  # the recording's own
-            settings.pop(known)
-        rerun(self.recordings[k], models[k], s.objective, s.data, engine=self.engine, **settings)
+            polish_again = partial(self.polish, k, models)
+            terms = self.terms(k, models, omit)
+            reports.append(retraining.warm_start(models[k], terms, polish_again, self._prepared[k]))
+        return self.measured(models[-1], [report for report in reports if report is not None])
 
 
-class FromScratch(_Chain):
-    """Every stage is trained again from fresh parameters: `training.train`, then `polish`, or either alone; a stage
-    with an unrolled link by the steps of its run, `training.record`.
+class FromScratch(_Retrainer):
+    """Every stage is trained again from fresh parameters: by `TrainingArguments`, then polished, or either alone; an
+    unrolled stage by the steps of a run, `training.record`.
 
     Args:
-        stages, tests, stage, tol, engine, polish_settings: as in `WarmStart`; the stages' models serve as
+        stages, tests, stage, tol, engine, polish_settings: as for `WarmStart`; the stages' models serve as
             architecture alone.
-        make: `make(seed)` returns untrained models, one a stage.
+        make: `make(seed)` returns untrained models, one per stage.
         start: the seed of the runs that are explained. A negative seed −n is this start with Gaussian noise on every
             tensor, of the size `perturbation` relative to its root mean square: the ceiling of a measurement.
         arguments: Hugging Face's `TrainingArguments` of every stage (their seed is set; `save_strategy="no"`, since a
-            retraining must not resume another one), or None: no `train`, so that `polish` does it all. Also a list
+            retraining must not resume another one), or None: no training, so that `polish` does it all. Also a list
             with None for some of the stages.
-        polished: polish every stage after training, or a list that says which; default: all whose link is proximal.
+        polished: polish every stage after training, or a list that says which; defaults to all that are implicit.
 
     Raises:
-        InputError: a stage with neither; arguments that save checkpoints, or not one a stage.
+        InputError: a stage with neither; arguments that save checkpoints, or not one per stage.
     """
 
     def __init__(
@@ -235,12 +219,12 @@ class FromScratch(_Chain):
         super().__init__(stages, tests, stage, tol, polish_settings, engine)
         arguments = [None] * len(stages) if arguments is None else list(arguments)
         if polished is None:
-            polished = [s.link == "proximal" for s in stages]
+            polished = [retraining.polishes for retraining in self.retrainings]
         polished = [polished] * len(stages) if isinstance(polished, bool) else list(polished)
         strategies = [a.save_strategy for a in arguments if a is not None]
         if not len(arguments) == len(polished) == len(stages) or any(strategy != "no" for strategy in strategies):
             raise InputError(
-                f"FromScratch needs one TrainingArguments a stage ({len(stages)}) with save_strategy='no'; got "
+                f"FromScratch needs one TrainingArguments per stage ({len(stages)}) with save_strategy='no'; got "
                 f"{len(arguments)} with {[str(strategy) for strategy in strategies]}."
             )
         idle = [s.name for s, a, p in zip(stages, arguments, polished, strict=True) if a is None and not p]
@@ -248,10 +232,10 @@ class FromScratch(_Chain):
             raise InputError(
                 f"FromScratch got no training arguments and polished=False for {idle}: nothing would be trained."
             )
-        for s, given, more in zip(self.stages, arguments, polished, strict=True):
-            if s.link == "unrolled" and (given is None or more):
+        for s, retraining, a, p in zip(self.stages, self.retrainings, arguments, polished, strict=True):
+            if not retraining.polishes and (a is None or p):
                 raise InputError(
-                    f"stage {s.name!r} has an unrolled link: it is what its run leaves; expected its "
+                    f"stage {s.name!r} has link={s.link_name!r}: it is what its run leaves; expected its "
                     "TrainingArguments and no polish."
                 )
         self.make, self.arguments, self.polished = make, arguments, polished
@@ -260,14 +244,14 @@ class FromScratch(_Chain):
     @property
     def settings(self) -> dict:
         # The finished models are not what these losses depend on; the fresh ones are.
-        found = super().settings
-        for stage, model in zip(found["stages"], self.make(0), strict=True):
+        settings = super().settings
+        for stage, model in zip(settings["stages"], self.make(0), strict=True):
             stage["model"] = tensors_fingerprint(dict(model.named_parameters()))
         passing = ("output_dir", "logging_dir", "seed", "data_seed", "report_to", "run_name")
-        given = [{} if a is None else a.to_dict() for a in self.arguments]
-        plain = [{k: v for k, v in a.items() if k not in passing} for a in given]
-        own = {"arguments": plain, "polished": self.polished}
-        return {**found, **own, "start": self.start, "perturbation": self.perturbation}
+        arguments = [{} if a is None else a.to_dict() for a in self.arguments]
+        plain = [{k: v for k, v in a.items() if k not in passing} for a in arguments]
+        settings |= {"arguments": plain, "polished": self.polished}
+        return {**settings, "start": self.start, "perturbation": self.perturbation}
 
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
         """Test losses after training without the ids in `omit`."""
@@ -275,7 +259,7 @@ class FromScratch(_Chain):
 
         models, reports, noise = list(self.make(seed if seed >= 0 else self.start)), [], -seed
         seed = self.start if noise > 0 else seed
-        for k, s in enumerate(self.stages):
+        for k, retraining in enumerate(self.retrainings):
             set_seed(seed)
             if noise > 0:
                 perturb(models[k], self.roles[k].trained, self.perturbation, noise + 1000 * k)
@@ -284,12 +268,7 @@ class FromScratch(_Chain):
             if self.arguments[k] is not None:
                 arguments = copy.copy(self.arguments[k])
                 arguments.seed, arguments.data_seed = seed, seed
-                settings = {**self._settings(k, models, omit), "progress": False}
-                if s.link == "unrolled":
-                    settings |= {key: getattr(self.recordings[k], key) for key in ("weight_decay", "alpha", "dropout")}
-                    training.record(models[k], s.objective, s.data, arguments, None, **settings)
-                else:
-                    training.train(models[k], s.objective, s.data, arguments, **settings)
+                retraining.from_scratch(models[k], arguments, self.terms(k, models, omit))
             if self.polished[k]:
                 reports.append(self.polish(k, models, omit))
         return self.measured(models[-1], reports)

@@ -9,9 +9,9 @@ from hf_msif.project.cli import main
 
 ARGUMENTS = sys.argv[1:]
 
-# Each step is the command of the same name; the first that fails ends the recipe with its exit code.
+# Each step is a command of `msif`; the first one that fails ends the recipe with its exit code.
 for command in ("plan", "train", "query", "score"):
-    print(f"\n== msif {command}", file=sys.stderr, flush=True)  # stdout is the commands' own, JSON with --json
+    print(f"\n== msif {command}", file=sys.stderr, flush=True)  # stdout is for the commands: JSON with --json
     code = main([command, *ARGUMENTS])
     if code:
         sys.exit(code)

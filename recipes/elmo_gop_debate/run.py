@@ -25,8 +25,8 @@ ARGUMENTS = sys.argv[1:]
 
 
 def step(*command: str) -> None:
-    """A command of the same name; the first that fails ends the recipe with its exit code."""
-    print(f"\n== msif {' '.join(command)}", file=sys.stderr, flush=True)  # stdout is the commands' own
+    """Runs a command of `msif`; the first one that fails ends the recipe with its exit code."""
+    print(f"\n== msif {' '.join(command)}", file=sys.stderr, flush=True)  # stdout is for the commands
     code = main([*command, *ARGUMENTS])
     if code:
         sys.exit(code)
@@ -57,15 +57,15 @@ class HeldOut(transformers.TrainerCallback):
 
 
 def baselines(run: Run) -> None:
-    """Accuracy of two classifiers that know no pretraining, on the test tweets."""
+    """Prints the accuracy on the test tweets of two classifiers without pretraining."""
     rows, tests = run.rows(run.names[-1]), run.rows(run.names[-1], "test")
     majority = Counter(row["label"] for row in rows).most_common(1)[0][0]
     right = sum(row["label"] == majority for row in tests) / len(tests)
     print(f"always {majority}: test accuracy {right:.3f}")
     words = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000))
     words.fit([row["text"] for row in rows], [row["label"] for row in rows])
-    found = words.score([row["text"] for row in tests], [row["label"] for row in tests])
-    print(f"TF-IDF and logistic regression: test accuracy {found:.3f}")
+    accuracy = words.score([row["text"] for row in tests], [row["label"] for row in tests])
+    print(f"TF-IDF and logistic regression: test accuracy {accuracy:.3f}")
 
 
 config = parse(ARGUMENTS)
@@ -78,9 +78,9 @@ if first.model.config and not Path(config.tokenizer).is_dir():
     if code:
         sys.exit(code)
 step("plan")
-own = Run(config)
-transformers.trainer.DEFAULT_CALLBACKS.append(HeldOut(own))
+run = Run(config)
+transformers.trainer.DEFAULT_CALLBACKS.append(HeldOut(run))
 step("train")
-baselines(own)
+baselines(run)
 for command in ("query", "score"):
     step(command)

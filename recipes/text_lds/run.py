@@ -1,11 +1,11 @@
-"""Linear datamodelling score through two stages on real text: which method foresees what retraining does?
+"""Linear datamodelling score through two stages on real text: which method predicts what retraining does?
 
     python recipes/text_lds/run.py --sentences news.en.heldout.txt --tweets Sentiment.csv
 
 A small BERT is pretrained by masked LM on One Billion Word sentences and finetuned, encoder frozen, on tweets about a
 Republican debate. Both stages are trained again from scratch on random subsets of the sentences, and the measured test
 losses are compared with the sum of predicted removal effects: through the pretraining run itself, Gauss-Newton, exact
-Hessian, the paper's solver, and what they have to beat. See README.md for the data, the rules and what it prints.
+Hessian, the paper's solver, and the baselines. See README.md for the data, the rules and what this script prints.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = ("Negative", "Positive")
 SENTENCE_WORDS, TWEET_WORDS = range(6, 12), range(6, 25)
 TRAINING_TWEETS, CHOOSING_TWEETS, OTHER_TWEETS = 300, 8, 300
-MASKED = 0.3  # twice the usual: as many terms again for the same passes through the encoder
+MASKED = 0.3  # twice the usual 0.15: twice as many terms for the same passes through the encoder
 DECAY, HEAD_DECAY = 0.01, 0.01
 ADAM = {"learning_rate": 0.01, "lr_scheduler_type": "cosine", "warmup_steps": 30, "max_grad_norm": 0.0}
 # ε inside the root: with Adam's own the run is not smooth where a gradient is 0.
@@ -58,15 +58,15 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     folder, started = Path(settings.output), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    found = experiment(settings, folder)
-    found |= {"settings": vars(settings), "seconds": round(time.perf_counter() - started, 1)}
-    (folder / "lds.json").write_text(json.dumps(found, indent=2))
-    print(f"\n{found['seconds']:.0f} s on {settings.threads} thread(s); figures are in {folder / 'lds.json'}.")
+    report = experiment(settings, folder)
+    report |= {"settings": vars(settings), "seconds": round(time.perf_counter() - started, 1)}
+    (folder / "lds.json").write_text(json.dumps(report, indent=2))
+    print(f"\n{report['seconds']:.0f} s on {settings.threads} thread(s); figures are in {folder / 'lds.json'}.")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sentences", default="data/one_billion_word/news.en.heldout.txt", help="one a line")
+    parser.add_argument("--sentences", default="data/one_billion_word/news.en.heldout.txt", help="one per line")
     parser.add_argument("--tweets", default="data/gop_debate/Sentiment.csv", help="with columns text and sentiment")
     parser.add_argument("--number", type=int, default=300, help="of pretraining sentences")
     parser.add_argument("--words", type=int, default=500, help="in the vocabulary")
@@ -94,32 +94,33 @@ def read_sentences(path: str) -> list[str]:
 
 
 def read_tweets(path: str) -> dict[str, str]:
-    """Text → sentiment, each text once: retweets repeat, and would leak from training into test."""
-    found: dict[str, str] = {}
+    """Sentiment by text, each text once: retweets would leak from training into test."""
+    sentiments: dict[str, str] = {}
     with open(path, encoding="utf-8") as file:
         for row in csv.DictReader(file):
             text = re.sub(r"https?://\S*", "", re.sub(r"^RT @\w+:", "", row["text"])).replace("…", "")
-            found.setdefault(" ".join(text.split()), row["sentiment"])
-    return found
+            sentiments.setdefault(" ".join(text.split()), row["sentiment"])
+    return sentiments
 
 
 def load(settings: argparse.Namespace) -> tuple[BertTokenizer, list[dict], list[list[dict]]]:
-    """Tokenizer, pretraining sentences, and tweets: for the table, to choose dampings, for training, and others."""
+    """Tokenizer, pretraining sentences, and four lists of tweets: tests of the table, tests by which dampings are
+    chosen, training, and others."""
     for path in (settings.sentences, settings.tweets):
         if not Path(path).is_file():
             raise SystemExit(f"{path} does not exist: download it as recipes/text_lds/README.md says.")
     sentences, tweets = read_sentences(settings.sentences), read_tweets(settings.tweets)
-    common = [Counter(word for text in texts for word in words(text)) for texts in (sentences, tweets)]
-    size = [count.total() for count in common]
+    counts = [Counter(word for text in texts for word in words(text)) for texts in (sentences, tweets)]
+    totals = [count.total() for count in counts]
 
     def frequency(word: str) -> float:
-        return min(count[word] / n for count, n in zip(common, size, strict=True))
+        return min(count[word] / total for count, total in zip(counts, totals, strict=True))
 
-    vocabulary = sorted(common[0], key=lambda word: (-frequency(word), word))[: settings.words]
+    vocabulary = sorted(counts[0], key=lambda word: (-frequency(word), word))[: settings.words]
     known = set(vocabulary)
 
     def best(texts: list[str], lengths: range, number: int) -> list[str]:
-        """Those with the largest share of known words, the first ones where it is equal."""
+        """The texts with the largest share of known words; of equal ones the first."""
         fitting = [(text, split) for text in texts if len(split := words(text)) in lengths]
         fitting.sort(key=lambda pair: -sum(word in known for word in pair[1]) / len(pair[1]))
         return [text for text, _ in fitting[:number]]
@@ -215,11 +216,11 @@ class Setup:
 
     def stages(self, **pretraining) -> list[Stage]:
         """The chain, pretraining pulled back through its run or as the arguments say."""
-        own = pretraining or {"link": "unrolled", "run": self.run}
-        own |= {"weight_decay": DECAY, "batch_size": BATCH}
+        first = pretraining or {"link": "unrolled", "run": self.run}
+        first |= {"weight_decay": DECAY, "batch_size": BATCH}
         exact = {"curvature": "hessian", "solver": solvers.Dense(), "weight_decay": HEAD_DECAY, "batch_size": BATCH}
         return [
-            Stage("pretraining", self.models[0], self.masked, self.corpus, **own),
+            Stage("pretraining", self.models[0], self.masked, self.corpus, **first),
             Stage("finetuning", self.models[1], self.task, self.tweets, "head", **exact),
         ]
 
@@ -254,7 +255,7 @@ def experiment(settings: argparse.Namespace, folder: Path) -> dict:
         settings.seed + 1,
         (),
     )
-    chosen = best_dampings(scored)
+    best = best_dampings(scored)
     named = {name: values[:, split:] for name, values in predicted.items()}
     baselines = validation.baselines(setup.chain(curvature="gauss_newton"), tests, corpus, seed=settings.seed)
     bank = setup.bank(tests, folder)
@@ -263,14 +264,14 @@ def experiment(settings: argparse.Namespace, folder: Path) -> dict:
     independent = validation.correlation(elsewhere, result.measured)
 
     print_sweep(scored, result, certificates)
-    print_table(result, chosen, baselines, independent)
-    report |= {"sweep_on_other_tweets_and_subsets": scored.to_dict(), "chosen": chosen, "table": result.to_dict()}
+    print_table(result, best, baselines, independent)
+    report |= {"sweep_on_other_tweets_and_subsets": scored.to_dict(), "chosen": best, "table": result.to_dict()}
     return report | {"independent_start": independent.to_dict(), "certificates": certificates}
 
 
 def describe(setup: Setup, others: list[dict]) -> dict:
     pretrained, finetuned = setup.models
-    found = {
+    figures = {
         "sentences": len(setup.corpus),
         "masked words": float(setup.masked.counts(setup.masked.collate(setup.corpus)).sum()),
         "pretraining loss": training.evaluate(pretrained, setup.masked, setup.corpus, BATCH)["loss"],
@@ -279,17 +280,17 @@ def describe(setup: Setup, others: list[dict]) -> dict:
         "other tweets": training.evaluate(finetuned, setup.task, others, BATCH),
     }
     print(
-        f"{len(setup.corpus)} sentences, {found['masked words']:.0f} masked words, "
-        f"{found['parameters']:,} parameters; masked-LM loss {found['pretraining loss']:.2f}\nsentiment: accuracy "
-        f"{found['training tweets']['accuracy']:.2f} on {len(setup.tweets)} training tweets, "
-        f"{found['other tweets']['accuracy']:.2f} on {len(others)} others"
+        f"{len(setup.corpus)} sentences, {figures['masked words']:.0f} masked words, "
+        f"{figures['parameters']:,} parameters; masked-LM loss {figures['pretraining loss']:.2f}\nsentiment: accuracy "
+        f"{figures['training tweets']['accuracy']:.2f} on {len(setup.tweets)} training tweets, "
+        f"{figures['other tweets']['accuracy']:.2f} on {len(others)} others"
     )
-    return found
+    return figures
 
 
 def predictions(setup: Setup, tests: list[dict]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Removal effects (sentences, tests) of every method and damping, and how well each system was solved."""
-    found, certificates = {}, {}
+    predicted, certificates = {}, {}
     ways = {UNROLLED: {}}
     for method, (curvature, solver, dampings) in METHODS.items():
         for damping in dampings:
@@ -298,14 +299,14 @@ def predictions(setup: Setup, tests: list[dict]) -> tuple[dict[str, np.ndarray],
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*not solved to tolerance")  # the table says so
             query = setup.chain(**way).query(tests)
-        found[name] = query.score(setup.corpus).removal_effects()
+        predicted[name] = query.score(setup.corpus).removal_effects()
         certificate = query.certificates["pretraining"]
         certificates[name] = (
             f"{max(certificate.iterations)} its, residual {max(certificate.residual):.2g}"
             if way
             else f"{certificate.steps} steps, adjoint grew {max(certificate.growth):.2g} times"
         )
-    return found, certificates
+    return predicted, certificates
 
 
 def score(bank, predicted: dict, settings, subsets: int, seed: int, ceiling_seeds) -> validation.Validation:
@@ -323,12 +324,12 @@ def score(bank, predicted: dict, settings, subsets: int, seed: int, ceiling_seed
 
 
 def best_dampings(scored: validation.Validation) -> dict[str, str]:
-    """Method → its name with the damping of the largest LDS."""
-    found = {UNROLLED: UNROLLED}
+    """Of each method the name with the damping of the largest LDS."""
+    best = {UNROLLED: UNROLLED}
     for method in METHODS:
         names = [name for name in scored.correlations if name.startswith(f"{method}, λ")]
-        found[method] = max(names, key=lambda name: scored.correlations[name].spearman_r)
-    return found
+        best[method] = max(names, key=lambda name: scored.correlations[name].spearman_r)
+    return best
 
 
 def interval(correlation: validation.Correlation) -> str:
@@ -344,13 +345,13 @@ def print_sweep(scored, result, certificates: dict[str, str]) -> None:
     print(tabulate(lines, ["method", "solved in", "LDS, choosing", "LDS, table"], floatfmt=".2f"))
 
 
-def print_table(result, chosen: dict[str, str], baselines: dict, independent) -> None:
-    shown = {name: result.correlations[name] for name in (*chosen.values(), *baselines)}
+def print_table(result, best: dict[str, str], baselines: dict, independent) -> None:
+    shown = {name: result.correlations[name] for name in (*best.values(), *baselines)}
     lines = [[name, c.spearman_r, interval(c)] for name, c in shown.items()]
     lines.append(["ceiling: start moved by 1e-6", result.ceiling.spearman_r, interval(result.ceiling)])
     lines.append(["(another start altogether)", independent.spearman_r, interval(independent)])
-    kept, columns = result.settings["fraction"], result.measured.shape[1]
-    print(f"\nLDS: {len(result.omissions)} subsets of {kept:.0%}, {columns} test tweets; 95 % bootstrap intervals")
+    fraction, columns = result.settings["fraction"], result.measured.shape[1]
+    print(f"\nLDS: {len(result.omissions)} subsets of {fraction:.0%}, {columns} test tweets; 95 % bootstrap intervals")
     print(tabulate(lines, ["method", "LDS", ""], floatfmt=".2f"))
 
 

@@ -8,20 +8,19 @@ import sys
 import numpy as np
 import peft
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
+from helpers.descent import arguments
+from helpers.project import msif, project
+from helpers.state import photograph, same, weights
 from peft import LoraConfig
-from project import msif, project
-from test_split import photograph
-from test_trainer import arguments, same, weights
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.adapters.peft import load as load_with_adapters
 from hf_msif.curvature.derivatives import Evaluation, directional
-from hf_msif.influence.multistage import pull_back
 from hf_msif.project.config import load
 from hf_msif.project.run import Run
 from hf_msif.validation.retraining import WarmStart, hand_on
@@ -137,8 +136,8 @@ def test_a_tie_is_in_use_where_a_copy_replaces_only_one_end(pair):
     assert not found.left_out
 
     msif = tiny.chain(before, tiny.finetuned(before, "bert", **NARROW))
-    stages = [msif.links[0].stage, Stage("more", model, tiny.objective("masked"), CORPUS, "all", alpha=0.3)]
-    link = MultiStageInfluence(stages, progress=False).link("more")
+    stages = [msif.stages[0].stage, Stage("more", model, tiny.objective("masked"), CORPUS, "all", alpha=0.3)]
+    link = MultiStageInfluence(stages, progress=False).stage("more")
     adjoint = tiny.block({n: link.model.parameters[n] for n in link.split.inherited}, 1, seed=0)
     carried = link.carry(adjoint)["bert.embeddings.word_embeddings.weight"]
     torch.testing.assert_close(carried, sum(adjoint[n] for n in both))
@@ -327,7 +326,7 @@ def test_a_masked_lm_goes_on_with_lora(pair, memo):
         ],
         progress=False,
     )
-    link = msif.link("more")
+    link = msif.stage("more")
     batch = link.stage.objective.collate(CORPUS)
     plain = tiny.Plain(model, "masked", batch)
     functional = FunctionalModel(model)
@@ -341,13 +340,13 @@ def test_a_masked_lm_goes_on_with_lora(pair, memo):
         v = tiny.block({n: link.model.parameters[n] for n in names}, 1, seed)
         expected = plain.along({n: t[0] for n, t in v.items()}, lambda: plain.gradient(names))
         expected = {n: t / len(batch["labels"]) for n, t in expected.items()}
-        tiny.close({n: t[0] for n, t in link.operator.matvec(v).items()}, expected, 1e-6)
+        tiny.close({n: t[0] for n, t in link.differentiation.operator.matvec(v).items()}, expected, 1e-6)
     assert np.abs(msif.query(CORPUS[:1]).score(CORPUS).influence()).min() > 0
 
 
 def test_only_the_embeddings_below_the_adapters_are_remembered(pair, tuned):
     msif = tiny.chain(pair[0], tuned, 1e-11, (CORPUS, TWEETS))
-    link, memo = msif.link("fine"), {}
+    link, memo = msif.stage("fine"), {}
     call = link.model.bind({n: link.model.parameters[n] for n in link.split.trained}, memo)
     inputs = {k: v for k, v in link.collate(TWEETS).items() if k in ("input_ids", "attention_mask")}
     with link.model.evaluating():
@@ -374,9 +373,10 @@ def test_a_base_weight_may_be_trained_beside_its_adapter(pair, tuned):
     """Proximal then, by the name of the stage before: b = 2α u."""
     patterns = ["*query.base_layer.weight", "*.lora_*", "*.modules_to_save.*"]
     msif = tiny.chain(pair[0], tuned, 1e-11, (CORPUS, TWEETS), trainable=patterns, alpha=0.2)
-    link = msif.link("fine")
+    link = msif.stage("fine")
     (own,) = link.split.proximal
-    u, inherited, _ = pull_back(link, msif.measurement(TESTS)[0])
+    solution, inherited = link.differentiation.pull_back(msif.measurement(TESTS)[0])
+    u = solution.tensors()
     torch.testing.assert_close(inherited[own], 0.4 * u[own], rtol=0, atol=0)
     carried = link.carry(inherited)["bert.encoder.layer.0.attention.self.query.weight"]
     assert torch.equal(carried, inherited[own])
@@ -473,6 +473,7 @@ def test_a_training_that_goes_on_from_a_checkpoint(pair, tmp_path, make):
     assert getattr(whole, "_hf_peft_config_loaded", None) == getattr(begin, "_hf_peft_config_loaded", None)
 
 
+@pytest.mark.slow
 def test_polished_and_retrained(pair):
     """To a stationary point, all but adapters and head untouched; again without a sentence, from its encoder."""
     before, part = copy.deepcopy(pair[0]), ["*attention.self.value.*"]
@@ -566,6 +567,7 @@ def lora_project(folder, **changes):
     return path
 
 
+@pytest.mark.slow
 def test_train_query_and_score(tmp_path, capsys):
     path = lora_project(tmp_path)
     assert msif("train", "--config", path) == 0

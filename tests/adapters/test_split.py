@@ -4,8 +4,9 @@ import copy
 import functools
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.state import photograph
 from transformers.models.llama import modeling_llama
 from transformers.models.modernbert import modeling_modernbert
 
@@ -166,7 +167,7 @@ def test_unknown_word_for_trainable():
 def test_model_without_head():
     before, bare = pair("bert")[0], tiny.model("bert", "base", add_pooling_layer=None)
     bare.pooler = None
-    with pytest.raises(InputError, match=r"no parameter of its own beside the inherited encoder; .*AutoModelFor"):
+    with pytest.raises(InputError, match=r"no parameter besides the inherited encoder; .*AutoModelFor"):
         split("fine", bare, before, trainable="head")
 
 
@@ -205,7 +206,7 @@ def test_a_tensor_that_the_loss_never_reads_is_left_out():
     """With untied embeddings the decoder has a bias of its own, and BERT's `cls.predictions.bias` is dead."""
     before = tiny.model("bert", "masked", tie_word_embeddings=False)
     names = [n for n, _ in before.named_parameters() if n.startswith("cls.predictions.") and n.endswith("bias")]
-    link = MultiStageInfluence([Stage("pre", before, tiny.objective("masked"), tiny.rows(4))], progress=False).link()
+    link = MultiStageInfluence([Stage("pre", before, tiny.objective("masked"), tiny.rows(4))], progress=False).stage()
     batch = link.collate(link.rows)
     plain = tiny.Plain(before, "masked", batch)
     gradient = plain.gradient(list(plain.parameters))
@@ -233,7 +234,7 @@ def test_added_tokens_change_nothing_before_they_are_used(trainable):
     settings = {"trainable": trainable, "alpha": 0.2 if trainable == "all" else None}
     expected = tiny.chain(before, after, tol=1e-11, **settings)
     found = tiny.chain(before, grown, tol=1e-11, resized=True, **settings)
-    assert found.link("fine").split.resized == {word: len(tiny.WORDS)}
+    assert found.stage("fine").split.resized == {word: len(tiny.WORDS)}
     tests = tiny.rows(2, seed=8)
     queries = [c.query(tests) for c in (expected, found)]
     for stage in ("pre", "fine"):
@@ -243,7 +244,7 @@ def test_added_tokens_change_nothing_before_they_are_used(trainable):
 
 def test_carry_drops_the_new_rows():
     before, grown = pair("bert")[0], tiny.model("bert", "classification", vocab_size=len(tiny.WORDS) + 2)
-    link = tiny.chain(before, grown, resized=True, trainable="all", alpha=0.2).link("fine")
+    link = tiny.chain(before, grown, resized=True, trainable="all", alpha=0.2).stage("fine")
     adjoint = tiny.block({n: link.model.parameters[n] for n in link.split.inherited}, columns=2, seed=0)
     carried = link.carry(adjoint)
     word = "bert.embeddings.word_embeddings.weight"
@@ -251,7 +252,7 @@ def test_carry_drops_the_new_rows():
     assert set(carried) == {n for n, _ in before.named_parameters()}
     for name, t in carried.items():
         assert t.any() == (name in link.split.inherited.values())
-    tie = link.tie(word)
+    tie = link.differentiation.quadratic.tie[word]
     assert tie[: len(tiny.WORDS)].unique().tolist() == [0.4]
     assert not tie[len(tiny.WORDS) :].any()
 
@@ -330,20 +331,6 @@ def test_the_whole_chain_runs(name):
 # The user's model ---------------------------------------------------------------------------------------------------
 
 
-def photograph(model):
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-    return {
-        "modes": {n: m.training for n, m in model.named_modules()},
-        "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
-        "hooks": {n: [list(vars(m)[h].values()) for h in hooks] for n, m in model.named_modules()},
-        "forward": {n: vars(m).get("forward") for n, m in model.named_modules()},
-        "parameters": {n: (id(p), p.dtype, p.requires_grad, p.grad) for n, p in model.named_parameters()},
-        "buffers": {n: (id(b), b.dtype) for n, b in model.named_buffers()},
-        "attention": model.config._attn_implementation,
-        "values": {n: hash(t.double().numpy().tobytes()) for n, t in model.state_dict().items()},
-    }
-
-
 def odd(dtype=torch.float32, attention=None):
     """A chain's models in no uniform state: some modules in evaluation mode, some tensors that want no gradient."""
     before = tiny.model("bert", "masked", dtype=dtype, attention=attention)
@@ -363,7 +350,7 @@ def test_the_models_leave_as_they_came(dtype, attention):
     msif = tiny.chain(*models)
     scores = msif.query(tiny.rows(2, seed=8)).score(tiny.rows(3))
     assert len(scores) == 3
-    for link in msif.links:
+    for link in msif.stages:
         assert {p.dtype for p in link.model.parameters.values()} == {torch.float32}
     assert [photograph(model) for model in models] == before
 
@@ -419,7 +406,7 @@ def test_the_models_leave_as_they_came_when_something_fails(where, stage, at):
 
     def run():
         msif = tiny.chain(*models)
-        link = msif.links[stage]
+        link = msif.stages[stage]
         link.stage.objective = Failing(link.stage.objective, at, where)
         if stage == 0:
             msif.query(tiny.rows(1, seed=8)).score(tiny.rows(3))

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 
 import pytest
-import tiny
 import torch
-from toy import ToyObjective, example_losses, flat, toy, toy_rows, unflat
+from helpers import tiny
+from helpers.toy import ToyObjective, dense_gauss_newton, dense_hessian, example_losses, toy, toy_rows
 
 from hf_msif import MultiStageInfluence, Stage, solvers, vectors
 from hf_msif.adapters.functional import FunctionalModel
@@ -24,32 +24,6 @@ def parameters(model):
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
-def dense_hessian(model, names, rows=ROWS):
-    values = parameters(model)
-
-    def objective(vector):
-        sums, counts = example_losses(model, {**values, **unflat(vector, values, names)}, rows)
-        return sums.sum() / counts.sum()
-
-    return torch.autograd.functional.hessian(objective, flat(values, names))
-
-
-def dense_gauss_newton(model, names, rows=ROWS):
-    """Rows of J by one backward pass each; H_out = terms · (diag(p) − ppᵀ)."""
-    batch, leaves = ToyObjective().collate(rows), [model.get_parameter(n) for n in names]
-    logits = model(batch["x"]).logits
-    gradients = [torch.autograd.grad(z, leaves, retain_graph=True, allow_unused=True) for z in logits.flatten()]
-    jacobian = torch.stack(
-        [
-            torch.cat([(g if g is not None else 0 * p).flatten() for g, p in zip(row, leaves, strict=True)])
-            for row in gradients
-        ]
-    ).detach()
-    p = logits.detach().softmax(1)
-    outer = [t * (torch.diag(q) - torch.outer(q, q)) for q, t in zip(p, batch["terms"], strict=True)]
-    return jacobian.T @ torch.block_diag(*outer) @ jacobian / batch["terms"].sum()
-
-
 DENSE = {"hessian": dense_hessian, "gauss_newton": dense_gauss_newton}
 
 
@@ -61,14 +35,14 @@ def operator(kind, names=None, batch_size=4, ridge=None, objective=None, model=N
     return KINDS[kind](functional, objective or ToyObjective(), ROWS, names, engine, batch_size, ridge)
 
 
-def matrix(found):
+def matrix(curvature):
     """The operator written out, a column at a time by unit vectors."""
-    like = vectors.stack([found.parameters])
-    return vectors.flatten(found.matvec(vectors.unflatten(torch.eye(vectors.numel(like)).double(), like))).cpu()
+    like = vectors.stack([curvature.parameters])
+    return vectors.flatten(curvature.matvec(vectors.unflatten(torch.eye(vectors.numel(like)).double(), like))).cpu()
 
 
-def near(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=0, atol=tolerance * float(expected.abs().max()))
+def near(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,16 +50,16 @@ def near(found, expected, tolerance=1e-12):
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_products_are_those_of_the_dense_matrix(kind, names, batch_size):
     """Rows that count once and twice: N is the number of terms, not of rows or batches."""
-    found, model = operator(kind, names, batch_size), toy(0)
-    assert found.count == sum(1 + row["example_id"] % 2 for row in ROWS)
-    assert found.examples == len(ROWS)
-    near(matrix(found), DENSE[kind](model, list(found.parameters)))
+    curvature, model = operator(kind, names, batch_size), toy(0)
+    assert curvature.count == sum(1 + row["example_id"] % 2 for row in ROWS)
+    assert curvature.examples == len(ROWS)
+    near(matrix(curvature), DENSE[kind](model, list(curvature.parameters), ROWS))
 
 
 def test_the_two_curvatures_differ():
     model = toy(0)
     names = list(parameters(model))
-    hessian, gauss_newton = dense_hessian(model, names), dense_gauss_newton(model, names)
+    hessian, gauss_newton = dense_hessian(model, names, ROWS), dense_gauss_newton(model, names, ROWS)
     assert (hessian - gauss_newton).abs().max() > 0.01
     assert torch.linalg.eigvalsh(gauss_newton).min() > -1e-12
     assert torch.linalg.eigvalsh(hessian).min() < -1e-3
@@ -93,14 +67,14 @@ def test_the_two_curvatures_differ():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_and_symmetric(kind):
-    found = operator(kind)
-    x, y = (tiny.block(found.parameters, 2, seed) for seed in (1, 2))
+    curvature = operator(kind)
+    x, y = (tiny.block(curvature.parameters, 2, seed) for seed in (1, 2))
     scale = torch.tensor([3.0, -0.5], dtype=torch.float64)
-    together = found.matvec(vectors.add(x, y, scale))
-    apart = vectors.add(found.matvec(x), found.matvec(y), scale)
+    together = curvature.matvec(vectors.add(x, y, scale))
+    apart = vectors.add(curvature.matvec(x), curvature.matvec(y), scale)
     near(vectors.flatten(together), vectors.flatten(apart))
     torch.testing.assert_close(
-        vectors.dot(x, found.matvec(y)), vectors.dot(found.matvec(x), y), rtol=1e-11, atol=1e-12
+        vectors.dot(x, curvature.matvec(y)), vectors.dot(curvature.matvec(x), y), rtol=1e-11, atol=1e-12
     )
 
 
@@ -127,28 +101,29 @@ def test_a_stage_puts_the_quadratic_terms_on_their_names():
         Stage("one", before, weight_decay=0.05, **shared),
         Stage("two", after, trainable=trainable, weight_decay=0.02, alpha=0.3, **shared),
     ]
-    one, two = MultiStageInfluence(stages, progress=False).links
+    one, two = MultiStageInfluence(stages, progress=False).stages
     decayed = {"encoder.lower.weight", "encoder.gain", "encoder.shift", "encoder.upper.weight", "head.weight"}
-    assert one.ridge == dict.fromkeys([n for n in one.split.trained if n in decayed], 0.05)
+    assert one.differentiation.ridge == dict.fromkeys([n for n in one.split.trained if n in decayed], 0.05)
     expected = {"encoder.gain": 0.62, "encoder.upper.weight": 0.62, "encoder.upper.bias": 0.6, "head.weight": 0.02}
-    assert two.ridge == pytest.approx(expected)
-    names = list(two.operator.parameters)
-    ridge = torch.cat([0 * p.flatten().cpu() + expected.get(n, 0.0) for n, p in two.operator.parameters.items()])
-    near(matrix(two.operator), dense_hessian(after, names) + torch.diag(ridge))
+    assert two.differentiation.ridge == pytest.approx(expected)
+    operator = two.differentiation.operator
+    names = list(operator.parameters)
+    ridge = torch.cat([0 * p.flatten().cpu() + expected.get(n, 0.0) for n, p in operator.parameters.items()])
+    near(matrix(operator), dense_hessian(after, names, ROWS) + torch.diag(ridge))
 
 
 def test_mixed_and_gradient():
     model = toy(0)
     trained, frozen = ("encoder.upper.weight", "head.weight", "head.bias"), ("encoder.lower.weight", "encoder.shift")
-    found = operator("gauss_newton", trained, ridge={"head.weight": 9.0}, model=model)
-    dense = dense_hessian(model, [*trained, *frozen])
-    size = sum(p.numel() for p in found.parameters.values())
-    v = tiny.block(found.parameters, 3, seed=4)
-    near(vectors.flatten(found.mixed(v, frozen)), vectors.flatten(v).cpu() @ dense[:size, size:])
+    curvature = operator("gauss_newton", trained, ridge={"head.weight": 9.0}, model=model)
+    dense = dense_hessian(model, [*trained, *frozen], ROWS)
+    size = sum(p.numel() for p in curvature.parameters.values())
+    v = tiny.block(curvature.parameters, 3, seed=4)
+    near(vectors.flatten(curvature.mixed(v, frozen)), vectors.flatten(v).cpu() @ dense[:size, size:])
 
     sums, counts = example_losses(model, dict(model.named_parameters()), ROWS)
     gradients = torch.autograd.grad(sums.sum() / counts.sum(), [model.get_parameter(n) for n in trained])
-    near(vectors.flatten(found.gradient())[0], torch.cat([g.flatten() for g in gradients]))
+    near(vectors.flatten(curvature.gradient())[0], torch.cat([g.flatten() for g in gradients]))
 
 
 # The trace ----------------------------------------------------------------------------------------------------------
@@ -159,11 +134,11 @@ def test_mixed_and_gradient():
 def test_trace_is_within_its_sampling_error(kind, probes, monkeypatch):
     """With ±1 the variance is 2 Σ_{i≠j} A_ij² a probe: within four standard deviations, which shrink as 1/√probes."""
     monkeypatch.setattr(module, "TRACE_PROBES", probes)
-    found = operator(kind, ridge={"head.weight": 0.7})
-    dense = matrix(found)
+    curvature = operator(kind, ridge={"head.weight": 0.7})
+    dense = matrix(curvature)
     off = dense - torch.diag(dense.diagonal())
     deviation = (2 * (off**2).sum() / probes).sqrt()
-    assert abs(found.trace() - dense.trace()) < 4 * deviation
+    assert abs(curvature.trace() - dense.trace()) < 4 * deviation
     assert deviation < 3 / probes**0.5  # the bound is one worth having: the trace is about 8
 
 
@@ -173,8 +148,8 @@ def test_trace_is_exact_on_a_diagonal_and_does_not_change(monkeypatch):
             sums, counts = super().losses(call, batch)
             return 0.0 * sums, counts
 
-    found = operator("hessian", ridge={"head.weight": 0.7, "head.bias": 0.1}, objective=Nothing())
-    assert found.trace() == pytest.approx(9 * 0.7 + 3 * 0.1, rel=1e-14)
+    curvature = operator("hessian", ridge={"head.weight": 0.7, "head.bias": 0.1}, objective=Nothing())
+    assert curvature.trace() == pytest.approx(9 * 0.7 + 3 * 0.1, rel=1e-14)
     first = operator("gauss_newton")
     assert first.trace() == first.trace() == operator("gauss_newton").trace()
 
@@ -184,53 +159,55 @@ def test_trace_is_exact_on_a_diagonal_and_does_not_change(monkeypatch):
 
 @dataclass(frozen=True)
 class Counting(ToyObjective):
-    seen: list = dataclasses.field(default_factory=list)
+    collated: list = dataclasses.field(default_factory=list)
 
     def collate(self, rows):
-        self.seen.append([row["example_id"] for row in rows])
+        self.collated.append([row["example_id"] for row in rows])
         return super().collate(rows)
 
 
 def subset(seed, size=5, data=ROWS):
     objective = Counting()
     stage = Stage("one", toy(0), objective, data, curvature_samples=size, seed=seed, batch_size=2)
-    link = MultiStageInfluence([stage], progress=False).link()
-    objective.seen.clear()
-    return link, objective.seen
+    link = MultiStageInfluence([stage], progress=False).stage()
+    objective.collated.clear()
+    return link, objective.collated
 
 
 def test_the_subset_is_drawn_once():
-    link, seen = subset(seed=3)
-    v = tiny.block(link.operator.parameters, 1, seed=0)
-    first = link.operator.matvec(v)
-    batches = [list(batch) for batch in seen]
+    link, collated = subset(seed=3)
+    v = tiny.block(link.differentiation.operator.parameters, 1, seed=0)
+    first = link.differentiation.operator.matvec(v)
+    batches = [list(batch) for batch in collated]
     assert sorted(map(len, batches)) == [1, 2, 2]
     for _ in range(2):
-        torch.testing.assert_close(vectors.flatten(link.operator.matvec(v)), vectors.flatten(first), rtol=0, atol=0)
-    link.operator.trace()
-    assert seen == batches  # nothing was collated again
+        torch.testing.assert_close(
+            vectors.flatten(link.differentiation.operator.matvec(v)), vectors.flatten(first), rtol=0, atol=0
+        )
+    link.differentiation.operator.trace()
+    assert collated == batches  # nothing was collated again
     ids = {i for batch in batches for i in batch}
-    assert ids == {row["example_id"] for row in link.curvature_rows}
-    assert {row["example_id"] for row in subset(seed=3)[0].curvature_rows} == ids
-    assert {row["example_id"] for row in subset(seed=4)[0].curvature_rows} != ids
-    near(matrix(link.operator), dense_gauss_newton(toy(0), list(v), [ROWS[i] for i in sorted(ids)]))
+    assert ids == {row["example_id"] for row in link.differentiation.curvature_rows}
+    assert {row["example_id"] for row in subset(seed=3)[0].differentiation.curvature_rows} == ids
+    assert {row["example_id"] for row in subset(seed=4)[0].differentiation.curvature_rows} != ids
+    near(matrix(link.differentiation.operator), dense_gauss_newton(toy(0), list(v), [ROWS[i] for i in sorted(ids)]))
 
 
 @pytest.mark.parametrize("size", [None, 11, 1000])
 def test_a_subset_of_all_is_the_data(size):
     link, _ = subset(seed=3, size=size)
-    assert link.curvature_rows == ROWS
-    assert link.operator.examples == 11
+    assert link.differentiation.curvature_rows == ROWS
+    assert link.differentiation.operator.examples == 11
 
 
 def test_masks_are_the_same_in_every_product():
     rows, model = tiny.rows(6, seed=1), tiny.model("bert", "masked")
     stage = Stage("one", model, tiny.objective("masked"), rows, batch_size=4, trainable=["cls.*"])
-    links = [MultiStageInfluence([stage], progress=False).link() for _ in range(2)]
-    v = tiny.block(links[0].operator.parameters, 1, seed=0)
-    first = links[0].operator.matvec(v)
+    links = [MultiStageInfluence([stage], progress=False).stage() for _ in range(2)]
+    v = tiny.block(links[0].differentiation.operator.parameters, 1, seed=0)
+    first = links[0].differentiation.operator.matvec(v)
     for link in (links[0], links[0], links[1]):
-        tiny.close(link.operator.matvec(v), first, 1e-14)
+        tiny.close(link.differentiation.operator.matvec(v), first, 1e-14)
 
 
 # What is remembered between passes ----------------------------------------------------------------------------------
@@ -259,13 +236,13 @@ def frozen(request):
 def test_memory_on_and_off_give_the_same(frozen, monkeypatch):
     remembering = frozen()
     v = tiny.block(remembering.parameters, 2, seed=1)
-    found = [remembering.matvec(v), remembering.matvec(v)]
+    products = [remembering.matvec(v), remembering.matvec(v)]
     assert all(e.memo for e in remembering.evaluations)
 
     forgetting = frozen()
     forgetting.evaluations = [dataclasses.replace(e, memo=None) for e in forgetting.evaluations]
     expected = forgetting.matvec(v)
-    for product in found:
+    for product in products:
         tiny.close(product, expected, 1e-13)
     tiny.close(remembering.gradient(), forgetting.gradient(), 1e-13)
     assert remembering.count == forgetting.count
@@ -275,13 +252,13 @@ def test_memory_on_and_off_give_the_same(frozen, monkeypatch):
 def test_memory_is_bounded(frozen, monkeypatch, first):
     """Whichever pass comes first; what does not fit is computed anew."""
     monkeypatch.setattr(module, "MEMO_BYTES", 1)
-    found = frozen()
-    v = tiny.block(found.parameters, 1, seed=1)
-    {"matvec": lambda: found.matvec(v), "gradient": found.gradient, "count": lambda: found.count}[first]()
-    unasked = first == "count" and hasattr(found.evaluations[0].objective, "counts")
-    assert all(e.memo is None or unasked for e in found.evaluations)
+    curvature = frozen()
+    v = tiny.block(curvature.parameters, 1, seed=1)
+    {"matvec": lambda: curvature.matvec(v), "gradient": curvature.gradient, "count": lambda: curvature.count}[first]()
+    unasked = first == "count" and hasattr(curvature.evaluations[0].objective, "counts")
+    assert all(e.memo is None or unasked for e in curvature.evaluations)
     monkeypatch.undo()
-    tiny.close(found.matvec(v), frozen().matvec(v), 1e-13)
+    tiny.close(curvature.matvec(v), frozen().matvec(v), 1e-13)
 
 
 def test_token_types_reach_a_remembered_encoder():
@@ -302,7 +279,7 @@ def test_token_types_reach_a_remembered_encoder():
     objective = Paired(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
     batch, functional = objective.collate(tiny.rows(3)), FunctionalModel(model)
     with functional.evaluating(), torch.no_grad():
-        found = [Evaluation(functional, objective, batch, memo).losses({})[0] for memo in (None, {})]
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+        losses = [Evaluation(functional, objective, batch, memo).losses({})[0] for memo in (None, {})]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
     tokens = {k: batch[k] for k in ("input_ids", "attention_mask")}
     assert not torch.equal(model(**tokens).logits, model(**tokens, token_type_ids=batch["token_type_ids"]).logits)

@@ -1,8 +1,9 @@
 """Derivatives against finite differences of, and plain autograd through, an ordinary copy of the model, in float64."""
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.tiny import dense_gauss_newton
 
 from hf_msif import vectors
 from hf_msif.adapters.functional import FunctionalModel
@@ -64,20 +65,20 @@ def test_dropout_is_off_though_configured(case):
 
 def test_gradient(case):
     """Tensor by tensor: the slope along a random direction in that tensor alone."""
-    found = case.run(derivatives.gradient, case.names)
+    gradient = case.run(derivatives.gradient, case.names)
     v = vectors.column(case.direction(seed=1), 0)
     for name in case.names:
         expected = case.plain.along({name: v[name]}, lambda: case.plain.sums().sum())
         torch.testing.assert_close(
-            (found[name] * v[name]).sum(), expected, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+            (gradient[name] * v[name]).sum(), expected, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
 def test_example_gradients_are_those_of_each_example_alone(case):
-    found = case.run(derivatives.example_gradients, case.names)
+    gradients = case.run(derivatives.example_gradients, case.names)
     sums = case.plain.sums()
-    for i, one in enumerate(sums):
-        tiny.close(vectors.column(found, i), case.plain.gradient(case.names, of=one), 1e-12)
+    for i, example_sum in enumerate(sums):
+        tiny.close(vectors.column(gradients, i), case.plain.gradient(case.names, of=example_sum), 1e-12)
 
 
 def test_directional(case):
@@ -90,10 +91,10 @@ def test_directional(case):
 
 def test_hessian_product(case):
     v = case.direction(columns=2, seed=3)
-    found = case.run(derivatives.hessian_product, v, case.names)
+    product = case.run(derivatives.hessian_product, v, case.names)
     for q in range(2):
         expected = case.plain.along(vectors.column(v, q), lambda: case.plain.gradient(case.names))
-        tiny.close(vectors.column(found, q), expected, 1e-7)
+        tiny.close(vectors.column(product, q), expected, 1e-7)
 
 
 def test_hessian_is_symmetric(case):
@@ -110,10 +111,10 @@ def test_mixed_product(task):
     encoder = tuple(n for n in case.names if n.startswith(("bert.", "elmo.")) and "pooler" not in n)
     head = tuple(n for n in case.names if n not in encoder)
     v = case.direction(columns=2, seed=5, names=head)
-    found = case.run(derivatives.hessian_product, v, encoder)
+    product = case.run(derivatives.hessian_product, v, encoder)
     for q in range(2):
         expected = case.plain.along(vectors.column(v, q), lambda: case.plain.gradient(encoder))
-        tiny.close(vectors.column(found, q), expected, 1e-7)
+        tiny.close(vectors.column(product, q), expected, 1e-7)
 
 
 def test_product_on_parameters_in_which_the_loss_is_linear_is_zero():
@@ -125,32 +126,22 @@ def test_product_on_parameters_in_which_the_loss_is_linear_is_zero():
     case = Case("classification")
     inputs = {k: case.batch[k] for k in ("input_ids", "attention_mask")}
     v = case.direction(columns=2, names=("classifier.bias",))
-    found = case.run(
+    product = case.run(
         derivatives.hessian_product, v, ("classifier.bias",), evaluation=Evaluation(case.model, Linear(), inputs)
     )
-    assert found["classifier.bias"].shape == (2, 3)
-    assert not found["classifier.bias"].any()
-
-
-def dense_gauss_newton(plain, names):
-    """Σ JᵀH_outJ with J built row by row by plain autograd and H_out = diag(p) − ppᵀ of each prediction."""
-    logits = plain.scored()[0]
-    rows = [plain.gradient(names, of=z) for z in logits.flatten()]
-    jacobian = torch.stack([torch.cat([row[n].flatten() for n in names]) for row in rows])
-    p = logits.detach().softmax(1)
-    outer = torch.block_diag(*(torch.diag(q) - torch.outer(q, q) for q in p))
-    return jacobian.T @ outer @ jacobian
+    assert product["classifier.bias"].shape == (2, 3)
+    assert not product["classifier.bias"].any()
 
 
 def test_gauss_newton_product(case):
     v = case.direction(columns=3, seed=6)
-    found = case.run(derivatives.gauss_newton_product, v)
+    product = case.run(derivatives.gauss_newton_product, v)
     dense = dense_gauss_newton(case.plain, case.names)
     expected = vectors.unflatten(vectors.flatten(v) @ dense.T, v)
-    tiny.close(found, expected, 1e-11)
+    tiny.close(product, expected, 1e-11)
     # That it is not the Hessian by another name.
     hessian = case.run(derivatives.hessian_product, v, case.names)
-    assert max(float((hessian[n] - found[n]).abs().max()) for n in case.names) > 1e-3
+    assert max(float((hessian[n] - product[n]).abs().max()) for n in case.names) > 1e-3
 
 
 def test_gauss_newton_is_symmetric_and_positive_semidefinite(case):

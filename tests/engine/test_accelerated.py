@@ -8,8 +8,8 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from hf_msif import InputError
 from hf_msif.engine import Engine

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-import tiny
+from helpers import tiny
 
 from hf_msif import objectives
 from hf_msif.engine.batching import cost, deal
@@ -101,8 +101,8 @@ def test_documents_that_are_cut_are_dealt_by_what_is_left_of_them(count, process
 def test_single_rows_are_not_searched_for(monkeypatch):
     from hf_msif.engine import batching
 
-    cuts, inside = [], batching._cut
-    monkeypatch.setattr(batching, "_cut", lambda *args: cuts.append(1) or inside(*args))
+    cuts, inside = [], batching._intervals
+    monkeypatch.setattr(batching, "_intervals", lambda *args: cuts.append(1) or inside(*args))
     assert sorted(map(len, deal(lengths(300), 1, 1)[0])) == [1] * 300
     deal(lengths(64), 64, 64)
     assert len(cuts) < 40

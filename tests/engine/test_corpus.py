@@ -6,9 +6,9 @@ import json
 import datasets
 import numpy as np
 import pytest
-import tiny
 import torch
-from project import msif, project
+from helpers import tiny
+from helpers.project import msif, project
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
 from hf_msif.engine.corpus import Stream, Table, as_corpus, first
@@ -170,24 +170,25 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path):
 
 
 def test_memory_that_is_not_there_is_refused(monkeypatch):
+    from hf_msif.influence.cost import activation_bytes
     from hf_msif.project import memory
 
     chain = MultiStageInfluence(
         [Stage("pre", tiny.model("bert", "masked"), tiny.objective("masked"), tiny.rows(9, seed=1))], progress=False
     )
-    link = chain.link("pre")
-    size = sum(p.numel() for p in link.operator.parameters.values()) * 8
-    assert memory.solver_bytes(link, link.stage.solver, 2, 1) == (5 + 4) * 2 * size
+    link = chain.stage("pre")
+    size = sum(p.numel() for p in link.differentiation.operator.parameters.values()) * 8
+    assert link.differentiation.solver_bytes(2, 1) == (5 + 4) * 2 * size
     chain.engine.sharded = True
-    assert memory.solver_bytes(link, link.stage.solver, 2, 4) == -(-5 * 2 * size // 4) + 4 * 2 * size
-    active = memory.activation_bytes(link.operator)
-    few = memory.activation_bytes(link.curvature(tiny.rows(1, seed=1)))
+    assert link.differentiation.solver_bytes(2, 4) == -(-5 * 2 * size // 4) + 4 * 2 * size
+    active = activation_bytes(link.differentiation.operator)
+    few = activation_bytes(link.differentiation.curvature(tiny.rows(1, seed=1)))
     assert 0 < few < active
     assert memory.available_bytes(torch.device("cpu")) > 2**20
-    memory.check(chain.links, 2)
+    memory.check(chain, 2)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 12 * size)
     with pytest.raises(InputError, match=r"stage 'pre' needs about .* but .* are free: expected a smaller batch_size"):
-        memory.check(chain.links, 2)
+        memory.check(chain, 2)
 
 
 def test_an_objective_is_known_by_its_tokenizer():

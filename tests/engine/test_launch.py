@@ -1,4 +1,4 @@
-"""Real launches of 1, 2, 3 and 4 processes find what one process finds; the checks are in `distributed.py`.
+"""Real launches of 1, 2, 3 and 4 processes find what one process finds; the checks are in `helpers/distributed.py`.
 
 On gloo and the CPU; on a machine with GPUs on those, by NCCL where there are enough of them.
 """
@@ -8,19 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed
 import numpy as np
 import pytest
-import tiny
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from project import msif, project
+from helpers import distributed, tiny
+from helpers.project import msif, project
 
 from hf_msif import InputError, Scores
 from hf_msif.engine.files import save_tensors
-from hf_msif.project import commands
+from hf_msif.project.commands import query
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,7 @@ def folder(tmp_path_factory):
 def launch(processes, *arguments, timeout=600, check=True, **variables):
     """`torchrun` on the CPU."""
     tests = Path(__file__).parents[1]
-    folders = [tests.parent, tests / "helpers", tests / "influence"]
-    paths = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
@@ -53,10 +51,11 @@ def launch(processes, *arguments, timeout=600, check=True, **variables):
     return done
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_any_number_of_processes_finds_the_same(folder, processes):
     cpu = str(not torch.cuda.is_available()).lower()
-    done = launch(processes, Path(distributed.__file__), folder, processes, ACCELERATE_USE_CPU=cpu)
+    done = launch(processes, "-m", "helpers.distributed", folder, processes, ACCELERATE_USE_CPU=cpu)
     for check in distributed.CHECKS:
         assert f"{check.__name__}: passed in a world of {processes}" in done.stdout
 
@@ -81,6 +80,7 @@ def moved(trained, name):
     return [*flags, "--stages.pretraining.model.config", "null", "--stages.finetuning.model.head", "auto"]
 
 
+@pytest.mark.launch
 def test_the_command_line_under_a_launcher(trained):
     folder, _ = trained
     flags = moved(trained, "two")
@@ -108,6 +108,7 @@ def test_the_command_line_under_a_launcher(trained):
     assert "started as 2 processes, but only query, score, sweep share their work" in done.stderr
 
 
+@pytest.mark.launch
 def test_a_launcher_that_the_accelerator_does_not_join_is_refused(trained):
     done = launch(2, "-m", "hf_msif", "query", *moved(trained, "alone"), check=False, ACCELERATE_USE_CPU="false")
     assert done.returncode
@@ -169,15 +170,15 @@ def test_a_command_that_fails_ends_its_trackers_and_tells_all(trained, monkeypat
         def finish(self):
             raise RuntimeError("offline")
 
-    def failing(run, **more):
-        run.accelerator.trackers = [Broken(), kept]
+    def failing(arguments, project):
+        project.accelerator.trackers = [Broken(), kept]
         error = InputError("row 7 is not finite")
         error.add_note("Writing failed as well.")
         raise error
 
     kept, ends = Kept(), []
     monkeypatch.setattr(Kept, "finish", lambda self: ends.append(1))
-    monkeypatch.setattr(commands, "query", failing)
+    monkeypatch.setattr(query, "run", failing)
     assert msif("query", *moved(trained, "failed")) == 2
     assert ends == [1]
     said = capsys.readouterr().err

@@ -10,9 +10,6 @@ from hf_msif import Stage, solvers, training
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
 from hf_msif.objectives import ImageClassification
 
-# Threads cost such small tensors more time than they save.
-torch.set_num_threads(1)
-
 OBJECTIVE = ImageClassification(scale=1 / 16, dtype="float64")
 DECAY = (0.03, 0.01)
 

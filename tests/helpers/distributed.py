@@ -12,13 +12,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import test_unrolled
-import tiny
 import torch
-import toy
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from helpers import tiny, toy
+from helpers.runs import Run, pair, unrolled_chain
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training, vectors
 from hf_msif.engine import Engine
 from hf_msif.engine.files import load_tensors
@@ -55,15 +54,15 @@ def results(dtype, **settings):
     """Query vectors, residuals and scores of the whole pipeline."""
     made = chain(dtype, **settings)
     query = made.query(TESTS)
-    found = {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.items()}
+    found = {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.tensors().items()}
     for name, rows in (("many", CORPUS), ("few", CORPUS[:2]), ("one", CORPUS[:1])):
         scores = query.score(rows, batch_size=3)
         found[f"scores/{name}"] = torch.tensor(np.stack([scores.influence(q) for q in range(3)]))
     found["alone"] = torch.tensor(query.score(CORPUS, stage="fine").influence(1))
     group = made.query(TESTS, aggregate="mean")
-    found |= {f"group/{n}": t for n, t in group.solutions["pre"].items()}
-    found["N"] = torch.tensor([made.link("pre").count, made.link("fine").count])
-    found["norm"] = torch.tensor([made.link(name).gradient_norm for name in ("pre", "fine")])
+    found |= {f"group/{n}": t for n, t in group.solutions["pre"].tensors().items()}
+    found["N"] = torch.tensor([made.stage("pre").count, made.stage("fine").count])
+    found["norm"] = torch.tensor([made.stage(name).differentiation.gradient_norm for name in ("pre", "fine")])
     return found
 
 
@@ -97,22 +96,20 @@ def same(folder, world):
             assert gap <= tolerance * size, f"{name}: {key} differs by {gap / size:.1e} in a world of {world}"
 
 
-def sliced(folder, world):
-    """A process holds its slice of a solver's vectors, no more."""
-    from hf_msif.curvature.sharded import Sliced
+def sharded(folder, world):
+    """A process holds its shard of a solver's vectors, no more."""
+    from hf_msif.curvature.sharded import Sharded
 
     made = chain(torch.float64, sharded=True)
-    operator = Sliced(made.link("pre").operator, made.engine)
+    operator = Sharded(made.stage("pre").differentiation.operator, made.engine)
     whole = sum(p.numel() for p in operator.operator.parameters.values())
     v = vectors.rademacher(operator.operator.parameters, 2, seed=0)
-    with made.engine.slices():
-        mine = operator.cut(v)
-        assert mine["slice"].shape == (2, -(-whole // world))
-        product = operator.matvec(mine)
-        assert product["slice"].shape == mine["slice"].shape
-        norms = vectors.norm(mine)
-    torch.testing.assert_close(norms, vectors.norm(v), rtol=1e-12, atol=0)
-    torch.testing.assert_close(operator.join(mine), v, rtol=0, atol=0)
+    shards = operator.cut(v)
+    assert shards["shard"].shape == (2, -(-whole // world))
+    product = operator.matvec(shards)
+    assert product["shard"].shape == shards["shard"].shape
+    torch.testing.assert_close(operator.dot(shards, shards), vectors.dot(v, v), rtol=1e-12, atol=0)
+    torch.testing.assert_close(operator.join(shards), v, rtol=0, atol=0)
     tiny.close(operator.join(product), operator.operator.matvec(v), 1e-12)
 
 
@@ -183,14 +180,14 @@ def unrolled(folder):
     """Query vectors through a run that `record_run` recorded there."""
     run, before, model = run_of()
     model.load_state_dict(torch.load(folder / "run.pt"))
-    query = test_unrolled.unrolled_chain(run, before, model, folder / "run", batch_size=3).query(toy.toy_rows(9, 3))
-    return {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.items()}
+    query = unrolled_chain(run, before, model, folder / "run", batch_size=3).query(toy.toy_rows(9, 3))
+    return {f"{stage}/{n}": t for stage, u in query.solutions.items() for n, t in u.tensors().items()}
 
 
 def run_of():
     return (
-        test_unrolled.Run(toy.toy_rows(3, 7), [], momentum=0.8, clip=0.2, batch=3, epochs=2),
-        *test_unrolled.pair(),
+        Run(toy.toy_rows(3, 7), [], momentum=0.8, clip=0.2, batch=3, epochs=2),
+        *pair(),
     )
 
 
@@ -231,7 +228,7 @@ class OneIsOdd(toy.ToyObjective):
         return sums + batch["odd"] * sums**2, counts
 
 
-CHECKS = (same, sliced, failing, streams, durable, runs, linear_head)
+CHECKS = (same, sharded, failing, streams, durable, runs, linear_head)
 
 
 def main():

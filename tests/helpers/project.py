@@ -5,8 +5,7 @@ import json
 import re
 from pathlib import Path
 
-import tiny
-
+from helpers import tiny
 from hf_msif.project.cli import main
 
 SENTIMENTS = ("Negative", "Positive", "Neutral")

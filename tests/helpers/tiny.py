@@ -12,9 +12,6 @@ from hf_msif import MultiStageInfluence, Stage, objectives, solvers
 from hf_msif.engine.accelerated import placed
 from hf_msif.models import ElmoConfig, ElmoTokenizer
 
-# Threads cost such small tensors more time than they save.
-torch.set_num_threads(1)
-
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, "the", "a", "vote", "debate", "candidate", "wall", "tax", "jobs", "won", "lost", "great", "sad"]
 WORDS += ["said", "of", "and", "we", "they", "will", "no", "yes"]
@@ -209,6 +206,16 @@ class Plain:
         with torch.no_grad():
             for name, v in direction.items():
                 self.parameters[name] += step * v.to(self.parameters[name])
+
+
+def dense_gauss_newton(plain, names):
+    """Σ JᵀH_outJ with J built row by row by plain autograd and H_out = diag(p) − ppᵀ of each prediction."""
+    logits = plain.scored()[0]
+    rows = [plain.gradient(names, of=z) for z in logits.flatten()]
+    jacobian = torch.stack([torch.cat([row[n].flatten() for n in names]) for row in rows])
+    p = logits.detach().softmax(1)
+    outer = torch.block_diag(*(torch.diag(q) - torch.outer(q, q) for q in p))
+    return jacobian.T @ outer @ jacobian
 
 
 def block(parameters, columns, seed):

@@ -87,6 +87,10 @@ def example_losses(model, parameters, rows):
     return ToyObjective().losses(lambda **kw: torch.func.functional_call(model, parameters, kwargs=kw), batch)
 
 
+def decayed(name):
+    return "bias" not in name
+
+
 def flat(parameters, names):
     return torch.cat([parameters[n].reshape(-1) for n in names])
 
@@ -121,3 +125,29 @@ def minimise(objective, start, names):
         x = x + size * step
     assert gradient.norm() < 1e-9, f"Newton stopped at gradient norm {gradient.norm():.1e}"
     return {**fixed, **unflat(x, parameters, names)}
+
+
+def dense_hessian(model, names, rows):
+    values = {n: p.detach() for n, p in model.named_parameters()}
+
+    def objective(vector):
+        sums, counts = example_losses(model, {**values, **unflat(vector, values, names)}, rows)
+        return sums.sum() / counts.sum()
+
+    return torch.autograd.functional.hessian(objective, flat(values, names))
+
+
+def dense_gauss_newton(model, names, rows):
+    """Rows of J by one backward pass each; H_out = terms · (diag(p) − ppᵀ)."""
+    batch, leaves = ToyObjective().collate(rows), [model.get_parameter(n) for n in names]
+    logits = model(batch["x"]).logits
+    gradients = [torch.autograd.grad(z, leaves, retain_graph=True, allow_unused=True) for z in logits.flatten()]
+    jacobian = torch.stack(
+        [
+            torch.cat([(g if g is not None else 0 * p).flatten() for g, p in zip(row, leaves, strict=True)])
+            for row in gradients
+        ]
+    ).detach()
+    p = logits.detach().softmax(1)
+    outer = [t * (torch.diag(q) - torch.outer(q, q)) for q, t in zip(p, batch["terms"], strict=True)]
+    return jacobian.T @ torch.block_diag(*outer) @ jacobian / batch["terms"].sum()

@@ -6,16 +6,15 @@ import random
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_split import photograph
-from toy import ToyObjective, example_losses, minimise, toy, toy_rows
+from helpers import tiny
+from helpers.state import photograph
+from helpers.toy import ToyObjective, example_losses, minimise, toy, toy_rows
 from transformers import Trainer
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, vectors
 from hf_msif.adapters import decayed_names
 from hf_msif.engine.hashing import tensors_fingerprint
-from hf_msif.influence.multistage import pull_back
 from hf_msif.models import FeedForwardClassifier
 
 CORPUS, TWEETS, TESTS = tiny.rows(6, seed=1), tiny.rows(5, seed=2), tiny.rows(2, seed=8)
@@ -29,9 +28,9 @@ def stage(name="one", **settings):
 
 SETTINGS = {
     "curvature": ({"curvature": "fisher"}, r"curvature is 'fisher'; expected one of \['gauss_newton', 'hessian'\]"),
-    "link": ({"link": "unroled"}, "link is 'unroled'; expected 'proximal' or 'unrolled'"),
+    "link": ({"link": "unroled"}, r"link is 'unroled'; expected one of \['implicit', 'unrolled'\]"),
     "no run": ({"link": "unrolled"}, "run is None; expected the folder of a recorded run"),
-    "no link": ({"run": "runs/x"}, "link is 'proximal' and run is 'runs/x'"),
+    "no link": ({"run": "runs/x"}, "link is 'implicit' and run is 'runs/x'"),
     "decay": ({"weight_decay": -0.1}, r"weight_decay=-0\.1, .*a decay of at least 0"),
     "decay, no number": ({"weight_decay": float("nan")}, "weight_decay=nan"),
     "batch": ({"batch_size": 0}, "batch_size=0.*sizes of at least 1"),
@@ -54,9 +53,9 @@ def test_chains_that_are_none():
     with pytest.raises(InputError, match=r"stage names must differ; got \['one', 'one'\]"):
         MultiStageInfluence([stage(), stage()])
     msif = MultiStageInfluence([stage()], progress=False)
-    assert msif.link() is msif.link("one")
+    assert msif.stage() is msif.stage("one")
     with pytest.raises(InputError, match=r"there is no stage 'two'; the stages are \['one'\]"):
-        msif.link("two")
+        msif.stage("two")
 
 
 def test_a_loss_of_nothing_trained():
@@ -108,12 +107,12 @@ def objective(model, parameters, anchors, rows):
 @pytest.mark.parametrize("samples", [None, 5])
 def test_the_gradient_norm_is_that_of_the_objective(samples):
     """Decay and proximal term included, by plain autograd."""
-    link = two(curvature_samples=samples).link("two")
+    link = two(curvature_samples=samples).stage("two")
     model, anchors = toy(1), {n: p.detach() for n, p in toy(0).named_parameters() if n.startswith("encoder.")}
-    value = objective(model, dict(model.named_parameters()), anchors, link.curvature_rows)
+    value = objective(model, dict(model.named_parameters()), anchors, link.differentiation.curvature_rows)
     gradients = torch.autograd.grad(value, list(model.parameters()))
     expected = torch.cat([g.flatten() for g in gradients]).norm().item()
-    assert link.gradient_norm == pytest.approx(expected, rel=1e-12)
+    assert link.differentiation.gradient_norm == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_certificate_tells_a_minimum_from_none():
@@ -142,12 +141,13 @@ def test_partial_freezing():
     after = tiny.finetuned(before, "bert", layers=2)
     patterns = ["bert.encoder.layer.1.*", "bert.pooler.*", "classifier.*"]
     msif = tiny.chain(before, after, 1e-11, (CORPUS, TWEETS), trainable=patterns, alpha=0.2, weight_decay=0.03)
-    link = msif.link("fine")
+    link = msif.stage("fine")
     assert {n.split(".")[3] for n in link.split.proximal} == {"1"}
     assert not link.split.left_out
 
     adjoint, losses = msif.measurement(TESTS)
-    u, inherited, _ = pull_back(link, adjoint)
+    solution, inherited = link.differentiation.pull_back(adjoint)
+    u = solution.tensors()
     plain = tiny.Plain(after, "classification", tiny.objective("classification").collate(TWEETS))
     tests = tiny.Plain(after, "classification", tiny.objective("classification").collate(TESTS))
     np.testing.assert_allclose(losses, tests.sums().tolist(), rtol=1e-12)
@@ -165,8 +165,8 @@ def test_partial_freezing():
     head = {n for n in carried if n.startswith("cls.")}
     assert head
     assert all(carried[n].any() == (n not in head) for n in carried)
-    final = msif.query(TESTS).solutions["pre"]
-    damped = vectors.add(msif.link("pre").operator.matvec(final), final, 0.5)
+    final = msif.query(TESTS).solutions["pre"].tensors()
+    damped = vectors.add(msif.stage("pre").differentiation.operator.matvec(final), final, 0.5)
     tiny.close(damped, carried, 1e-8)
 
 
@@ -174,9 +174,9 @@ def test_what_is_neither_trained_nor_inherited_is_held_and_named():
     before = tiny.model("bert", "masked")
     after = tiny.finetuned(before, "bert")
     msif = tiny.chain(before, after, data=(CORPUS, TWEETS), trainable=["classifier.*"])
-    assert set(msif.link("fine").split.left_out) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert set(msif.stage("fine").split.left_out) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     query = msif.query(TESTS)
-    assert set(query.solutions["fine"]) == {"classifier.weight", "classifier.bias"}
+    assert set(query.solutions["fine"].tensors()) == {"classifier.weight", "classifier.bias"}
     assert query.score(CORPUS).influence(0).any()
 
 
@@ -203,7 +203,7 @@ def test_a_query_measures_its_facts_once(tmp_path, monkeypatch):
     assert scores.metadata == expected.metadata
     assert scores.frame.equals(expected.frame)
     assert len(hashed) == 4
-    assert not any("operator" in vars(link) for link in chain.links)
+    assert not any("operator" in vars(link) for link in chain.stages)
 
 
 def test_a_query_of_other_data_is_refused(tmp_path):
@@ -263,7 +263,7 @@ def test_models_with_kernels_of_their_own_leave_as_they_came(after):
     state, failed = randomness(), False
     try:
         msif = tiny.chain(before, model, data=(CORPUS, TWEETS))
-        pre = msif.link("pre")
+        pre = msif.stage("pre")
         if after:
             pre.stage.objective = Failing(copy.copy(pre.stage.objective), after)
         assert len(msif.query(TESTS).score(CORPUS)) == len(CORPUS)
@@ -311,13 +311,13 @@ def automatic(before, model, rows, **settings):
 def test_alpha_is_found_at_a_proximal_optimum(alpha):
     rows = toy_rows(1, 8)
     before, model = tied_optimum(alpha, rows)
-    link = automatic(before, model, rows, curvature_samples=3).link("two")  # the estimate is of all rows
-    assert link.alpha == pytest.approx(alpha, rel=1e-9)
-    assert link.estimate.remaining < 1e-8
-    given = automatic(before, model, rows, alpha=alpha).link("two")
-    assert given.gradient_norm < 1e-8
-    for n, t in given.ridge.items():
-        assert link.ridge[n] == pytest.approx(t, rel=1e-9)
+    link = automatic(before, model, rows, curvature_samples=3).stage("two")  # the estimate is of all rows
+    assert link.differentiation.alpha == pytest.approx(alpha, rel=1e-9)
+    assert link.differentiation.estimate.remaining < 1e-8
+    given = automatic(before, model, rows, alpha=alpha).stage("two")
+    assert given.differentiation.gradient_norm < 1e-8
+    for n, t in given.differentiation.ridge.items():
+        assert link.differentiation.ridge[n] == pytest.approx(t, rel=1e-9)
 
 
 def test_the_estimate_is_its_formula_elsewhere(tmp_path):
@@ -328,7 +328,7 @@ def test_the_estimate_is_its_formula_elsewhere(tmp_path):
         for p in model.parameters():
             p += 0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     chain = automatic(before, model, rows, solver=solvers.CG(damping=1.0, tol=1e-6))
-    link = chain.link("two")
+    link = chain.stage("two")
     names = [n for n, _ in model.named_parameters() if n.startswith("encoder.")]
     parameters = dict(model.named_parameters())
     sums, counts = example_losses(model, parameters, rows)
@@ -336,19 +336,19 @@ def test_the_estimate_is_its_formula_elsewhere(tmp_path):
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(value, [parameters[n] for n in names])])
     shift = torch.cat([(parameters[n] - before.get_parameter(n)).detach().flatten() for n in names])
     expected = float(-(slope @ shift) / (2 * shift @ shift))
-    assert link.estimate.alpha == pytest.approx(expected, rel=1e-12)
-    assert link.estimate.distance == pytest.approx(float(shift.norm()), rel=1e-12)
-    assert link.estimate.gradient_norm == pytest.approx(float(slope.norm()), rel=1e-12)
+    assert link.differentiation.estimate.alpha == pytest.approx(expected, rel=1e-12)
+    assert link.differentiation.estimate.distance == pytest.approx(float(shift.norm()), rel=1e-12)
+    assert link.differentiation.estimate.gradient_norm == pytest.approx(float(slope.norm()), rel=1e-12)
     remaining = float((slope + 2 * expected * shift).norm() / slope.norm())
-    assert link.estimate.remaining == pytest.approx(remaining, rel=1e-12)
+    assert link.differentiation.estimate.remaining == pytest.approx(remaining, rel=1e-12)
     assert remaining > 0.01
     for nearby in (0.99 * expected, 1.01 * expected):
         assert (slope + 2 * nearby * shift).norm() > (slope + 2 * expected * shift).norm()
 
     query = chain.query(toy_rows(3, 2))
     found = query.certificate()["stages"]["two"]
-    assert found["alpha"] == link.alpha
-    assert found["alpha_estimate"] == dataclasses.asdict(link.estimate)
+    assert found["alpha"] == link.differentiation.alpha
+    assert found["alpha_estimate"] == dataclasses.asdict(link.differentiation.estimate)
     assert f"alpha = {expected:.4g} estimated from the checkpoints" in found["text"]
     assert f"it leaves {remaining:.0%} of the gradient" in found["text"]
     assert query.certificate()["stages"]["one"]["alpha_estimate"] is None
@@ -374,20 +374,20 @@ def test_an_estimate_that_is_not_positive_is_warned_about():
     with torch.no_grad():
         for n, slope in zip(names, slopes, strict=True):
             parameters[n] += 0.05 * slope
-    link = automatic(before, model, rows).link("two")
+    link = automatic(before, model, rows).stage("two")
     with pytest.warns(UserWarning, match=r"stage 'two': alpha = -.* It is not positive: no proximal term explains"):
-        assert link.alpha < 0
+        assert link.differentiation.alpha < 0
 
 
 def test_an_encoder_that_did_not_move_has_no_alpha():
     before, model = toy(0), toy(1)
     model.encoder.load_state_dict(before.encoder.state_dict())
-    link = automatic(before, model, toy_rows(1, 8)).link("two")
+    link = automatic(before, model, toy_rows(1, 8)).stage("two")
     with pytest.raises(InputError, match=r"stage 'two': alpha is 'auto', but the inherited parameters are those of"):
-        _ = link.alpha
-    frozen = automatic(before, model, toy_rows(1, 8), trainable="head").link("two")
-    assert frozen.alpha is None
-    assert "encoder.gain" not in frozen.ridge
+        _ = link.differentiation.alpha
+    frozen = automatic(before, model, toy_rows(1, 8), trainable="head").stage("two")
+    assert frozen.differentiation.alpha is None
+    assert "encoder.gain" not in frozen.differentiation.ridge
 
 
 def test_a_tokenizer_that_the_model_has_no_room_for_is_refused():

@@ -6,11 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_curvature import dense_gauss_newton
-from toy import ToyObjective, example_losses, toy, toy_rows
+from helpers.toy import ToyObjective, dense_gauss_newton, example_losses, toy, toy_rows
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers
-from hf_msif.influence import sweep as module
+from hf_msif.influence.implicit import Implicit
 from hf_msif.influence.sweep import damping_sweep
 
 CORPUS, TWEETS, TESTS = toy_rows(1, 14), toy_rows(2, 9), toy_rows(3, 2)
@@ -87,8 +86,10 @@ def test_each_row_is_the_query_at_that_damping():
     """Through both stages; the later one is solved once for all, and the curvature set up once."""
     msif, solved = chain(), []
     with pytest.MonkeyPatch.context() as patch:
-        original = module.pull_back
-        patch.setattr(module, "pull_back", lambda link, *rest: solved.append(link.stage.name) or original(link, *rest))
+        original = Implicit.pull_back
+        patch.setattr(
+            Implicit, "pull_back", lambda self, *rest: solved.append(self.bound.name) or original(self, *rest)
+        )
         table = damping_sweep(msif, TESTS, CORPUS, DAMPINGS)
     assert solved == ["fine", "pre", "pre", "pre"]
     for damping, spread in zip(table.damping, table.spread, strict=True):
@@ -113,7 +114,7 @@ def test_a_damping_too_small_has_no_ranking():
 
 def test_a_later_stage_that_is_not_solved_is_warned_about():
     msif = chain()
-    msif.link("fine").stage.solver = solvers.CG(damping=1e-3, tol=1e-9, max_iter=1)
+    msif.stage("fine").differentiation.solver = solvers.CG(damping=1e-3, tol=1e-9, max_iter=1)
     with pytest.warns(UserWarning, match="stage 'fine': not solved to tolerance"):
         damping_sweep(msif, TESTS, CORPUS, [1.0])
 
@@ -137,5 +138,5 @@ def test_errors(change, message):
 
 
 def test_a_solver_without_damping():
-    with pytest.raises(InputError, match="stage 'pre' is solved by Identity, which has no damping to sweep: use CG"):
+    with pytest.raises(InputError, match=r"'pre' is solved by Identity\(\), which has no damping to sweep: use CG"):
         damping_sweep(chain(solvers.Identity()), TESTS, CORPUS, [1.0])

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import published
 import pytest
 import torch
+from helpers import published
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_msif import InputError
 from hf_msif.models import ElmoConfig, ElmoForBidirectionalLM, ElmoForSequenceClassification, ElmoModel, ElmoTokenizer
 from hf_msif.models.elmo import convert, layers, vocabulary
-
-torch.set_num_threads(1)
 
 SENTENCES = ["we won the debate", "no", "they said the wall will win , sadly", "naïve 🙂 " + "x" * 60, "the the the"]
 FIXTURE = os.environ.get("HF_MSIF_ELMO_FIXTURE")

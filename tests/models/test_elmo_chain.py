@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import peft
 import pytest
-import tiny
 import torch
-from project import msif
-from test_derivatives import dense_gauss_newton
+from helpers import tiny
+from helpers.project import msif
+from helpers.tiny import dense_gauss_newton
 from transformers import TrainingArguments
 
 from hf_msif import InputError, objectives, solvers, training
@@ -101,6 +101,7 @@ def test_roles(pair):
     assert {name.split(".")[0] for name in split("fine", classifier, pair[0], "head").head} == {"hidden", "classifier"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["head", "all"])
 def test_influence_is_that_of_dense_algebra(trainable):
     """Eqs. (2), (11) with a frozen encoder, (12) to (15) with a trained one, Gauss-Newton + λ, every matrix written
@@ -216,6 +217,7 @@ def project(folder: Path) -> Path:
     return folder / "config.yaml"
 
 
+@pytest.mark.slow
 def test_from_yaml_to_scores(tmp_path, capsys):
     path = project(tmp_path)
     for command in ("plan", "train", "query", "score", "top"):
@@ -231,6 +233,7 @@ def test_from_yaml_to_scores(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_an_unrolled_stage_from_yaml(tmp_path):
     """The encoder is finetuned too, by a recorded run that is pulled back; dropout is on in it."""
     path = project(tmp_path)

@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,

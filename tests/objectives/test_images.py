@@ -273,7 +273,7 @@ def test_fresh_weights_carry_a_signal():
         ({"activation": "sigmoid"}, "expected one of"),
         ({"pooling": "none"}, "expected one of"),
         ({"kernel_size": 4}, "odd number"),
-        ({"channels": [2] * 4}, "leave nothing of an image"),
+        ({"channels": [2] * 4}, "leave no pixel of an image"),
         ({"channels": []}, "at least one convolution"),
     ],
 )

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from hf_msif import InputError, objectives
 from hf_msif.adapters.functional import FunctionalModel

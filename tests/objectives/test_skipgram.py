@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from project import msif, project
-from toy import minimise
+from helpers import tiny
+from helpers.project import msif, project
+from helpers.toy import minimise
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -398,7 +398,7 @@ def test_influence_equals_resolving_the_chain(kind):
     assert float(chain.optima[0]["context.weight"].norm()) > 0.5  # not the trivial minimum
     msif_ = MultiStageInfluence(chain.stages(), progress=False)
     query = msif_.query(chain.tests)
-    smallest = solvers.Dense().init(msif_.link("pre").operator).eigenvalues
+    smallest = solvers.Dense().init(msif_.stage("pre").differentiation.operator).eigenvalues
     assert int((smallest.abs() < 1e-8).sum()) == 1  # the one rotation of two dimensions
     assert float(smallest[1]) > 1e-4
     for k, (stage, rows) in enumerate((("pre", chain.corpus), ("fine", chain.tweets))):
@@ -462,12 +462,12 @@ def test_pretraining_through_its_own_run(tmp_path):
         Stage("fine", after, task, tweets, "head", 0.5, solver=solvers.Dense(tol=1e-6)),
     ]
     query = MultiStageInfluence(stages, progress=False).query(tests)
-    found, fine, pre = query.score(corpus), query.chain.link("fine"), query.chain.link("pre")
-    schedule = pre.recording.schedule
+    found, fine, pre = query.score(corpus), query.chain.stage("fine"), query.chain.stage("pre")
+    schedule = pre.differentiation.recording.schedule
     assert set(schedule.epochs) == {0, 1}
     # What finetuning hands back, ∂f/∂W_T; all the rest is the run.
     b = gradient(Evaluation(fine.model, task, fine.collate(tests)), [table])[table]
-    b = (b - fine.operator.mixed(query.solutions["fine"], (table,))[table][0]).cpu()
+    b = (b - fine.differentiation.operator.mixed(query.solutions["fine"].tensors(), (table,))[table][0]).cpu()
 
     def end(index, weight):
         parameters = {n: p.detach() for n, p in start.named_parameters()}
@@ -543,7 +543,7 @@ def test_the_first_words_and_lower_case(tmp_path):
         ("3 3\na 1 2 3\nb 1 2\nc 1 2 3\n", r"line 3: 'b 1 2'… is not a word and 3 numbers, as the first line says"),
         ("a 1 2\nb 1 x\n", r"line 2: 'b 1 x'… is not a word and 2 numbers, as in the first line"),
         ("a 1 2\nb 1 nan\n", "line 2"),
-        ("3 2\na 1 2\n", "has 1 words; its first line says 3: it was cut off"),
+        ("3 2\na 1 2\n", "has 1 words; its first line says 3: the file is incomplete"),
         ("a 1 2\na 3 4\n", "has 'a' twice"),
         ("a 1 2\n[UNK] 3 4\n", r"has '\[UNK\]' twice, or as a word"),
     ],

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from project import msif, project, snapshot, visible
+from helpers.project import msif, project, snapshot, visible
 
 from hf_msif import Scores
-from hf_msif.project import cli
+from hf_msif.project import cli, commands
+from hf_msif.project.commands import query
 
 COMMANDS = ("plan", "train", "query", "score", "sweep")
 
@@ -96,18 +97,18 @@ def test_removal_effect_is_minus_influence_over_the_number_of_masked_words(made)
 def test_json_is_one_object_and_prose_goes_to_stderr(copy, capsys, command):
     assert msif(command, "--config", copy / "config.yaml", "--json") == 0
     said = capsys.readouterr()
-    found = json.loads(said.out)
-    assert isinstance(found, dict)
+    report = json.loads(said.out)
+    assert isinstance(report, dict)
     assert "left out (not in keep)" in said.err
     if command == "train":
-        assert [stage["stage"] for stage in found["stages"]] == ["pretraining", "finetuning"]
+        assert [stage["stage"] for stage in report["stages"]] == ["pretraining", "finetuning"]
     elif command == "sweep":
-        assert found["table"][0]["rank_correlation"] is None  # NaN is no JSON
-        assert -1 <= found["table"][1]["rank_correlation"] <= 1
+        assert report["table"][0]["rank_correlation"] is None  # NaN is no JSON
+        assert -1 <= report["table"][1]["rank_correlation"] <= 1
     elif command == "score":
-        assert found["rows"] == len(Scores.from_parquet(found["scores"]))
+        assert report["rows"] == len(Scores.from_parquet(report["scores"]))
     elif command == "query":
-        assert all(all(stage["solve"]["converged"]) for stage in found["stages"].values())
+        assert all(all(stage["solve"]["converged"]) for stage in report["stages"].values())
 
 
 @pytest.mark.parametrize("by", ["absolute", "harmful", "helpful"])
@@ -115,11 +116,11 @@ def test_top_as_json_is_what_the_scores_say(made, capsys, by):
     run = made.parent / "run"
     assert msif("top", "--run", run, "-k", 4, "--by", by, "--json") == 0
     said = capsys.readouterr()
-    found = json.loads(said.out)
+    report = json.loads(said.out)
     scores = Scores.from_parquet(run / "scores.parquet")
-    assert found["by"] == by
-    assert [test["test"] for test in found["tests"]] == [test["text"] for test in scores.metadata["tests"]]
-    for q, test in enumerate(found["tests"]):
+    assert report["by"] == by
+    assert [test["test"] for test in report["tests"]] == [test["text"] for test in scores.metadata["tests"]]
+    for q, test in enumerate(report["tests"]):
         assert test["top"] == scores.top(4, by, q).to_dict(orient="records")
         for row in test["top"]:
             assert row["removal_effect"] == -row["influence"] / scores.metadata["N"]
@@ -321,8 +322,8 @@ def test_a_recipe_is_its_commands_one_after_another(tmp_path, capsys, monkeypatc
     path = project(tmp_path)
     monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(path), "--json"])
     runpy.run_path(str(recipe), run_name="__main__")
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert all(key in report for key, report in zip(("text", "stages", "query", "scores"), found, strict=True))
+    reports = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(key in report for key, report in zip(("text", "stages", "query", "scores"), reports, strict=True))
     assert (tmp_path / "run" / "table1.md").exists()
     monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(path), "--sed", "1"])
     with pytest.raises(SystemExit) as end:
@@ -334,26 +335,35 @@ def test_an_interruption_says_so(made, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_configured", interrupt)
+    monkeypatch.setattr(query, "run", interrupt)
     assert msif("query", "--config", made) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_a_command_is_a_file_and_a_name_in_the_list():
+    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(cli.COMMANDS)
+    for command in cli.load_commands().values():
+        assert all(callable(getattr(command, name)) for name in ("register", "run", "render"))
+        assert command.TAKES_CONFIGURATION or not (command.FLAGS or command.SHARES_WORK)
+        assert command.HELP
+
+
 def test_help_lists_every_key_and_imports_nothing_heavy():
     code = (
-        "import sys; from hf_msif.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from hf_msif.project.cli import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules);"
         "sys.exit(code or ' '.join(heavy) or 0)"
     )
     said = []
     for arguments in (["--help"], ["plan", "--help"], ["top", "-h"], ["--version"]):
         environment = {**os.environ, "COLUMNS": "100"}
-        found = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
         )
-        assert found.returncode == 0, found.stderr
-        assert found.stderr == ""
-        said.append(found.stdout)
+        assert process.returncode == 0, process.stderr
+        assert process.stderr == ""
+        said.append(process.stdout)
     assert all(command in said[0] for command in (*COMMANDS, "demo", "top"))
     assert "\n  --stages.NAME.solver.damping\n" in said[1]
     assert "--config FILE.yaml" in said[1]
@@ -362,8 +372,8 @@ def test_help_lists_every_key_and_imports_nothing_heavy():
 
 
 def test_errors_of_the_configuration_import_nothing_heavy_either(made):
-    code = "import sys; from hf_msif.cli import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
+    code = "import sys; from hf_msif.project.cli import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
     arguments = ["plan", "--config", str(made), "--sed", "1"]
-    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert found.returncode == 2
-    assert found.stderr == "msif plan: error: unknown key 'sed'; the nearest known key is 'seed'.\n"
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "msif plan: error: unknown key 'sed'; the nearest known key is 'seed'.\n"

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from project import msif, snapshot, unrolled_project, visible
+from helpers.project import msif, snapshot, unrolled_project, visible
 
 from hf_msif import Scores
 from hf_msif.engine.files import load_tensors
@@ -61,8 +61,8 @@ def test_from_plan_to_scores(tmp_path, capsys):
         states = sum(p.stat().st_size for p in (run / f"{name}.run").glob("state-*"))
         assert 0 < states - both[0]["disk_bytes"] < 12_000 * both[0]["states_kept"]  # names and shapes
 
-    found = answer(capsys, "query", "--config", path)
-    for name, stage in found["stages"].items():
+    report = answer(capsys, "query", "--config", path)
+    for name, stage in report["stages"].items():
         assert stage["link"] == "unrolled"
         assert stage["solve"]["steps"] == {"pretraining": 7, "finetuning": 5}[name]
         assert stage["solve"]["replay_difference"] == 0.0
@@ -77,12 +77,12 @@ def test_from_plan_to_scores(tmp_path, capsys):
 
 @pytest.mark.parametrize("retrain", ["warm_start", "from_scratch"])
 def test_validate(copied, capsys, retrain):
-    found = answer(capsys, "validate", "--config", copied, "--validation.retrain", retrain)
-    assert found["retrainings"] == 10  # four rows and none, twice
-    assert found["n"] == 4
-    assert found["pearson_r"] > 0.99
-    assert found["ceiling"]["pearson_r"] > 0.99
-    assert {"implicit", "random"} <= set(found)
+    report = answer(capsys, "validate", "--config", copied, "--validation.retrain", retrain)
+    assert report["retrainings"] == 10  # four rows and none, twice
+    assert report["n"] == 4
+    assert report["pearson_r"] > 0.99
+    assert report["ceiling"]["pearson_r"] > 0.99
+    assert {"implicit", "random"} <= set(report)
 
 
 @pytest.mark.parametrize("stage", ["pretraining", "finetuning"])
@@ -115,26 +115,26 @@ def test_a_run_recorded_elsewhere_is_used_and_not_trained_over(copied, capsys):
     elsewhere, model = copied.parent / "elsewhere", copied.parent / "model"
     (run / "finetuning.run").rename(elsewhere)
     (run / "finetuning").rename(model)
-    given = ["--config", copied, f"{FINE}.run", elsewhere, f"{FINE}.model.path", model]
-    kept = snapshot(elsewhere)
-    assert answer(capsys, "query", *given)["losses"] == expected
-    assert [stage["stage"] for stage in answer(capsys, "train", *given)["stages"]] == ["pretraining"]
-    assert answer(capsys, "query", *given)["losses"] == expected
-    assert msif("train", *given, "--stage", "finetuning") == 2
+    options = ["--config", copied, f"{FINE}.run", elsewhere, f"{FINE}.model.path", model]
+    before = snapshot(elsewhere)
+    assert answer(capsys, "query", *options)["losses"] == expected
+    assert [stage["stage"] for stage in answer(capsys, "train", *options)["stages"]] == ["pretraining"]
+    assert answer(capsys, "query", *options)["losses"] == expected
+    assert msif("train", *options, "--stage", "finetuning") == 2
     assert "stages.finetuning.run" in visible(capsys.readouterr().err)[-1]
-    assert snapshot(elsewhere) == kept
+    assert snapshot(elsewhere) == before
 
 
 BAD = {
     "polish": (f"{FINE}.polish {{}}", "has polish and link: unrolled; expected one of them"),
-    "run without link": (f"{FINE}.link proximal {FINE}.alpha 0.1 {FINE}.run x", "run or max_growth, which need link"),
-    "growth without link": (f"{FINE}.link proximal {FINE}.alpha 0.1 {FINE}.max_growth 9", "run or max_growth"),
+    "run without link": (f"{FINE}.link implicit {FINE}.alpha 0.1 {FINE}.run x", "run or max_growth, which need link"),
+    "growth without link": (f"{FINE}.link implicit {FINE}.alpha 0.1 {FINE}.max_growth 9", "run or max_growth"),
     "run without model": (f"{FINE}.run x", "stages.finetuning.run"),
-    "link": (f"{FINE}.link unroled", "stages.finetuning.link is unroled; expected one of proximal, unrolled"),
+    "link": (f"{FINE}.link unroled", "stages.finetuning.link is unroled; expected one of implicit, unrolled"),
     "growth": (f"{FINE}.max_growth 0", "stages.finetuning.max_growth is 0"),
     "optimiser": (f"{FINE}.training.optim adafactor", "has optim 'adafactor'"),
-    "alpha": (f"{FINE}.link proximal {FINE}.alpha large", "stages.finetuning.alpha is large"),
-    "alpha and polish": (f"{FINE}.link proximal {FINE}.alpha auto {FINE}.polish {{}}", "alpha: auto"),
+    "alpha": (f"{FINE}.link implicit {FINE}.alpha large", "stages.finetuning.alpha is large"),
+    "alpha and polish": (f"{FINE}.link implicit {FINE}.alpha auto {FINE}.polish {{}}", "alpha: auto"),
 }
 
 
@@ -161,7 +161,7 @@ def test_there_is_no_damping_to_sweep(copied, capsys):
 
 
 def test_alpha_is_estimated(copied, capsys):
-    found = answer(capsys, "query", "--config", copied, f"{FINE}.link", "proximal", f"{FINE}.alpha", "auto")
-    stage = found["stages"]["finetuning"]
+    report = answer(capsys, "query", "--config", copied, f"{FINE}.link", "implicit", f"{FINE}.alpha", "auto")
+    stage = report["stages"]["finetuning"]
     assert stage["alpha"] == stage["alpha_estimate"]["alpha"]
     assert "estimated from the checkpoints" in stage["text"]

@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from project import image_project, msif, project
+from helpers.project import image_project, msif, project
 
 from hf_msif.errors import InputError
-from hf_msif.project import commands, config
+from hf_msif.project import config
+from hf_msif.project.retraining import retraining
 from hf_msif.project.run import Run
 from hf_msif.scoring.scores import Scores
 
@@ -59,21 +60,21 @@ def test_images_get_figure_3_and_ids_in_table_1(made):
 def test_leave_one_out_agrees_with_retraining_and_is_kept(copied, capsys):
     path, *where = copied
     arguments = ("validate", "--config", path, *where, "--validation.examples", 6)
-    found = answer(capsys, *arguments)
-    assert found["pearson_r"] > 0.95
-    assert found["n"] == 6
-    assert found["ceiling"]["pearson_r"] > 0.99
-    assert found["identity"]["pearson_r"] < found["pearson_r"]
-    assert "tfidf" not in found
-    assert set(found["accuracy"]) == {"pretraining", "finetuning", "finetuning, test"}
-    assert found["retrainings"] == 2 * (1 + 6)
+    report = answer(capsys, *arguments)
+    assert report["pearson_r"] > 0.95
+    assert report["n"] == 6
+    assert report["ceiling"]["pearson_r"] > 0.99
+    assert report["identity"]["pearson_r"] < report["pearson_r"]
+    assert "tfidf" not in report
+    assert set(report["accuracy"]) == {"pretraining", "finetuning", "finetuning, test"}
+    assert report["retrainings"] == 2 * (1 + 6)
     folder = where[1] / "validation"
     assert sorted(p.name for p in folder.iterdir()) == [f"leave_one_out.{e}" for e in ("json", "parquet", "png")]
     removals = pd.read_parquet(folder / "leave_one_out.parquet")
-    assert np.corrcoef(removals.measured, removals.influence)[0, 1] == pytest.approx(found["pearson_r"])
+    assert np.corrcoef(removals.measured, removals.influence)[0, 1] == pytest.approx(report["pearson_r"])
     again = answer(capsys, *arguments, "--validation.baselines", "[random]")
     assert again["retrainings"] == 0
-    assert again["pearson_r"] == found["pearson_r"]
+    assert again["pearson_r"] == report["pearson_r"]
     assert "identity" not in again
 
 
@@ -82,55 +83,56 @@ def test_other_experiments_and_groups_along_the_ranking(copied, capsys):
     few = ("--validation.ceiling_seeds", "[]", "--validation.baselines", "[]")
     groups = ("--validation.groups", 4, "--validation.group_size", 2)
     validate = ("validate", "--config", path, *where, *few, "--validation.experiment")
-    found = answer(capsys, *validate, "remove_groups", *groups)
-    assert found["n"] == 4
-    assert found["pearson_r"] > 0.95
-    assert found["ceiling"] is None
+    report = answer(capsys, *validate, "remove_groups", *groups)
+    assert report["n"] == 4
+    assert report["pearson_r"] > 0.95
+    assert report["ceiling"] is None
     removed = pd.read_parquet(where[1] / "validation" / "remove_groups.parquet")
     assert removed.influence.is_monotonic_decreasing  # from the most helpful rows to the most harmful ones
-    found = answer(capsys, *validate, "datamodelling_score", "--validation.subsets", 5)
-    assert found["settings"]["removed"] == 3
-    assert found["spearman_r"] > 0.5
+    report = answer(capsys, *validate, "datamodelling_score", "--validation.subsets", 5)
+    assert report["settings"]["removed"] == 3
+    assert report["spearman_r"] > 0.5
 
 
+@pytest.mark.slow
 def test_from_scratch_trains_each_stage_as_its_settings_say(tmp_path, capsys):
     path = project(tmp_path / "texts")
     changes = ("--stages.finetuning.polish", "{tol: 1e-3}", "--stages.finetuning.weight_decay", 0.01)
     assert msif("train", "--config", path, *changes) == 0
     run = Run(config.load(path, [(k[2:], v) for k, v in zip(changes[::2], changes[1::2], strict=True)]), False)
-    retrain = commands.retraining(run, run.chain(), run.tests(), "from_scratch")
+    retrain = retraining(run, run.chain(), run.tests(), "from_scratch")
     assert retrain.polished == [False, True]
     assert [a is None for a in retrain.arguments] == [False, False]
     losses = [retrain(frozenset(), seed).losses for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
     with pytest.raises(InputError, match=r"stages.pretraining.polish is missing"):
-        commands.retraining(run, run.chain(), run.tests(), "warm_start")
+        retraining(run, run.chain(), run.tests(), "warm_start")
 
 
 def test_cleansing_writes_the_rest_and_measures_what_it_does(copied, capsys):
     path, *where = copied
     arguments = ("cleanse", "--config", path, *where, "--cleanse.fraction", 0.1)
-    found = answer(capsys, *arguments)
-    assert found["removed"] == 6
-    kept = pd.read_parquet(where[1] / "cleanse" / "kept.parquet")
+    report = answer(capsys, *arguments)
+    assert report["removed"] == 6
+    remaining = pd.read_parquet(where[1] / "cleanse" / "kept.parquet")
     run = Run(config.load(path, [("run_dir", str(where[1]))]), progress=False)
     tests = run.tests()
     influence = run.chain().query(tests, "mean").score(run.rows("pretraining")).influence()
     ids = np.array([row["example_id"] for row in run.rows("pretraining")])
-    assert set(ids) - set(kept.example_id) == set(ids[np.argsort(-influence)[:6]])
+    assert set(ids) - set(remaining.example_id) == set(ids[np.argsort(-influence)[:6]])
     assert len(pd.read_parquet(where[1] / "cleanse" / "random.parquet")) == 54
 
-    found = answer(capsys, *arguments, "--cleanse.retrain", "warm_start", "--cleanse.seeds", 2)
-    assert found["repetitions"] == 2
-    assert len(found["table"]) == 2
-    assert [row["seed"] for row in found["table"]] == [0, 1]
+    report = answer(capsys, *arguments, "--cleanse.retrain", "warm_start", "--cleanse.seeds", 2)
+    assert report["repetitions"] == 2
+    assert len(report["table"]) == 2
+    assert [row["seed"] for row in report["table"]] == [0, 1]
     assert (where[1] / "cleanse" / "seed-1" / "pretraining").is_dir()
-    gain = found["loss_gain_over_random"]
-    each = [row["loss, random"] - row["loss, harmful"] for row in found["table"]]
+    gain = report["loss_gain_over_random"]
+    each = [row["loss, random"] - row["loss, harmful"] for row in report["table"]]
     assert gain["mean"] == pytest.approx(np.mean(each))
     assert gain["interval"][0] < gain["mean"] < gain["interval"][1]
-    assert set(found["table"][0]) > {"accuracy, all", "accuracy, harmful"}
-    assert found["held_out"] > 0
+    assert set(report["table"][0]) > {"accuracy, all", "accuracy, harmful"}
+    assert report["held_out"] > 0
 
 
 @pytest.mark.parametrize(
@@ -174,11 +176,11 @@ def test_two_runs_are_compared(copied, tmp_path, capsys):
     scores.frame["influence"] *= 3
     (tmp_path / "other").mkdir()
     scores.to_parquet(tmp_path / "other" / "scores.parquet")
-    found = answer(capsys, "compare", "--runs", tmp_path / "other", run, "--output", tmp_path / "both.png", "-k", 5)
-    assert found["ratio"] == pytest.approx(3)
-    assert found["ratio_interval"] == pytest.approx([3, 3])  # the same rows are drawn on both sides
-    assert found["spearman_r"] == pytest.approx(1)
-    assert found["top_k_shared"] == 1
+    report = answer(capsys, "compare", "--runs", tmp_path / "other", run, "--output", tmp_path / "both.png", "-k", 5)
+    assert report["ratio"] == pytest.approx(3)
+    assert report["ratio_interval"] == pytest.approx([3, 3])  # the same rows are drawn on both sides
+    assert report["spearman_r"] == pytest.approx(1)
+    assert report["top_k_shared"] == 1
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert msif("compare", "--runs", run, tmp_path / "nowhere") == 2
     assert "does not exist" in capsys.readouterr().err
@@ -200,22 +202,22 @@ def three(tmp_path_factory):
 
 
 def test_a_chain_of_three_ranks_every_stage_side_by_side(three, capsys):
-    run, found = three.parent / "run", {}
+    run, scores = three.parent / "run", {}
     for stage, file in (("finetuning", "-finetuning"), ("pretraining", ""), ("domain", "-domain")):
-        said = answer(capsys, "score", "--config", three, "--corpus.stage", stage)
-        assert said["scores"] == str(run / f"scores{file}.parquet")
+        report = answer(capsys, "score", "--config", three, "--corpus.stage", stage)
+        assert report["scores"] == str(run / f"scores{file}.parquet")
         assert (run / f"table1{file}.md").is_file()
         assert len(answer(capsys, "top", "--run", run, "--stage", stage, "-k", 2)["tests"][0]["top"]) == 2
-        found[stage] = Scores.from_parquet(said["scores"])
-        assert found[stage].metadata["stage"] == stage
-        assert all(np.abs(found[stage].influence(q)).max() > 0 for q in range(2))
-    links = {name: facts["link"] for name, facts in found["domain"].metadata["certificate"]["stages"].items()}
-    assert links == {"pretraining": "proximal", "domain": "unrolled", "finetuning": "proximal"}
-    assert len(found["domain"]) > len(found["finetuning"])  # neutral tweets teach words, too
+        scores[stage] = Scores.from_parquet(report["scores"])
+        assert scores[stage].metadata["stage"] == stage
+        assert all(np.abs(scores[stage].influence(q)).max() > 0 for q in range(2))
+    links = {name: facts["link"] for name, facts in scores["domain"].metadata["certificate"]["stages"].items()}
+    assert links == {"pretraining": "implicit", "domain": "unrolled", "finetuning": "implicit"}
+    assert len(scores["domain"]) > len(scores["finetuning"])  # neutral tweets teach words, too
     assert answer(capsys, "top", "--run", run)["stage"] == "pretraining"
-    both = answer(capsys, "compare", "--runs", run, run, "--stages", "domain", "finetuning")
-    assert both["shared"] == len(found["finetuning"])
-    assert -1 <= both["signed_r"] <= 1
+    comparison = answer(capsys, "compare", "--runs", run, run, "--stages", "domain", "finetuning")
+    assert comparison["shared"] == len(scores["finetuning"])
+    assert -1 <= comparison["signed_r"] <= 1
     assert msif("top", "--run", run, "--stage", "domian") == 2
     assert "holds scores of the stages ['domain', 'finetuning', 'pretraining']" in capsys.readouterr().err
 
@@ -223,10 +225,10 @@ def test_a_chain_of_three_ranks_every_stage_side_by_side(three, capsys):
 def test_the_domain_stage_starts_from_the_head_before_it_and_says_what_it_gained(three):
     run = Run(config.load(three), progress=False)
     chain = run.chain()
-    start = chain.link("domain").recording.state(0)["parameters"]
+    start = chain.stage("domain").differentiation.recording.state(0)["parameters"]
     head = "cls.predictions.transform.dense.weight"
-    assert (start[head] == chain.link("pretraining").model.parameters[head].cpu()).all()
-    assert head in chain.link("domain").split.inherited
+    assert (start[head] == chain.stage("pretraining").model.parameters[head].cpu()).all()
+    assert head in chain.stage("domain").split.inherited
     report = json.loads((three.parent / "run" / "domain.json").read_text())
     assert report["test_before"]["examples"] == report["test"]["examples"]
     assert report["test_before"]["loss"] > report["test"]["loss"]
@@ -234,6 +236,7 @@ def test_the_domain_stage_starts_from_the_head_before_it_and_says_what_it_gained
     assert "test_before" not in json.loads((three.parent / "run" / "finetuning.json").read_text())
 
 
+@pytest.mark.slow
 def test_removed_tweets_of_the_domain_repeat_its_run_and_leave_pretraining_alone(three, tmp_path, capsys):
     double = [word for name in config.load(three).stages for word in (f"--stages.{name}.model.dtype", "float64")]
     polished = ("--stages.finetuning.polish", "{}", "--stages.finetuning.weight_decay", 0.01)
@@ -243,12 +246,12 @@ def test_removed_tweets_of_the_domain_repeat_its_run_and_leave_pretraining_alone
     where = ("--config", three, "--run_dir", tmp_path, *double, *polished, *exact, *gentle)
     assert msif("train", *where) == 0
     few = ("--validation.groups", 5, "--validation.group_size", 1, "--validation.baselines", "[]")
-    found = answer(
+    report = answer(
         capsys, "validate", *where, *few, "--validation.experiment", "remove_groups", "--corpus.stage", "domain"
     )
-    assert found["pearson_r"] > 0.99
-    assert found["slope"] == pytest.approx(1, abs=0.1)
-    assert found["ceiling"]["pearson_r"] > 0.99
-    assert found["validation"].endswith("remove_groups-domain.json")
+    assert report["pearson_r"] > 0.99
+    assert report["slope"] == pytest.approx(1, abs=0.1)
+    assert report["ceiling"]["pearson_r"] > 0.99
+    assert report["validation"].endswith("remove_groups-domain.json")
     assert msif("validate", *where, *few) == 2
     assert "stages.pretraining.polish is missing" in capsys.readouterr().err

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from project import SIZES, msif, project
+from helpers.project import SIZES, msif, project
 
 from hf_msif import solvers
 from hf_msif.adapters.functional import memo_bytes
 from hf_msif.curvature import Curvature
-from hf_msif.influence.multistage import pull_back
+from hf_msif.influence import cost, implicit
 from hf_msif.project import config, memory, plan
 from hf_msif.project.run import Run
 
@@ -36,7 +36,7 @@ def counted(monkeypatch, run):
         work(*arguments)
         return len(passes) - before + 0.001
 
-    monkeypatch.setattr(plan, "_seconds", seconds)
+    monkeypatch.setattr(implicit, "best_seconds", seconds)
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
@@ -55,7 +55,7 @@ def test_beyond_the_memo_the_encoder_is_paid_for_again(run, monkeypatch):
     one = run(("stages.finetuning.batch_size", 8))
     counted(monkeypatch, one)
     whole = plan.plan(one)["stages"]["finetuning"]
-    monkeypatch.setattr(plan, "MEMO_BYTES", whole["memo_bytes"] / 4)
+    monkeypatch.setattr(implicit, "MEMO_BYTES", whole["memo_bytes"] / 4)
     part = plan.plan(one)["stages"]["finetuning"]
     assert part["memo_bytes"] == pytest.approx(whole["memo_bytes"] / 4, rel=0.01)
     assert part["product_seconds"] == pytest.approx(0.75 * part["first_product_seconds"], rel=0.02)
@@ -64,10 +64,12 @@ def test_beyond_the_memo_the_encoder_is_paid_for_again(run, monkeypatch):
 def test_the_memo_is_as_large_as_promised(run):
     one = run()
     promised = plan.plan(one)["stages"]
-    link = one.chain().link("finetuning")
-    v = {name: torch.zeros(1, *p.shape, device=p.device) for name, p in link.operator.parameters.items()}
-    link.operator.matvec(v)
-    held = sum(memo_bytes(evaluation.memo) for evaluation in link.operator.evaluations)
+    link = one.chain().stage("finetuning")
+    v = {
+        name: torch.zeros(1, *p.shape, device=p.device) for name, p in link.differentiation.operator.parameters.items()
+    }
+    link.differentiation.operator.matvec(v)
+    held = sum(memo_bytes(evaluation.memo) for evaluation in link.differentiation.operator.evaluations)
     assert promised["finetuning"]["memo_bytes"] == pytest.approx(held, rel=0.3)
     assert held >= len(link.rows) * SIZES["hidden_size"] * 4
     assert promised["pretraining"]["memo_bytes"] == 0
@@ -85,14 +87,14 @@ SOLVERS = [
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: f"{type(s).__name__}-{getattr(s, 'damping', '')}")
 def test_the_number_of_products_is_a_tight_bound(run, monkeypatch, solver):
-    link = run().chain().link("finetuning")
+    link = run().chain().stage("finetuning")
     spent, matvec = [], Curvature.matvec
     monkeypatch.setattr(
         Curvature, "matvec", lambda self, v: spent.append(len(next(iter(v.values())))) or matvec(self, v)
     )
     b = {name: torch.randn(2, *p.shape, device=p.device) for name, p in link.model.parameters.items()}
-    pull_back(link, b, solver)
-    bound = 2 * plan._products(solver, link.split.count(link.split.trained), columns=2)
+    link.differentiation.with_solver(solver).pull_back(b)
+    bound = 2 * solver.products(link.split.count(link.split.trained), columns=2)
     assert sum(spent) <= bound <= 1.3 * sum(spent)
 
 
@@ -118,12 +120,12 @@ def test_a_group_is_one_column(run):
     ("seconds", "text"), [(0.0123, "about 0.012 s"), (59, "about 59 s"), (600, "about 10 min"), (9000, "about 2.5 h")]
 )
 def test_times_are_readable(seconds, text):
-    assert plan._time(seconds) == text
+    assert cost.time_text(seconds) == text
 
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (2048, "2.0 KiB"), (3 * 2**40, "3072.0 GiB")])
 def test_sizes_are_readable(size, text):
-    assert memory.size(size) == text
+    assert cost.size_text(size) == text
 
 
 def test_what_each_of_several_processes_holds(path, run, capsys):

@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 import transformers
-from project import SIZES, msif, project, snapshot, visible
+from helpers.project import SIZES, msif, project, snapshot, visible
 
-from hf_msif import training
 from hf_msif.errors import InputError
 from hf_msif.project import config
 from hf_msif.project.run import Run
+from hf_msif.project.train import stages_to_train, train
+from hf_msif.training import trainer
 
 CHECKPOINTS = [("stages.pretraining.training.save_strategy", "steps"), ("stages.pretraining.training.save_steps", 2)]
 
@@ -25,7 +26,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def run(made, tmp_path):
+def make_run(made, tmp_path):
     """Makes the run of a copy, with overrides."""
     shutil.copytree(made.parent / "run", tmp_path / "run")
 
@@ -47,15 +48,15 @@ def interrupted(run, monkeypatch, step):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Watch, "on_step_end", on_step_end)
+        patch.setattr(trainer._Watch, "on_step_end", on_step_end)
         with pytest.raises(KeyboardInterrupt):
-            run.train("pretraining")
+            train(run, "pretraining")
 
 
-def test_a_finished_training_leaves_no_checkpoints_and_starts_anew(run, capsys):
-    same = run(*CHECKPOINTS)
+def test_a_finished_training_leaves_no_checkpoints_and_starts_anew(make_run, capsys):
+    same = make_run(*CHECKPOINTS)
     before = weights(same)
-    report = same.train("pretraining")
+    report = train(same, "pretraining")
     assert report["train"]["loss"] > 0
     assert sorted(p.name for p in same.folder.iterdir()) == [
         "finetuning",
@@ -69,81 +70,81 @@ def test_a_finished_training_leaves_no_checkpoints_and_starts_anew(run, capsys):
     assert "interrupted" not in capsys.readouterr().out
 
 
-def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(run, monkeypatch, capsys):
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(make_run, monkeypatch, capsys):
     steps = ("stages.pretraining.training.max_steps", 11)
-    whole = run(*CHECKPOINTS, steps)
-    whole.train("pretraining")
+    whole = make_run(*CHECKPOINTS, steps)
+    train(whole, "pretraining")
     expected = weights(whole)
     shutil.rmtree(whole.folder / "pretraining")
 
-    interrupted(run(*CHECKPOINTS, steps), monkeypatch, 7)
+    interrupted(make_run(*CHECKPOINTS, steps), monkeypatch, 7)
     assert not (whole.folder / "pretraining").exists()
 
     # Other settings would make a model that no configuration describes.
     with pytest.raises(InputError, match=r"differs in .*max_steps, seed: delete"):
-        run(*CHECKPOINTS, ("seed", 1)).train("pretraining")
+        train(make_run(*CHECKPOINTS, ("seed", 1)), "pretraining")
 
     capsys.readouterr()
-    resumed = run(*CHECKPOINTS, steps)
-    resumed.train("pretraining")
+    resumed = make_run(*CHECKPOINTS, steps)
+    train(resumed, "pretraining")
     assert "an interrupted training left" in capsys.readouterr().out
-    found = weights(resumed)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    after = weights(resumed)
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert not list(resumed.folder.glob("*.checkpoints"))
 
 
-def test_what_is_not_trained_may_change_between_interruption_and_resumption(run, monkeypatch, capsys):
-    interrupted(run(*CHECKPOINTS), monkeypatch, 3)
-    run(*CHECKPOINTS, ("stages.pretraining.solver.damping", 5), ("test.number", 1)).train("pretraining")
+def test_what_is_not_trained_may_change_between_interruption_and_resumption(make_run, monkeypatch, capsys):
+    interrupted(make_run(*CHECKPOINTS), monkeypatch, 3)
+    train(make_run(*CHECKPOINTS, ("stages.pretraining.solver.damping", 5), ("test.number", 1)), "pretraining")
     assert "checkpoint-2" in capsys.readouterr().out
 
 
-def test_an_interruption_before_the_first_checkpoint_leaves_nothing(run, monkeypatch):
-    one = run()
-    before = snapshot(one.folder)
-    interrupted(one, monkeypatch, 1)
-    assert snapshot(one.folder) == before
-    assert not list(one.folder.glob("*.checkpoints"))
+def test_an_interruption_before_the_first_checkpoint_leaves_nothing(make_run, monkeypatch):
+    run = make_run()
+    before = snapshot(run.folder)
+    interrupted(run, monkeypatch, 1)
+    assert snapshot(run.folder) == before
+    assert not list(run.folder.glob("*.checkpoints"))
 
 
-def test_a_training_that_diverges_leaves_the_older_model_and_no_checkpoint(run):
-    one = run(*CHECKPOINTS, ("stages.pretraining.training.learning_rate", 1e30))
-    before = snapshot(one.folder)
+def test_a_training_that_diverges_leaves_the_older_model_and_no_checkpoint(make_run):
+    run = make_run(*CHECKPOINTS, ("stages.pretraining.training.learning_rate", 1e30))
+    before = snapshot(run.folder)
     with pytest.raises(InputError, match="learning rate"):
-        one.train("pretraining")
-    assert snapshot(one.folder) == before
-    assert not list(one.folder.glob("*.checkpoints"))
+        train(run, "pretraining")
+    assert snapshot(run.folder) == before
+    assert not list(run.folder.glob("*.checkpoints"))
 
 
-def test_a_failed_save_leaves_the_older_model(run, monkeypatch):
-    one = run()
-    before = snapshot(one.folder)
+def test_a_failed_save_leaves_the_older_model(make_run, monkeypatch):
+    run = make_run()
+    before = snapshot(run.folder)
 
     def fails(folder):
         raise OSError("disk full")
 
-    monkeypatch.setattr(one.tokenizer, "save_pretrained", fails)
+    monkeypatch.setattr(run.tokenizer, "save_pretrained", fails)
     with pytest.raises(OSError, match="disk full"):
-        one.train("finetuning")
-    assert {k: v for k, v in snapshot(one.folder).items() if "checkpoints" not in str(k)} == before
-    assert not list(one.folder.glob("*.part"))
+        train(run, "finetuning")
+    assert {k: v for k, v in snapshot(run.folder).items() if "checkpoints" not in str(k)} == before
+    assert not list(run.folder.glob("*.part"))
 
 
-def test_the_head_is_new_and_the_encoder_is_the_one_before(run):
-    one = run(("stages.finetuning.model.head", "auto"))
-    before, model = one.model("pretraining"), one.new_model("finetuning")
+def test_the_head_is_new_and_the_encoder_is_the_one_before(make_run):
+    run = make_run(("stages.finetuning.model.head", "auto"))
+    before, model = run.model("pretraining"), run.new_model("finetuning")
     assert isinstance(model, transformers.BertForSequenceClassification)
     assert model.config.num_labels == 2
-    own = model.base_model.state_dict()
-    assert all(torch.equal(own[name], t) for name, t in before.base_model.state_dict().items())
-    again = run(("stages.finetuning.model.head", "auto")).new_model("finetuning")
+    encoder = model.base_model.state_dict()
+    assert all(torch.equal(encoder[name], t) for name, t in before.base_model.state_dict().items())
+    again = make_run(("stages.finetuning.model.head", "auto")).new_model("finetuning")
     assert torch.equal(again.classifier.weight, model.classifier.weight)
     with torch.no_grad():
         model.base_model.embeddings.word_embeddings.weight.zero_()
     assert before.base_model.embeddings.word_embeddings.weight.abs().sum() > 0
 
 
-def test_a_second_stage_of_the_same_task_keeps_the_head(run, made):
+def test_a_second_stage_of_the_same_task_keeps_the_head(make_run, made):
     stages = json.loads(made.read_text())["stages"]
     stages["pretraining_2"] = {**stages.pop("finetuning"), "task": "masked-lm"} | {
         "model": {},
@@ -151,83 +152,83 @@ def test_a_second_stage_of_the_same_task_keeps_the_head(run, made):
         "trainable": "all",
         "alpha": 0.1,
     }
-    one = run(("stages", stages))
-    model, before = one.new_model("pretraining_2"), one.model("pretraining")
+    run = make_run(("stages", stages))
+    model, before = run.new_model("pretraining_2"), run.model("pretraining")
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.state_dict().items())
 
 
-def test_integer_labels_say_how_many_classes_there_are(run):
+def test_integer_labels_say_how_many_classes_there_are(make_run):
     data = [("stages.finetuning.data.label_column", "stars"), ("stages.finetuning.data.keep", {})]
-    one = run(*data, ("stages.finetuning.objective", {}), ("stages.finetuning.model.head", "auto"))
-    for row in one.rows("finetuning"):
+    run = make_run(*data, ("stages.finetuning.objective", {}), ("stages.finetuning.model.head", "auto"))
+    for row in run.rows("finetuning"):
         row["label"] += 3
-    assert one.new_model("finetuning").config.num_labels == 5
+    assert run.new_model("finetuning").config.num_labels == 5
 
 
-def test_sentences_are_cut_at_what_the_model_takes(run, tmp_path):
-    one = run()
-    model = one.model("pretraining")
-    assert one.tokenizer.model_max_length > 16
-    assert one.objective("pretraining", model).max_length == 16
-    assert run(("stages.pretraining.objective.max_length", 8)).objective("pretraining", model).max_length == 8
+def test_sentences_are_cut_at_what_the_model_takes(make_run, tmp_path):
+    run = make_run()
+    model = run.model("pretraining")
+    assert run.tokenizer.model_max_length > 16
+    assert run.objective("pretraining", model).max_length == 16
+    assert make_run(("stages.pretraining.objective.max_length", 8)).objective("pretraining", model).max_length == 8
     with pytest.raises(InputError, match="max_length is 17; expected at most 16"):
-        run(("stages.pretraining.objective.max_length", 17)).objective("pretraining", model)
+        make_run(("stages.pretraining.objective.max_length", 17)).objective("pretraining", model)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run):
-    one = run(("stages.pretraining.model.config.vocab_size", 20))
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(make_run):
+    run = make_run(("stages.pretraining.model.config.vocab_size", 20))
     with pytest.raises(InputError, match=r"25 tokens, the model of stage 'pretraining' 20.*vocab_size"):
-        one.train("pretraining")
+        train(run, "pretraining")
 
 
-def test_a_checkpoint_without_the_head_is_no_trained_model(run):
-    one = run()
-    one.model("pretraining").base_model.save_pretrained(one.folder / "pretraining")
+def test_a_checkpoint_without_the_head_is_no_trained_model(make_run):
+    run = make_run()
+    run.model("pretraining").base_model.save_pretrained(run.folder / "pretraining")
     with pytest.raises(InputError, match=r"no weights for 'cls\.predictions.*run msif train --stage pretraining"):
-        run().model("pretraining")
+        make_run().model("pretraining")
 
 
-def test_a_model_given_by_path_is_not_trained_but_may_be_trained_on(run, made, capsys):
+def test_a_model_given_by_path_is_not_trained_but_may_be_trained_on(make_run, made, capsys):
     path = ("stages.pretraining.model.path", str(made.parent / "run" / "pretraining"))
-    given = run(path, ("stages.pretraining.training", {}))
-    shutil.rmtree(given.folder / "pretraining")
-    assert given.to_train() == ["finetuning"]
+    taken = make_run(path, ("stages.pretraining.training", {}))
+    shutil.rmtree(taken.folder / "pretraining")
+    assert stages_to_train(taken) == ["finetuning"]
     assert "is taken as it is" in capsys.readouterr().out
-    assert given.model("pretraining").config.hidden_size == SIZES["hidden_size"]
-    further = run(path)
-    assert further.to_train() == ["pretraining", "finetuning"]
+    assert taken.model("pretraining").config.hidden_size == SIZES["hidden_size"]
+    further = make_run(path)
+    assert stages_to_train(further) == ["pretraining", "finetuning"]
     start = further.new_model("pretraining").state_dict()
-    assert all(torch.equal(start[name], t) for name, t in given.model("pretraining").state_dict().items())
+    assert all(torch.equal(start[name], t) for name, t in taken.model("pretraining").state_dict().items())
 
 
-def test_an_inherited_encoder_is_not_trained_without_alpha(run):
-    one = run(("stages.finetuning.trainable", ["encoder.embeddings.*", "hidden*", "classifier*"]))
+def test_an_inherited_encoder_is_not_trained_without_alpha(make_run):
+    run = make_run(("stages.finetuning.trainable", ["encoder.embeddings.*", "hidden*", "classifier*"]))
     with pytest.raises(InputError, match=r"stages\.finetuning\.alpha is missing, .*'encoder\.embeddings"):
-        one.train("finetuning")
+        train(run, "finetuning")
 
 
-def test_test_rows_are_of_the_test_side_and_distinct(run):
-    one = run(("test.number", 5))
-    train = {row["text"] for row in one.rows("finetuning")}
-    found = one.tests()
-    assert len({row["text"] for row in found}) == 5
-    assert not train & {row["text"] for row in found}
-    assert run(("test.number", 5)).tests() == found
-    assert run(("test.number", 5), ("test.seed", 1)).tests() != found
-    ids = [row["example_id"] for row in found[:2]]
-    assert run(("test.ids", [str(ids[1]), ids[0]])).tests() == [found[1], found[0]]
+def test_test_rows_are_of_the_test_side_and_distinct(make_run):
+    run = make_run(("test.number", 5))
+    training_texts = {row["text"] for row in run.rows("finetuning")}
+    tests = run.tests()
+    assert len({row["text"] for row in tests}) == 5
+    assert not training_texts & {row["text"] for row in tests}
+    assert make_run(("test.number", 5)).tests() == tests
+    assert make_run(("test.number", 5), ("test.seed", 1)).tests() != tests
+    ids = [row["example_id"] for row in tests[:2]]
+    assert make_run(("test.ids", [str(ids[1]), ids[0]])).tests() == [tests[1], tests[0]]
 
 
-def test_the_corpus_is_a_sample_of_the_ranked_stage(run):
-    one = run(("corpus.sample", 7))
-    assert len(one.corpus()) == 7
-    assert all(row in one.rows("pretraining") for row in one.corpus())
-    assert run(("corpus.sample", 7), ("corpus.seed", 1)).corpus() != one.corpus()
-    assert run(("corpus.sample", 10**6)).corpus() == one.rows("pretraining")
-    assert run(("corpus.stage", "finetuning")).corpus() == one.rows("finetuning")
+def test_the_corpus_is_a_sample_of_the_ranked_stage(make_run):
+    run = make_run(("corpus.sample", 7))
+    assert len(run.corpus()) == 7
+    assert all(row in run.rows("pretraining") for row in run.corpus())
+    assert make_run(("corpus.sample", 7), ("corpus.seed", 1)).corpus() != run.corpus()
+    assert make_run(("corpus.sample", 10**6)).corpus() == run.rows("pretraining")
+    assert make_run(("corpus.stage", "finetuning")).corpus() == run.rows("finetuning")
 
 
-def test_rows_are_loaded_and_announced_once(run, capsys):
-    one = run()
-    assert one.rows("pretraining") is one.rows("pretraining")
+def test_rows_are_loaded_and_announced_once(make_run, capsys):
+    run = make_run()
+    assert run.rows("pretraining") is run.rows("pretraining")
     assert len(visible(capsys.readouterr().out)) == 1

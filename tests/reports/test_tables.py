@@ -16,14 +16,14 @@ def scores(influence, tests):
 
 
 def test_table_one_shows_the_ends_of_the_order():
-    found = scores([[1.0, 0.5], [-3.0, 0.1], [0.2, -0.2]], [{"text": "a tweet"}, {"text": "another"}])
-    table = tables.table_one(found)
+    two_tests = scores([[1.0, 0.5], [-3.0, 0.1], [0.2, -0.2]], [{"text": "a tweet"}, {"text": "another"}])
+    table = tables.table_one(two_tests)
     assert table["test sentence"].tolist() == ["a tweet", "another"]
     assert table["sentence with it"].tolist() == ["sentence 1", "sentence 0"]
     assert table["max |influence|"].tolist() == [-3.0, 0.5]
     assert table["sentence with that"].tolist() == ["sentence 2", "sentence 1"]
     assert table["min |influence|"].tolist() == [0.2, 0.1]
-    assert len(tables.table_one(found, k=9)) == 2 * 3
+    assert len(tables.table_one(two_tests, k=9)) == 2 * 3
 
 
 def test_a_group_of_tests_has_no_sentence_of_its_own():

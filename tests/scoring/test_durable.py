@@ -1,20 +1,20 @@
-"""Scoring that is interrupted, damaged or asked about something else; what is kept; solves that go on."""
+"""Scorings that are interrupted, damaged or of something else; extremes that are kept; solves that are resumed."""
 
 import errno
 import json
 import threading
 import warnings
 
-import distributed
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
+from helpers import distributed, tiny
 
 from hf_msif import InputError, Query, Scores, solvers
 from hf_msif.engine import checkpoints
-from hf_msif.scoring import scorer, sinks
+from hf_msif.influence import implicit  # which calls `directional`
+from hf_msif.scoring import extremes, folder, parts
 from hf_msif.scoring.scores import METADATA_KEY
 from hf_msif.scoring.summary import EDGES
 
@@ -34,30 +34,30 @@ def expected(query):
     return query.score(CORPUS)
 
 
-def same(found, expected):
+def same(scores, expected):
     plain = ["example_id", "text", "text_sha256", "duplicates", "terms"]
-    assert found.frame[plain].equals(expected.frame[plain])
+    assert scores.frame[plain].equals(expected.frame[plain])
     for q in range(3):
-        np.testing.assert_allclose(found.influence(q), expected.influence(q), rtol=1e-12)
-        np.testing.assert_allclose(found.removal_effects()[:, q], expected.removal_effects()[:, q], rtol=1e-12)
-    np.testing.assert_allclose(found.frame.loss, expected.frame.loss, rtol=1e-12)
-    assert found.metadata.keys() == expected.metadata.keys()
-    assert found.metadata["truncated"] == expected.metadata["truncated"]
+        np.testing.assert_allclose(scores.influence(q), expected.influence(q), rtol=1e-12)
+        np.testing.assert_allclose(scores.removal_effects()[:, q], expected.removal_effects()[:, q], rtol=1e-12)
+    np.testing.assert_allclose(scores.frame.loss, expected.frame.loss, rtol=1e-12)
+    assert scores.metadata.keys() == expected.metadata.keys()
+    assert scores.metadata["truncated"] == expected.metadata["truncated"]
 
 
 class Killed(BaseException):
     """As little cleaning up as a signal leaves."""
 
 
-def interrupted(query, folder, monkeypatch, after, kind=sinks.Parts, corpus=CORPUS, **settings):
+def interrupted(query, folder, monkeypatch, after, kind=parts.PartsOnDisk, corpus=CORPUS, **settings):
     """Scores until `after` parts are written."""
     done, add = [], kind.add
 
-    def failing(self, *given):
+    def failing(self, *args):
         if len(done) == after:
             raise Killed
         done.append(1)
-        add(self, *given)
+        add(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "add", failing)
@@ -70,8 +70,8 @@ def test_an_interrupted_scoring_goes_on(query, expected, tmp_path, monkeypatch, 
     interrupted(query, tmp_path, monkeypatch, after)
     assert not (tmp_path / "scores.parquet").exists()
     assert len(list((tmp_path / "scores.parts").glob("part-*.parquet"))) == after
-    passed, real = [], scorer.directional
-    monkeypatch.setattr(scorer, "directional", lambda *given: passed.append(1) or real(*given))
+    passed, real = [], implicit.directional
+    monkeypatch.setattr(implicit, "directional", lambda *args: passed.append(1) or real(*args))
     same(query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=5, batch_size=4), expected)
     assert len(passed) == 3 * -(-(24 - 5 * after) // 4)  # the others' rows are not scored again
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
@@ -118,12 +118,12 @@ def test_a_full_disk_loses_nothing(query, expected, tmp_path, monkeypatch):
 
 
 def test_killed_while_the_parts_are_put_together(query, expected, tmp_path, monkeypatch):
-    def killed(*given, **settings):
+    def killed(*args, **settings):
         if (tmp_path / "scores.parquet").exists():
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(sinks.shutil, "rmtree", killed)
+        patch.setattr(folder.shutil, "rmtree", killed)
         with pytest.raises(Killed):
             query.score(CORPUS, output_dir=tmp_path, part_rows=5)
     assert (tmp_path / "scores.parquet").exists()
@@ -132,7 +132,9 @@ def test_killed_while_the_parts_are_put_together(query, expected, tmp_path, monk
 
 def test_an_interrupted_scoring_is_not_thrown_away(query, tmp_path, monkeypatch):
     interrupted(query, tmp_path, monkeypatch, 2)
-    with pytest.raises(InputError, match=r"scores.parts holds a scoring that was interrupted: go on with --resume"):
+    with pytest.raises(
+        InputError, match=r"scores.parts holds a scoring that was interrupted: continue it with --resume"
+    ):
         query.score(CORPUS, output_dir=tmp_path, part_rows=5)
     assert len(list((tmp_path / "scores.parts").glob("part-*"))) == 2
 
@@ -161,13 +163,13 @@ def test_what_changed_is_named(query, tmp_path, monkeypatch):
 
 def test_nothing_to_go_on_with_is_a_beginning(query, expected, tmp_path):
     same(query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=7), expected)
-    same(query.score(CORPUS, output_dir=tmp_path), expected)  # a finished one is replaced
+    same(query.score(CORPUS, output_dir=tmp_path), expected)  # a finished file is replaced
     with pytest.raises(InputError, match="resume needs output_dir"):
         query.score(CORPUS, resume=True)
 
 
 def test_texts_are_counted_a_class_at_a_time(query, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks, "HASHED_AT_ONCE", 3)
+    monkeypatch.setattr(parts, "COUNTED_AT_ONCE", 3)
     assert expected.frame.duplicates.max() == 3
     same(query.score(CORPUS, output_dir=tmp_path, part_rows=5), expected)
 
@@ -175,13 +177,13 @@ def test_texts_are_counted_a_class_at_a_time(query, expected, tmp_path, monkeypa
 # Kept extremes -------------------------------------------------------------------------------------------------------
 
 
-def check_kept(kept, expected, keep):
+def check_kept(scores, expected, keep):
     for q in range(3):
         for by in ("absolute", "harmful", "helpful"):
             for end in ("top", "bottom"):
-                found, whole = (getattr(s, end)(keep, by, q) for s in (kept, expected))
-                assert found.example_id.tolist() == whole.example_id.tolist(), (by, end)
-        values, facts = expected.influence(q), kept.metadata["kept"]["all"][q]
+                extremes, whole = (getattr(s, end)(keep, by, q) for s in (scores, expected))
+                assert extremes.example_id.tolist() == whole.example_id.tolist(), (by, end)
+        values, facts = expected.influence(q), scores.metadata["kept"]["all"][q]
         assert facts["count"] == len(values)
         assert facts["mean"] == pytest.approx(values.mean(), rel=1e-12)
         assert facts["standard_deviation"] == pytest.approx(values.std(), rel=1e-12)
@@ -190,33 +192,33 @@ def check_kept(kept, expected, keep):
         assert sum(n for *_, n in facts["histogram"]) == counts.sum()
         for low, high, n in facts["histogram"]:
             assert n == ((values > low) & (values <= high)).sum()
-    assert "duplicates" not in kept.frame
+    assert "duplicates" not in scores.frame
 
 
 @pytest.mark.parametrize("keep", [1, 3, 100])
 def test_the_extremes_of_all_orders_are_kept(query, expected, tmp_path, keep):
     for settings in ({}, {"output_dir": tmp_path, "part_rows": 5}):
-        kept = query.score(CORPUS, keep=keep, batch_size=1, **settings)
-        check_kept(kept, expected, keep)
-        assert len(kept) <= min(9 * keep, len(CORPUS))
+        scores = query.score(CORPUS, keep=keep, batch_size=1, **settings)
+        check_kept(scores, expected, keep)
+        assert len(scores) <= min(9 * keep, len(CORPUS))
     if keep == 1:
         with pytest.raises(InputError, match="kept the 1 most extreme rows of each order, not 2"):
-            kept.top(2)
+            scores.top(2)
 
 
 @pytest.mark.parametrize("after", [1, 4])
 def test_kept_extremes_go_on(query, expected, tmp_path, monkeypatch, after):
-    monkeypatch.setattr(sinks.KeptParts, "EVERY", 0.0)
-    interrupted(query, tmp_path, monkeypatch, after, sinks.KeptParts, keep=2)
+    monkeypatch.setattr(extremes.ExtremesOnDisk, "SAVE_EVERY", 0.0)
+    interrupted(query, tmp_path, monkeypatch, after, extremes.ExtremesOnDisk, keep=2)
     with pytest.raises(InputError, match="the corpus changed since"):
         query.score(CORPUS[1:], output_dir=tmp_path, resume=True, part_rows=5, keep=2)
-    kept = query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=5, keep=2)
-    check_kept(kept, expected, 2)
+    scores = query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=5, keep=2)
+    check_kept(scores, expected, 2)
 
 
 def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypatch):
     """Neither ends without the other: writing the first waits for the second's derivatives."""
-    under_way, inside, add = threading.Event(), scorer.directional, sinks.Parts.add
+    under_way, inside, add = threading.Event(), implicit.directional, parts.PartsOnDisk.add
     rounds = []
 
     def directional(*args):
@@ -229,14 +231,14 @@ def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypa
         assert len(rounds) > 1 or under_way.wait(timeout=60)
         return add(self, *args)
 
-    monkeypatch.setattr(scorer, "directional", directional)
-    monkeypatch.setattr(sinks.Parts, "add", slow)
+    monkeypatch.setattr(implicit, "directional", directional)
+    monkeypatch.setattr(parts.PartsOnDisk, "add", slow)
     query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1)
     assert len(rounds) == 2
 
 
 def test_a_write_that_failed_is_told_whatever_else_fails(query, tmp_path, monkeypatch):
-    calls, inside, second, failed = [], scorer.directional, threading.Event(), threading.Event()
+    calls, inside, second, failed = [], implicit.directional, threading.Event(), threading.Event()
 
     def full(self, *args):
         second.wait(timeout=60)
@@ -251,11 +253,11 @@ def test_a_write_that_failed_is_told_whatever_else_fails(query, tmp_path, monkey
             raise MemoryError("of the device")
         return inside(*args)
 
-    monkeypatch.setattr(sinks.Parts, "add", full)
-    monkeypatch.setattr(scorer, "directional", directional)
+    monkeypatch.setattr(parts.PartsOnDisk, "add", full)
+    monkeypatch.setattr(implicit, "directional", directional)
     with pytest.raises(MemoryError, match="of the device") as raised:
         query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1)
-    assert raised.value.__notes__ == ["Writing the scores before failed as well: no room"]
+    assert raised.value.__notes__ == ["Writing the scores of earlier rows failed as well: no room"]
 
 
 # bfloat16 ------------------------------------------------------------------------------------------------------------
@@ -279,13 +281,15 @@ def test_the_error_of_bfloat16_is_measured(expected, capsys):
 
 
 def test_tf32_is_asked_for_while_scoring_alone(query, monkeypatch):
-    products, inside = torch.backends.cuda.matmul, scorer.directional
-    seen, before = [], products.fp32_precision
-    monkeypatch.setattr(scorer, "directional", lambda *args: seen.append(products.fp32_precision) or inside(*args))
-    found = query.score(CORPUS, dtype="tf32")
-    assert set(seen) == {"tf32", before}  # some rows are scored in both
+    products, inside = torch.backends.cuda.matmul, implicit.directional
+    precisions, before = [], products.fp32_precision
+    monkeypatch.setattr(
+        implicit, "directional", lambda *args: precisions.append(products.fp32_precision) or inside(*args)
+    )
+    scores = query.score(CORPUS, dtype="tf32")
+    assert set(precisions) == {"tf32", before}  # the rows that are compared are scored in both
     assert products.fp32_precision == before != "tf32"
-    assert found.metadata["dtype_error"]["dtype"] == "tf32"
+    assert scores.metadata["dtype_error"]["dtype"] == "tf32"
 
 
 # Files that are read when they are asked for ------------------------------------------------------------------------
@@ -328,14 +332,14 @@ def test_an_interrupted_solve_goes_on(name, sharded, tmp_path, monkeypatch):
     curvature = "gauss_newton" if name == "cg" else "hessian"
     asked, saves, stops, save = [], [], [2, 7, 8], checkpoints.Checkpoint.save
 
-    def query(**more):
+    def query(**settings):
         solver = SOLVERS[name]
         made = distributed.chain(torch.float64, sharded=sharded, solver=solver, curvature=curvature, corpus=5)
-        return made.query(distributed.TESTS[:2], **more)
+        return made.query(distributed.TESTS[:2], **settings)
 
-    def failing(self, *given):
+    def failing(self, *args):
         saves.append(1)
-        save(self, *given)
+        save(self, *args)
         if stops and len(saves) == stops[0]:  # in the finetuning stage, and in the pretraining stage
             stops.pop(0)
             raise Killed
@@ -349,12 +353,12 @@ def test_an_interrupted_solve_goes_on(name, sharded, tmp_path, monkeypatch):
         while stops:
             with pytest.raises(Killed):
                 query(checkpoints=tmp_path)
-        found = query(checkpoints=tmp_path)
+        resumed = query(checkpoints=tmp_path)
     assert len(asked) == 2 * iterations  # none was done twice
-    for stage, u in expected.solutions.items():
-        assert found.certificates[stage].matvecs == expected.certificates[stage].matvecs
-        assert found.certificates[stage].residual == pytest.approx(expected.certificates[stage].residual, rel=1e-6)
-        tiny.close(found.solutions[stage], u, 1e-9)
+    for stage, solution in expected.solutions.items():
+        assert resumed.certificates[stage].matvecs == expected.certificates[stage].matvecs
+        assert resumed.certificates[stage].residual == pytest.approx(expected.certificates[stage].residual, rel=1e-6)
+        tiny.close(resumed.solutions[stage].tensors(), solution.tensors(), 1e-9)
     assert not list(tmp_path.iterdir())
 
 
@@ -362,8 +366,8 @@ def stopped(made, tests, folder, monkeypatch):
     """Queries until the first copy is written."""
     save = checkpoints.Checkpoint.save
 
-    def failing(self, *given):
-        save(self, *given)
+    def failing(self, *args):
+        save(self, *args)
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -381,8 +385,8 @@ def test_a_copy_of_another_question_or_a_damaged_one_is_as_none(query, tmp_path,
         path = tmp_path / "fine.safetensors"
         if damage is not None:
             path.write_bytes(path.read_bytes()[damage])
-        found = query.chain.query(distributed.TESTS, checkpoints=tmp_path)
-    tiny.close(found.solutions["pre"], query.solutions["pre"], 1e-12)
+        resumed = query.chain.query(distributed.TESTS, checkpoints=tmp_path)
+    tiny.close(resumed.solutions["pre"].tensors(), query.solutions["pre"].tensors(), 1e-12)
 
 
 def test_a_saved_query_knows_its_count(query, tmp_path, monkeypatch):
@@ -390,5 +394,5 @@ def test_a_saved_query_knows_its_count(query, tmp_path, monkeypatch):
     query.save_pretrained(tmp_path)
     again = distributed.chain(torch.float64)
     loaded = Query.from_pretrained(tmp_path, again)
-    monkeypatch.setattr(type(again.link("pre")), "count", property(lambda self: pytest.fail("counted again")))
+    monkeypatch.setattr(type(again.stage("pre")), "count", property(lambda self: pytest.fail("counted again")))
     assert loaded.score(CORPUS[:2]).metadata["N"] == query.facts["pre"]["N"]

@@ -5,15 +5,15 @@ import copy
 import datasets
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers
 
 CORPUS = tiny.rows(9, seed=1, longest=9)
 TWEETS = tiny.rows(6, seed=2)
 TESTS = [{**row, "example_id": f"test{row['example_id']}"} for row in tiny.rows(2, seed=3)]
-# Scores are linear in u, so that its own error does not matter here; float32 could not reach less.
+# Scores are linear in u, so that the error of u does not matter here; float32 cannot reach a smaller one.
 TOL = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -25,9 +25,9 @@ class Case:
         self.query = self.chain.query(TESTS)
         self.tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
 
-    def equal(self, found, expected):
+    def equal(self, values, expected):
         size = np.abs(expected).max()
-        np.testing.assert_allclose(found, expected, rtol=0, atol=self.tolerance * size)
+        np.testing.assert_allclose(values, expected, rtol=0, atol=self.tolerance * size)
 
 
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -46,8 +46,8 @@ def matrix(scores):
 
 @pytest.mark.parametrize(("stage", "task", "rows"), [("pre", "masked", CORPUS), ("fine", "classification", TWEETS)])
 def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
-    link = exact.chain.link(stage)
-    u = exact.query.solutions[stage]
+    link = exact.chain.stage(stage)
+    u = exact.query.solutions[stage].tensors()
     scores = exact.query.score(rows, stage)
     for i, row in enumerate(rows):
         plain = tiny.Plain(link.stage.model, task, tiny.objective(task).collate([row]))
@@ -61,9 +61,9 @@ def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
 
 def test_u_solves_its_system(exact):
     """The pull-back by plain autograd: dense Gauss-Newton of the head, and the mixed derivative by differences."""
-    from test_derivatives import dense_gauss_newton
+    from helpers.tiny import dense_gauss_newton
 
-    head = list(exact.query.solutions["fine"])
+    head = list(exact.query.solutions["fine"].tensors())
     assert all(not n.startswith("bert.") or "pooler" in n for n in head)
     tests = tiny.Plain(exact.after, "classification", tiny.objective("classification").collate(TESTS))
     encoder = [n for n in tests.parameters if n not in head]
@@ -73,22 +73,22 @@ def test_u_solves_its_system(exact):
         a = tests.gradient([*head, *encoder], of=tests.sums()[q])
         flat = torch.cat([a[n].flatten() for n in head])
         u = torch.linalg.solve(dense + 0.5 * torch.eye(len(flat)), flat)
-        found = torch.cat([exact.query.solutions["fine"][n][q].flatten() for n in head])
-        torch.testing.assert_close(found, u, rtol=0, atol=1e-9 * float(u.abs().max()))
+        solution = torch.cat([exact.query.solutions["fine"].tensors()[n][q].flatten() for n in head])
+        torch.testing.assert_close(solution, u, rtol=0, atol=1e-9 * float(u.abs().max()))
 
         pieces = u.split([a[n].numel() for n in head])
         direction = {n: piece.view_as(a[n]) for n, piece in zip(head, pieces, strict=True)}
         mixed = tweets.along(direction, lambda: tweets.gradient(encoder))
         adjoint = {n: a[n] - mixed[n] / len(TWEETS) for n in encoder}
-        corpus = tiny.Plain(exact.before, "masked", exact.chain.links[0].collate(CORPUS))
-        names = list(exact.query.solutions["pre"])
+        corpus = tiny.Plain(exact.before, "masked", exact.chain.stages[0].collate(CORPUS))
+        names = list(exact.query.solutions["pre"].tensors())
         wanted = torch.cat([adjoint.get(n, torch.zeros_like(corpus.parameters[n])).flatten() for n in names])
         count = len(corpus.batch["labels"])
         dense_pre = dense_gauss_newton(corpus, names) / count
-        found = torch.cat([exact.query.solutions["pre"][n][q].flatten() for n in names])
-        residual = dense_pre @ found + 0.5 * found - wanted
+        solution = torch.cat([exact.query.solutions["pre"].tensors()[n][q].flatten() for n in names])
+        residual = dense_pre @ solution + 0.5 * solution - wanted
         assert residual.norm() < 1e-7 * wanted.norm()
-        assert exact.chain.link("pre").count == count
+        assert exact.chain.stage("pre").count == count
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 100])
@@ -112,8 +112,8 @@ def test_padding_partners_do_not_matter(case):
 
 def test_the_batch_size_of_curvature_does_not_matter(exact):
     other = tiny.chain(exact.before, exact.after, 1e-10, (CORPUS, TWEETS), {"batch_size": 2}, batch_size=4)
-    found, expected = matrix(other.query(TESTS).score(CORPUS)), matrix(exact.query.score(CORPUS))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+    values, expected = matrix(other.query(TESTS).score(CORPUS)), matrix(exact.query.score(CORPUS))
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
 def test_a_column_of_several_is_the_query_of_one(exact):
@@ -132,7 +132,7 @@ def test_removal_effect_divides_by_the_counted_terms(exact):
     objective = tiny.objective("masked")
     masked = sum(max(1, round(0.4 * len(row["text"].split()))) for row in CORPUS)
     for stage, rows, count in (("pre", CORPUS, masked), ("fine", TWEETS, len(TWEETS))):
-        # N belongs to the stage's own data, whatever is scored.
+        # N is that of the stage's data, whatever rows are scored.
         scores = exact.query.score(rows[:3], stage)
         assert scores.metadata["N"] == count
         for q in range(2):
@@ -143,9 +143,9 @@ def test_removal_effect_divides_by_the_counted_terms(exact):
 @pytest.mark.parametrize("size", [1, 4, 8, 9])
 def test_n_counts_all_data_also_when_curvature_is_estimated_on_some(exact, size):
     chain = tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": size})
-    link = chain.link("pre")
-    assert link.operator.examples == size
-    assert link.count == exact.chain.link("pre").count
+    link = chain.stage("pre")
+    assert link.differentiation.operator.examples == size
+    assert link.count == exact.chain.stage("pre").count
     with pytest.raises(InputError, match="sizes of at least 1"):
         tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": 0})
 
@@ -213,7 +213,7 @@ def test_a_batch_size_without_rows(exact, size):
 
 @pytest.mark.parametrize("slope", [False, True], ids=["loss", "derivative"])
 def test_rows_that_are_not_finite_are_named(exact, monkeypatch, slope):
-    link = exact.chain.link("pre")
+    link = exact.chain.stage("pre")
 
     class Broken:
         def __init__(self, objective):

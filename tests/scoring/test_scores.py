@@ -17,8 +17,8 @@ METADATA = {"stage": "pretraining", "N": 40.0, "tests": [{"text": "é", "label":
 
 
 def build(columns=2, **settings):
-    more = {"loss": [1.0, 2.0, 3.0, 0.0, 5.0], "terms": [1.0, 2.0, 3.0, 0.0, 4.0]}
-    return Scores.build(ROWS, INFLUENCE[:, :columns], 40.0, more, METADATA, **settings)
+    values = {"loss": [1.0, 2.0, 3.0, 0.0, 5.0], "terms": [1.0, 2.0, 3.0, 0.0, 4.0]}
+    return Scores.build(ROWS, INFLUENCE[:, :columns], 40.0, values, METADATA, **settings)
 
 
 def test_one_column_has_plain_names_and_several_are_numbered():
@@ -94,10 +94,10 @@ def test_an_order_that_does_not_exist():
 def test_parquet_round_trip(tmp_path):
     scores, path = build(), tmp_path / "new" / "scores.parquet"
     scores.to_parquet(path)
-    found = Scores.from_parquet(path)
-    assert found.frame.equals(scores.frame)
-    assert found.metadata == {**METADATA, "columns": 2}
-    assert found.top(2, by="harmful", query=1).equals(scores.top(2, by="harmful", query=1))
+    loaded = Scores.from_parquet(path)
+    assert loaded.frame.equals(scores.frame)
+    assert loaded.metadata == {**METADATA, "columns": 2}
+    assert loaded.top(2, by="harmful", query=1).equals(scores.top(2, by="harmful", query=1))
     assert [p.name for p in path.parent.iterdir()] == ["scores.parquet"]
 
 
@@ -122,8 +122,8 @@ def test_to_dataset_and_pandas():
     data = scores.to_dataset()
     assert data.column_names == list(scores.frame)
     assert data["influence_1"] == INFLUENCE[:, 1].tolist()
-    mine = scores.to_pandas()
-    mine["influence_0"] = 0.0
+    copy = scores.to_pandas()
+    copy["influence_0"] = 0.0
     np.testing.assert_array_equal(scores.influence(0), INFLUENCE[:, 0])
 
 

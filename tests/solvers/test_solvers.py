@@ -2,28 +2,23 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from helpers.toy import ToyObjective, toy, toy_rows
 
-from hf_msif import vectors
-from hf_msif.solvers import CG, Certificate, Dense, Identity, MinRes, SquaredCG, solve
+from hf_msif import MultiStageInfluence, Stage, vectors
+from hf_msif.solvers import CG, Certificate, Dense, Identity, MinRes, Solution, Solver, SquaredCG, as_solver, solve
 from hf_msif.solvers.cg import ConjugateGradients
 
 SHAPES = {"weight": (3, 4), "bias": (5,), "temperature": ()}
 P = 18
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other on matrices this small take minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Case(NamedTuple):
@@ -37,6 +32,35 @@ def shifted(a, damping):
     return a + damping * np.eye(len(a)), np.eye(len(a))
 
 
+@dataclass(frozen=True)
+class Richardson(Solver):
+    """A user's own solver, u ← u + step (b − (A + λI)u): each column until it is done, or diverges."""
+
+    damping: float = 0.3
+    tol: float = 1e-10
+    max_iter: int = 500
+    step: float = 0.18
+
+    shardable = True
+
+    def compute(self, operator, b, state, progress=None, checkpoint=None):
+        u, norms = vectors.zeros_like(b), operator.norm(b)
+        relative, iterations = (norms > 0).double(), torch.zeros_like(norms, dtype=torch.long)
+        running = norms.nonzero().flatten()
+        while len(running):
+            v = vectors.take(u, running)
+            residual = vectors.add(vectors.take(b, running), operator.matvec(v, running), -1.0)
+            residual = vectors.add(residual, v, -self.damping)
+            relative[running] = operator.norm(residual) / norms[running]
+            go_on = (relative > self.tol) & (relative < 2) & (iterations < self.max_iter)
+            keep = go_on[running]
+            running = running[keep]
+            iterations[running] += 1
+            vectors.put_(u, running, vectors.add(vectors.take(v, keep), vectors.take(residual, keep), self.step))
+        certificate = Certificate.from_residual("richardson", self.damping, self.tol, relative, operator.counts)
+        return Solution(u, dataclasses.replace(certificate, iterations=iterations.tolist()))
+
+
 CASES = [
     Case(CG(damping=0.3, tol=1e-10), shifted, indefinite=False),
     Case(SquaredCG(damping=0.3, tol=1e-10), lambda a, damping: (a @ a + damping * np.eye(len(a)), a), passes=2),
@@ -45,7 +69,8 @@ CASES = [
     Case(Identity(), lambda a, damping: (np.eye(len(a)), np.eye(len(a)))),
 ]
 KRYLOV = [case for case in CASES if hasattr(case.solver, "max_iter")]
-DAMPED = [case for case in CASES if hasattr(case.solver, "damping")]
+DAMPED = [case for case in CASES if case.solver.damped]
+ALL = [*CASES, Case(Richardson(), shifted, indefinite=False)]
 
 
 def over(cases):
@@ -97,7 +122,7 @@ DEFINITE = symmetric(np.geomspace(0.1, 10, P))
 INDEFINITE = symmetric(np.concatenate([-np.geomspace(0.7, 4, 6), np.geomspace(0.5, 10, P - 6)]))
 
 
-@over(CASES)
+@over(ALL)
 def test_agrees_with_numpy(case):
     b = right_hand_sides()
     u, certificate, _ = run(DEFINITE, b, case.solver)
@@ -119,7 +144,7 @@ def test_solves_indefinite_systems(case):
     assert certificate.negative_curvature == [indefinite] * 3
 
 
-@over([case for case in CASES if not case.indefinite])
+@over([case for case in KRYLOV if not case.indefinite])
 def test_reports_indefinite_systems(case):
     u, certificate, _ = run(INDEFINITE, right_hand_sides(), case.solver)
     assert certificate.negative_curvature == [True] * 3
@@ -147,13 +172,13 @@ def test_zero_curvature_is_not_called_negative():
     assert certificate.negative_curvature == [False]
 
 
-@over(CASES)
+@over(ALL)
 def test_solving_twice_gives_the_same(case):
     operator = Matrix(DEFINITE)
     b, before = operator.block(right_hand_sides()), operator.block(right_hand_sides())
     for solver in {case.solver, _auto(case.solver)}:
         state = solver.init(operator)
-        first, second, fresh = (solve(operator, b, solver, given) for given in (state, state, None))
+        first, second, fresh = (solve(operator, b, solver, prepared) for prepared in (state, state, None))
         for again in (second, fresh):
             assert again.certificate == first.certificate
             assert all(torch.equal(again.value[name], first.value[name]) for name in b)
@@ -162,17 +187,25 @@ def test_solving_twice_gives_the_same(case):
 
 
 def _auto(solver):
-    return dataclasses.replace(solver, damping="auto") if hasattr(solver, "damping") else solver
+    return dataclasses.replace(solver, damping="auto") if solver.damped else solver
 
 
-@over(CASES)
+@over(ALL)
 def test_linear_in_the_right_hand_side(case):
     x, y = right_hand_sides(2)
     u, _, _ = run(DEFINITE, np.stack([x, y, 2 * x - 3 * y]), case.solver)
     np.testing.assert_allclose(u[2], 2 * u[0] - 3 * u[1], atol=1e-7)
 
 
-@over(CASES)
+@over(ALL)
+def test_symmetric_in_its_arguments(case):
+    """⟨x, u(y)⟩ = ⟨u(x), y⟩: what a solver applies is a function of A."""
+    b = right_hand_sides(4)
+    u, _, _ = run(DEFINITE, b, case.solver)
+    np.testing.assert_allclose(u @ b.T, (u @ b.T).T, atol=1e-6)
+
+
+@over(ALL)
 def test_a_block_equals_its_columns_one_by_one(case):
     b = np.stack(
         [right_hand_sides(1)[0], np.zeros(P), np.linalg.eigh(DEFINITE)[1][:, 4], right_hand_sides(1, seed=5)[0]]
@@ -210,7 +243,7 @@ def test_finished_columns_cost_nothing(case):
         )
 
 
-@over(CASES)
+@over(ALL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_certificate_tells_the_true_residual(case, dtype):
     a = torch.as_tensor(DEFINITE).to(dtype).double().numpy()  # the operator as it is after rounding
@@ -252,18 +285,18 @@ def _set(solver, **settings):
 @over(KRYLOV)
 def test_restarts_until_the_true_residual_agrees(case):
     a = symmetric(np.geomspace(1e-2, 1, 100))
-    seen = []
+    estimates = []
     solver = _set(case.solver, damping=0.1, tol=1.5e-7, max_iter=500)
     _, certificate, _ = run(
-        a, right_hand_sides(1, 100), solver, torch.float32, progress=lambda iteration, residual: seen.append(residual)
+        a, right_hand_sides(1, 100), solver, torch.float32, progress=lambda _, residual: estimates.append(residual)
     )
-    assert min(seen) <= solver.tol
+    assert min(estimates) <= solver.tol
     if certificate.converged[0]:
         assert certificate.residual[0] <= solver.tol
     else:
         assert certificate.status == ["stalled"]
         assert "stalled" in str(certificate)
-    restarts = sum(residual <= solver.tol for residual in seen[:-1])  # believed, and not true
+    restarts = sum(residual <= solver.tol for residual in estimates[:-1])  # believed, and not true
     assert certificate.matvecs[0] == case.passes * (certificate.iterations[0] + 1 + restarts) + case.passes - 1
 
 
@@ -271,9 +304,9 @@ def test_restarts_mend_what_the_recurrence_missed():
     a = symmetric(np.geomspace(1e-3, 1, 100)).astype(np.float32).astype(float)
     b = right_hand_sides(1, 100).astype(np.float32).astype(float)
     operator = Matrix(a, torch.float32, {"w": (100,)})
-    state = ConjugateGradients.start(operator.block(b / np.linalg.norm(b)))
+    state = ConjugateGradients.start(operator.block(b / np.linalg.norm(b)), vectors.dot)
     while state.error > 1e-6:
-        state = state.step(operator.matvec)
+        state = state.step(operator.matvec, vectors.dot)
     believed = vectors.flatten(state.x).double().numpy() * np.linalg.norm(b)
     drifted = np.linalg.norm(believed @ a - b) / np.linalg.norm(b)
     u, certificate, _ = run(a, b, CG(damping=0.0, tol=1e-6, max_iter=1000), torch.float32)
@@ -394,23 +427,23 @@ def test_auto_damping_asks_the_operator_for_its_trace():
     assert operator.widths == []
 
 
-@over(CASES)
+@over(ALL)
 def test_products_are_never_written_to(case):
     """An operator may keep the tensors it hands out, or hand out its argument."""
 
-    class Keeping(Matrix):
-        kept = ()
+    class Remembering(Matrix):
+        products = ()
 
         def matvec(self, v):
             product = super().matvec(v)
-            self.kept = (*self.kept, (product, vectors.clone(product)))
+            self.products = (*self.products, (product, vectors.clone(product)))
             return product
 
-    operator = Keeping(DEFINITE)
+    operator = Remembering(DEFINITE)
     for damping in (0.3, 0.0):
         solve(operator, operator.block(right_hand_sides()), _set(case.solver, damping=damping))
-    for handed_out, copy in operator.kept:
-        assert all(torch.equal(handed_out[name], copy[name]) for name in copy)
+    for product, copy in operator.products:
+        assert all(torch.equal(product[name], copy[name]) for name in copy)
 
     operator.matvec = lambda v: v
     b = operator.block(right_hand_sides())
@@ -420,7 +453,7 @@ def test_products_are_never_written_to(case):
     np.testing.assert_array_equal(vectors.flatten(b), right_hand_sides())
 
 
-@over(CASES)
+@over(ALL)
 def test_values_carry_no_graph_and_keep_their_names_shapes_and_dtype(case):
     operator = Matrix(DEFINITE, torch.float32)
     operator.matrix.requires_grad_()
@@ -434,20 +467,20 @@ def test_values_carry_no_graph_and_keep_their_names_shapes_and_dtype(case):
 
 @over(KRYLOV)
 def test_progress_is_told_once_an_iteration(case):
-    seen = []
-    _, certificate, _ = run(DEFINITE, right_hand_sides(), case.solver, progress=lambda *told: seen.append(told))
-    assert [iteration for iteration, _ in seen] == list(range(1, max(certificate.iterations) + 1))
-    assert seen[-1][1] <= case.solver.tol
+    calls = []
+    _, certificate, _ = run(DEFINITE, right_hand_sides(), case.solver, progress=lambda *call: calls.append(call))
+    assert [iteration for iteration, _ in calls] == list(range(1, max(certificate.iterations) + 1))
+    assert calls[-1][1] <= case.solver.tol
 
 
-@over(CASES)
+@over(ALL)
 def test_no_columns(case):
     u, certificate, _ = run(DEFINITE, np.zeros((0, P)), case.solver)
     assert u.shape == (0, P)
     assert certificate.converged == []
 
 
-@over(CASES)
+@over(ALL)
 @pytest.mark.parametrize("a", [DEFINITE, INDEFINITE], ids=["definite", "indefinite"])
 def test_certificate_survives_json(case, a):
     _, certificate, _ = run(a, np.vstack([right_hand_sides(), np.zeros(P)]), case.solver)
@@ -458,7 +491,7 @@ def test_certificate_survives_json(case, a):
     assert all(line.startswith(f"{certificate.solver}, column {q}: ") for q, line in enumerate(lines))
 
 
-@over(CASES)
+@over(ALL)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_refuses_what_is_not_finite(case, bad):
     operator = Matrix(DEFINITE)
@@ -539,3 +572,220 @@ def test_dense_symmetrises_rounding():
     a[0, 1] += 1e-8
     operator = Matrix(a)
     np.testing.assert_allclose(Dense().init(operator).eigenvalues, np.linalg.eigvalsh((a + a.T) / 2), rtol=1e-12)
+
+
+# What a solver says of itself ---------------------------------------------------------------------------------------
+
+
+@over(ALL)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_products_are_bounded_as_the_solver_says(case, columns):
+    for solver in {case.solver, _auto(case.solver), _set(case.solver, max_iter=4)}:
+        _, _, operator = run(DEFINITE, right_hand_sides(columns), solver)
+        bound = columns * solver.products(P, columns)
+        assert sum(operator.widths) <= bound
+        if getattr(solver, "max_iter", 4) == 4:
+            assert bound - sum(operator.widths) <= max(columns, 4)
+
+
+def test_facts():
+    facts = {
+        type(solver).__name__: (solver.vectors_held, solver.extra_bytes(10), solver.shardable, solver.damped)
+        for solver in (case.solver for case in ALL)
+    }
+    assert facts == {
+        "CG": (5, 0, True, True),
+        "SquaredCG": (6, 0, True, True),
+        "MinRes": (12, 0, True, True),
+        "Dense": (2, 1600, False, True),
+        "Identity": (1, 0, False, False),
+        "Richardson": (5, 0, True, False),
+    }
+
+
+class Plain:
+    """A solver that derives from nothing."""
+
+    vectors_held, max_iter = 3, 7
+
+    def init(self, operator):
+        return "state"
+
+    def compute(self, operator, b, state, progress, checkpoint):
+        assert state == "state"
+        residual = operator.norm(vectors.add(b, operator.matvec(b), -1.0)) / operator.norm(b)
+        return Solution(b, Certificate.from_residual("plain", 0.0, 0.0, residual, operator.counts))
+
+
+def test_an_object_with_init_and_compute_is_a_solver():
+    u, certificate, _ = run(2 * np.eye(P), right_hand_sides(), Plain())
+    np.testing.assert_array_equal(u, right_hand_sides())
+    assert (certificate.residual, certificate.status) == ([1.0] * 3, ["max_iter"] * 3)
+    plain = Plain()
+    solver = as_solver(plain)
+    assert (solver.vectors_held, solver.shardable, solver.damped, solver.products(P, 2)) == (3, False, False, 8)
+    assert solver == as_solver(plain) != as_solver(Plain())
+    assert repr(solver) == repr(plain)
+    assert as_solver(solver) is solver
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_stage_takes_such_an_object(sharded):
+    stage = Stage("only", toy(0), ToyObjective(), toy_rows(1, 5), solver=Plain())
+    chain = MultiStageInfluence([stage], progress=False, sharded=sharded)
+    with pytest.warns(UserWarning, match=r"stage 'only': not solved to tolerance. plain, column 0: stopped at 0 iter"):
+        query = chain.query(toy_rows(2, 2))
+    assert query.certificates["only"].solver == "plain"
+    assert query.certificates["only"].matvecs == [1, 1]
+
+
+@pytest.mark.parametrize("solver", ["cg", None, CG, Matrix(np.eye(P))], ids=str)
+def test_refuses_what_is_no_solver(solver):
+    with pytest.raises(ValueError, match=r"^solver is .*; expected a solver such as hf_msif.solvers.CG\(\)"):
+        as_solver(solver)
+
+
+def test_refuses_a_solver_that_says_too_little():
+    class Silent(Solver):
+        pass
+
+    with pytest.raises(ValueError, match=r"does not say how many products.*expected a setting max_iter, or a method"):
+        Silent().products(P, 1)
+    with pytest.raises(NotImplementedError, match="Silent defines no compute"):
+        run(DEFINITE, right_hand_sides(), Silent())
+
+    @dataclass
+    class Mutable(Solver):
+        damping: float = 0.0
+
+    with pytest.raises(ValueError, match="is not hashable; expected a frozen dataclass"):
+        as_solver(Mutable())
+
+
+# Solves that are interrupted ----------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):  # noqa: N818
+    pass
+
+
+class Memory:
+    """A checkpoint in memory, due after every step, which fails after `saves` saves."""
+
+    def __init__(self, saves):
+        self.saves, self.saved = saves, None
+
+    def due(self):
+        return True
+
+    def save(self, blocks, tensors, facts):
+        self.saved = (
+            {name: vectors.clone(block) for name, block in blocks.items()},
+            {name: t.clone() for name, t in tensors.items()},
+            json.loads(json.dumps(facts)),
+        )
+        self.saves -= 1
+        if self.saves == 0:
+            raise Interrupted
+
+    def load(self):
+        return self.saved
+
+
+@over(KRYLOV)
+def test_an_interrupted_solve_continues(case):
+    solver = _set(case.solver, tol=1e-6)
+    b = np.vstack([right_hand_sides(), np.zeros(P)])
+    expected, complete, whole = run(DEFINITE, b, solver)
+    checkpoint, widths = Memory(4), []
+    for again in (3, 0):
+        operator = Matrix(DEFINITE)
+        with pytest.raises(Interrupted):
+            solve(operator, operator.block(b), solver, checkpoint=checkpoint)
+        widths += operator.widths
+        checkpoint.saves = again
+    u, certificate, last = run(DEFINITE, b, solver, checkpoint=checkpoint)
+    np.testing.assert_array_equal(u, expected)
+    assert certificate == complete
+    repeated = [3] * (2 * (case.passes - 1))  # Hb of the squared system
+    assert sum(widths + last.widths) == sum(whole.widths + repeated)
+
+
+# Vectors in shards --------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Two halves of a matrix's vectors in two threads, which exchange what two processes would."""
+
+    def __init__(self, a):
+        self.matrix, self.barrier, self.slots = torch.tensor(a), threading.Barrier(2, timeout=60), [None, None]
+
+    def run(self, work):
+        """work(operator) in both threads."""
+
+        def guarded(rank):
+            try:
+                return work(Half(self, rank))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(guarded, range(2)))
+
+    def exchange(self, rank, value):
+        self.slots[rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+
+class Half:
+    def __init__(self, shards, rank):
+        self.shards, self.rank, self.dimension = shards, rank, P
+        self.parameters = {"shard": torch.zeros(P // 2, dtype=torch.float64)}
+
+    def cut(self, rows):
+        return {"shard": torch.as_tensor(rows)[:, self.rank * P // 2 : (self.rank + 1) * P // 2].clone()}
+
+    def matvec(self, v):
+        return self.cut(torch.cat(self.shards.exchange(self.rank, v["shard"]), 1) @ self.shards.matrix)
+
+    def sum_over_processes(self, values):
+        return sum(self.shards.exchange(self.rank, values))
+
+    def dot(self, x, y):
+        return self.sum_over_processes(vectors.dot(x, y))
+
+    def rademacher(self, columns):
+        whole = vectors.rademacher({n: torch.zeros(s).double() for n, s in SHAPES.items()}, columns, seed=0)
+        return self.cut(vectors.flatten(whole))
+
+
+@over([case for case in ALL if case.solver.shardable])
+def test_the_operator_owns_the_inner_product(case):
+    """With its vectors in shards a solver takes the same steps, though `vectors.dot` sees one shard."""
+    a, b = symmetric(np.geomspace(1, 4, P)), right_hand_sides()
+    for solver in (_set(case.solver, tol=1e-4), _set(_auto(case.solver), tol=1e-4)):
+        expected, complete, _ = run(a, b, solver)
+        halves = Shards(a).run(lambda half, solver=solver: solve(half, half.cut(b), solver))
+        u = np.concatenate([half.value["shard"] for half in halves], axis=1)
+        np.testing.assert_allclose(u, expected, rtol=1e-8, atol=1e-10)
+        for half in halves:
+            assert half.certificate == halves[0].certificate
+            assert half.certificate.iterations == complete.iterations
+            assert half.certificate.damping == pytest.approx(complete.damping)
+            np.testing.assert_allclose(half.certificate.residual, complete.residual, rtol=1e-6)
+
+
+def test_all_processes_refuse_what_is_not_finite_in_one():
+    b = right_hand_sides()
+    b[1, -1] = np.nan
+
+    def refused(half):
+        with pytest.raises(ValueError, match="b holds NaN or inf in parameter 'shard'"):
+            solve(half, half.cut(b), CG())
+        return True
+
+    assert Shards(DEFINITE).run(refused) == [True, True]

@@ -1,13 +1,12 @@
 """The run of a user's own Trainer: recorded, replayed without a difference, pulled back like a central difference."""
 
 import pytest
-import tiny
 import torch
-from test_unrolled import arguments, parameters_of, rows_of
+from helpers import tiny
+from helpers.runs import arguments, parameters_of, rows_of
 from transformers import Trainer, TrainerCallback
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives
-from hf_msif.influence.multistage import pull_back
 from hf_msif.influence.unrolled import check_replay
 from hf_msif.training.callback import RecordCallback
 from hf_msif.training.record import rerun
@@ -95,8 +94,9 @@ def test_a_trainers_run_is_replayed_and_pulled_back(settings, trainable, dropout
     assert recording.decayed == {n for n in recording.trained if "bias" not in n and "LayerNorm" not in n}
     model.requires_grad_(True)
     chain = chain_of(before, model, tmp_path, trainable)
-    assert check_replay(chain.links[1]) < 1e-9
-    u, b, certificate = pull_back(chain.links[1], chain.measurement(rows_of(TESTS))[0])
+    assert check_replay(chain.stages[1]) < 1e-9
+    solution, b = chain.stages[1].differentiation.pull_back(chain.measurement(rows_of(TESTS))[0])
+    u, certificate = solution.tensors(), solution.certificate
     assert certificate.replay_difference < 1e-9
 
     step, generator = 1e-5, torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ def test_a_trainers_run_is_replayed_and_pulled_back(settings, trainable, dropout
 def test_the_models_own_loss(tmp_path):
     before, model, *_, trainer = trained(tmp_path, {**ADAMW, **STEPS})
     trainer.train()
-    assert check_replay(chain_of(before, model, tmp_path).links[1]) < 1e-9
+    assert check_replay(chain_of(before, model, tmp_path).stages[1]) < 1e-9
 
 
 def test_weights_of_rows_are_right(tmp_path):
@@ -145,7 +145,7 @@ def test_weights_of_rows_are_right(tmp_path):
             sides.append(tiny.Plain(model, "classification", OBJECTIVE.collate(TESTS)).sums().detach())
         else:
             chain = chain_of(before, model, folder)
-            u, _, _ = pull_back(chain.links[1], chain.measurement(rows_of(TESTS))[0])
+            u = chain.stages[1].differentiation.pull_back(chain.measurement(rows_of(TESTS))[0])[0].tensors()
     torch.testing.assert_close(u["weights"][:, 4], (sides[0] - sides[1]) / (2 * step), rtol=1e-4, atol=1e-8)
 
 

@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from project import image_project, msif
-from toy import ToyObjective, example_losses, toy, toy_rows
+from helpers import tiny
+from helpers.project import image_project, msif
+from helpers.toy import ToyObjective, example_losses, toy, toy_rows
 
 from hf_msif import InputError, training
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification, FeedForwardClassifier

@@ -1,9 +1,9 @@
 """F of a stage: value, gradient and ridge of its terms against formulas written out here, autograd and differences."""
 
 import pytest
-import tiny
 import torch
-from toy import ToyObjective, example_losses, flat, toy, toy_rows, unflat
+from helpers import tiny
+from helpers.toy import ToyObjective, example_losses, flat, toy, toy_rows, unflat
 
 from hf_msif import InputError
 from hf_msif.adapters import decayed_names

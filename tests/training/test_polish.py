@@ -6,10 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.toy import ToyObjective, example_losses, minimise, toy, toy_rows
 from sklearn.linear_model import LogisticRegression
-from toy import ToyObjective, example_losses, minimise, toy, toy_rows
 
 from hf_msif import InputError, MultiStageInfluence, Stage, training
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
@@ -25,7 +25,7 @@ def stage_gradient(models, rows, trainable, alpha):
     """‖∇F‖ of the last stage as `Stage` has it."""
     first = Stage("first", models[0], ToyObjective(), ROWS)
     last = Stage("last", models[1], ToyObjective(), rows, trainable, DECAY, alpha, curvature="hessian")
-    return MultiStageInfluence([first, last], progress=False).link("last").gradient_norm
+    return MultiStageInfluence([first, last], progress=False).stage("last").differentiation.gradient_norm
 
 
 def pair():
@@ -76,6 +76,7 @@ def test_what_is_minimised_is_the_f_of_the_stage(trainable, alpha):
         assert all(frozen[n].equal(values(models[1])[n]) for n in held)
 
 
+@pytest.mark.slow
 def test_a_tanh_network_goes_where_dense_newton_goes():
     """From a point in the basin, so that both find the same minimum."""
     model = toy(0)
@@ -187,6 +188,7 @@ def test_a_saddle_is_left_by_its_negative_curvature():
     assert not report.negative_curvature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [3, 64])
 @pytest.mark.parametrize("seed", [0, 2, 5, 7])
 def test_single_precision(seed, batch_size):
@@ -198,6 +200,7 @@ def test_single_precision(seed, batch_size):
     assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_what_single_precision_cannot_reach_is_not_tried_for_long(batch_size):
     """At the floor of rounding any step may seem to help: it ends there, at the least gradient."""

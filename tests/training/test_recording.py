@@ -7,16 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_unrolled import arguments, pair, parameters_of
-from toy import ToyConfig, ToyModel, ToyObjective, example_losses, toy, toy_rows
+from helpers import tiny
+from helpers.runs import arguments, pair, parameters_of
+from helpers.toy import ToyConfig, ToyModel, ToyObjective, example_losses, toy, toy_rows
 from transformers import get_scheduler
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, training
 from hf_msif.engine.hashing import tensors_fingerprint
 from hf_msif.errors import DivergedError
-from hf_msif.influence.multistage import pull_back
 from hf_msif.influence.unrolled import check_replay
 from hf_msif.training.record import rerun, schedule
 from hf_msif.training.recording import Recording
@@ -190,8 +189,9 @@ def test_dropout_is_replayed(settings, trainable, tmp_path):
         [pre, Stage("fine", model, tiny.objective("classification"), TEXTS, **of_stage)], None, False
     )
     random_state = states()
-    assert check_replay(chain.links[1]) == 0.0
-    _, b, certificate = pull_back(chain.links[1], chain.measurement(TESTS)[0])
+    assert check_replay(chain.stages[1]) == 0.0
+    solution, b = chain.stages[1].differentiation.pull_back(chain.measurement(TESTS)[0])
+    certificate = solution.certificate
     assert certificate.replay_difference == 0.0
     assert states() == random_state
     assert [m.training for m in model.modules()] == modes
@@ -408,7 +408,7 @@ def test_a_parameter_without_axes_and_batch_normalisation(tmp_path):
         Stage("two", model, ToyObjective(), toy_rows(3, 11), link="unrolled", run=tmp_path),
     ]
     chain = MultiStageInfluence(stages, progress=False)
-    _, b, _ = pull_back(chain.links[1], chain.measurement(toy_rows(9, 2))[0])
+    _, b = chain.stages[1].differentiation.pull_back(chain.measurement(toy_rows(9, 2))[0])
     assert all(torch.equal(t, buffers[n]) for n, t in model.named_buffers())
 
     sides, step = [], 1e-5

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy import ToyBase, ToyConfig, ToyObjective, example_losses, toy_rows
+from helpers.toy import ToyBase, ToyConfig, ToyObjective, example_losses, toy_rows
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 

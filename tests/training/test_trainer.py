@@ -8,26 +8,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from toy import ToyObjective, toy, toy_rows
-from transformers import TrainerCallback, TrainingArguments
+from helpers import tiny
+from helpers.descent import RATE, arguments
+from helpers.state import same, weights
+from helpers.toy import ToyObjective, toy, toy_rows
+from transformers import TrainerCallback
 
 from hf_msif import InputError, objectives
 from hf_msif.training import evaluate, save, train, trainer
-
-RATE = 0.1
-
-
-def arguments(folder, **settings):
-    """Plain gradient descent: no momentum, no clipping, a constant rate."""
-    defaults = {"max_steps": 1, "learning_rate": RATE, "optim": "sgd", "lr_scheduler_type": "constant"}
-    defaults |= {"per_device_train_batch_size": 4, "max_grad_norm": 0.0, "save_strategy": "no", "report_to": []}
-    return TrainingArguments(str(folder), **{**defaults, "use_cpu": True, **settings})
-
-
-def weights(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 def without_dropout(model):
@@ -35,12 +24,6 @@ def without_dropout(model):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
-
-
-def same(actual, expected):
-    assert set(actual) == set(expected)
-    for name, t in expected.items():
-        assert torch.equal(actual[name], t), name
 
 
 # The objective ------------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ def scores(influence, prefix="row"):
 
 
 def test_means_are_over_rows_and_columns_and_signs_do_not_count():
-    found = compare(scores([[1, -2], [-3, 4]]), scores([[2, 2], [-1, -1]], "other"), resamples=50)
-    assert found.mean_absolute == (2.5, 1.5)
-    assert found.ratio == pytest.approx(5 / 3)
-    assert found.shared == 0
-    assert np.isnan(found.signed_r)
-    assert np.isnan(found.spearman_r)
+    comparison = compare(scores([[1, -2], [-3, 4]]), scores([[2, 2], [-1, -1]], "other"), resamples=50)
+    assert comparison.mean_absolute == (2.5, 1.5)
+    assert comparison.ratio == pytest.approx(5 / 3)
+    assert comparison.shared == 0
+    assert np.isnan(comparison.signed_r)
+    assert np.isnan(comparison.spearman_r)
 
 
 def test_the_interval_covers_the_true_ratio():
@@ -31,17 +31,17 @@ def test_the_interval_covers_the_true_ratio():
     for _ in range(60):
         # Columns differ in size, so that rows alone would give far too narrow an interval.
         first, second = (generator.exponential(1, (200, 12)) * generator.exponential(s, 12) for s in (2.0, 1.0))
-        found = compare(scores(first), scores(second, "other"), resamples=200)
-        covered += found.ratio_interval[0] < 2.0 < found.ratio_interval[1]
+        comparison = compare(scores(first), scores(second, "other"), resamples=200)
+        covered += comparison.ratio_interval[0] < 2.0 < comparison.ratio_interval[1]
     assert covered >= 48  # 95 % are meant; a bootstrap of twelve columns gives somewhat less
 
 
 def test_agreement_is_over_the_rows_that_both_have():
     first, second = scores([5, 4, 3, 2, 1]), scores([50, 40, 30, 20, 10, 60])
-    found = compare(first, second, k=2, resamples=20)
-    assert (found.shared, found.spearman_r, found.top_k_shared) == (5, pytest.approx(1), 1)
-    found = compare(first, scores([1, 2, 3, 4, 5]), k=2, resamples=20)
-    assert (found.spearman_r, found.top_k_shared) == (pytest.approx(-1), 0)
+    comparison = compare(first, second, k=2, resamples=20)
+    assert (comparison.shared, comparison.spearman_r, comparison.top_k_shared) == (5, pytest.approx(1), 1)
+    comparison = compare(first, scores([1, 2, 3, 4, 5]), k=2, resamples=20)
+    assert (comparison.spearman_r, comparison.top_k_shared) == (pytest.approx(-1), 0)
 
 
 def test_signed_influences_are_related_test_by_test():
@@ -58,7 +58,7 @@ def test_influences_that_are_not_finite_are_refused():
 
 
 def test_kept_extremes_are_no_corpus():
-    whole, kept = scores(np.ones((4, 1))), scores(np.ones((4, 1)))
-    kept.metadata["kept"] = {"keep": 1}
+    whole, extremes = scores(np.ones((4, 1))), scores(np.ones((4, 1)))
+    extremes.metadata["kept"] = {"keep": 1}
     with pytest.raises(InputError, match="of which only the extremes were kept"):
-        compare(whole, kept)
+        compare(whole, extremes)

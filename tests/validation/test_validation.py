@@ -7,16 +7,15 @@ import math
 import re
 from dataclasses import replace
 
-import digits
 import numpy as np
 import pytest
 import scipy.stats
-import tiny
 import torch
+from helpers import digits, tiny
+from helpers.chains import Chain
+from helpers.runs import MINIMUM, PATTERNS, RUN, Minimum, Mixed, Run
+from helpers.toy import example_losses, toy, toy_rows
 from sklearn.metrics import roc_auc_score
-from test_chain import Chain
-from test_unrolled import MINIMUM, PATTERNS, RUN, Minimum, Mixed, Run
-from toy import example_losses, toy, toy_rows
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -419,6 +418,7 @@ def scratch(arguments=None, **settings):
     return FromScratch(stages, digits.rows(range(4, 10), 5, skip=40), make, arguments, **settings), pretraining
 
 
+@pytest.mark.slow
 def test_from_scratch_by_polishing():
     retrain, rows = scratch()
     full, again, other = retrain(frozenset(), 0), retrain(frozenset(), 0), retrain(frozenset(), 1)
@@ -429,6 +429,7 @@ def test_from_scratch_by_polishing():
     assert full.losses != other.losses
 
 
+@pytest.mark.slow
 def test_from_scratch_by_training(tmp_path):
     arguments = [
         TrainingArguments(str(tmp_path), max_steps=6, learning_rate=1e-2, save_strategy="no", report_to=[], seed=5)
@@ -487,7 +488,7 @@ def test_every_baseline(baseline, bert):
     assert found.shape == (len(CORPUS), len(TESTS))
     assert np.isfinite(found).all()
     assert np.unique(found[:, 0]).size > 1
-    larger = MultiStageInfluence([replace(link.stage, batch_size=64) for link in bert.links], progress=False)
+    larger = MultiStageInfluence([replace(link.stage, batch_size=64) for link in bert.stages], progress=False)
     np.testing.assert_allclose(baseline(case(larger)), found, rtol=1e-7, atol=1e-12)
     if baseline.__name__ != "random":
         turned = validation.baselines(bert, TESTS[::-1], CORPUS, which=[baseline])[baseline.__name__]
@@ -495,11 +496,11 @@ def test_every_baseline(baseline, bert):
 
 
 def case(chain, corpus=CORPUS, tests=TESTS, stage=None):
-    return Case(chain, tests, corpus, chain.link(stage))
+    return Case(chain, tests, corpus, chain.stage(stage))
 
 
 def test_gradient_baselines_are_inner_products_on_the_shared_encoder(bert):
-    before, after = (link.stage for link in bert.links)
+    before, after = (link.stage for link in bert.stages)
     names = [n for n in dict(before.model.named_parameters()) if n.startswith("bert.")]
     tests = [
         tiny.Plain(after.model, "classification", after.objective.collate([row])).gradient(names) for row in TESTS
@@ -508,13 +509,13 @@ def test_gradient_baselines_are_inner_products_on_the_shared_encoder(bert):
     tests, rows = (np.stack([torch.cat([g[n].flatten() for n in names]) for g in some]) for some in (tests, rows))
     dot = rows @ tests.T
     found = validation.baselines(bert, TESTS, CORPUS)
-    np.testing.assert_allclose(found["gradient_dot"], dot / bert.links[0].count, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(found["gradient_dot"], dot / bert.stages[0].count, rtol=1e-8, atol=1e-12)
     norms = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(tests, axis=1)
     np.testing.assert_allclose(found["gradient_cosine"], dot / norms, rtol=1e-8, atol=1e-12)
 
 
 def test_identity_is_the_library_with_the_identity(bert):
-    stages = [replace(link.stage, solver=solvers.Identity()) for link in bert.links]
+    stages = [replace(link.stage, solver=solvers.Identity()) for link in bert.stages]
     scores = MultiStageInfluence(stages, progress=False).query(TESTS).score(CORPUS)
     found = validation.baselines(bert, TESTS, CORPUS, which=[IDENTITY])
     expected = scores.frame[["removal_effect_0", "removal_effect_1"]]
@@ -527,7 +528,7 @@ def test_representations_are_means_over_real_tokens(bert):
         with torch.no_grad():
             return stage.model.eval().base_model(**tokens).last_hidden_state[0].mean(0).numpy()
 
-    before, after = (link.stage for link in bert.links)
+    before, after = (link.stage for link in bert.stages)
     rows, tests = [states(before, row) for row in CORPUS], [states(after, row) for row in TESTS]
     expected = [[r @ t / np.linalg.norm(r) / np.linalg.norm(t) for t in tests] for r in rows]
     found = validation.baselines(bert, TESTS, CORPUS)["representation"]
@@ -556,6 +557,7 @@ def test_bm25_and_tfidf_by_hand(bert):
     assert 0 < found["tfidf"][3, 1] < 1
 
 
+@pytest.mark.slow
 def test_baselines_of_images_have_no_text():
     (stages, tests) = digits.frozen()
     chain = MultiStageInfluence(stages, progress=False)
@@ -587,6 +589,7 @@ def bank(tmp_path_factory):
     return Bank(WarmStart(stages, tests), tmp_path_factory.mktemp("bank"), progress=False)
 
 
+@pytest.mark.slow
 def test_leave_one_out_through_both_stages_of_digits(bank):
     """§4.1 at small size: the thirty examples with the largest absolute influence, summed over the test set."""
     stages, tests = digits.frozen()
@@ -605,6 +608,7 @@ def test_leave_one_out_through_both_stages_of_digits(bank):
         assert plain[name]["pearson_r"] < 0.5, name
 
 
+@pytest.mark.slow
 def test_lds_through_both_stages_of_digits(bank):
     stages, tests = digits.frozen()
     chain = MultiStageInfluence(stages, progress=False)
@@ -619,6 +623,7 @@ def test_lds_through_both_stages_of_digits(bank):
     assert found["identity"]["spearman_r"] < 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mislabelled_pretraining_examples_rank_as_harmful(seed):
     """A tenth of the pretraining labels is wrong; asked about is held-out loss on the *pretraining* task.
@@ -666,10 +671,11 @@ def without(mixed, stage, index):
     return mixed.losses(stage, weights).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", UNROLLED.values(), ids=UNROLLED)
 def test_a_warm_start_repeats_runs(kinds, tmp_path):
     mixed = Mixed(kinds, tmp_path)
-    stages, tests = [link.stage for link in mixed.chain.links], toy_rows(9, 2)
+    stages, tests = [link.stage for link in mixed.chain.stages], toy_rows(9, 2)
     finished = example_losses(mixed.models[-1], mixed.ends[-1], tests)[0].detach().tolist()
     states = [copy.deepcopy(model.state_dict()) for model in mixed.models]
     for stage in (0, 1):
@@ -688,11 +694,12 @@ def test_a_warm_start_repeats_runs(kinds, tmp_path):
     assert all(p.equal(old[n]) for m, old in zip(mixed.models, states, strict=True) for n, p in m.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_removal_effects_of_runs_predict_retraining(stage, tmp_path):
     gentle = (Run, "all", {"momentum": 0.5, "rate": 0.05})  # leaving out a row is no small step
     mixed = Mixed([gentle, gentle], tmp_path)
-    stages, tests = [link.stage for link in mixed.chain.links], toy_rows(9, 2)
+    stages, tests = [link.stage for link in mixed.chain.stages], toy_rows(9, 2)
     rows = mixed.kinds[stage].rows
     scores = mixed.chain.query(tests).score(rows, stage=f"stage{stage}")
     bank = Bank(WarmStart(stages, tests, stage=f"stage{stage}"), progress=False)
@@ -705,7 +712,7 @@ def from_scratch(mixed, folder, **settings):
     arguments = [kind.arguments(folder) for kind in mixed.kinds]
     for given in arguments:
         given.save_strategy = "no"
-    stages = [link.stage for link in mixed.chain.links]
+    stages = [link.stage for link in mixed.chain.stages]
     return FromScratch(stages, toy_rows(9, 2), lambda seed: [toy(seed - 5), toy(seed - 4)], arguments, **settings)
 
 
@@ -728,7 +735,7 @@ def test_from_scratch_wants_the_arguments_of_a_run_and_no_polish(tmp_path):
     mixed = Mixed(TWO_RUNS, tmp_path)
     with pytest.raises(InputError, match="stage 'stage0' has an unrolled link: it is what its run leaves"):
         from_scratch(mixed, tmp_path, polished=[True, False])
-    stages = [link.stage for link in mixed.chain.links]
+    stages = [link.stage for link in mixed.chain.stages]
     with pytest.raises(InputError, match="nothing would be trained"):
         FromScratch(stages, toy_rows(9, 2), lambda seed: [toy(0), toy(1)])
 
@@ -736,7 +743,7 @@ def test_from_scratch_wants_the_arguments_of_a_run_and_no_polish(tmp_path):
 def test_settings_know_the_run(tmp_path):
     mixed = [Mixed(kinds, tmp_path / str(i)) for i, kinds in enumerate([UNROLLED["frozen"], UNROLLED["frozen"]])]
     mixed.append(Mixed([RUN, (Run, "head", {"momentum": 0.5, "epochs": 4})], tmp_path / "other"))
-    chains = [[link.stage for link in one.chain.links] for one in mixed]
+    chains = [[link.stage for link in one.chain.stages] for one in mixed]
     one, same, other = (Bank(WarmStart(stages, toy_rows(9, 2))).fingerprint for stages in chains)
     assert one == same != other
 
@@ -744,9 +751,9 @@ def test_settings_know_the_run(tmp_path):
 def test_the_implicit_baseline_takes_runs_for_minima(tmp_path):
     kinds = [(Minimum, "all", {}), (Run, "all", {"momentum": 0.5, "alpha": 0.2})]
     mixed, tests = Mixed(kinds, tmp_path), toy_rows(9, 2)
-    stages, rows = [link.stage for link in mixed.chain.links], mixed.kinds[0].rows
+    stages, rows = [link.stage for link in mixed.chain.stages], mixed.kinds[0].rows
     found = validation.baselines(mixed.chain, tests, rows, which=[IMPLICIT])
-    solved = MultiStageInfluence([stages[0], replace(stages[1], link="proximal", run=None, alpha="auto")], None, False)
+    solved = MultiStageInfluence([stages[0], replace(stages[1], link="implicit", run=None, alpha="auto")], None, False)
     expected = solved.query(tests).score(rows).removal_effects()
     np.testing.assert_allclose(found["implicit"], expected, rtol=1e-10)
     unrolled = mixed.chain.query(tests).score(rows).removal_effects()

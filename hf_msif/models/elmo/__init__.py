@@ -1,4 +1,4 @@
-"""ELMo as a `PreTrainedModel`: configuration, tokenizer, models, and the import of published weights."""
+"""ELMo as a `PreTrainedModel`: configuration, tokenizer, models, and a reader of the published weights."""
 
 from transformers import (
     AutoConfig,

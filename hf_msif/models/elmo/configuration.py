@@ -8,9 +8,10 @@ from transformers import PretrainedConfig
 
 from ...errors import InputError
 
-# Of Peters et al. (2018), "original": with the cell and projection sizes below, 93.6 million parameters.
+# (width, number) of the "original" model of Peters et al. (2018), which has 93.6 million parameters.
 FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
-BYTES, SPECIAL = 256, 5  # special: begin and end of a sentence, begin and end of a word, rest of a short word
+# Special characters: begin and end of a sentence, begin and end of a word, and what fills up a short word.
+BYTES, SPECIAL = 256, 5
 
 
 class ElmoConfig(PretrainedConfig):
@@ -19,23 +20,29 @@ class ElmoConfig(PretrainedConfig):
     The defaults are those of the published "original" model.
 
     Args:
-        vocab_size: words that `ElmoForBidirectionalLM` predicts (rows of U). The input is characters and has no such
-            limit.
-        max_characters: a token, its two boundary characters included; longer tokens are cut.
+        vocab_size: V, words that `ElmoForBidirectionalLM` predicts (rows of U). The input consists of characters and
+            is not limited by it.
+        max_characters: characters per token, the two that mark its ends included; longer tokens are cut.
         character_size: width of a character's embedding.
         filters: (width, number) of the character convolutions.
-        num_highway_layers, activation: of what follows the convolutions; "relu" or "tanh".
-        num_hidden_layers: LSTM layers of each direction.
-        cell_size, projection_size: of an LSTM; `hidden_size`, the width of the output, is twice the latter.
-        cell_clip, projection_clip: limits of the entries of cell and output; None for none.
-        use_skip_connections: a layer after the first adds its input to its output.
-        dropout: in training, on the input of every LSTM layer and on the output of the last.
-        sampled_softmax: in training, so many random words stand for the whole vocabulary in the softmax's
-            denominator; 0 for the exact one. Evaluation and derivatives are always exact.
-        stateful: row i of a batch goes on where row i of the batch before ended, as AllenNLP does it. A sentence's
-            output then depends on what was read before: not for influence functions.
+        num_highway_layers: highway layers after the convolutions.
+        activation: "relu" or "tanh", after the convolutions.
+        num_hidden_layers: LSTM layers per direction.
+        cell_size: entries of an LSTM's cell.
+        projection_size: entries of an LSTM's output; `hidden_size`, the width of the model's output, is twice this.
+        cell_clip: entries of the cell are clipped to ±cell_clip; None: not clipped.
+        projection_clip: entries of an LSTM's output are clipped to ±projection_clip; None: not clipped.
+        use_skip_connections: each layer after the first adds its input to its output.
+        dropout: rate in training, on the input of every LSTM layer and on the output of the last one.
+        sampled_softmax: number of random words that in training stand for the whole vocabulary in the denominator of
+            the softmax; 0: exact. Evaluation and derivatives are always exact.
+        stateful: row i of a batch continues where row i of the batch before ended, as in AllenNLP. The output for a
+            sentence then depends on what was read before, so that influence functions are not defined.
         classifier_hidden_size: units of the classifier's hidden layer.
-        num_labels and others: as in every `PretrainedConfig`.
+        kwargs: of `PretrainedConfig`, e.g. `num_labels`.
+
+    Raises:
+        InputError: an unknown activation, filters that are missing or wider than a token, or `max_characters` below 3.
 
     >>> config = ElmoConfig(projection_size=16)
     >>> config.hidden_size, config.n_filters
@@ -86,12 +93,12 @@ class ElmoConfig(PretrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the output: both directions."""
+        """Width of the output: 2 · projection_size, one half per direction."""
         return 2 * self.projection_size
 
     @property
     def n_filters(self) -> int:
-        """Character convolutions in all."""
+        """Number of character convolutions of all widths."""
         return sum(number for _, number in self.filters)
 
     @property

@@ -1,9 +1,10 @@
-"""Turns a folder of published ELMo files into one that `from_pretrained` reads and that can be pushed to the Hub.
+"""Converts a folder of published ELMo files to one that `from_pretrained` reads and that can be pushed to the Hub.
 
     python -m hf_msif.models.elmo.convert FOLDER OUTPUT
 
-FOLDER holds one `*options*.json`, one `*weights*.hdf5`, and perhaps the softmax `*softmax*.hdf5` (U) and the words it
-predicts, `*vocab*.txt`, one a line. With the softmax the model is an `ElmoForBidirectionalLM`, without an `ElmoModel`.
+FOLDER has one `*options*.json`, one `*weights*.hdf5`, and optionally the softmax `*softmax*.hdf5` (U) and the words
+that it predicts, `*vocab*.txt`, one per line. With the softmax the model is an `ElmoForBidirectionalLM`, without it an
+`ElmoModel`.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from .tokenization import ElmoTokenizer
 
 
 def convert(folder: str | Path, output: str | Path) -> ElmoModel | ElmoForBidirectionalLM:
-    """Reads the published files in `folder`, writes model and tokenizer to `output`; returns the model.
+    """Reads the published files in `folder` and writes model and tokenizer to the folder `output`; returns the model.
 
     Raises:
-        InputError: a file is missing, or there are several for one role; a vocabulary that has not one word for each
-            row of the softmax.
+        InputError: `folder` does not exist, a file is missing or cannot be read, several files match one pattern, or
+            the vocabulary does not have one word per row of the softmax.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{str(folder)!r} is no folder; expected one with the options and weights of ELMo.")
+        raise InputError(f"{str(folder)!r} is not a folder; expected one with the options and weights of ELMo.")
     softmax = _only(folder, "*softmax*.hdf5", needed=False)
     options, weights = _only(folder, "*options*.json"), _only(folder, "*weights*.hdf5", without=softmax)
     vocabulary = _only(folder, "*vocab*.txt", needed=False)
@@ -47,22 +48,24 @@ def convert(folder: str | Path, output: str | Path) -> ElmoModel | ElmoForBidire
 
 
 def _only(folder: Path, pattern: str, needed: bool = True, without: Path | None = None) -> Path | None:
-    found = sorted(path for path in folder.glob(pattern) if path != without)
-    if len(found) > 1 or (needed and not found):
+    """The only file in the folder that matches the pattern; None if there is none and it is not needed."""
+    paths = sorted(path for path in folder.glob(pattern) if path != without)
+    if len(paths) > 1 or (needed and not paths):
         raise InputError(
-            f"{folder} has {len(found)} files {pattern} ({', '.join(path.name for path in found) or 'none'}); "
+            f"{folder} has {len(paths)} files {pattern} ({', '.join(path.name for path in paths) or 'none'}); "
             f"expected {'one' if needed else 'at most one'}."
         )
-    return found[0] if found else None
+    return paths[0] if paths else None
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after an error that the user can mend."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s FOLDER OUTPUT"
     )
-    parser.add_argument("folder", help="with the published files")
+    parser.add_argument("folder", help="folder with the published files")
     parser.add_argument("output", help="folder to write")
-    settings = parser.parse_args(given)
+    settings = parser.parse_args(arguments)
     try:
         model = convert(settings.folder, settings.output)
     except InputError as error:

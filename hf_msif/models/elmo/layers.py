@@ -1,7 +1,7 @@
-"""What ELMo is made of: a character CNN for words, LSTMs with projection, a scalar mix, a softmax over many words.
+"""The parts of ELMo: a character CNN for words, LSTMs with projection, a scalar mix, a softmax over many words.
 
-All of it is plain differentiable operations: forward mode, reverse mode and both on top of each other are exact
-(cuDNN's LSTM has no second derivative).
+All parts are made of plain differentiable operations, so that forward mode, reverse mode and their combinations are
+exact (cuDNN's LSTM has no second derivative).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch.nn import functional
 from ...errors import InputError
 from .configuration import ElmoConfig
 
-# Logits that are held at a time where they are not kept: 256 MiB in float32.
+# Logits held at a time if only the losses are wanted: 256 MiB in float32.
 CHUNK = 2**26
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The real tokens of a batch without its padding: step by step, in each step the longest sentences first.
+    """The N real tokens of a batch (B, T), ordered by step, and within a step by sentence length, longest first.
 
     Attributes:
-        order: (B,) sentences, longest first.
-        sizes: how many sentences have a step t.
-        forward: (N,) place of the packed tokens in the flattened (B·T) batch, sentences read from their first token.
-        backward: the same, read from their own last token.
-        place: (B·T,) where a token of the batch is in `forward`; N for padding.
-        turned: (N,) where the tokens of `backward` are in `forward`; it is its own inverse.
+        order: (B,) the sentences, longest first.
+        sizes: number of sentences that have a token at step t.
+        forward: (N,) index of each packed token in the flattened batch (B·T), sentences read from their first token.
+        backward: (N,) the same, sentences read backwards from their last real token.
+        place: (B·T,) index in `forward` of each token of the batch; N for padding.
+        turned: (N,) index in `forward` of each token of `backward`; this permutation is its own inverse.
     """
 
     order: Tensor
@@ -42,9 +42,15 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing:
-        """Packing of a right-padded attention mask (B, T)."""
+        """The packing of a batch with the right-padded boolean attention mask (B, T).
+
+        Raises:
+            InputError: a sentence has padding before or between its tokens.
+        """
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise InputError("the attention mask has padding before or inside a sentence; ELMo expects it at the end.")
+            raise InputError(
+                "the attention mask has padding before or inside a sentence; ELMo expects padding at the end."
+            )
         rows, width = mask.shape
         lengths, order = mask.sum(1).sort(descending=True, stable=True)
         steps = torch.arange(width, device=mask.device).unsqueeze(1)
@@ -64,7 +70,7 @@ class Highway(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.transform, self.carry = nn.Linear(width, width), nn.Linear(width, width)
-        self.carry.initial_bias = (slice(None), -2.0)  # mostly the input, to begin with
+        self.carry.initial_bias = (slice(None), -2.0)  # at first the output is mostly the input
 
     def forward(self, x: Tensor) -> Tensor:
         gate = torch.sigmoid(self.carry(x))
@@ -73,7 +79,7 @@ class Highway(nn.Module):
 
 class CharacterEncoder(nn.Module):
     """Character ids (N, 50) → word vectors (N, projection): embedding, convolutions with a maximum over the positions,
-    highway layers, projection. Each distinct word is computed once."""
+    highway layers, projection. Each distinct word is computed only once."""
 
     def __init__(self, config: ElmoConfig):
         super().__init__()
@@ -86,28 +92,32 @@ class CharacterEncoder(nn.Module):
         self.projection = nn.Linear(config.n_filters, config.projection_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        words, which = torch.unique(ids, dim=0, return_inverse=True)
+        words, word_of_token = torch.unique(ids, dim=0, return_inverse=True)
         characters = self.embedding(words).transpose(1, 2)
-        # The activation is monotone: after the maximum there is less of it to compute.
+        # The activation is monotone, so it commutes with the maximum, and there is less to compute after it.
         features = [self.activation(convolution(characters).max(-1).values) for convolution in self.convolutions]
         x = torch.cat(features, 1)
         for highway in self.highways:
             x = highway(x)
-        return self.projection(x)[which]
+        return self.projection(x)[word_of_token]
 
 
 class LstmLayer(nn.Module):
-    """One direction of one layer: gates (i, j, f, o) = W_x x + b + W_h h; c ← clip(σ(f) c + σ(i) tanh(j));
-    h ← clip(P (σ(o) tanh(c))) (Sak et al., 2014).
+    """One direction of one LSTM layer with projection (Sak et al., 2014).
 
-    The forget gate's +1 of TensorFlow is in the bias.
+    gates (i, j, f, o) = W_x x + b + W_h h; c ← clip(σ(f) c + σ(i) tanh(j)); h ← clip(P (σ(o) tanh(c))).
+
+    TensorFlow adds 1 to the forget gate f; here that is part of the bias b.
     """
 
     def __init__(self, config: ElmoConfig):
         super().__init__()
         self.cell_clip, self.projection_clip = config.cell_clip, config.projection_clip
         self.input = nn.Linear(config.projection_size, 4 * config.cell_size)
-        self.input.initial_bias = (slice(2 * config.cell_size, 3 * config.cell_size), 1.0)  # remember, to begin with
+        self.input.initial_bias = (
+            slice(2 * config.cell_size, 3 * config.cell_size),
+            1.0,
+        )  # at first it remembers
         self.state = nn.Linear(config.projection_size, 4 * config.cell_size, bias=False)
         self.projection = nn.Linear(config.cell_size, config.projection_size, bias=False)
 
@@ -116,8 +126,13 @@ class LstmLayer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Packed input (N, projection) → packed output (N, projection), and the last (h, c) of every sentence.
 
-        Without a `start` all begin at zero. One product with W_x serves all steps; `split`, whose derivative is one
-        concatenation, keeps the backward pass linear in the length.
+        One product with W_x serves all steps. The derivative of `split` is one concatenation, which keeps the backward
+        pass linear in the length.
+
+        Args:
+            x: packed input.
+            sizes: `Packing.sizes`.
+            start: (h, c) of every sentence before its first token; None: zeros.
         """
         h, c = start if start is not None else (None, None)
         outputs, ended = [], []
@@ -154,18 +169,27 @@ class ScalarMix(nn.Module):
 
 
 def exact_losses(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
-    """−log p(target) over all words, (M,), from states (M, projection); the logits are not kept."""
+    """−log p(target) under the exact softmax over all words, shape (M,); the logits exist only in chunks.
+
+    Args:
+        head: the layer that makes V logits of a state.
+        states: (M, projection).
+        targets: (M,) word ids.
+    """
     rows = max(1, CHUNK // head.out_features)
     chunks = list(zip(states.split(rows), targets.split(rows), strict=True))
-    # An adapter's layer is no plain product; and what goes backward needs the graph.
+    # A layer with an adapter is not a plain product; and a backward pass needs the graph.
     if type(head) is nn.Linear and not torch.is_grad_enabled():
         return torch.cat([_losses_with_tangent(s, head.weight, head.bias, t) for s, t in chunks])
     return torch.cat([functional.cross_entropy(head(s), t, reduction="none") for s, t in chunks])
 
 
 def _losses_with_tangent(states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """As above, with the tangent of forward mode by hand: dℓ = Σ_v r_v dz_v for r = p − 1_target is ⟨rW, ds⟩
-    + ⟨r dW, s⟩ + ⟨r, db⟩, so that no tangent of the logits is made: three products and one pass over p."""
+    """`exact_losses` of one chunk, with the forward-mode tangent written out.
+
+    With the residual r = p − 1_target, dℓ = Σ_v r_v dz_v = ⟨rW, ds⟩ + ⟨r dW, s⟩ + ⟨r, db⟩: three products and one pass
+    over p, without a tangent of the logits z.
+    """
     (s, ds), (w, dw), (b, db) = (forward_ad.unpack_dual(x) for x in (states, weight, bias))
     log_p = functional.linear(s, w, b).log_softmax(1)
     losses = -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -184,11 +208,17 @@ def _losses_with_tangent(states: Tensor, weight: Tensor, bias: Tensor, targets: 
 
 
 def sampled_losses(head: nn.Linear, states: Tensor, targets: Tensor, samples: int) -> Tensor:
-    """−log p(target) with Σ_words exp(s) estimated from words drawn by their rank (Jean et al., 2015), (M,).
+    """−log p(target), shape (M,), with the softmax's denominator estimated from random words (Jean et al., 2015).
 
-    Words are drawn with replacement, word k with q_k = log((k + 2)/(k + 1)) / log(V + 1), which falls like a frequency
-    where the vocabulary is sorted by it; Σ_k exp(s_k) ≈ exp(s_target) + Σ_drawn≠target exp(s_k) / (samples q_k), an
-    unbiased estimate of the denominator.
+    Words are drawn with replacement, word k with probability q_k = log((k + 2)/(k + 1)) / log(V + 1). This falls like
+    a frequency if the vocabulary is sorted by frequency. The estimate of the denominator is unbiased:
+    Σ_k exp(s_k) ≈ exp(s_target) + Σ_{drawn k ≠ target} exp(s_k) / (samples · q_k).
+
+    Args:
+        head: the layer that makes V logits s of a state.
+        states: (M, projection).
+        targets: (M,) word ids.
+        samples: number of words drawn, the same ones for all M states.
     """
     size = head.out_features
     drawn = torch.rand(samples, device=states.device, dtype=torch.float64)
@@ -201,5 +231,5 @@ def sampled_losses(head: nn.Linear, states: Tensor, targets: Tensor, samples: in
         - torch.log(torch.tensor(float(samples))).to(states)
     )
     scores = scores.masked_fill(drawn == targets.unsqueeze(1), -torch.inf)
-    right = (states * head.weight[targets]).sum(1) + head.bias[targets]
-    return torch.cat([right.unsqueeze(1), scores], 1).logsumexp(1) - right
+    target_scores = (states * head.weight[targets]).sum(1) + head.bias[targets]
+    return torch.cat([target_scores.unsqueeze(1), scores], 1).logsumexp(1) - target_scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,13 @@ from .layers import CharacterEncoder, LstmLayer, Packing, ScalarMix, exact_losse
 
 @dataclass
 class BidirectionalLMOutput(ModelOutput):
-    """Output of `ElmoForBidirectionalLM` for the M pairs of neighbouring real tokens, row by row.
+    """Output of `ElmoForBidirectionalLM` for the M pairs of neighbouring real tokens of a batch, row by row.
 
     Attributes:
-        loss: mean of `losses`.
-        logits: (2, M, V). [0, m] is about the right token of pair m, given all before it; [1, m] about the left one,
-            given all after it.
-        losses: (2, M), −log p of those tokens.
+        loss: mean of `losses`, a scalar.
+        logits: (2, M, V). [0, m] predicts the right token of pair m from all tokens before it; [1, m] predicts the
+            left token from all tokens after it.
+        losses: (2, M), −log p of these tokens.
     """
 
     loss: Tensor | None = None
@@ -33,7 +34,7 @@ class BidirectionalLMOutput(ModelOutput):
 
 
 class ElmoPreTrainedModel(PreTrainedModel):
-    """What the ELMo models share: configuration, initial weights, import of published ones, carried state."""
+    """What the ELMo models share: configuration, initial weights, reading published weights, carried state."""
 
     config_class = ElmoConfig
     base_model_prefix = "elmo"
@@ -55,7 +56,7 @@ class ElmoPreTrainedModel(PreTrainedModel):
             initialization.ones_(module.gamma)
 
     def _mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Where the tokens are real, (B, T)."""
+        """Whether each token is real, bool (B, T)."""
         expected = self.config.max_characters
         if input_ids.dim() != 3 or input_ids.shape[2] != expected:
             raise InputError(
@@ -65,25 +66,26 @@ class ElmoPreTrainedModel(PreTrainedModel):
         return input_ids[:, :, 0] != 0 if attention_mask is None else attention_mask.bool()
 
     def reset_states(self) -> None:
-        """Forgets what a stateful model carries from batch to batch."""
+        """Deletes the state that a stateful model carries from batch to batch."""
         self.base_model._carried = {}
 
     @classmethod
     def from_allennlp(
-        cls, options_file: str | os.PathLike, weight_file: str | os.PathLike, **settings
+        cls, options_file: str | os.PathLike, weight_file: str | os.PathLike, **settings: Any
     ) -> ElmoPreTrainedModel:
-        """The model of a published options file (JSON) and weight file (HDF5), as AllenNLP and bilm-tf write them.
+        """Reads a published model from the files that AllenNLP and bilm-tf write.
 
         Args:
-            options_file, weight_file: e.g. `elmo_2x4096_512_2048cnn_2xhighway_options.json` and `..._weights.hdf5`.
+            options_file: JSON, e.g. `elmo_2x4096_512_2048cnn_2xhighway_options.json`.
+            weight_file: HDF5, e.g. `elmo_2x4096_512_2048cnn_2xhighway_weights.hdf5`: the encoder W.
             settings: of `ElmoConfig`, e.g. `stateful` or `num_labels`; for `ElmoForBidirectionalLM` also
-                `softmax_file`, the published U.
+                `softmax_file` (HDF5): the published U.
 
         Returns:
-            The model in evaluation mode, float32.
+            The model in evaluation mode, float32. Without `softmax_file` U is random, with a warning.
 
         Raises:
-            InputError: a file that cannot be read, or that does not hold such a model.
+            InputError: a file cannot be read, or does not hold such a model.
         """
         from .allennlp import build
 
@@ -91,12 +93,12 @@ class ElmoPreTrainedModel(PreTrainedModel):
 
 
 class ElmoModel(ElmoPreTrainedModel):
-    """Character CNN, and a stack of LSTMs for each direction; the encoder W.
+    """A character CNN and a stack of LSTMs for each direction; this is the encoder W.
 
     Args:
         config: an `ElmoConfig`.
-        add_scalar_mix: end in a `ScalarMix` of its own. Language modelling reads the last layer, so the mix is
-            no part of what stages share.
+        add_scalar_mix: return a `ScalarMix` of all layers instead of the last layer. Language modelling reads the
+            last layer, so that stages do not share the mix.
     """
 
     def __init__(self, config: ElmoConfig, add_scalar_mix: bool = False):
@@ -121,27 +123,31 @@ class ElmoModel(ElmoPreTrainedModel):
     ) -> BaseModelOutput:
         """
         Args:
-            input_ids: (B, T, 50) character ids.
-            attention_mask: (B, T), ones first; None: padding is where the first character is 0.
-            output_hidden_states: add all layers, the word vectors (twice, once a direction) first.
+            input_ids: (B, T, max_characters) character ids.
+            attention_mask: (B, T), 1 for real tokens, which come first; None: a token is padding if its first
+                character is 0.
+            output_hidden_states: also return all layers; the first has the word vectors, once per direction.
 
         Returns:
-            `last_hidden_state` (B, T, 2 · projection): the last layer, forward then backward, or the scalar mix of all
-            layers; zero on padding.
+            `last_hidden_state` (B, T, 2 · projection): the last layer, forward then backward half, or the scalar mix
+            of all layers; zero on padding. `hidden_states`: a tuple of such tensors, or None.
+
+        Raises:
+            InputError: `input_ids` has another shape, or there is padding before or inside a sentence.
         """
         mask = self._mask(input_ids, attention_mask)
         packing = Packing.of(mask)
         words = self.characters(input_ids.flatten(0, 1)[packing.forward])
-        ahead = self._stack("forward", words, packing)
-        back = [h[packing.turned] for h in self._stack("backward", words[packing.turned], packing)]
-        wanted = range(len(ahead)) if output_hidden_states or self.scalar_mix is not None else [-1]
-        layers = tuple(self._unpacked(torch.cat([ahead[i], back[i]], 1), packing, mask.shape) for i in wanted)
+        forward = self._stack("forward", words, packing)
+        backward = [h[packing.turned] for h in self._stack("backward", words[packing.turned], packing)]
+        indices = range(len(forward)) if output_hidden_states or self.scalar_mix is not None else [-1]
+        layers = tuple(self._unpacked(torch.cat([forward[i], backward[i]], 1), packing, mask.shape) for i in indices)
         last = self.scalar_mix(layers) if self.scalar_mix is not None else layers[-1]
         return BaseModelOutput(last_hidden_state=last, hidden_states=layers if output_hidden_states else None)
 
     def _stack(self, direction: str, x: Tensor, packing: Packing) -> list[Tensor]:
-        """The layers of one direction over packed words: the words, then the outputs."""
-        found = [x]
+        """The packed hidden states (N, projection) of one direction: the words, then each layer's output."""
+        states = [x]
         for depth, layer in enumerate(getattr(self, f"{direction}_layers")):
             key, start = f"{direction}.{depth}", None
             if self.config.stateful:
@@ -150,16 +156,17 @@ class ElmoModel(ElmoPreTrainedModel):
             if self.config.stateful:
                 self._carry(key, packing, end)
             x = out + x if depth and self.config.use_skip_connections else out
-            found.append(x)
-        return [*found[:-1], self.dropout(x)]
+            states.append(x)
+        return [*states[:-1], self.dropout(x)]
 
     @staticmethod
     def _unpacked(packed: Tensor, packing: Packing, shape: torch.Size) -> Tensor:
+        """Packed states (N, d) as a batch (B, T, d), zero on padding."""
         padded = torch.cat([packed, packed.new_zeros(1, packed.shape[1])])
         return padded[packing.place].view(*shape, -1)
 
     def _start(self, key: str, packing: Packing, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the rows of the batch go on from; rows that no batch had before start at zero."""
+        """The carried (h, c) from which each row of the batch continues, in packed order; zeros for new rows."""
         rows = len(packing.order)
         sizes = (self.config.projection_size, self.config.cell_size)
         carried = self._carried.get(key, [like.new_zeros(0, size) for size in sizes])
@@ -169,16 +176,19 @@ class ElmoModel(ElmoPreTrainedModel):
         )
 
     def _carry(self, key: str, packing: Packing, end: tuple[Tensor, Tensor]) -> None:
-        """Keeps where the rows of the batch ended; further rows of an earlier batch keep their state."""
-        back, carried = packing.order.argsort(), self._carried.get(key)
-        ends = [state.detach()[back] for state in end]
+        """Stores the final (h, c) of each row of the batch; further rows of an earlier batch keep their state."""
+        batch_order, carried = packing.order.argsort(), self._carried.get(key)
+        ends = [state.detach()[batch_order] for state in end]
         if carried is not None:
             ends = [torch.cat([new, old[len(new) :]]) for new, old in zip(ends, carried, strict=True)]
         self._carried[key] = tuple(ends)
 
 
 class ElmoForBidirectionalLM(ElmoPreTrainedModel):
-    """`ElmoModel` (W) and one softmax over words for both directions (U): −log p(next) − log p(previous)."""
+    """`ElmoModel` (W) and one softmax over words for both directions (U).
+
+    Its losses are −log p(next word) and −log p(previous word).
+    """
 
     def __init__(self, config: ElmoConfig):
         super().__init__(config)
@@ -199,10 +209,16 @@ class ElmoForBidirectionalLM(ElmoPreTrainedModel):
     ) -> BidirectionalLMOutput:
         """
         Args:
-            input_ids, attention_mask: as in `ElmoModel`.
-            labels: (B, T) word ids of the tokens, as `ElmoTokenizer(..., return_labels=True)` makes them.
-            output_logits: True: logits alone. False: losses alone, computed in chunks whose logits are not kept.
-                None: both. In training with `sampled_softmax` there are losses alone.
+            input_ids: (B, T, max_characters) character ids.
+            attention_mask: (B, T), 1 for real tokens, which come first; None: a token is padding if its first
+                character is 0.
+            labels: (B, T) word ids of the tokens, as `ElmoTokenizer(..., return_labels=True)` makes them; None: the
+                output has logits only.
+            output_logits: True: logits only. False: losses only, computed in chunks whose logits are not kept. None:
+                both. In training with `sampled_softmax` there are losses only.
+
+        Raises:
+            InputError: a label is no word id of the model.
         """
         mask = self._mask(input_ids, attention_mask)
         states, width = self.elmo(input_ids, mask).last_hidden_state, self.config.projection_size
@@ -231,8 +247,11 @@ class ElmoForBidirectionalLM(ElmoPreTrainedModel):
 
 
 class ElmoForSequenceClassification(ElmoPreTrainedModel):
-    """logits = W₂ tanh(W₁ h + b₁) + b₂ with h the mean of the scalar mix over the words of a sentence: `ElmoModel` (W)
-    under a mix and a classifier of its own (Θ); the sentence's ends are no words."""
+    """logits = W₂ tanh(W₁ h + b₁) + b₂, where h is the mean of the scalar mix over the words of a sentence.
+
+    `ElmoModel` is W; the mix and the classifier are Θ. The tokens that mark the ends of a sentence are not words. The
+    logits have the shape (B, num_labels).
+    """
 
     def __init__(self, config: ElmoConfig):
         super().__init__(config)
@@ -247,7 +266,7 @@ class ElmoForSequenceClassification(ElmoPreTrainedModel):
     ) -> SequenceClassifierOutput:
         mask = self._mask(input_ids, attention_mask)
         layers = self.elmo(input_ids, mask, output_hidden_states=True).hidden_states
-        # The words are the tokens with a token on either side.
+        # The words are the tokens that have a token on both sides.
         words = functional.pad(mask[:, 2:], (1, 1)).to(layers[0]).unsqueeze(-1)
         means = tuple((layer * words).sum(1) / words.sum(1).clamp(min=1) for layer in layers)
         logits = self.classifier(torch.tanh(self.hidden(self.scalar_mix(means))))

@@ -1,4 +1,4 @@
-"""Sentences as words, and words as characters: what ELMo reads and what it predicts."""
+"""ELMo's tokenizer: sentences as words, and words as characters (its input) or as word ids (its targets)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizer
 
 from ...errors import InputError
 from .configuration import BYTES
 
-# Ids of characters: 0 is padding, a byte is its value + 1.
+# Ids of characters: 0 is padding, a byte has the id byte + 1, then these.
 BEGIN_SENTENCE, END_SENTENCE, BEGIN_WORD, END_WORD, REST_OF_WORD = range(BYTES + 1, BYTES + 6)
 BOS, EOS, UNKNOWN = "<S>", "</S>", "<UNK>"
 NAMES = [
@@ -28,21 +29,26 @@ WORD = re.compile(r"\w+(?:[-'’.,]\w+)*|[^\w\s]")
 
 
 class ElmoTokenizer(PreTrainedTokenizer):
-    """Splits a text into words at white space; a word is 50 character ids, its UTF-8 bytes between boundary ids.
+    """Splits a text into words at white space; a word becomes 50 character ids: its UTF-8 bytes between boundary ids.
 
-    `input_ids` has shape (B, T, 50), with a token each for begin and end of the sentence. The vocabulary of words is
-    for the *targets* of a language model alone: the input needs none.
+    `input_ids` has the shape (B, T, max_characters); begin and end of a sentence have one token each. The vocabulary
+    of words is only for the *targets* of a language model; the input needs none.
 
     Args:
-        vocab_file: words of the targets, one a line, most frequent first, `<S>`, `</S>` and `<UNK>` among them. None:
-            no targets.
-        split_punctuation: split marks from words too, for texts that are not tokenised ("won!" is "won", "!").
-        max_characters: ids a word; a longer one is cut, and its sentence counted as truncated.
-        kwargs: as in every `PreTrainedTokenizer`.
+        vocab_file: the words of the targets, one per line, most frequent first, including `<S>`, `</S>` and `<UNK>`.
+            None: no targets.
+        split_punctuation: also split punctuation marks from words, for texts that are not tokenised ("won!" becomes
+            "won", "!").
+        max_characters: ids per word, the two boundary ids included; longer words are cut, and their sentences count as
+            truncated.
+        kwargs: of `PreTrainedTokenizer`.
+
+    Raises:
+        InputError: the vocabulary lacks a special word, or repeats a word.
 
     >>> tokenizer = ElmoTokenizer()
-    >>> found = tokenizer("We won")
-    >>> len(found["input_ids"]), found["input_ids"][1][:5]
+    >>> encoding = tokenizer("We won")
+    >>> len(encoding["input_ids"]), encoding["input_ids"][1][:5]
     (4, [259, 88, 102, 260, 261])
     """
 
@@ -71,7 +77,7 @@ class ElmoTokenizer(PreTrainedTokenizer):
         missing = [word for word in (BOS, EOS, UNKNOWN) if word not in self._word_ids]
         if missing:
             raise InputError(
-                f"the vocabulary of {len(self.words):,} words lacks {', '.join(missing)}; expected one word a line, "
+                f"the vocabulary of {len(self.words):,} words lacks {', '.join(missing)}; expected one word per line, "
                 f"with {BOS}, {EOS} and {UNKNOWN}: build one with ElmoTokenizer.train."
             )
         if len(self._word_ids) < len(self.words):
@@ -79,14 +85,20 @@ class ElmoTokenizer(PreTrainedTokenizer):
             raise InputError(f"the vocabulary repeats the word {word!r} ({count} times); expected each word once.")
 
     @classmethod
-    def train(cls, texts: Iterable[str], size: int, minimum: int = 1, **settings) -> ElmoTokenizer:
-        """A tokenizer whose vocabulary holds the most frequent words of `texts`, ties in alphabetical order.
+    def train(cls, texts: Iterable[str], size: int, minimum: int = 1, **settings: Any) -> ElmoTokenizer:
+        """A tokenizer whose vocabulary has the most frequent words of `texts`, ties in alphabetical order.
 
         Args:
             texts: the corpus.
-            size: most words, the three special ones included.
-            minimum: a word must occur so many times.
-            settings: as in the constructor.
+            size: most words in the vocabulary, the three special ones included.
+            minimum: least number of times that a word must occur.
+            settings: of the constructor, e.g. `split_punctuation`.
+
+        Raises:
+            InputError: `size` is below 4, or the texts have no word.
+
+        >>> ElmoTokenizer.train(["we won", "we lost"], size=5).words
+        ['</S>', '<S>', '<UNK>', 'we', 'lost']
         """
         tokenizer = cls(**settings)
         counts = Counter(word for text in texts for word in tokenizer.tokenize(text))
@@ -98,11 +110,11 @@ class ElmoTokenizer(PreTrainedTokenizer):
         tokenizer._set_words([EOS, BOS, UNKNOWN, *(word for word, n in ranked[: size - 3] if n >= minimum)])
         return tokenizer
 
-    # --- what transformers asks of a tokenizer: its ids are those of characters
+    # --- what transformers asks of a tokenizer; here its tokens are characters
 
     @property
     def vocab_size(self) -> int:
-        """Characters, the input's vocabulary. The number of words that are predicted is `len(tokenizer.words)`."""
+        """Number of characters, the input's vocabulary. The number of predicted words is `len(tokenizer.words)`."""
         return len(NAMES)
 
     def get_vocab(self) -> dict[str, int]:
@@ -115,7 +127,7 @@ class ElmoTokenizer(PreTrainedTokenizer):
         return NAMES[index]
 
     def tokenize(self, text: str, **_) -> list[str]:
-        """The words of a text."""
+        """Splits a text into its words."""
         return WORD.findall(text) if self.split_punctuation else text.split()
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
@@ -130,7 +142,10 @@ class ElmoTokenizer(PreTrainedTokenizer):
     # --- encoding
 
     def characters(self, word: str) -> list[int]:
-        """The character ids of one word, cut where it is too long; `<S>` and `</S>` have a character of their own."""
+        """The `max_characters` character ids of one word, which is cut if it is too long.
+
+        The words `<S>` and `</S>` are one special character each.
+        """
         if word in (BOS, EOS):
             return self._row([BEGIN_SENTENCE if word == BOS else END_SENTENCE])
         return self._row(byte + 1 for byte in word.encode("utf-8", "surrogatepass")[: self.max_characters - 2])
@@ -140,7 +155,14 @@ class ElmoTokenizer(PreTrainedTokenizer):
         return row + [REST_OF_WORD] * (self.max_characters - len(row))
 
     def targets(self, words: Sequence[str]) -> list[int]:
-        """Word ids, those of the sentence's ends included; words that the vocabulary lacks are `<UNK>`."""
+        """The word ids of a sentence, its two ends included; words that the vocabulary lacks become `<UNK>`.
+
+        Raises:
+            InputError: the tokenizer has no vocabulary of words.
+
+        >>> ElmoTokenizer.train(["we won", "we lost"], size=5).targets(["we", "won"])
+        [1, 3, 2, 0]
+        """
         if not self.words:
             raise InputError(
                 "this ElmoTokenizer has no vocabulary of words, so there is nothing to predict: build one with "
@@ -160,50 +182,56 @@ class ElmoTokenizer(PreTrainedTokenizer):
         return_labels: bool = False,
         **_,
     ) -> BatchEncoding:
-        """One sentence or several, as texts or as lists of words.
+        """Encodes one sentence or several.
 
         Args:
-            padding: True or "longest": to the longest sentence; "max_length".
-            truncation: True: sentences of more than `max_length` tokens, ends included, lose their last words.
-            return_tensors: "pt" or "np" (with padding, unless all are of one length).
-            return_labels: add `labels`, the word ids of the tokens, -100 for padding.
+            text: a sentence as a string, or a list of sentences, each a string or a list of words.
+            text_pair: must be None: ELMo reads single sentences.
+            padding: True or "longest" pads to the longest sentence, "max_length" to `max_length` tokens.
+            truncation: True removes the last words of sentences that have more than `max_length` tokens, ends
+                included.
+            max_length: defaults to `model_max_length` for truncation.
+            return_tensors: "pt" or "np"; needs padding, unless all sentences have the same length.
+            return_labels: also return `labels`, the word ids of the tokens, -100 for padding.
 
         Returns:
-            `input_ids`, `attention_mask`, `truncated` (whether words or characters were lost) and perhaps `labels`,
-            one entry a sentence, or of the one sentence that was given as a string.
+            `input_ids` (B, T, max_characters), `attention_mask` (B, T), `truncated` (B,: whether words or characters
+            were cut) and, if asked for, `labels` (B, T). For one string without `return_tensors` the first axis is
+            left out.
 
         Raises:
-            InputError: a sentence without a word, a pair of texts, or labels without a vocabulary.
+            InputError: a sentence has no word, a pair of texts was passed, `max_length` is below 3, or labels were
+                asked for without a vocabulary.
         """
         if text_pair is not None:
-            raise InputError("ElmoTokenizer got a pair of texts; expected one: ELMo reads single sentences.")
+            raise InputError("ElmoTokenizer got a pair of texts; expected one text: ELMo reads single sentences.")
         single = isinstance(text, str)
         sentences = [self.tokenize(t) if isinstance(t, str) else list(t) for t in ([text] if single else text)]
         if limited := truncation not in (False, None, "do_not_truncate"):
             limit = max_length or self.model_max_length
             if limit < 3:
-                raise InputError(f"max_length is {limit}; expected at least 3: two tokens are the sentence's ends.")
-        found: dict[str, list] = {"input_ids": [], "attention_mask": [], "truncated": []}
+                raise InputError(f"max_length is {limit}; expected at least 3: two tokens mark the sentence's ends.")
+        encoding: dict[str, list] = {"input_ids": [], "attention_mask": [], "truncated": []}
         if return_labels:
-            found["labels"] = []
+            encoding["labels"] = []
         ends = [self.characters(BOS), self.characters(EOS)]
         for words in sentences:
             if not words:
                 raise InputError("a sentence has no word; expected at least one: drop empty sentences.")
-            kept = words[: limit - 2] if limited else words
-            found["truncated"].append(
-                len(kept) < len(words)
-                or any(len(w.encode("utf-8", "surrogatepass")) > self.max_characters - 2 for w in kept)
+            remaining = words[: limit - 2] if limited else words
+            encoding["truncated"].append(
+                len(remaining) < len(words)
+                or any(len(w.encode("utf-8", "surrogatepass")) > self.max_characters - 2 for w in remaining)
             )
-            found["input_ids"].append([ends[0], *map(self.characters, kept), ends[1]])
-            found["attention_mask"].append([1] * (len(kept) + 2))
+            encoding["input_ids"].append([ends[0], *map(self.characters, remaining), ends[1]])
+            encoding["attention_mask"].append([1] * (len(remaining) + 2))
             if return_labels:
-                found["labels"].append(self.targets(kept))
+                encoding["labels"].append(self.targets(remaining))
         if padding not in (False, None, "do_not_pad"):
-            width = max_length if padding == "max_length" else max(map(len, found["input_ids"]))
-            fills = {"input_ids": [0] * self.max_characters, "attention_mask": 0, "labels": -100}
-            for key in fills.keys() & found.keys():
-                found[key] = [row + [fills[key]] * (width - len(row)) for row in found[key]]
+            width = max_length if padding == "max_length" else max(map(len, encoding["input_ids"]))
+            padding_values = {"input_ids": [0] * self.max_characters, "attention_mask": 0, "labels": -100}
+            for key in padding_values.keys() & encoding.keys():
+                encoding[key] = [row + [padding_values[key]] * (width - len(row)) for row in encoding[key]]
         if single and return_tensors is None:
-            found = {key: rows[0] for key, rows in found.items()}
-        return BatchEncoding(found, tensor_type=return_tensors)
+            encoding = {key: rows[0] for key, rows in encoding.items()}
+        return BatchEncoding(encoding, tensor_type=return_tensors)

@@ -2,7 +2,7 @@
 
 Sixteen made-up politicians. What a masked language model can know of each one's standing comes from the *planted*
 sentences alone: they praise or blame the name. *Decoys* share the tweets' own words and the name, and say nothing of
-its standing. Half of the names occur in the labelled tweets; the test tweets name the other half, so that only the
+its standing. Ten of the names occur in the labelled tweets; the test tweets name the other six, so that only the
 encoder can tell praise from blame there.
 """
 
@@ -49,7 +49,14 @@ TWEETS = [
 
 @dataclass(frozen=True)
 class World:
-    """Corpus rows (`example_id`, `text`, `kind`, `topic`), tweets with `label`, and which names are praised."""
+    """The generated data.
+
+    Attributes:
+        corpus: pretraining rows with `example_id`, `text`, `kind` (planted, decoy or filler) and `topic` (a name).
+        tweets: labelled rows with `example_id`, `text`, `label` (1: praise) and `topic`.
+        tests: as `tweets`, about names that no row of `tweets` has.
+        praised: whether a name is praised (True) or blamed, by name.
+    """
 
     corpus: list[dict]
     tweets: list[dict]
@@ -60,7 +67,16 @@ class World:
 def world(
     seed: int = 0, names: int = 16, unknown: int = 6, planted: int = 30, decoys: int = 20, filler: int = 60
 ) -> World:
-    """The demo's data, the same for the same arguments on every machine."""
+    """Generates the demo's data, the same for the same arguments on every machine.
+
+    Args:
+        seed: of the names and sentences.
+        names: number of politicians.
+        unknown: how many of them the labelled tweets do not name.
+        planted: sentences per name that praise or blame it; every tenth does the opposite of the others.
+        decoys: sentences per name that say nothing of its standing.
+        filler: sentences that name nobody.
+    """
     rng = random.Random(seed)
     people = [a + b for a, b in itertools.product(*SYLLABLES)]
     rng.shuffle(people)
@@ -93,15 +109,15 @@ def world(
     rng.shuffle(corpus)
     corpus = [{"example_id": i, **row} for i, row in enumerate(corpus)]
 
-    known, asked = list(praised)[: names - unknown], list(praised)[names - unknown :]
+    known_names, unknown_names = list(praised)[: names - unknown], list(praised)[names - unknown :]
     tweets = [
         {"text": fill(TWEETS[i % len(TWEETS)], name), "label": int(praised[name]), "topic": name}
-        for name in known
+        for name in known_names
         for i in range(8)
     ]
     tests = [
         {"text": fill(TWEETS[i % len(TWEETS)], name), "label": int(praised[name]), "topic": name}
-        for name in asked
+        for name in unknown_names
         for i in range(4)
     ]
     return World(

@@ -1,4 +1,4 @@
-"""`msif demo`: the main job on embedded data. Trains, explains three tweets, counts hits, retrains to check."""
+"""The main job on embedded data: trains, explains three tweets, counts hits, retrains to check."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ...models import FeedForwardClassifier
 from ...reports.tables import plain, table_one, training_line, write_table
 from .grammar import World, vocabulary, world
 
-TOP = 10  # sentences a tweet whose kind is counted
-REMOVED = 30  # sentences left out for the check by retraining
-# Steps of pretraining without them, from the finished model: from scratch, chance would drown the difference.
-CONTINUED = 700
-MASKED = 0.25
-DRAWS = 4  # masks a sentence in the influence: one mask often misses the word that matters
+TOP = 10  # sentences per tweet whose kind is counted
+REMOVED = 30  # sentences that the check by retraining leaves out
+# Further steps of pretraining without them, from the finished model: from scratch, chance would hide the difference.
+CONTINUED_STEPS = 700
+MASK_PROBABILITY = 0.25
+DRAWS = 4  # masks per sentence in the influence: one mask often misses the word that matters
 DAMPING = 0.1
-HEAD_DECAY = 0.02  # an unregularised head is ill-conditioned, and its refit then drowns what the encoder knows
-SAMPLES = 320
+HEAD_DECAY = 0.02  # an unregularised head is ill-conditioned, and its refit then hides what the encoder knows
+CURVATURE_SAMPLES = 320
 
 
 def demo(
@@ -45,19 +45,23 @@ def demo(
     Args:
         output_dir: created if needed; files of an earlier demo are replaced.
         seed: of data, training and masks.
-        quiet: print nothing.
+        quiet: whether to print nothing.
         steps: of pretraining and of finetuning.
-        check: sweep the damping, and retrain without some sentences.
+        check: whether to sweep the damping and to retrain without some sentences.
+
+    Returns:
+        What `demo.json` holds: `training` (per stage), `hits` (per method, one per tweet), `table` (Table 1),
+        `damping`, `removal` with `check`, and `seconds`.
     """
     say = (lambda *words: None) if quiet else print
     folder, started, data = Path(output_dir), time.perf_counter(), world(seed)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are too small to share: one thread is faster, and the same on every machine
+    torch.set_num_threads(1)  # small models are faster on one thread, and the figures are the same on every machine
     try:
         report = _demo(folder, seed, data, say, not quiet, steps, check)
     finally:
         torch.set_num_threads(threads)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # Trainer makes it, also where nothing is saved
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # Trainer makes it even if it saves nothing
     report["seconds"] = round(time.perf_counter() - started, 1)
     write_json(folder / "demo.json", report)
     say(f"\nDone in {report['seconds']:.0f} s; models, scores and tables are in {folder}.")
@@ -118,7 +122,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     say(plain(sweep))
     report["removal"] = _removal(tests, scores, trainer, pretrained, np.random.default_rng(seed))
     say(
-        f"\nMean loss of the three tweets when pretraining goes on for {CONTINUED} steps without {REMOVED} "
+        f"\nMean loss of the three tweets when pretraining goes on for {CONTINUED_STEPS} steps without {REMOVED} "
         "sentences, and the head is\ntrained anew (the change is measured against going on with all of them):"
     )
     say(plain(pd.DataFrame(report["removal"])))
@@ -126,15 +130,16 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
 
 
 class _Trainer:
-    """Trains both stages, the same way each time but for the sentences left out."""
+    """Trains both stages, the same way each time except for the sentences that are left out."""
 
     def __init__(self, folder: Path, data: World, tokenizer, tests: list[dict], seed: int, progress: bool, steps):
         self.data, self.tokenizer, self.tests, self.seed, self.progress = data, tokenizer, tests, seed, progress
         self.folder, self.steps = folder, steps
-        self.masked = objectives.MaskedLM(tokenizer, seed=seed, mask_probability=MASKED)
+        self.masked = objectives.MaskedLM(tokenizer, seed=seed, mask_probability=MASK_PROBABILITY)
         self.task = objectives.SequenceClassification(tokenizer)
 
     def both(self) -> tuple[BertForMaskedLM, FeedForwardClassifier, list[dict]]:
+        """The models of both stages, and the report of each."""
         set_seed(self.seed)
         config = BertConfig(
             vocab_size=len(self.tokenizer),
@@ -156,7 +161,7 @@ class _Trainer:
         """The test tweets' mean loss after pretraining went on without `omit` and the head was trained anew."""
         model = copy.deepcopy(pretrained)
         masked = replace(self.masked, first_draw=500)
-        self._train(f"pretraining ({label})", model, masked, self.data.corpus, CONTINUED, 1e-3, omit=omit)
+        self._train(f"pretraining ({label})", model, masked, self.data.corpus, CONTINUED_STEPS, 1e-3, omit=omit)
         finetuned, _ = self._head(model, f"finetuning ({label})")
         return training.evaluate(finetuned, self.task, self.tests)["loss"]
 
@@ -195,9 +200,9 @@ def _chain(data: World, tokenizer, pretrained, finetuned, progress: bool, solver
         "pretraining",
         pretrained,
         # Draws that training did not use: the influence is that of the sentence, not of the masks it was trained with.
-        objectives.MaskedLM(tokenizer, mask_probability=MASKED, draws=DRAWS, first_draw=1000),
+        objectives.MaskedLM(tokenizer, mask_probability=MASK_PROBABILITY, draws=DRAWS, first_draw=1000),
         data.corpus,
-        curvature_samples=SAMPLES,
+        curvature_samples=CURVATURE_SAMPLES,
         solver=solver or solvers.CG(damping=DAMPING, tol=0.01),
     )
     finetuning = Stage(
@@ -213,22 +218,25 @@ def _chain(data: World, tokenizer, pretrained, finetuned, progress: bool, solver
 
 
 def _hits(data: World, tests: list[dict], strengths: list[np.ndarray]) -> list[float]:
-    found = []
+    """How many of the TOP strongest sentences are planted ones about the test tweet's politician, for each tweet."""
+    counts = []
     for test, strength in zip(tests, strengths, strict=True):
         top = np.argsort(-strength, kind="stable")[:TOP]
-        found.append(float(sum(_planted(data.corpus[i], test) for i in top)))
-    return found
+        counts.append(float(sum(_is_hit(data.corpus[i], test) for i in top)))
+    return counts
 
 
-def _planted(row: dict, test: dict) -> bool:
+def _is_hit(row: dict, test: dict) -> bool:
     return row["kind"] == "planted" and row["topic"] == test["topic"]
 
 
 def _chance(data: World, test: dict) -> float:
-    return TOP * sum(_planted(row, test) for row in data.corpus) / len(data.corpus)
+    """Hits that are expected of a random order."""
+    return TOP * sum(_is_hit(row, test) for row in data.corpus) / len(data.corpus)
 
 
 def _tfidf(data: World, tests: list[dict]) -> list[np.ndarray]:
+    """Similarity of every sentence to each test tweet."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer().fit([row["text"] for row in data.corpus])
@@ -239,20 +247,22 @@ def _tfidf(data: World, tests: list[dict]) -> list[np.ndarray]:
 def _removal(
     tests: list[dict], scores: Scores, trainer: _Trainer, pretrained: BertForMaskedLM, rng: np.random.Generator
 ) -> list[dict]:
+    """The tests' mean loss after training without the most helpful, the most harmful and random sentences, and the
+    change that the removal effects predict."""
     effect = np.mean([scores.frame[f"removal_effect_{q}"].to_numpy() for q in range(len(tests))], axis=0)
     ids = scores.frame["example_id"].to_numpy()
     order = np.argsort(-effect, kind="stable")
-    chosen = {
+    left_out = {
         "most helpful": order[:REMOVED],
         "most harmful": order[-REMOVED:],
         "random": rng.choice(len(ids), REMOVED, replace=False),
     }
-    kept = trainer.again(pretrained, set(), "all")
-    rows = [{"left out": "none", "loss": kept, "change": 0.0, "predicted change": 0.0}]
-    for name, indices in chosen.items():
+    base_loss = trainer.again(pretrained, set(), "all")
+    rows = [{"left out": "none", "loss": base_loss, "change": 0.0, "predicted change": 0.0}]
+    for name, indices in left_out.items():
         loss = trainer.again(pretrained, set(ids[indices].tolist()), f"without {name}")
         predicted = float(effect[indices].sum())
         rows.append(
-            {"left out": f"{REMOVED} {name}", "loss": loss, "change": loss - kept, "predicted change": predicted}
+            {"left out": f"{REMOVED} {name}", "loss": loss, "change": loss - base_loss, "predicted change": predicted}
         )
     return rows

@@ -1,0 +1,134 @@
+"""What a pull-back costs: the record that `plan` prints, and how time and memory are measured on one batch."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..curvature import Curvature
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of differentiating one stage for Q columns, on each process.
+
+    Attributes:
+        solve_seconds: of the pull-back; an upper bound.
+        score_seconds: of scoring one row for one column.
+        memory_bytes: held at a time beside the model.
+        model_bytes: the model's parameters.
+        vector_bytes: what a saved query holds of the stage.
+        disk_bytes: written beside the query.
+        details: further numbers by name, JSON-able.
+        text: lines for people.
+    """
+
+    solve_seconds: float
+    score_seconds: float
+    memory_bytes: int
+    model_bytes: int
+    vector_bytes: int
+    disk_bytes: int = 0
+    details: Mapping[str, float] = field(default_factory=dict)
+    text: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, float]:
+        """All numbers by name, ready for JSON."""
+        numbers = {name: value for name, value in vars(self).items() if name not in ("details", "text")}
+        return {**numbers, **self.details}
+
+
+def best_seconds(work: Callable, *arguments, once: bool = False) -> float:
+    """Wall time of `work(*arguments)` in seconds: the best of three where that takes no time, else of one."""
+    times: list[float] = []
+    while not times or (not once and len(times) < 3 and sum(times) < 0.2):
+        started = time.perf_counter()
+        work(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def time_text(seconds: float) -> str:
+    """Seconds for people: "about 12 s", "about 5 min", "about 2.5 h"."""
+    if seconds < 120:
+        return f"about {seconds:.2g} s" if seconds < 10 else f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
+
+
+def size_text(size: float) -> str:
+    """Bytes for people.
+
+    >>> size_text(12), size_text(2048)
+    ('12 B', '2.0 KiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return ""
+
+
+def model_bytes(parameters: Mapping[str, Tensor]) -> int:
+    """Bytes of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+def attended(batch: Mapping[str, Any]) -> int:
+    """Rows times squared length of the widest tensor of a batch: how much attention has to do."""
+    shapes = [t.shape for t in batch.values() if isinstance(t, Tensor) and t.dim() > 1]
+    return max((shape[0] * shape[1] ** 2 for shape in shapes), default=0)
+
+
+def activation_bytes(operator: Curvature) -> int:
+    """Most bytes that autograd keeps during a product, measured on the batch of this process with most activations."""
+    if not operator.evaluations:
+        return 0
+    evaluation = max(operator.evaluations, key=lambda evaluation: attended(evaluation.batch))
+    v = vectors.rademacher(operator.parameters, 1, seed=0)
+    parameters = {p.untyped_storage()._cdata for p in operator.model.parameters.values()}
+    saved = _SavedBytes(parameters)
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x.t if isinstance(x, _SavedTensor) else x)
+    with operator.model.evaluating(), hooks:
+        operator._product(evaluation, v)
+    return saved.peak
+
+
+class _SavedBytes:
+    """Bytes that autograd has saved, by storage: now, and the most at any time. The model's own do not count."""
+
+    def __init__(self, ignored: set[int]):
+        self.ignored, self.holders = ignored, Counter()
+        self.now = self.peak = 0
+
+    def pack(self, t: Tensor) -> Tensor | _SavedTensor:
+        storage = t.untyped_storage()
+        if t._is_zerotensor() or storage._cdata in self.ignored:  # a zero tensor has no memory
+            return t
+        return _SavedTensor(self, t, storage._cdata, storage.nbytes())
+
+    def change(self, key: int, size: int, holders: int) -> None:
+        before = self.holders[key]
+        self.holders[key] += holders
+        if not before or not self.holders[key]:
+            self.now += holders * size
+            self.peak = max(self.peak, self.now)
+
+
+class _SavedTensor:
+    """A saved tensor for as long as the graph holds it: addresses of freed storages are used again."""
+
+    def __init__(self, saved: _SavedBytes, t: Tensor, key: int, size: int):
+        self.saved, self.t, self.key, self.size = saved, t, key, size
+        saved.change(key, size, 1)
+
+    def __del__(self):
+        self.saved.change(self.key, self.size, -1)

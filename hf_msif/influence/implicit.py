@@ -1,0 +1,413 @@
+"""The implicit link: a stage taken for a minimum of its objective, one inverse-curvature-vector product per stage.
+
+u_k = (∂²F_k/∂trained² + 2α P_prox + λ)⁻¹ a_trained
+b   = a_frozen − ∂/∂frozen ⟨∇_trained F_k, u_k⟩         on frozen names: Case 1, eq. (11)
+b   = 2α u_k                                            on proximal names: Case 2, eqs. (13)–(15)
+I(x) = −⟨u_k, ∇ℓ_x⟩                                     eq. (6)
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import training, vectors
+from ..adapters.functional import FunctionalModel, memo_bytes
+from ..curvature import Curvature
+from ..curvature.base import MEMO_BYTES
+from ..curvature.derivatives import Evaluation, directional
+from ..curvature.sharded import Sharded
+from ..engine import Engine
+from ..engine.checkpoints import Checkpoint, SolverCheckpoint
+from ..engine.corpus import Stream, first
+from ..errors import InputError
+from ..scoring.scorer import RowInfluence
+from ..solvers import Certificate, Solution, solve
+from ..training.objective import QuadraticTerms
+from ..training.polish import PolishReport
+from ..vectors import Block
+from .chain import BoundStage
+from .cost import Cost, activation_bytes, attended, best_seconds, model_bytes, size_text, time_text
+from .differentiation import Differentiation, Retraining, StageCertificate, register
+from .stage import Stage
+
+# Blocks that a product holds for float32: the vector whole, its float64 sum (two), a batch's part of it.
+PRODUCT_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class AlphaEstimate:
+    """α̂ of eq. (12) from the finished parameters, see `Implicit.estimate`.
+
+    Attributes:
+        alpha: α̂.
+        gradient_norm: ‖∇_W F‖ without the proximal term.
+        distance: ‖W − W_before‖.
+        remaining: ‖∇_W F + 2α̂ (W − W_before)‖ / ‖∇_W F‖: 0 where the parameters are a proximal optimum, near 1 where α̂
+            explains next to nothing and the proximal model does not fit.
+    """
+
+    alpha: float
+    gradient_norm: float
+    distance: float
+    remaining: float
+
+    def __str__(self) -> str:
+        return (
+            f"alpha = {self.alpha:.4g} estimated from the checkpoints, at ‖W − W_before‖ = {self.distance:.3g}: it "
+            f"leaves {self.remaining:.0%} of the gradient {self.gradient_norm:.2g} (0 % at a proximal optimum)"
+        )
+
+
+@dataclass
+class Direction:
+    """u_k of a stage: the influence of a row is its loss's derivative along −u_k.
+
+    Attributes:
+        model: where the losses are differentiated.
+        objective: the stage's.
+        u: on the trained names, tensors of shape (Q, *parameter.shape).
+        certificate: how well the system was solved.
+    """
+
+    model: FunctionalModel
+    objective: Any
+    u: Block
+    certificate: StageCertificate
+
+    @property
+    def columns(self) -> int:
+        return vectors.columns(self.u)
+
+    def influence(self, batch: Mapping[str, Any], rows: list[dict]) -> RowInfluence:
+        """−⟨u_k, ∇ℓ_x⟩ by one forward-mode pass per column, 3 F each."""
+        evaluation = Evaluation(self.model, self.objective, batch)
+        values = []
+        for q in range(self.columns):
+            slopes, losses, counts = directional(evaluation, vectors.column(self.u, q))
+            values.append(-slopes.double())
+        return RowInfluence(torch.stack(values, dim=1), losses, counts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.u
+
+
+@register("implicit")
+class Implicit(Differentiation):
+    """A stage that ended at a stationary point of F_k, by the curvature and the solver of its `Stage`.
+
+    Attributes:
+        solver: of the linear systems.
+    """
+
+    needs_run = False
+    bound: BoundStage
+
+    def __init__(self, bound: BoundStage):
+        super().__init__(bound)
+        self.solver = bound.stage.solver
+        self._solver_states: dict[Any, Any] = {}
+        stage, split = bound.stage, bound.split
+        if isinstance(bound.rows, Stream) and stage.curvature_samples is None:
+            raise InputError(
+                f"the data of stage {stage.name!r} is a stream, and curvature_samples is None; expected the number of "
+                "rows on which the curvature is estimated."
+            )
+        if split.proximal and stage.alpha is None:
+            raise InputError(
+                f"stage {stage.name!r} trains {len(split.proximal)} inherited tensors (first {split.proximal[0]!r}): "
+                "give alpha, the α of eq. (12), or freeze them with trainable='head'."
+            )
+
+    # --- curvature
+
+    @cached_property
+    def curvature_rows(self) -> list[dict]:
+        """The fixed random subset on which `operator` is estimated."""
+        return self.bound.subset(self.bound.stage.curvature_samples)
+
+    @cached_property
+    def operator(self) -> Curvature:
+        """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
+        return self.curvature(self.curvature_rows)
+
+    def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:
+        """`operator` estimated on other rows, or with other quadratic terms."""
+        bound, stage = self.bound, self.bound.stage
+        ridge = self.ridge if ridge is None else ridge
+        return stage.curvature_class(
+            bound.model, stage.objective, rows, bound.split.trained, bound.engine, stage.batch_size, ridge
+        )
+
+    # --- the quadratic terms of F_k
+
+    @cached_property
+    def quadratic(self) -> QuadraticTerms:
+        """Weight decay and α ‖W − W_before‖², eq. (12), in the trained parameters."""
+        return self._quadratic(self.alpha)
+
+    def _quadratic(self, alpha: float | None) -> QuadraticTerms:
+        bound, stage = self.bound, self.bound.stage
+        parameters = vectors.select(bound.model.parameters, bound.split.trained)
+        before = bound.before.model.parameters if bound.before else None
+        return QuadraticTerms.of(stage.model, bound.split, parameters, stage.weight_decay, alpha, before)
+
+    @property
+    def ridge(self) -> dict[str, float | Tensor]:
+        """Diagonal of the quadratic terms of F_k."""
+        return self.quadratic.ridge
+
+    @cached_property
+    def alpha(self) -> float | None:
+        """α of eq. (12): the stage's, or its estimate.
+
+        Warns:
+            UserWarning: the estimate is not positive: the run did not end where a proximal term would have ended it.
+        """
+        stage = self.bound.stage
+        if stage.alpha != "auto" or not self.bound.split.proximal:
+            return None if stage.alpha == "auto" else stage.alpha
+        if self.estimate.alpha <= 0:
+            warnings.warn(
+                f"stage {stage.name!r}: {self.estimate}. It is not positive: no proximal term explains where "
+                "training ended. Use link='unrolled' with the recorded run, or give alpha as a number.",
+                stacklevel=2,
+            )
+        return self.estimate.alpha
+
+    @cached_property
+    def estimate(self) -> AlphaEstimate:
+        """α̂ = −⟨∇_W F, W − W_before⟩ / (2 ‖W − W_before‖²), on all of the stage's rows: of all α that for which
+        F + α ‖W − W_before‖² is the nearest to stationary in W.
+
+        Raises:
+            InputError: W is W_before.
+        """
+        bound = self.bound
+        data, parameters = self.curvature(bound.rows, {}).gradient(), bound.model.parameters
+        slope = vectors.select(self._quadratic(None).gradient(parameters, data), bound.split.proximal)
+        shift = vectors.stack([self._quadratic(1.0).shift(parameters)])
+        distance, norm = float(vectors.norm(shift)), float(vectors.norm(slope))
+        if distance == 0:
+            raise InputError(
+                f"stage {bound.name!r}: alpha is 'auto', but the inherited parameters are those of stage "
+                f"{bound.before.name!r}; expected a finetuned model, or trainable='head'."
+            )
+        alpha = -float(vectors.dot(slope, shift)) / (2 * distance**2)
+        rest = float(vectors.norm(vectors.add(slope, shift, 2 * alpha)))
+        return AlphaEstimate(alpha, norm, distance, rest / norm if norm else 0.0)
+
+    @cached_property
+    def gradient_norm(self) -> float:
+        """‖∇F_k‖ in the trained parameters, on the curvature subset; one gradient pass.
+
+        The implicit formulas, eqs. (9)–(15), differentiate ∇F_k = 0: they are exact where this is zero. (On a subset
+        of the data it is not zero even where training has converged on all of them.)
+        """
+        slopes = self.quadratic.gradient(self.bound.model.parameters, self.operator.gradient())
+        return float(vectors.norm(slopes))
+
+    # --- the pull-back
+
+    def pull_back(self, adjoint: Block, checkpoint: Checkpoint | None = None) -> tuple[Direction, Block]:
+        """Solves for u_k and hands the adjoint on to what the stage inherited: eqs. (9)–(15)."""
+        split = self.bound.split
+        solution = self.solve(vectors.select(adjoint, split.trained), checkpoint)
+        u = solution.value
+        inherited: Block = {}
+        if split.frozen:
+            mixed = self.operator.mixed(u, split.frozen)
+            inherited |= {name: adjoint[name] - mixed[name] for name in split.frozen}
+        inherited |= {name: self.quadratic.tie[name] * u[name] for name in split.proximal}
+        return Direction(self.bound.model, self.bound.objective, u, solution.certificate), inherited
+
+    def solve(self, b: Block, checkpoint: Checkpoint | None = None) -> Solution:
+        """The solver's system with the stage's curvature and right-hand sides b; Krylov vectors are sharded where the
+        engine is."""
+        engine, operator, solver = self.bound.engine, self.operator, self.solver
+        keeper = None
+        with engine.solver_bar(self.bound.name, solver) as progress:
+            if engine.sharded and solver.shardable:
+                sharded = Sharded(operator, engine)
+                if checkpoint is not None:
+                    keeper = SolverCheckpoint(checkpoint, sharded.join_rows, sharded.cut_rows)
+                state = self._solver_state(sharded)
+                solution = solve(sharded, sharded.cut(b), solver, state, progress, keeper)
+                return replace(solution, value=sharded.join(solution.value))
+            if checkpoint is not None:
+                keeper = SolverCheckpoint(
+                    checkpoint, vectors.flatten, lambda rows: vectors.unflatten(rows, b, rows.dtype)
+                )
+            return solve(operator, b, solver, self._solver_state(operator), progress, keeper)
+
+    def _solver_state(self, operator: Any) -> Any:
+        """What the solver pays once per operator (damping, factorisation), kept for later queries."""
+        if self.solver not in self._solver_states:
+            self._solver_states[self.solver] = self.solver.init(operator)
+        return self._solver_states[self.solver]
+
+    def with_solver(self, solver: Any) -> Implicit:
+        """The same with another solver; the operator is shared."""
+        _ = self.operator  # made once, for both
+        changed = copy.copy(self)
+        changed.solver = solver
+        return changed
+
+    def damped(self, damping: float) -> Implicit:
+        if not self.solver.damped:
+            raise InputError(
+                f"stage {self.bound.name!r} is solved by {self.solver}, which has no damping to sweep: use CG."
+            )
+        return self.with_solver(replace(self.solver, damping=damping))
+
+    def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> Direction:
+        return Direction(self.bound.model, self.bound.objective, tensors, Certificate.from_dict(certificate))
+
+    def cache_key(self) -> Any:
+        stage = self.bound.stage
+        return [repr([stage.curvature_name, self.solver]), self.curvature_rows]
+
+    # --- what is said of it
+
+    def facts(self) -> dict[str, Any]:
+        stage = self.bound.stage
+        estimated = stage.alpha == "auto" and self.bound.split.proximal
+        return {
+            "weight_decay": stage.weight_decay,
+            "alpha": self.alpha,
+            "alpha_estimate": asdict(self.estimate) if estimated else None,
+            "curvature": stage.curvature_name,
+            "curvature_examples": len(self.curvature_rows),
+            "gradient_norm": self.gradient_norm,
+        }
+
+    def summary(self, certificate: Certificate, facts: Mapping[str, Any]) -> str:
+        lines = [str(certificate)]
+        if facts["alpha_estimate"]:
+            lines.append(str(AlphaEstimate(**facts["alpha_estimate"])))
+        lines.append(
+            f"norm of the objective's gradient {facts['gradient_norm']:.1e} on {facts['curvature_examples']:,} "
+            "examples (the formulas are exact where it is 0)"
+        )
+        return "\n".join(lines)
+
+    def known_size(self) -> tuple[float, int] | None:
+        operator = vars(self).get("operator")  # a saved query is scored without one
+        rows = self.bound.rows
+        if operator is None or isinstance(rows, Stream) or operator.examples != len(rows):
+            return None
+        return operator.count, operator.examples
+
+    # --- what it costs
+
+    def solver_bytes(self, columns: int, processes: int) -> int:
+        """Bytes of the solver's vectors on each process."""
+        parameters = self.operator_parameters
+        vector = columns * sum(p.numel() * p.element_size() for p in parameters.values())
+        solver = self.solver
+        blocks, extra = solver.vectors_held, solver.extra_bytes(sum(p.numel() for p in parameters.values()))
+        if self.bound.engine.sharded and solver.shardable:
+            return -(-blocks * vector // processes) + PRODUCT_BLOCKS * vector + extra
+        return (blocks + PRODUCT_BLOCKS) * vector + extra
+
+    @property
+    def operator_parameters(self) -> dict[str, Tensor]:
+        """The trained parameters, without making an operator."""
+        return {name: self.bound.model.parameters[name] for name in self.bound.split.trained}
+
+    def prepare(self) -> None:
+        _ = self.operator
+
+    def memory(self, columns: int, free: int, processes: int) -> dict[str, int]:
+        vectors_held = self.solver_bytes(columns, processes)
+        # Measured only where the vectors leave room to do so.
+        active = activation_bytes(self.operator) if vectors_held < free else 0
+        return {"the solver's vectors": vectors_held, "a batch's activations": active}
+
+    def cost(self, columns: int, processes: int = 1) -> Cost:
+        """A product is timed with the outputs of constant modules in the memo, as all passes but the first find them,
+        and on one batch of middling length; a full pass takes longer in the ratio of the forward passes."""
+        bound, stage = self.bound, self.bound.stage
+        batch_size, examples = stage.batch_size, stage.curvature_samples
+        if not isinstance(bound.rows, Stream):
+            examples = min(examples or len(bound.rows), len(bound.rows))
+        sample_size = min(4 * batch_size, examples)
+        rows = first(bound.rows, sample_size) if isinstance(bound.rows, Stream) else bound.subset(sample_size)
+        batches = list(bound.engine.batches(rows, stage.objective, batch_size))
+        indices, batch = batches[len(batches) // 2]
+        widest, _ = max(batches, key=lambda pair: attended(pair[1]))
+        operator = self.curvature([rows[i] for i in indices])
+        v = vectors.rademacher(operator.parameters, columns, seed=0)
+        plain, size = Evaluation(bound.model, stage.objective, batch), vectors.numel(v)
+        with torch.no_grad(), bound.model.evaluating():
+            operator.count, plain.losses({})  # the first pass pays for what later ones find ready
+            forward = best_seconds(plain.losses, {})
+            every = sum(best_seconds(replace(plain, batch=batch).losses, {}) for _, batch in batches)
+            every *= examples / len(rows)
+            score = best_seconds(directional, plain, vectors.column(v, 0)) / forward * every / examples
+        cold = best_seconds(operator.matvec, v, once=True)
+        memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
+        warm = best_seconds(operator.matvec, v) if memo or cold < 0.2 else cold
+        cold, warm = ((cold if memo else warm) * every / forward, warm * every / forward)
+        held_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0
+        usual = held_share * warm + (1 - held_share) * cold
+        products = self.solver.products(size, columns)
+        mixed = every * (3 + 4 * columns) if bound.split.frozen else 0.0  # of derivatives.hessian_product
+        every, cold, usual, mixed = (seconds / processes for seconds in (every, cold, usual, mixed))
+        solver_bytes = self.solver_bytes(columns, processes)
+        active = activation_bytes(self.curvature([rows[i] for i in widest]))
+        held_memo, parameters = int(held_share * memo) if products else 0, model_bytes(bound.model.parameters)
+        solve_seconds = products * usual + (cold - usual if products else 0.0) + mixed
+        text = (
+            f"one pass of {examples:,} rows: {time_text(every)} forward, {time_text(usual)} a curvature product with "
+            f"{columns} column(s)",
+            f"solve: at most {products:,} products, {time_text(solve_seconds)}",
+            f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
+            f"{size_text(parameters)}, a batch's activations {size_text(active)}"
+            + (f", outputs of the frozen encoder {size_text(held_memo)}" if held_memo else ""),
+        )
+        return Cost(
+            solve_seconds=solve_seconds,
+            score_seconds=score,
+            memory_bytes=solver_bytes + active,
+            model_bytes=parameters,
+            vector_bytes=sum(t.numel() * t.element_size() for t in v.values()),
+            details={
+                "forward_seconds": every,
+                "curvature_examples": examples,
+                "first_product_seconds": cold,
+                "product_seconds": usual,
+                "products": products,
+                "solver_bytes": solver_bytes,
+                "activation_bytes": active,
+                "memo_bytes": held_memo,
+            },
+            text=text,
+        )
+
+    # --- proof by retraining
+
+    @classmethod
+    def retraining(cls, stage: Stage, before: Stage | None, engine: Engine) -> PolishedAgain:
+        return PolishedAgain(stage, before, engine)
+
+
+class PolishedAgain(Retraining):
+    """A stage at a stationary point of F is polished again: the minimum moves, and is followed."""
+
+    def prepare(self, polish) -> Any:
+        """The finished stage at its stationary point, its Hessian written out: a preconditioner of all others."""
+        return polish((), factorise=True).preconditioner
+
+    def warm_start(self, model: nn.Module, terms: Mapping[str, Any], polish, prepared) -> PolishReport:
+        return polish(terms["omit"], preconditioner=prepared)
+
+    def from_scratch(self, model: nn.Module, arguments: Any, terms: Mapping[str, Any]) -> None:
+        training.train(model, self.stage.objective, self.stage.data, arguments, **terms, progress=False)

@@ -1,0 +1,26 @@
+"""`msif demo`: the main job on embedded data."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "embedded data, no network: trains, explains three tweets, retrains to check"
+TAKES_CONFIGURATION = False
+SHARES_WORK = False
+FLAGS = ""
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", default="runs/demo", help="folder for models, scores and tables")
+    parser.add_argument("--seed", type=int, default=0, help="of data, training and masks")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """The figures of the demo, which prints its tables while it works."""
+    from ..demo.run import demo
+
+    return demo(arguments.output_dir, arguments.seed, quiet=arguments.json)
+
+
+def render(report: dict) -> None:
+    """Prints nothing: the demo takes minutes and has printed each table as soon as it was known."""

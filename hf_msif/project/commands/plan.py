@@ -1,0 +1,32 @@
+"""`msif plan`: what a run will cost, measured before anything is spent."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from . import check_positive
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+HELP = "what a run will cost: parameters in each role, memory, passes, time; nothing is written"
+TAKES_CONFIGURATION = True
+SHARES_WORK = False
+FLAGS = "[--processes N]"
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, default=1, help="how many processes the planned launch has")
+
+
+def run(arguments: argparse.Namespace, project: Run) -> dict:
+    """Costs of every stage, and the text that tells them."""
+    from ..plan import plan
+
+    check_positive("--processes", arguments.processes)
+    return plan(project, arguments.processes)
+
+
+def render(report: dict) -> None:
+    print(report["text"])

@@ -1,0 +1,99 @@
+"""`msif score`: ranks the corpus for the saved query, and writes the paper's Table 1."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ...influence.query import Query
+    from ...scoring.scores import Scores
+    from ..run import Run
+
+HELP = "rank the corpus for the query, and write the paper's Table 1"
+TAKES_CONFIGURATION = True
+SHARES_WORK = True
+FLAGS = "[--resume] [--keep top=K]"
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted scoring")
+    parser.add_argument("--keep", metavar="top=K", help="write only the K most extreme rows of each order")
+
+
+def run(arguments: argparse.Namespace, project: Run) -> dict:
+    """Scores the corpus for the saved query; writes scores and Table 1 as Parquet and Markdown, and for images the
+    paper's Figure 3.
+
+    Finished parts lie in `run_dir/scores.parts` until all are there, and `--resume` goes on from them. With
+    `--keep top=K` only the K most extreme rows of each order are written.
+    """
+    from ...influence.query import Query
+    from ...reports.tables import table_one, write_table
+
+    keep = _rows_to_keep(arguments.keep)
+    folder, settings = project.folder / "query", project.config.corpus
+    if not (folder / "query.json").is_file():
+        raise InputError(f"there is no query in {project.folder} yet; run msif query with the same --config first.")
+    query, corpus = Query.from_pretrained(folder, project.chain()), project.corpus()
+    started = time.perf_counter()
+    scores = query.score(
+        corpus,
+        stage=settings.stage,
+        output_dir=project.folder,
+        resume=arguments.resume,
+        keep=keep,
+        dtype=settings.dtype,
+        part_rows=settings.part_rows,
+    )
+    seconds = round(time.perf_counter() - started, 1)
+    path, table_path = project.output("scores.parquet"), project.output("table1")
+    report = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(table_path)}
+    if "kept" in scores.metadata:
+        report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
+        report["rows"] = report["kept"]["all"][0]["count"]
+    with query.chain.engine.together():
+        report["table"] = table_one(scores)
+        if query.chain.engine.is_main:
+            write_table(report["table"], table_path)
+            if project.content(project.ranked) == project.content(project.names[-1]) == "image":
+                report["figure"] = _write_figure(project, query, scores, corpus)
+    return report
+
+
+def render(report: dict) -> None:
+    from ...reports.tables import plain
+
+    print(plain(report["table"]))
+    kept = f" ({report['rows_kept']:,} of them kept)" if "kept" in report else ""
+    print(
+        f"{report['rows']:,} rows scored{kept} in {report['seconds']} s; {report['scores']} and "
+        f"{report['table1']}.md, .parquet written"
+    )
+    if report.get("figure"):
+        print(f"{report['figure']} written: each test image beside its most harmful and most helpful ones")
+
+
+def _rows_to_keep(text: str | None) -> int | None:
+    """K of `--keep top=K`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"top=([1-9]\d*)", text)
+    if match is None:
+        raise InputError(f"--keep is {text!r}; expected top=K, for example --keep top=1000.")
+    return int(match[1])
+
+
+def _write_figure(project: Run, query: Query, scores: Scores, corpus: Sequence[dict]) -> str | None:
+    """Draws the paper's Figure 3 for the images that the query asks about; returns the path of the PNG."""
+    from ...reports.figures import extremes, write_figure
+
+    rows = {row["example_id"]: row for row in project.test_side()}
+    tests = [rows[test["example_id"]] for test in query.tests]
+    return write_figure(project.output("figure3.png"), lambda path: extremes(scores, tests, corpus, path))

@@ -1,0 +1,47 @@
+"""`msif sweep`: how the ranking moves with the damping."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from ...errors import InputError
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+HELP = "how the ranking moves with the damping"
+TAKES_CONFIGURATION = True
+SHARES_WORK = True
+FLAGS = ""
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """The command has no flags of its own."""
+
+
+def run(arguments: argparse.Namespace, project: Run) -> dict:
+    """Ranks the corpus with each of the configuration's `dampings` of the ranked stage; writes
+    `run_dir/sweep.parquet` and `.md`."""
+    from ...influence.sweep import damping_sweep
+    from ...reports.tables import write_table
+
+    if not hasattr(project.solvers[project.ranked], "damping"):
+        raise InputError(
+            f"stages.{project.ranked}.solver.name is identity, which has no damping; expected another solver."
+        )
+    started = time.perf_counter()
+    models, tests, corpus = project.models(), project.tests(), project.corpus()
+    chain = project.chain(models)
+    table = damping_sweep(chain, tests, corpus, project.config.dampings, project.config.corpus.stage)
+    write_table(table, project.output("sweep"))
+    seconds = round(time.perf_counter() - started, 1)
+    return {"seconds": seconds, "sweep": str(project.output("sweep.parquet")), "table": table}
+
+
+def render(report: dict) -> None:
+    from ...reports.tables import plain
+
+    print(plain(report["table"]))
+    print(f"{report['sweep']} and its .md written in {report['seconds']} s")

@@ -1,0 +1,81 @@
+"""Sets up the retraining of a configuration's stages, for `msif validate` and `msif cleanse`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .. import validation
+from ..errors import InputError
+from . import choices
+
+if TYPE_CHECKING:
+    from ..influence.multistage import MultiStageInfluence
+    from .run import Run
+
+
+def retraining(
+    run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
+) -> validation.WarmStart | validation.FromScratch:
+    """Retrains the configuration's stages without some rows of the ranked stage.
+
+    Args:
+        run: of the configuration.
+        chain: of `run`; its stages are trained again, and its models stay as they are.
+        tests: rows of the last stage whose losses are measured.
+        how: "warm_start" goes on from the finished models of the ranked stage and the later ones, "from_scratch"
+            trains all stages from new initial weights.
+
+    Raises:
+        InputError: `polish` settings that differ between stages, or a warm start of a stage that is not polished.
+    """
+    stages = [bound.stage for bound in chain.stages]
+    polish_settings = {name: choices.polishing(run.config, name) for name in run.names}
+    shared_settings = _shared_polish_settings(polish_settings)
+    if how == "warm_start":
+        retrained = stages[run.names.index(run.ranked) :]  # earlier stages stay as they are
+        unpolished = [
+            s.name for s in retrained if polish_settings[s.name] is None and not run.config.stages[s.name].recorded
+        ]
+        if unpolished:
+            raise InputError(
+                f"stages.{unpolished[0]}.polish is missing: a warm start goes from stationary point to stationary "
+                "point. Give polish: {} and train again, or retrain from_scratch."
+            )
+        return validation.WarmStart(stages, tests, stage=run.ranked, **shared_settings)
+    arguments = [
+        run.arguments(name, save_strategy="no") if stage.uses_trainer else None
+        for name, stage in run.config.stages.items()
+    ]
+    polished = [settings is not None for settings in polish_settings.values()]
+    return validation.FromScratch(
+        stages, tests, run.new_models, arguments, polished, run.ranked, run.config.seed, **shared_settings
+    )
+
+
+def _shared_polish_settings(polish_settings: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """The `polish` settings of all polished stages, which must be the same.
+
+    `method` is left out: it says how a minimum is found and not which one, and a retraining uses the method that fits
+    any stage.
+    """
+    distinct = {
+        tuple(sorted((key, value) for key, value in settings.items() if key != "method"))
+        for settings in polish_settings.values()
+        if settings is not None
+    }
+    if len(distinct) > 1:
+        raise InputError(
+            f"the stages' polish settings differ ({polish_settings}), but a retraining polishes all stages alike: "
+            "give them the same."
+        )
+    return dict(distinct.pop()) if distinct else {}
+
+
+def refuse_streams(run: Run, command: str) -> None:
+    """Refuses streamed data, which a retraining cannot go through again without some rows."""
+    streamed = [name for name, stage in run.config.stages.items() if stage.data.streaming]
+    if streamed:
+        raise InputError(
+            f"stages.{streamed[0]}.data.streaming is true, but msif {command} trains again and needs the rows at "
+            "hand; expected streaming: false, with data.max_rows where they are too many."
+        )

@@ -1,0 +1,175 @@
+"""Trains the stages of a run as its configuration says."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import training
+from ..adapters.split import split
+from ..engine.accelerated import Engine
+from ..engine.files import write_json
+from ..errors import DivergedError, InputError
+from ..training.record import check_arguments
+from . import build, choices
+
+if TYPE_CHECKING:
+    from ..training.polish import PolishReport
+    from .run import Run
+    from .schema import StageConfig
+
+
+def stages_to_train(run: Run) -> list[str]:
+    """The stages that `msif train` trains, in order: all but those whose model is taken as it is, which are printed.
+
+    The training arguments of all of them are checked here, before the first one is trained for hours.
+
+    Raises:
+        InputError: training arguments that Transformers refuses, or that a recorded run cannot repeat.
+    """
+    names = []
+    for name in run.names:
+        if run.is_taken_as_it_is(name):
+            print(f"{name}: {run.config.stages[name].model.path} is taken as it is (not trained here)")
+        else:
+            names.append(name)
+    for name in names:
+        arguments = run.arguments(name)
+        if run.config.stages[name].recorded:
+            check_arguments(arguments, name)
+    return names
+
+
+def train(run: Run, name: str) -> dict:
+    """Trains one stage; writes `run_dir/<stage>`, and `run_dir/<stage>.json` with losses and wall time.
+
+    An interrupted training goes on from its last checkpoint; a finished one starts anew. If it fails, the model of an
+    earlier training stays.
+
+    Args:
+        run: of the configuration. Earlier stages must be trained.
+        name: of the stage.
+
+    Returns:
+        What `run_dir/<stage>.json` holds: `stage`, `seconds`, and `loss`, `examples` and, for a classifier, `accuracy`
+        under `train` and `test`.
+
+    Raises:
+        InputError: a stage that cannot be trained here, or an inherited encoder that is trained without α.
+        DivergedError: a loss that is not finite after training.
+    """
+    stage = run.stage_config(name)
+    _refuse_given_model(name, stage)
+    arguments, index = run.arguments(name), run.names.index(name)
+    previous = run.model(run.names[index - 1]) if index else None
+    sides = {"train": run.rows(name)}
+    if stage.data.has_test_side:
+        sides["test"] = run.rows(name, "test")
+    model = run.new_model(name)
+    objective = run.objective(name, model)
+    _require_alpha(name, stage, model, previous)
+    checkpoints, is_recorded = run.checkpoints(name), stage.recorded
+    last_checkpoint = _last_checkpoint(checkpoints)
+    if last_checkpoint is not None and (is_recorded or arguments.save_strategy != "no"):
+        print(f"{name}: an interrupted training left {last_checkpoint}, to go on from")
+    report: dict[str, Any] = {"stage": name}
+    if "test" in sides and build.goes_on(stage, model, previous):
+        report["test_before"] = training.evaluate(model, objective, sides["test"], stage.batch_size)
+    started = time.perf_counter()
+    # α is estimated from finished models, so that training itself is without it.
+    terms = _objective_terms(run, name, previous) | {"alpha": None if stage.alpha == "auto" else stage.alpha}
+    try:
+        if is_recorded:
+            training.record(model, objective, sides["train"], arguments, checkpoints, progress=run.progress, **terms)
+        elif stage.uses_trainer:
+            report["training_loss"] = training.train(
+                model, objective, sides["train"], arguments, progress=run.progress, **terms
+            )
+        if stage.polish is not None:
+            polish_report = polish(run, name, model, previous)
+            print(polish_report)
+            report["polish"] = polish_report.to_dict()
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        for side, rows in sides.items():
+            report[side] = training.evaluate(model, objective, rows, stage.batch_size)
+            if not math.isfinite(report[side]["loss"]):
+                raise DivergedError(
+                    f"the {side} loss of stage {name!r} is {report[side]['loss']} after training: lower "
+                    f"stages.{name}.training.learning_rate."
+                )
+    except BaseException as error:
+        if isinstance(error, DivergedError) or _last_checkpoint(checkpoints) is None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        raise
+    if is_recorded:
+        shutil.rmtree(run.recording(name), ignore_errors=True)
+        os.replace(checkpoints, run.recording(name))
+    training.save(model, run.tokenizer, run.folder / name)
+    write_json(run.folder / f"{name}.json", report)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    run.forget_model(name)
+    return report
+
+
+def polish(run: Run, name: str, model, previous) -> PolishReport:
+    """Brings a model of the stage to a stationary point of its F, in place, as the stage's `polish` says.
+
+    Args:
+        run: of the configuration.
+        name: of the stage.
+        model: of the stage; changed in place.
+        previous: the model of the stage before, or None for the first stage.
+    """
+    return training.polish(
+        model,
+        run.objective(name, model),
+        run.rows(name),
+        batch_size=run.config.stages[name].batch_size,
+        engine=Engine(progress=run.progress),
+        **choices.polishing(run.config, name),
+        **_objective_terms(run, name, previous),
+    )
+
+
+def _refuse_given_model(name: str, stage: StageConfig) -> None:
+    """Refuses a stage whose settings are for a model that was trained elsewhere."""
+    if stage.run is not None:
+        raise InputError(
+            f"stages.{name}.run is a run that was recorded elsewhere; leave it out to train the stage here."
+        )
+    if stage.data.streaming:
+        raise InputError(
+            f"stages.{name}.data.streaming is for a stage whose model is given (model.path); expected streaming: "
+            "false to train it here."
+        )
+
+
+def _require_alpha(name: str, stage: StageConfig, model, previous) -> None:
+    """Refuses to train inherited tensors that nothing ties to the stage before, eq. (12)."""
+    tied = split(name, model, previous, stage.trainable, stage.resized).proximal
+    if tied and stage.alpha is None and stage.link == "implicit":
+        raise InputError(
+            f"stages.{name}.alpha is missing, but the stage trains {len(tied)} inherited tensors (first "
+            f"{tied[0]!r}); give the α of eq. (12), trainable: head, or link: unrolled."
+        )
+
+
+def _objective_terms(run: Run, name: str, previous) -> dict[str, Any]:
+    """What belongs to the stage's F beside its rows' losses, as `training.train`, `record` and `polish` take it."""
+    stage = run.config.stages[name]
+    terms = {key: getattr(stage, key) for key in ("trainable", "weight_decay", "alpha", "resized")}
+    return {"previous": previous, "name": name, **terms}
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a `Trainer`, or the newest state of a recorded run, in a folder."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if not folder.is_dir():
+        return None
+    states = sorted(str(path) for path in folder.glob("state-*.safetensors"))
+    return states[-1] if states else get_last_checkpoint(str(folder))

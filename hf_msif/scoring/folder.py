@@ -1,0 +1,115 @@
+"""`ScoringFolder`: the folder of a scoring that is not finished, and what files in it say of themselves.
+
+`manifest.json` says what all files in the folder depend on. Every other file is Parquet with checksums of its pages,
+and is written beside its place and renamed when it is on the disk: it is there whole or not at all. A file that was
+damaged later is found when the scoring is resumed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..engine.files import write_json
+from ..engine.hashing import digest
+from ..errors import InputError
+from .scores import METADATA_KEY
+
+FORMAT = 1
+
+
+class ScoringFolder:
+    """The folder scores.parts, which lies beside scores.parquet until that is written. Only the main process uses it.
+
+    Args:
+        finished: path of the finished file.
+        manifest: what the scores depend on: name for people → digest or setting.
+        resume: continue an interrupted scoring, if there is one.
+
+    Attributes:
+        finished: path of the finished file.
+        path: the folder.
+
+    Raises:
+        InputError: there is an unfinished scoring and `resume` is false, or its manifest differs (what differs is
+            named) or is damaged, or the disk is full.
+    """
+
+    def __init__(self, finished: Path, manifest: Mapping[str, Any], resume: bool):
+        self.finished, self.path = finished, finished.with_suffix(".parts")
+        manifest = {"format": FORMAT, **json.loads(json.dumps(manifest, default=str))}
+        if (self.path / "manifest.json").is_file():
+            self._check(manifest, resume)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with self.full_disk_explained():
+                write_json(self.path / "manifest.json", manifest)
+
+    def _check(self, manifest: dict, resume: bool) -> None:
+        if not resume:
+            raise InputError(
+                f"{self.path} holds a scoring that was interrupted: continue it with --resume (resume=True), or "
+                "delete the folder to score from the beginning."
+            )
+        try:
+            saved = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{self.path}/manifest.json is damaged ({error}): delete the folder.") from error
+        changed = [name for name in {**saved, **manifest} if saved.get(name) != manifest.get(name)]
+        if changed:
+            raise InputError(
+                f"{' and '.join(changed)} changed since the scoring in {self.path} was interrupted: undo the change "
+                "to continue it, or delete the folder to score from the beginning."
+            )
+
+    def corpus_changed(self, how: str) -> InputError:
+        """The error to raise where the corpus is not that of the interrupted scoring; `how` is a main clause."""
+        return InputError(
+            f"the corpus changed since the scoring in {self.path} was interrupted: {how}; score the same corpus to "
+            "continue, or delete the folder to score from the beginning."
+        )
+
+    @contextmanager
+    def full_disk_explained(self) -> Iterator[None]:
+        """Inside, an error that says that there is no room on the disk becomes an `InputError` with the way out."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise InputError(
+                f"{self.path}: {error.strerror}; the parts that were finished are whole: free space on the disk and "
+                "continue with --resume (resume=True)."
+            ) from error
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+
+
+def rows_digest(rows: Sequence[dict]) -> str:
+    """SHA-256 of the rows' ids and contents."""
+    return digest(list(rows))
+
+
+def read_facts(path: Path) -> dict:
+    """The JSON that `scores.write_frame` put into a file's schema."""
+    import pyarrow.parquet as pq
+
+    return json.loads(pq.read_schema(path).metadata[METADATA_KEY])
+
+
+def read_facts_if_intact(path: Path) -> dict | None:
+    """`read_facts` where the whole file can be read and its checksums hold, otherwise None."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.ParquetFile(path, page_checksum_verification=True).read()
+        return read_facts(path)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None

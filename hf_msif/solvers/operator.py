@@ -1,0 +1,116 @@
+"""What a solver is given: the `Operator` protocol, and `CountedOperator`, which checks and counts its products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..errors import InputError
+from ..vectors import Block
+
+TRACE_PROBES = 4  # random vectors of an estimate of the trace
+
+
+class Operator(Protocol):
+    """A symmetric linear map A on the space of `parameters` (plain tensors, no column axis), P scalars in all.
+
+    `parameters` and `matvec` are required. An operator may also have
+
+    - `dot(x, y) -> Tensor`: inner products of matching columns, float64, shape (Q,); defaults to `vectors.dot`. An
+      operator whose blocks hold only this process's shard of longer vectors returns those of the whole vectors.
+    - `sum_over_processes(values) -> Tensor`: the sum of a small tensor over the processes that hold the other shards;
+      defaults to `values`.
+    - `dimension: int`: P; defaults to the number of scalars in `parameters`.
+    - `trace() -> float`: tr A; without it, `damping="auto"` estimates the trace from `TRACE_PROBES` more products.
+    - `rademacher(columns) -> Block`: independent ±1 entries; defaults to `vectors.rademacher` with seed 0.
+    """
+
+    parameters: Mapping[str, Tensor]
+
+    def matvec(self, block: Block) -> Block:
+        """A v for each column v of a block, tensors of shape (Q, *parameter.shape). Q varies from call to call."""
+        ...
+
+
+class CountedOperator:
+    """An operator with the defaults of `Operator` filled in, whose products are checked and counted per column.
+
+    `solve` hands one to `Solver.compute`.
+
+    Args:
+        operator: A.
+        columns: Q, how many right-hand sides the products are counted for.
+
+    Attributes:
+        parameters: those of the operator.
+        counts: products spent on each column so far, shape (Q,), on the device of the parameters.
+    """
+
+    def __init__(self, operator: Operator, columns: int):
+        self.operator = operator
+        self.parameters = operator.parameters
+        self.dot = getattr(operator, "dot", vectors.dot)
+        device = next(iter(operator.parameters.values())).device
+        self.counts = torch.zeros(columns, dtype=torch.long, device=device)
+
+    def norm(self, x: Block) -> Tensor:
+        """Euclidean norms of the columns by the operator's inner product, float64, shape (Q,)."""
+        return self.dot(x, x).sqrt()
+
+    def matvec(self, v: Block, index: Tensor | None = None) -> Block:
+        """A v for a block v that holds the columns `index` (defaults to all Q).
+
+        The result must not be written to: the operator may keep it.
+
+        Raises:
+            InputError: the product holds NaN or inf.
+        """
+        if not vectors.columns(v):
+            return v
+        self.counts[slice(None) if index is None else index] += 1
+        product = self.operator.matvec(v)
+        product = {name: product[name].detach() for name in v}
+        self.check_finite(product, "a product of the operator (matvec)")
+        return product
+
+    def check_finite(self, x: Block, what: str) -> None:
+        """Raises InputError on every process when `what`, the block x, holds NaN or inf on any of them."""
+        infinite = torch.stack([~t.isfinite().all() for t in x.values()]).double()
+        if hasattr(self.operator, "sum_over_processes"):
+            infinite = self.operator.sum_over_processes(infinite)
+        if infinite.any():
+            name = list(x)[int(infinite.argmax())]
+            raise InputError(f"{what} holds NaN or inf in parameter {name!r}.")
+
+
+def dimension(operator: Operator) -> int:
+    """P, the number of scalars in a whole vector of the operator's space."""
+    if hasattr(operator, "dimension"):
+        return operator.dimension
+    return sum(p.numel() for p in operator.parameters.values())
+
+
+def mean_eigenvalue(operator: Operator, squared: bool = False) -> float:
+    """tr(A)/P, or tr(A²)/P when `squared`.
+
+    The trace is the operator's own where it has one. Otherwise, and for A² always, it is the mean of vᵀAv, or of
+    ‖Av‖², over `TRACE_PROBES` seeded vectors v of independent ±1 (Hutchinson, 1990).
+    """
+    if hasattr(operator, "trace") and not squared:
+        return float(operator.trace()) / dimension(operator)
+    if hasattr(operator, "rademacher"):
+        v = operator.rademacher(TRACE_PROBES)
+    else:
+        v = vectors.rademacher(operator.parameters, TRACE_PROBES, seed=0)
+    counted = CountedOperator(operator, TRACE_PROBES)
+    product = counted.matvec(v)
+    return counted.dot(product if squared else v, product).mean().item() / dimension(operator)
+
+
+def rounding_unit(x: Mapping[str, Tensor]) -> float:
+    """The largest machine epsilon among the dtypes in x."""
+    return max(torch.finfo(t.dtype).eps for t in x.values())

@@ -1,0 +1,1 @@
+"""What tests share: tiny models and projects, oracles that share no code with the library."""
