@@ -22,26 +22,33 @@ from .optimisers import Slots
 from .record import check_arguments, check_finite, check_precision
 from .recording import Recording, Schedule, facts_of, interval, write_state
 
-# Slot of a recording → what torch's optimisers call it.
+# Buffer of a recording → its name in torch's optimisers.
 BUFFERS = {"momentum": "momentum_buffer", "first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
 
 
 class RecordCallback(TrainerCallback):
     """Writes a recorded run while a `Trainer` trains.
 
-    The order of the rows, learning rates, random numbers of dropout, and parameters and optimiser state every √T steps
-    are recorded; losses and gradients are computed again, from the stage's objective, when the run is replayed. So the
-    `Trainer` must minimise that objective, the mean over a step's counted terms, in one process and full precision:
-    replaying checks it, see `Stage(link="unrolled")` and `unrolled.check_replay`. (Under gradient accumulation the
-    loss that many of transformers' models compute themselves is no such mean: pass `compute_loss_func` there.)
+    Recorded are the order of the rows, the learning rates, the random numbers of dropout, and every √T steps the
+    parameters and the optimiser's state. Losses and gradients are computed again, from the stage's objective, when the
+    run is replayed. So the `Trainer` must minimise that objective, the mean over a step's counted terms, in one
+    process and full precision: replaying checks it, see `Stage(link="unrolled")` and `unrolled.check_replay`. (Under
+    gradient accumulation the loss that many of transformers' models compute is not such a mean: pass
+    `compute_loss_func` there.)
 
     Args:
-        folder: where the run is written; must not hold one.
-        objective: the stage's.
+        folder: where the run is written; must not hold a run.
+        objective: the stage's objective.
         data: the stage's rows, in the order of the `Trainer`'s train_dataset.
-        previous: the model of the stage before, where there is one.
-        trainable, resized: as in `Stage`; parameters that the `Trainer` does not optimise must be left out.
-        name: the stage's, for messages.
+        previous: the model of the stage before; None for a first stage.
+        trainable: "all", "head" (everything that is not inherited) or a list of name patterns; parameters that the
+            `Trainer` does not optimise must be left out.
+        resized: accept embeddings that gained rows since the stage before.
+        name: the stage's name, for messages.
+
+    Raises:
+        InputError: bad rows, a folder that holds a run, or, when training begins, a `Trainer` whose run cannot be
+            recorded.
 
     Example:
 
@@ -99,7 +106,7 @@ class RecordCallback(TrainerCallback):
                 "of the stage's data, in their order."
             )
         self.sampler, self.orders = sampler, []
-        train_dataloader.batch_sampler.sampler = _Noted(sampler, self.orders)
+        train_dataloader.batch_sampler.sampler = _OrderRecorder(sampler, self.orders)
         self.drop_last = train_dataloader.batch_sampler.drop_last
         functional = FunctionalModel(model)
         self.initial = tensors_fingerprint(functional.parameters)
@@ -107,11 +114,12 @@ class RecordCallback(TrainerCallback):
         self.trained = reached(functional, self.objective, self.rows, roles.trained)
         check_precision(model, self.trained, self.name)
         optimised = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        odd = [n for n in self.trained if id(model.get_parameter(n)) not in optimised]
-        if odd:
+        constant = [n for n in self.trained if id(model.get_parameter(n)) not in optimised]
+        if constant:
             raise InputError(
-                f"stage {self.name!r}: the Trainer does not optimise {odd[0]!r}, which trainable={self.trainable!r} "
-                "includes; expected trainable to say what is trained ('head' where the encoder wants no gradient)."
+                f"stage {self.name!r}: the Trainer does not optimise {constant[0]!r}, which "
+                f"trainable={self.trainable!r} includes; expected trainable to say what is trained ('head' where the "
+                "encoder requires no gradient)."
             )
         decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
         self.decayed = frozenset(n for n in self.trained if id(model.get_parameter(n)) in decayed)
@@ -141,7 +149,7 @@ class RecordCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         train_dataloader.batch_sampler.sampler = self.sampler
         recording = self._recording(args, state.global_step)
-        if recording.interval != self.interval:  # it ended before max_steps: states lie elsewhere
+        if recording.interval != self.interval:  # it ended before max_steps: other states should have been saved
             raise InputError(
                 f"stage {self.name!r}: training stopped after {state.global_step} of {state.max_steps} steps; a "
                 "recorded run must not be stopped early: set max_steps."
@@ -192,8 +200,8 @@ class RecordCallback(TrainerCallback):
         write_state(self.folder, step, slots)
 
 
-class _Noted:
-    """A sampler that notes what it draws, an epoch a list."""
+class _OrderRecorder:
+    """A sampler that records what it draws, one list per epoch."""
 
     def __init__(self, sampler: Any, orders: list[list[int]]):
         self.sampler, self.orders = sampler, orders

@@ -19,8 +19,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Σ ℓ / Σ counts over `data` without dropout, and the accuracy where the objective predicts classes.
 
+    Args:
+        model: evaluated at its present parameters; not changed.
+        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        data: the examples: a `datasets.Dataset`, a list of dicts that the objective reads, or a list of strings.
+        batch_size: rows per batch.
+        engine: runs the passes; made when none is given.
+
     Returns:
-        {"loss", "examples"} and, for classification, "accuracy".
+        {"loss", "examples"} and, for classification, "accuracy". The loss is a mean over counted terms.
 
     Raises:
         InputError: bad rows, or rows without a counted term.
@@ -42,8 +49,8 @@ def evaluate(
         raise InputError(
             f"none of the {len(rows)} rows of the evaluation data has a term that counts: are their texts empty?"
         )
-    found = {"loss": losses / counts, "examples": len(rows)}
-    return found | ({"accuracy": right / len(rows)} if hasattr(objective, "predictions") else {})
+    measures = {"loss": losses / counts, "examples": len(rows)}
+    return measures | ({"accuracy": right / len(rows)} if hasattr(objective, "predictions") else {})
 
 
 def mistakes(
@@ -52,9 +59,9 @@ def mistakes(
     """The rows whose predicted class is not their label, in their order; for objectives with `predictions`."""
     engine = engine or Engine(progress=False)
     rows = as_rows(data, "the evaluation data")
-    functional, found = FunctionalModel(model, engine.device), []
+    functional, mistaken = FunctionalModel(model, engine.device), []
     with torch.no_grad(), functional.evaluating():
         for indices, batch in engine.batches(rows, objective, batch_size):
             wrong = objective.predictions(functional.bind({}), batch) != batch["labels"]
-            found += [i for i, bad in zip(indices, wrong.tolist(), strict=True) if bad]
-    return [rows[i] for i in sorted(engine.gather(found))]
+            mistaken += [i for i, is_wrong in zip(indices, wrong.tolist(), strict=True) if is_wrong]
+    return [rows[i] for i in sorted(engine.gather(mistaken))]

@@ -1,7 +1,7 @@
 """Minimises F by scikit-learn where what a stage trains is a linear softmax head on a constant encoder.
 
-Such an F is convex, and scikit-learn has the best solvers for it. Nothing is taken on trust: that the losses are those
-of a softmax is measured, and `polish` takes the gradient at the end by our own operator.
+Such an F is convex, and scikit-learn has the best solvers for it. Nothing is taken on trust: slopes and values show
+that the losses are those of a softmax, and `polish` takes the gradient at the end by our own operator.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ class Terms:
 
 
 def minimise(target: Any, stage: str, tol: float, max_iter: int, dense_limit: int) -> tuple[Block, str, int]:
-    """The minimum of a `polishing` target whose parameters are one linear layer under a softmax cross-entropy.
+    """The minimum of an F whose parameters are one linear layer under a softmax cross-entropy.
 
     F = (1/N) Σ_m w_m CE_m + (λ/2) ‖W‖² has the minimum of scikit-learn's C Σ_m w_m CE_m + ½ ‖W‖² with C = 1/(N λ).
-    With two classes scikit-learn has one vector w = W₁ − W₀, and ½ ‖w‖² = ‖W‖²: C is 2/(N λ). Of the softmax's free
-    common shift of the biases (of the weights too where λ = 0) their present mean is kept.
+    With two classes scikit-learn has one vector w = W₁ − W₀, and ½ ‖w‖² = ‖W‖²: C is 2/(N λ). A common shift of all
+    biases (of the weights too where λ = 0) does not change a softmax; the mean over classes stays what it was.
 
-    newton-cholesky writes the Hessian out and ends at rounding; beyond `dense_limit` parameters newton-cg does it.
+    newton-cholesky writes the Hessian out and stops at rounding; beyond `dense_limit` parameters newton-cg is used.
     (lbfgs stops early: `benchmarks/linear_heads.py`.)
 
     Args:
-        target: F, at the parameters to start from; scikit-learn itself starts at zero.
+        target: F, a `StageObjective` at its starting point (scikit-learn itself starts at zero).
+        stage: the stage's name, for messages.
         tol: of ‖∇F‖.
         max_iter: most iterations.
         dense_limit: most parameters for a written-out Hessian.
@@ -50,8 +51,8 @@ def minimise(target: Any, stage: str, tol: float, max_iter: int, dense_limit: in
         The minimum (a block of one column), the name of scikit-learn's solver, its number of iterations.
 
     Raises:
-        InputError: what is trained is no linear layer, its input is trained too, a term ties it to the stage before,
-            or the losses are no weighted softmax cross-entropies.
+        InputError: what is trained is not one linear layer, its input is trained too, a term ties it to the stage
+            before, or the losses are not weighted softmax cross-entropies.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -64,7 +65,7 @@ def minimise(target: Any, stage: str, tol: float, max_iter: int, dense_limit: in
     weights = np.concatenate([terms.weights, np.zeros(len(missing))])
     size = sum(p.numel() for p in target.parameters.values())
     share = weights.sum() / target.count  # scikit-learn divides by the sum of the weights
-    found = LogisticRegression(
+    regression = LogisticRegression(
         C=(2 if classes == 2 else 1) / (target.count * decay) if decay else np.inf,
         solver="newton-cholesky" if size <= dense_limit else "newton-cg",
         fit_intercept=bias is not None,
@@ -72,20 +73,20 @@ def minimise(target: Any, stage: str, tol: float, max_iter: int, dense_limit: in
         max_iter=max_iter,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it did not reach, the report says more
-        found.fit(features, np.concatenate([terms.labels, missing]), sample_weight=weights)
-    values, shifts = found.coef_, found.intercept_
+        warnings.simplefilter("ignore")  # the report of `polish` says by how much it missed the tolerance
+        regression.fit(features, np.concatenate([terms.labels, missing]), sample_weight=weights)
+    values, shifts = regression.coef_, regression.intercept_
     if classes == 2:
         values, shifts = np.stack([-values[0], values[0]]) / 2, np.array([-shifts[0], shifts[0]]) / 2
-    point = {f"{name}.weight": _kept(values, weight) if not decay else torch.from_numpy(values).to(weight)}
+    point = {f"{name}.weight": _with_mean(values, weight) if not decay else torch.from_numpy(values).to(weight)}
     if bias is not None:
-        point[f"{name}.bias"] = _kept(shifts, bias)
+        point[f"{name}.bias"] = _with_mean(shifts, bias)
     point = {n: point[n].unsqueeze(0) for n in target.parameters}
-    return point, found.solver, int(np.max(found.n_iter_))
+    return point, regression.solver, int(np.max(regression.n_iter_))
 
 
-def _kept(values: np.ndarray, before: Tensor) -> Tensor:
-    """The values, shifted in common to the mean over classes that was there before."""
+def _with_mean(values: np.ndarray, before: Tensor) -> Tensor:
+    """`values` with a common shift that gives them the mean over classes of `before`."""
     values = torch.from_numpy(values).to(before)
     return values + (before - values).mean(0)
 
@@ -118,7 +119,7 @@ def _terms(target: Any, name: str, stage: str) -> Terms:
     like = target.parameters
     generator = torch.Generator().manual_seed(0)
     zero = {n: torch.zeros_like(p) for n, p in like.items()}
-    some = {n: (torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5).to(p) for n, p in like.items()}
+    drawn = {n: (torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5).to(p) for n, p in like.items()}
     limit = 1e-9 if target.dtype == torch.float64 else 1e-3
     parts = []
     with target.engine.together():
@@ -128,7 +129,7 @@ def _terms(target: Any, name: str, stage: str) -> Terms:
             classes = slopes.shape[1]
             labels = slopes.argmin(1)
             weights = -slopes.gather(1, labels[:, None])[:, 0] * classes / (classes - 1)
-            _, logits, slopes, total = _slopes(evaluation, some, name, stage)
+            _, logits, slopes, total = _slopes(evaluation, drawn, name, stage)
             expected = weights[:, None] * (logits.softmax(1) - nn.functional.one_hot(labels, classes))
             losses = weights * nn.functional.cross_entropy(logits, labels, reduction="none")
             size = max(float(weights.abs().max()), 1e-300) if len(weights) else 1.0
@@ -136,7 +137,7 @@ def _terms(target: Any, name: str, stage: str) -> Terms:
             if not (gap <= limit * size and abs(total - float(losses.sum())) <= limit * (1 + abs(total))):
                 raise InputError(
                     f"the losses of stage {stage!r} ({type(evaluation.objective).__name__}) are not softmax "
-                    f"cross-entropies of the outputs of {name!r}, one weight a term; method='sklearn' is for those: "
+                    f"cross-entropies of the outputs of {name!r}, one weight per term; method='sklearn' is for those: "
                     f"{WAY_OUT}."
                 )
             used = weights != 0
@@ -155,7 +156,7 @@ def _slopes(evaluation: Evaluation, point: dict, name: str, stage: str) -> tuple
     finally:
         handle.remove()
     if len(calls) != 1 or calls[0][0].requires_grad:
-        why = f"runs {len(calls)} times a pass" if len(calls) != 1 else "has an input that is trained too"
+        why = f"runs {len(calls)} times per pass" if len(calls) != 1 else "has an input that is trained too"
         raise InputError(
             f"stage {stage!r}: the layer {name!r} {why}; method='sklearn' is for one linear head on a frozen encoder: "
             f"{WAY_OUT}."

@@ -1,6 +1,6 @@
 """Minimises a smooth function with exact Hessian products: L-BFGS, then trust-region Newton-CG.
 
-Where the Hessian of a nearby function is at hand (a retraining without one example), `nearby` goes first.
+Where the Hessian of a nearby function is known (before a retraining without one example), `nearby` goes first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..vectors import Block
 
 @dataclass(frozen=True)
 class State:
-    """A point (one column), F there and ∇F there."""
+    """A point, F there and ∇F there; point and gradient are blocks of one column."""
 
     point: Block
     value: float
@@ -38,7 +38,7 @@ class Target(Protocol):
     dtype: torch.dtype
 
     def at(self, point: Block | None = None) -> State:
-        """F and ∇F at `point`, which becomes the present one; by default at the present one."""
+        """F and ∇F at `point`, which becomes the present one; defaults to the present one."""
         ...
 
     def matvec(self, v: Block) -> Block:
@@ -47,9 +47,13 @@ class Target(Protocol):
 
 
 def lbfgs(target: Target, tol: float, max_iter: int, bar) -> tuple[State, int]:
-    """Until ‖∇F‖ ≤ tol; the state at the best point, and the number of iterations."""
+    """Minimises F by L-BFGS with a strong Wolfe line search, until ‖∇F‖ ≤ tol or for `max_iter` iterations.
+
+    Returns:
+        The state at the point of the smallest F, and the number of iterations.
+    """
     tensors = list(target.parameters.values())
-    best: list[State] = []
+    best: State | None = None
     optimizer = torch.optim.LBFGS(
         tensors,
         max_iter=max_iter,
@@ -60,9 +64,10 @@ def lbfgs(target: Target, tol: float, max_iter: int, bar) -> tuple[State, int]:
     )
 
     def closure() -> float:
+        nonlocal best
         state = target.at()
-        if not best or state.value < best[0].value:
-            best[:] = [state]
+        if best is None or state.value < best.value:
+            best = state
         for tensor, g in zip(tensors, state.gradient.values(), strict=True):
             tensor.grad = g[0].clone()
         bar.set_postfix(gradient=f"{state.norm:.1e}", refresh=False)
@@ -74,18 +79,18 @@ def lbfgs(target: Target, tol: float, max_iter: int, bar) -> tuple[State, int]:
     finally:
         for tensor in tensors:
             tensor.grad = None
-    return target.at(best[0].point), optimizer.state[tensors[0]].get("n_iter", 0)
+    return target.at(best.point), optimizer.state[tensors[0]].get("n_iter", 0)
 
 
-IDLE = 5  # tries below rounding without a smaller gradient
+IDLE = 5  # steps below rounding that are tried without a smaller gradient
 
 
 class Preconditioner:
-    """M⁻¹ = V diag(1/|e|) Vᵀ of a written-out Hessian V diag(e) Vᵀ: CG on a Hessian nearby takes few steps."""
+    """M⁻¹ = V diag(1/|e|) Vᵀ of a dense Hessian V diag(e) Vᵀ: with it CG on a nearby Hessian takes few steps."""
 
     def __init__(self, target: Target):
-        # Where the losses vanish (separable classes without a decay) so does the Hessian, and what rounding leaves of
-        # the terms that cancel in it need not be symmetric.
+        # Where the losses vanish (separable classes without a decay) the Hessian does too. What rounding leaves of its
+        # terms, which cancel, is not symmetric.
         matrix = written_out(target)
         self.eigenvalues, self.basis = torch.linalg.eigh((matrix + matrix.T) / 2)
         size = self.eigenvalues.abs()
@@ -102,10 +107,10 @@ class Preconditioner:
 
 
 def nearby(target: Target, state: State, inverse: Preconditioner, tol: float, max_iter: int, bar) -> tuple[State, int]:
-    """L-BFGS that starts from the inverse Hessian of a nearby function: full steps, each one pass for F and ∇F.
+    """L-BFGS that starts from the inverse Hessian of a nearby function; every step is a full one and costs one pass.
 
-    It follows the minimum that the preconditioner was made at, and ends where a step does not halve the gradient in
-    the preconditioner's norm: further away the work is Newton's.
+    It starts near the minimum that the preconditioner was made at, and stops where a step does not halve the gradient
+    in the preconditioner's norm: further away Newton's method is left to go on.
 
     Returns:
         The state reached, and the number of steps.
@@ -148,26 +153,28 @@ class Newton:
         self.radius, self.since = 1.0, 0
         self.smallest: float | None = None
         self.negative = False
-        self.best, self.idle = state, 0  # by F; where rounding rules by its gradient, and how many tries it has been
+        # The best point has the smallest F, or the smallest gradient where F is rounded too coarsely to tell. `idle`
+        # counts the steps that were tried there without a smaller gradient.
+        self.best, self.idle = state, 0
 
     def factorise(self) -> None:
-        """Writes the Hessian out where the point is, and preconditions with it from here on."""
+        """Writes the Hessian out at the present point, and preconditions all later CG with it."""
         self.preconditioner, self.since, self.radius, self.idle = Preconditioner(self.target), 0, 1.0, 0
         self.smallest = float(self.preconditioner.eigenvalues[0])
 
     def step(self) -> bool:
-        """One accepted step; False when rounding lets none through, or none that is any better."""
+        """Takes one step; False when rounding leaves no step that is accepted, or none that improves the point."""
         while self.idle < IDLE and self.radius >= 1e-12:
             if self.since > self.size / 4 and self.size <= self.dense_limit:
-                # P products of a block are cheaper than as many products one by one: more CG would not pay.
+                # P products in one block are cheaper than P products one by one: more CG would not pay.
                 self.factorise()
             step, length, predicted = self._direction()
             trial = self.target.at(vectors.add(self.state.point, step))
             unit = 50 * torch.finfo(self.target.dtype).eps
             noise, floor = unit * max(1.0, abs(self.state.value)), unit * abs(self.state.value)
-            if not math.isfinite(trial.value + trial.norm) or not predicted > 0:  # too far: overflow; or nowhere to go
+            if not math.isfinite(trial.value + trial.norm) or not predicted > 0:  # overflow, or no descent is left
                 ratio = -math.inf
-            elif predicted <= noise:  # F cannot tell any more; its gradients at both ends can (trapezoidal rule)
+            elif predicted <= noise:  # F is rounded too coarsely; the gradients at both ends are not: trapezoidal rule
                 ratio = -0.5 * (_dot(self.state.gradient, step) + _dot(trial.gradient, step)) / predicted
             else:
                 ratio = (self.state.value - trial.value) / predicted
@@ -188,7 +195,7 @@ class Newton:
         return False
 
     def finish(self) -> None:
-        """Back to the best point, where the last steps led away from it."""
+        """Returns to the best point, where the last steps led away from it."""
         if self.state is not self.best:
             self.state = self.best
             self.target.at(self.state.point)

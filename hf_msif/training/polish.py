@@ -1,7 +1,7 @@
 """Brings a small model to a stationary point of its stage's F: L-BFGS, then trust-region Newton-CG, or scikit-learn.
 
-Influence functions and the truth they are compared with are derivatives of a *minimum*: a retraining that stops a
-gradient of 1e-4 short of it measures where training stopped, not what an example did.
+Influence functions, and the retrainings that they are compared with, are derivatives of a *minimum*. A retraining that
+stops at a gradient of 1e-4 measures where training stopped, not what an example did.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class PolishReport:
     """What `polish` reached.
 
     Attributes:
-        name: the stage's.
+        name: the stage's name.
         parameters: number of scalars that were trained.
-        objective, objective_before: F, and F before.
-        gradient_norm, gradient_norm_before: ‖∇F‖ over the trained parameters, and before.
-        tol, reached: whether gradient_norm ≤ tol.
-        lbfgs_iterations, newton_iterations: accepted steps of either; scikit-learn's count as Newton's.
-        evaluations: passes over the data for F and ∇F; products: Hessian products. Not those inside of scikit-learn.
+        objective, objective_before: F at the end, and at the start.
+        gradient_norm, gradient_norm_before: ‖∇F‖ over the trained parameters at the end, and at the start.
+        tol, reached: the tolerance, and whether gradient_norm ≤ tol.
+        lbfgs_iterations, newton_iterations: accepted steps of each; those of scikit-learn count as Newton's.
+        evaluations, products: passes over the data for F and ∇F, and Hessian products; without those of scikit-learn.
         smallest_ritz: an upper bound of the Hessian's smallest eigenvalue (exact where it was written out), from the
             last Newton steps; None where none was needed, or where a preconditioner was given.
-        negative_curvature: the last Newton step met a direction of negative curvature: no minimum.
+        negative_curvature: the last Newton step met a direction of negative curvature: the point is not a minimum.
         seconds: wall time.
-        solver: scikit-learn's solver where it found the minimum; None: our own.
-        preconditioner: for `polish` of a nearby F; None where CG was short.
+        solver: the solver of scikit-learn that found the minimum; None where it was our own.
+        preconditioner: for `polish` of a nearby F; None where CG took few steps.
     """
 
     name: str
@@ -114,42 +114,54 @@ def polish(
     F and its trained parameters are those of `Stage` with the same arguments, in the model's own dtype (float64 for a
     truth that finite differences can see), in evaluation mode, full batch, masks those of the objective's first draws.
     L-BFGS (strong Wolfe) goes first; the Newton steps are Steihaug's conjugate gradients in a trust region with exact
-    Hessian products, which use a direction of negative curvature instead of being stopped by it. Where CG would be
-    long and the model has at most `dense_limit` trained parameters, the Hessian is written out once and preconditions
-    all later CG; the report carries it, for retrainings nearby. Batches are collated once, outputs of frozen encoders
-    are computed once.
+    Hessian products, which use a direction of negative curvature instead of being stopped by it. Where CG needs many
+    steps and the model has at most `dense_limit` trained parameters, the Hessian is written out once and preconditions
+    all later CG; the report holds it for the retrainings that follow. Batches are collated once, outputs of frozen
+    encoders are computed once.
 
     With method="sklearn" scikit-learn's LogisticRegression does the same for a linear softmax head on a constant
-    encoder (`logistic.minimise` has the correspondence), in float64; the report's gradient is ours all the same.
+    encoder (`logistic.minimise` states the correspondence), in float64; the report's gradient is still ours.
 
     Args:
         model: changed in place at the end (not on an exception), left in evaluation mode.
-        objective, data, previous, trainable, weight_decay, alpha: as in `train` and `Stage`.
-        resized: as in `Stage`.
-        omit: example ids whose losses are taken out of F. N stays that of all rows, which is ε = −1/N of eq. (4), the
-            removal that `removal_effect` predicts; dividing by the new N instead would scale the losses against the
-            quadratic terms, a shift common to all removals of one size.
+        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        data: the stage's examples: a `datasets.Dataset`, a list of dicts that the objective reads, or a list of
+            strings.
+        previous: the model of the stage before, which says what is inherited; None for a first stage.
+        trainable: "all", "head" (everything that is not inherited) or a list of name patterns; all other parameters
+            are held constant.
+        weight_decay: of the quadratic penalty, which acts on the trained parameters but biases and normalisation
+            layers.
+        alpha: α of eq. (12), needed where inherited parameters are trained.
+        resized: accept embeddings that gained rows since the stage before; the new rows are not tied.
+        omit: example ids whose losses have the weight zero in F. N stays that of all rows, which is ε = −1/N of
+            eq. (4), the removal that `removal_effect` predicts. (Division by the new N would scale the losses against
+            the quadratic terms: a shift that is common to all removals of one size.)
         method: "newton" for any stage; "sklearn" for a linear head, on which `lbfgs_iter`, `cg_iter` and
             `preconditioner` have no effect.
-        tol: of ‖∇F‖; default 1e-9 in float64, 1e-4 in float32.
+        tol: of ‖∇F‖; defaults to 1e-9 in float64 and 1e-4 in float32.
         lbfgs_iter: most L-BFGS iterations; 0 skips them.
         max_iter: most Newton steps.
-        cg_iter: most products a Newton step.
-        dense_limit: most trained parameters for a written-out Hessian (P products, P² numbers).
-        factorise: write the Hessian out at the end (up to `dense_limit`): the report then has its smallest eigenvalue
-            and a preconditioner in any case.
-        preconditioner: that of the report of a nearby F with the same trained parameters: L-BFGS starts from it and
+        cg_iter: most Hessian products per Newton step.
+        dense_limit: most trained parameters P for a written-out Hessian (P products, P² numbers).
+        factorise: write the Hessian out at the end (up to `dense_limit` parameters), so that the report always has its
+            smallest eigenvalue and a preconditioner.
+        preconditioner: from the report of a nearby F with the same trained parameters: L-BFGS starts from it and
             takes full steps down to `tol`, most often without a Hessian product.
-        batch_size: rows a batch of the full-batch passes.
-        engine: made when none is given.
-        name: the stage's, for messages.
+        batch_size: rows per batch of the full-batch passes.
+        engine: runs the passes; made when none is given.
+        name: the stage's name, for messages.
 
     Returns:
-        `PolishReport`. A tolerance that was not reached is warned about, never hidden.
+        `PolishReport`.
+
+    Warns:
+        UserWarning: the tolerance was not reached.
 
     Raises:
-        InputError: bad rows, nothing left after `omit`, ids in `omit` that no row has, or F not finite; with
-            method="sklearn", a head that is not linear, losses that are no weighted softmax cross-entropies, or α.
+        InputError: bad rows, nothing left after `omit`, ids in `omit` that no row has, inherited parameters that are
+            trained without α, or F not finite; with method="sklearn" also a head that is not linear, losses that are
+            not weighted softmax cross-entropies, or α.
 
     >>> from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
     >>> from hf_msif.objectives import ImageClassification

@@ -1,4 +1,7 @@
-"""Records a training run whose steps can be replayed and differentiated, and repeats one."""
+"""Computes a training run whose steps can be replayed and differentiated (`record`), or repeats one (`rerun`).
+
+What is written, and where, is `recording`'s; the arithmetic of a step is `replay`'s.
+"""
 
 from __future__ import annotations
 
@@ -47,20 +50,29 @@ def record(
     """Trains in place by steps that can be replayed and differentiated (`Stage(link="unrolled", run=folder)`).
 
     A step takes F of `Stage` on the rows of its batch, F_B = Σ ℓ_i / Σ count_i + quadratic terms, clips its gradient
-    and updates, as `train` does: the order of the rows is a permutation an epoch drawn from the seed, the last batch
-    of an epoch may be shorter, and every run of the same arguments ends at the same weights.
+    and updates, as `train` does. The order of the rows is drawn anew for each epoch, from the seed; the last batch of
+    an epoch may be shorter. Every run of the same arguments ends at the same weights.
 
     Args:
         model: trained in place; left in evaluation mode.
-        objective, data, previous, trainable, weight_decay, alpha, resized: as in `train`.
+        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        data: the stage's examples: a `datasets.Dataset`, a list of dicts that the objective reads, or a list of
+            strings.
         arguments: Hugging Face's `TrainingArguments`. Read are the batch size, gradient accumulation, epochs or
             max_steps, learning rate, schedule and warm-up (any of transformers'), max_grad_norm, seed, and the
             optimiser: optim adamw_torch or sgd, its Adam settings, weight_decay, and optim_args such as
             "momentum=0.9" or "eps_inside_root=true".
-        folder: where the run is kept. A run of the same settings that was interrupted goes on there; one that is
-            finished is not repeated. None: nothing is written.
-        omit: example ids whose losses are taken out of every F_B. Σ count_i stays that of all rows of the batch: this
-            is the removal that `removal_effect` predicts.
+        folder: where the run is written. An interrupted run of the same settings is resumed there, a finished one is
+            not repeated. None: nothing is written.
+        previous: the model of the stage before, which says what is inherited; None for a first stage.
+        trainable: "all", "head" (everything that is not inherited) or a list of name patterns; all other parameters
+            are held constant.
+        weight_decay: of the quadratic penalty of F, (weight_decay/2) ‖φ_decayed‖².
+        alpha: α of eq. (12), which ties inherited, trained parameters to their values in `previous`; None: they move
+            freely.
+        resized: accept embeddings that gained rows since the stage before; the new rows are not tied.
+        omit: example ids whose losses have the weight zero in every F_B. Σ count_i stays that of all rows of the
+            batch: this is the removal that `removal_effect` predicts.
         dropout: that the model configures; False switches it off.
         name: the stage's name, for messages and the progress bar.
         progress: show the bar.
@@ -76,7 +88,7 @@ def record(
     recording = compose(functional, objective, rows, arguments, roles, weight_decay, alpha, omit, dropout)
     recording = replace(recording, folder=None if folder is None else Path(folder).expanduser())
     replay = Replay(functional, objective, rows, recording, engine, roles, previous, omit, name)
-    _run(replay, *_go_on(recording, functional, name), model, name)
+    _run(replay, *_resume(recording, functional, name), model, name)
     return recording
 
 
@@ -96,21 +108,30 @@ def rerun(
     """Trains in place by the steps of a recorded run, from the model's present parameters; nothing is written.
 
     Args:
-        recording: whose schedule, optimiser and quadratic terms are used; α ties to `previous`.
+        recording: the run whose schedule, optimiser and quadratic terms are used.
         model: trained in place; left in evaluation mode.
-        objective, data, previous, trainable, resized, omit, name: as in `record`.
-        engine: made when none is given.
+        objective: the one that the run minimised.
+        data: the run's rows, in its order; their contents may differ.
+        previous: the model of the stage before, to whose values α ties.
+        trainable, resized: those of the run; they give the parameters their roles.
+        omit: example ids whose losses have the weight zero; Σ count_i stays that of all rows of a batch.
+        name: the stage's name, for messages.
+        engine: runs the passes; made when none is given.
+
+    Raises:
+        InputError: bad rows, or ids in `omit` that no row has.
+        DivergedError: a parameter stopped being finite.
     """
     engine = engine or Engine(progress=False)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles, functional = split(name, model, previous, trainable, resized), FunctionalModel(model, engine.device)
     recording = replace(recording, folder=None)
     replay = Replay(functional, objective, rows, recording, engine, roles, previous, omit, name)
-    _run(replay, *_go_on(recording, functional, name), model, name)
+    _run(replay, *_resume(recording, functional, name), model, name)
 
 
 def _run(replay: Replay, slots: Slots, begin: int, model: nn.Module, name: str) -> None:
-    """The rest of a run, states written where they are kept; ends in the model's parameters."""
+    """Takes the steps from `begin` on, writes the states that are saved, and puts the end into the model."""
     recording, saved_steps = replay.recording, frozenset(replay.recording.saved_steps)
     with replay.engine.bar(total=recording.steps, initial=begin, desc=f"training {name}", unit=" steps") as bar:
         for t in range(begin, recording.steps):
@@ -135,7 +156,7 @@ def compose(
     omit: Collection[Any] = (),
     dropout: bool = True,
 ) -> Recording:
-    """The run that `record` would make of these arguments, before its first step."""
+    """The recording that `record` starts from: settings and schedule, no step taken and nothing written."""
     optimiser = check_arguments(arguments, roles.stage)
     trained = reached(model, objective, rows, roles.trained)
     if not trained:
@@ -157,21 +178,21 @@ def compose(
 
 
 def schedule(arguments: Any, size: int) -> Schedule:
-    """Rows, epoch and learning rate of every step that `TrainingArguments` mean for `size` rows."""
+    """Rows, epoch and learning rate of every step, as `TrainingArguments` ask for them on `size` rows."""
     from transformers import get_scheduler
 
     if arguments.dataloader_drop_last or str(arguments.train_sampling_strategy) != "random":
         raise InputError(
-            "training.record draws every row once an epoch, in random order; expected no dataloader_drop_last and no "
+            "training.record draws every row once per epoch, in random order; expected no dataloader_drop_last and no "
             "train_sampling_strategy (a RecordCallback records what a Trainer draws)."
         )
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    an_epoch = math.ceil(size / batch)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
+    per_epoch = math.ceil(size / batch)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
     rows: list[list[int]] = []
-    for epoch in range(math.ceil(steps / an_epoch)):
+    for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng([arguments.seed, epoch]).permutation(size).tolist()
-        if an_epoch == 1:  # all rows at once: their order is no matter, and a batch is collated once
+        if per_epoch == 1:  # all rows at once: their order does not matter, and one order is collated once
             order = list(range(size))
         rows += [order[i : i + batch] for i in range(0, size, batch)]
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
@@ -187,11 +208,15 @@ def schedule(arguments: Any, size: int) -> Schedule:
         rates.append(float(optimiser.param_groups[0]["lr"]))
         optimiser.step()
         scheduler.step()
-    return Schedule(rows[:steps], [t // an_epoch for t in range(steps)], rates)
+    return Schedule(rows[:steps], [t // per_epoch for t in range(steps)], rates)
 
 
 def check_arguments(arguments: Any, name: str) -> SGD | AdamW:
-    """The optimiser of a run; refuses `TrainingArguments` of one that cannot be replayed."""
+    """The optimiser that `TrainingArguments` name.
+
+    Raises:
+        InputError: a setting under which a run cannot be replayed.
+    """
     refused = {
         "bf16 or fp16": arguments.bf16 or arguments.fp16,
         f"{arguments.world_size} processes": arguments.world_size > 1,
@@ -210,7 +235,7 @@ def check_arguments(arguments: Any, name: str) -> SGD | AdamW:
 
 
 def check_precision(model: nn.Module, trained: Sequence[str], name: str) -> None:
-    """Refuses parameters that cannot hold what a run leaves."""
+    """Refuses trained parameters of less than single precision: a replayed run would lose its small steps."""
     for key in trained:
         dtype = model.get_parameter(key).dtype
         if dtype not in (torch.float32, torch.float64):
@@ -220,8 +245,8 @@ def check_precision(model: nn.Module, trained: Sequence[str], name: str) -> None
             )
 
 
-def _go_on(recording: Recording, model: FunctionalModel, name: str) -> tuple[Slots, int]:
-    """The state that a run begins with, and how many steps lie behind it; writes the head of a new recording."""
+def _resume(recording: Recording, model: FunctionalModel, name: str) -> tuple[Slots, int]:
+    """The last saved state and its number of steps; in a new folder, settings and the first state are written."""
     first = optimisers.start(recording.optimiser, {n: model.parameters[n] for n in recording.trained})
     if recording.folder is None:
         return first, 0
@@ -231,20 +256,21 @@ def _go_on(recording: Recording, model: FunctionalModel, name: str) -> tuple[Slo
         recording.write(0, first)
         return first, 0
     before = json.loads(file.read_text())
-    other = [key for key, value in json.loads(json.dumps(recording.settings)).items() if before.get(key) != value]
-    if other:
+    settings = json.loads(json.dumps(recording.settings))
+    differences = [key for key, value in settings.items() if before.get(key) != value]
+    if differences:
         raise InputError(
-            f"stage {name!r}: {recording.folder} holds a run that differs in {', '.join(other)}: delete it, or choose "
-            "another folder, to train anew."
+            f"stage {name!r}: {recording.folder} holds a run that differs in {', '.join(differences)}: delete it, or "
+            "choose another folder, to train anew."
         )
-    kept = [step for step in recording.kept() if step in recording.saved_steps] or [0]
-    if kept == [0]:
+    last = max((step for step in recording.steps_on_disk() if step in recording.saved_steps), default=0)
+    if last == 0:
         recording.write(0, first)
-    return recording.state(kept[-1], next(iter(model.parameters.values())).device), kept[-1]
+    return recording.state(last, next(iter(model.parameters.values())).device), last
 
 
 def check_finite(slots: Slots, name: str, step: int) -> None:
-    """Ends a run whose parameters are no numbers any more."""
+    """Raises `DivergedError` where a parameter holds NaN or inf."""
     for key, value in slots["parameters"].items():
         if not value.isfinite().all():
             raise DivergedError(

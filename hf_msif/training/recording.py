@@ -1,7 +1,13 @@
-"""`Recording`: a training run that can be repeated step by step; `record` makes one.
+"""`Recording`: the data of a training run that can be repeated step by step, and its files.
 
-A folder holds `run.json` (settings and fingerprints), `schedule.safetensors` (rows, epoch and learning rate of every
-step) and about √T states, each written whole. What lies between two states is computed again when it is needed.
+The computation is elsewhere: `record` makes a recording, `replay` repeats and differentiates its steps. The folder of
+a run of T steps holds
+
+    run.json               settings, and fingerprints of rows, initial weights and objective
+    schedule.safetensors   rows, epoch and learning rate of every step
+    state-<step>.safetensors   parameters and optimiser buffers after that many steps; about √T such files
+
+Each file is written whole or not at all. States between two saved ones are computed again when they are needed.
 """
 
 from __future__ import annotations
@@ -31,14 +37,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every step of a run reads.
+    """What every step of a run reads; T steps.
 
     Attributes:
-        rows: indices of the rows of each step.
+        rows: indices of the rows of each step in the stage's data.
         epochs: the epoch of each step, by which an objective numbers its masks.
         rates: the learning rate of each step.
-        generators: states of the random numbers at the start of each step, (T, bytes), where a run was recorded from
-            outside; None: each step is seeded by the run's seed and its number.
+        generators: states of the random number generator at the start of each step, (T, bytes), where a
+            `RecordCallback` recorded the run of a `Trainer`; None: each step is seeded by the run's seed and its
+            number.
     """
 
     rows: list[list[int]]
@@ -58,27 +65,28 @@ class Schedule:
 
     @classmethod
     def load(cls, path: Path) -> Schedule:
-        found, _ = load_tensors(path)
-        rows = [part.tolist() for part in found["rows"].tensor_split(found["ends"][:-1])]
-        return cls(rows, found["epochs"].tolist(), found["rates"].tolist(), found.get("generators"))
+        tensors, _ = load_tensors(path)
+        rows = [part.tolist() for part in tensors["rows"].tensor_split(tensors["ends"][:-1])]
+        return cls(rows, tensors["epochs"].tolist(), tensors["rates"].tolist(), tensors.get("generators"))
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A training run: its settings, what every step reads, and, in a folder, its state every ~√T steps.
+    """A training run: its settings, what every step reads, and, in a folder, its state about every √T steps.
 
     Attributes:
-        optimiser: `SGD` or `AdamW` of `hf_msif.optimisers`.
-        clip: largest norm of a step's gradient, or None.
+        optimiser: `SGD` or `AdamW` of `training.optimisers`.
+        clip: largest norm of a step's gradient; None: gradients are not clipped.
         trained: names of the parameters that the run moves.
-        decayed: those on which the optimiser's own weight decay acts.
-        weight_decay, alpha: of the quadratic terms of the objective F, as in `Stage`.
+        decayed: the names on which weight decay acts, that of the optimiser and that of F.
+        weight_decay: of the quadratic penalty of F, (weight_decay/2) ‖φ_decayed‖².
+        alpha: α of eq. (12), which ties inherited parameters to the stage before; None: they are not tied.
         micro_batch: rows that are evaluated at once.
         dropout: whether dropout is on; it is replayed from its seeds.
         seed: of the order of the rows and of dropout.
-        schedule: the steps.
-        facts: fingerprints (rows, initial weights) and a description of the objective.
-        folder: where it lies, or None.
+        schedule: what every step reads.
+        facts: fingerprints of the rows and of the initial weights, and a description of the objective.
+        folder: where the run is written; None: nowhere.
     """
 
     optimiser: SGD | AdamW
@@ -100,17 +108,17 @@ class Recording:
 
     @property
     def interval(self) -> int:
-        """Steps between two states that are kept: ⌈√T⌉."""
+        """Steps between two saved states: ⌈√T⌉."""
         return interval(self.steps)
 
     @property
     def saved_steps(self) -> list[int]:
-        """The steps before which a state is kept; the last one is the end of the run."""
+        """The numbers of steps after which the state is saved, from 0 to T."""
         return [*range(0, self.steps, self.interval), self.steps]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that decides the final weights, as plain values."""
+        """Everything that decides the final weights, as plain values."""
         return {
             "format": FORMAT,
             "optimiser": optimisers.to_dict(self.optimiser),
@@ -128,7 +136,7 @@ class Recording:
         }
 
     def save(self) -> None:
-        """Writes settings and schedule; states are written as the run goes on."""
+        """Writes settings and schedule; states are written during the run (`write`)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.schedule.save(self.folder / "schedule.safetensors")
         write_json(self.folder / "run.json", self.settings)
@@ -137,8 +145,12 @@ class Recording:
     def from_pretrained(cls, folder: str | os.PathLike, name: str = "stage") -> Recording:
         """Loads a recorded run.
 
+        Args:
+            folder: where it was written.
+            name: the stage's name, for messages.
+
         Raises:
-            InputError: the folder holds none, or one that was not finished.
+            InputError: the folder holds no run, or one that was not finished.
         """
         folder = Path(folder).expanduser()
         if not (folder / "run.json").is_file():
@@ -146,24 +158,26 @@ class Recording:
                 f"stage {name!r}: {folder} holds no recorded run; expected what `training.record` or a "
                 "`RecordCallback` writes."
             )
-        found = json.loads((folder / "run.json").read_text())
-        if found.pop("format") != FORMAT:
+        facts = json.loads((folder / "run.json").read_text())
+        if facts.pop("format") != FORMAT:
             raise InputError(f"stage {name!r}: the run in {folder} was recorded by another version: record it again.")
-        given = {key: found.pop(key) for key in ("clip", "weight_decay", "alpha", "micro_batch", "dropout", "seed")}
-        given |= {"trained": tuple(found.pop("trained")), "decayed": frozenset(found.pop("decayed"))}
-        optimiser, schedule = found.pop("optimiser"), Schedule.load(folder / "schedule.safetensors")
-        facts = {key: value for key, value in found.items() if key not in ("steps", "order")}
-        made = cls(optimisers.from_dict(optimiser), schedule=schedule, facts=facts, folder=folder, **given)
-        missing = [mark for mark in made.saved_steps if not made.path(mark).is_file()]
+        settings = {key: facts.pop(key) for key in ("clip", "weight_decay", "alpha", "micro_batch", "dropout", "seed")}
+        settings |= {"trained": tuple(facts.pop("trained")), "decayed": frozenset(facts.pop("decayed"))}
+        settings |= {"optimiser": optimisers.from_dict(facts.pop("optimiser"))}
+        for derived in ("steps", "order"):
+            del facts[derived]
+        schedule = Schedule.load(folder / "schedule.safetensors")
+        recording = cls(schedule=schedule, facts=facts, folder=folder, **settings)
+        missing = [step for step in recording.saved_steps if not recording.path(step).is_file()]
         if missing:
             raise InputError(
-                f"stage {name!r}: the run in {folder} lacks its state after step {missing[0]} of {made.steps}: let "
-                "its training end, or record it again."
+                f"stage {name!r}: the run in {folder} lacks its state after step {missing[0]} of {recording.steps}: "
+                "let its training end, or record it again."
             )
-        return made
+        return recording
 
     def bytes_of(self, parameters: Mapping[str, Tensor]) -> int:
-        """Size of one state."""
+        """Size of one state in bytes: the trained parameters and as much again for each buffer of the optimiser."""
         size = sum(parameters[name].numel() * parameters[name].element_size() for name in self.trained)
         return size * (1 + len(self.optimiser.buffers))
 
@@ -171,21 +185,21 @@ class Recording:
         return _state_path(self.folder, step)
 
     def write(self, step: int, slots: Slots) -> None:
-        """Keeps the state after so many steps."""
+        """Writes the state after `step` steps."""
         write_state(self.folder, step, slots)
 
     def state(self, step: int, device: torch.device | str = "cpu") -> Slots:
-        """The state after so many steps, one of `saved_steps`."""
+        """The state after `step` steps, which must be one of `saved_steps`."""
         slots: Slots = {}
         for key, tensor in load_tensors(self.path(step))[0].items():
             slot, name = key.split("/", 1)
             slots.setdefault(slot, {})[name] = tensor.to(device)
         return slots
 
-    def kept(self) -> list[int]:
-        """The steps whose states are in the folder."""
-        found = (re.fullmatch(r"state-(\d+)\.safetensors", path.name) for path in self.folder.glob("state-*"))
-        return sorted(int(match[1]) for match in found if match)
+    def steps_on_disk(self) -> list[int]:
+        """The numbers of steps whose states are in the folder, in ascending order."""
+        matches = (re.fullmatch(r"state-(\d+)\.safetensors", path.name) for path in self.folder.glob("state-*"))
+        return sorted(int(match[1]) for match in matches if match)
 
 
 def interval(steps: int) -> int:
@@ -194,8 +208,8 @@ def interval(steps: int) -> int:
 
 
 def write_state(folder: Path, step: int, slots: Slots) -> None:
-    """Keeps the state of a run after so many steps in its folder."""
-    flat = {f"{slot}/{name}": t for slot, own in slots.items() for name, t in own.items()}
+    """Writes the state of a run after `step` steps to its folder."""
+    flat = {f"{slot}/{name}": t for slot, tensors in slots.items() for name, t in tensors.items()}
     save_tensors(flat, _state_path(folder, step))
 
 
@@ -204,7 +218,7 @@ def _state_path(folder: Path, step: int) -> Path:
 
 
 def facts_of(rows: list[dict], initial: str, objective: Any, omit: Collection[Any] = ()) -> dict[str, Any]:
-    """`Recording.facts`: what a run is of; `initial` is the fingerprint of its first weights."""
+    """`Recording.facts`: what the run was trained on; `initial` is the fingerprint of its initial weights."""
     return {
         "rows": digest(rows),
         "initial": initial,

@@ -1,4 +1,4 @@
-"""Trains a stage with Hugging Face's `Trainer` on the very objective that is differentiated later, and measures it."""
+"""Trains a stage with Hugging Face's `Trainer` on the very objective that is differentiated later."""
 
 from __future__ import annotations
 
@@ -109,14 +109,14 @@ def train(
     }
     checkpoint = _last_checkpoint(arguments, facts, name)
     collator = _Collator(objective, omit)
-    monitor = _Monitor(collator, name, progress)
+    watch = _Watch(collator, name, progress)
     with _borrowed(model, set(roles.trained)):
         trainer = _StageTrainer(
             model=model,
             args=arguments,
             train_dataset=rows,
             data_collator=collator,
-            callbacks=[monitor],
+            callbacks=[watch],
             roles=roles,
             previous=previous,
             stage_weight_decay=weight_decay,
@@ -126,7 +126,7 @@ def train(
         try:
             loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
         finally:
-            monitor.close()
+            watch.close()
         _check_finite(model, name, trainer.state.global_step)
     # Each process adds up its own share of the steps after the last log.
     return float(trainer.accelerator.gather(torch.tensor([loss], device=arguments.device)).mean())
@@ -236,7 +236,7 @@ class _Collator:
         return {**objective.collate(rows), "weights": example_weights(rows, self.omit)}
 
 
-class _Monitor(TrainerCallback):
+class _Watch(TrainerCallback):
     """Tells the collator the epoch, shows a bar, and keeps weights that are not finite out of checkpoints."""
 
     def __init__(self, collator: _Collator, name: str, progress: bool):
@@ -268,17 +268,20 @@ class _Monitor(TrainerCallback):
 
 
 class _StageTrainer(Trainer):
+    """Minimises F: the data term of each step and the quadratic terms, in the place of the model's own loss."""
+
     # Otherwise Trainer divides each micro-batch's loss once more, or not, depending on the model's signature.
     loss_is_scaled_for_ga = True
 
     def __init__(self, model, *, roles: Split, previous, stage_weight_decay: float, alpha: float | None, **kwargs):
         super().__init__(model, **kwargs)
         self.name, self.parameters = roles.stage, {n: model.get_parameter(n) for n in roles.trained}
-        anchors = None
+        before = None
         if alpha:  # copies: the model is trained in place, and may share parameters with the one before
-            anchors = {n: previous.get_parameter(n).detach().clone() for n in map(roles.inherited.get, roles.proximal)}
+            inherited = [roles.inherited[n] for n in roles.proximal]
+            before = {n: previous.get_parameter(n).detach().clone() for n in inherited}
         # Trainer has moved the model by now: the anchors are put where their parameters are.
-        self.quadratic = QuadraticTerms.of(model, roles, self.parameters, stage_weight_decay, alpha or None, anchors)
+        self.quadratic = QuadraticTerms.of(model, roles, self.parameters, stage_weight_decay, alpha or None, before)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A step's micro-batches, and the number of terms they count on all processes (None: ask the one batch)."""

@@ -46,10 +46,10 @@ def trained(folder, settings, trainable="all", rows=TEXTS, dropout=DROPOUT, loss
         model.bert.encoder.requires_grad_(False)
     start = parameters_of(model)
     callback = RecordCallback(folder / "run", OBJECTIVE, TEXTS, previous=before, trainable=trainable)
-    given = arguments(folder, save_strategy="no", remove_unused_columns=False, disable_tqdm=True, **settings)
+    args = arguments(folder, save_strategy="no", remove_unused_columns=False, disable_tqdm=True, **settings)
     trainer = Trainer(
         model,
-        given,
+        args,
         train_dataset=Sized(rows),
         data_collator=collate,
         callbacks=[callback, *callbacks],
@@ -66,8 +66,8 @@ def mean_of_terms(outputs, labels, num_items_in_batch=None):
 
 def chain_of(before, model, folder, trainable="all", **settings):
     pre = Stage("pre", before, tiny.objective("masked"), tiny.rows(4, seed=1))
-    own = {"trainable": trainable, "link": "unrolled", "run": folder / "run", **settings}
-    return MultiStageInfluence([pre, Stage("fine", model, OBJECTIVE, TEXTS, **own)], progress=False)
+    of_stage = {"trainable": trainable, "link": "unrolled", "run": folder / "run", **settings}
+    return MultiStageInfluence([pre, Stage("fine", model, OBJECTIVE, TEXTS, **of_stage)], progress=False)
 
 
 QUIET = dict.fromkeys(DROPOUT, 0.0)
@@ -89,13 +89,13 @@ def test_a_trainers_run_is_replayed_and_pulled_back(settings, trainable, dropout
     trainer.train()
     recording = Recording.from_pretrained(tmp_path / "run")
     assert recording.steps == trainer.state.global_step
-    rows = [i for t, some in enumerate(recording.schedule.rows) for i in some if not recording.schedule.epochs[t]]
+    rows = [i for t, drawn in enumerate(recording.schedule.rows) for i in drawn if not recording.schedule.epochs[t]]
     assert len(set(rows)) == len(rows) == (8 if settings.get("dataloader_drop_last") else 11)
     assert recording.decayed == {n for n in recording.trained if "bias" not in n and "LayerNorm" not in n}
     model.requires_grad_(True)
-    found = chain_of(before, model, tmp_path, trainable)
-    assert check_replay(found.stages[1]) < 1e-9
-    solution, b = found.stages[1].differentiation.pull_back(found.measurement(rows_of(TESTS))[0])
+    chain = chain_of(before, model, tmp_path, trainable)
+    assert check_replay(chain.stages[1]) < 1e-9
+    solution, b = chain.stages[1].differentiation.pull_back(chain.measurement(rows_of(TESTS))[0])
     u, certificate = solution.tensors(), solution.certificate
     assert certificate.replay_difference < 1e-9
 
@@ -144,8 +144,8 @@ def test_weights_of_rows_are_right(tmp_path):
         if sign:
             sides.append(tiny.Plain(model, "classification", OBJECTIVE.collate(TESTS)).sums().detach())
         else:
-            found = chain_of(before, model, folder)
-            u = found.stages[1].differentiation.pull_back(found.measurement(rows_of(TESTS))[0])[0].tensors()
+            chain = chain_of(before, model, folder)
+            u = chain.stages[1].differentiation.pull_back(chain.measurement(rows_of(TESTS))[0])[0].tensors()
     torch.testing.assert_close(u["weights"][:, 4], (sides[0] - sides[1]) / (2 * step), rtol=1e-4, atol=1e-8)
 
 
@@ -158,8 +158,8 @@ def other_texts(rows):
 
 LOSSES = {
     "the model's own, accumulated": {"loss": None, "settings": {**ADAMW, **ACCUMULATED}},
-    "twice the loss": {"loss": lambda *given, **kw: 2 * mean_of_terms(*given, **kw)},
-    "half the loss, momentum": {"loss": lambda *given, **kw: mean_of_terms(*given, **kw) / 2, "settings": MOMENTUM},
+    "twice the loss": {"loss": lambda *args, **kw: 2 * mean_of_terms(*args, **kw)},
+    "half the loss, momentum": {"loss": lambda *args, **kw: mean_of_terms(*args, **kw) / 2, "settings": MOMENTUM},
     "a penalty": {"loss": lambda out, labels, **kw: mean_of_terms(out, labels) + 0.1 * (out.logits**2).mean()},
     "other texts": {"collate": other_texts},
     "other texts, momentum": {"collate": other_texts, "settings": MOMENTUM},
@@ -170,13 +170,13 @@ LOSSES = {
 
 @pytest.mark.parametrize("what", LOSSES.values(), ids=LOSSES)
 def test_a_run_with_another_loss_is_refused_when_it_is_pulled_back(what, tmp_path):
-    more = {"loss": mean_of_terms, **what}
-    settings = {**STEPS, **more.pop("settings", ADAMW)}
-    before, model, *_, trainer = trained(tmp_path, settings, **more)
+    options = {"loss": mean_of_terms, **what}
+    settings = {**STEPS, **options.pop("settings", ADAMW)}
+    before, model, *_, trainer = trained(tmp_path, settings, **options)
     trainer.train()
-    found = chain_of(before, model, tmp_path)
+    chain = chain_of(before, model, tmp_path)
     with pytest.raises(InputError, match=r"stage 'fine': replaying steps .* The run had another loss than"):
-        found.query(TESTS)
+        chain.query(TESTS)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -198,9 +198,9 @@ def test_masks_of_another_collator_are_refused(tmp_path):
     objective = objectives.MaskedLM(tokenizer, mask_probability=0.4)
     encoded = [tokenizer(row["text"]) for row in rows]
     callback = RecordCallback(tmp_path / "run", objective, rows)
-    given = arguments(tmp_path, save_strategy="no", disable_tqdm=True, **MOMENTUM, **STEPS)
+    args = arguments(tmp_path, save_strategy="no", disable_tqdm=True, **MOMENTUM, **STEPS)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.4)
-    Trainer(model, given, train_dataset=encoded, data_collator=collator, callbacks=[callback]).train()
+    Trainer(model, args, train_dataset=encoded, data_collator=collator, callbacks=[callback]).train()
     stage = Stage("pre", model, objective, rows, link="unrolled", run=tmp_path / "run")
     with pytest.raises(InputError, match="stage 'pre': replaying steps 4 to 6 ends"):
         MultiStageInfluence([stage], progress=False).query(tiny.rows(1, seed=8))
@@ -259,12 +259,12 @@ def test_a_run_that_is_stopped_early(tmp_path):
 def test_a_folder_in_use(tmp_path):
     before, *_, trainer = trained(tmp_path, {**ADAMW, **STEPS})
     trainer.train()
-    kept = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    files = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(InputError, match="holds a recorded run already; expected a new folder"):
         RecordCallback(tmp_path / "run", OBJECTIVE, TEXTS, previous=before)
     with pytest.raises(InputError, match="holds a recorded run already; expected a new folder"):
         trainer.train()
-    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == kept
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == files
 
 
 def test_a_run_that_goes_on_from_a_checkpoint(tmp_path):

@@ -27,9 +27,9 @@ def pair(classes=3):
 def gradient_norm(model, rows, omit, decay):
     """‖∇F‖ in the head by plain autograd: losses that the test files know, N of all rows."""
     parameters = {n: p.detach().requires_grad_(n.startswith("head.")) for n, p in model.named_parameters()}
-    kept = [row for row in rows if row["example_id"] not in omit]
+    present = [row for row in rows if row["example_id"] not in omit]
     counts = example_losses(model, parameters, rows)[1].sum()
-    total = example_losses(model, parameters, kept)[0].sum() / counts
+    total = example_losses(model, parameters, present)[0].sum() / counts
     total = total + decay / 2 * (parameters["head.weight"] ** 2).sum()
     head = [p for p in parameters.values() if p.requires_grad]
     return float(torch.cat([g.flatten() for g in torch.autograd.grad(total, head)]).norm())
@@ -182,16 +182,16 @@ def test_an_unknown_method():
 
 def test_by_configuration(tmp_path, capsys):
     path = image_project(tmp_path)
-    given = ("--config", path, "--stages.finetuning.polish", "{method: sklearn, max_iter: 30}")
-    assert msif("train", *given) == 0
+    options = ("--config", path, "--stages.finetuning.polish", "{method: sklearn, max_iter: 30}")
+    assert msif("train", *options) == 0
     report = json.loads((tmp_path / "run" / "finetuning.json").read_text())["polish"]
     assert report["solver"] == "newton-cholesky"
     assert report["reached"]
     assert report["gradient_norm"] < 1e-9
     assert "scikit-learn's newton-cholesky" in capsys.readouterr().out
     # A retraining takes the method for any stage.
-    assert msif("validate", *given, "--validation.examples", 3, "--validation.baselines", "[]", "--json") == 0
+    assert msif("validate", *options, "--validation.examples", 3, "--validation.baselines", "[]", "--json") == 0
     assert json.loads(capsys.readouterr().out)["n"] == 3
-    assert msif("train", *given, "--stages.finetuning.polish.method", "cholesky") == 2
+    assert msif("train", *options, "--stages.finetuning.polish.method", "cholesky") == 2
     assert "stages.finetuning.polish.method is cholesky; expected one of newton, sklearn" in capsys.readouterr().err
     assert choices.polishing(config.load(path), "finetuning") == {"max_iter": 30}

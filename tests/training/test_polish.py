@@ -162,10 +162,10 @@ def test_omission_keeps_n():
     model, start = toy(0), values(toy(0))
     training.polish(model, ToyObjective(), ROWS, weight_decay=DECAY, omit=[5])
     counts = float(example_losses(model, start, ROWS)[1].sum())
-    kept = [row for row in ROWS if row["example_id"] != 5]
+    present = [row for row in ROWS if row["example_id"] != 5]
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
     decayed = [p for n, p in parameters.items() if "bias" not in n]
-    total = example_losses(model, parameters, kept)[0].sum() / counts
+    total = example_losses(model, parameters, present)[0].sum() / counts
     total = total + DECAY / 2 * sum((p**2).sum() for p in decayed)
     gradients = torch.autograd.grad(total, list(parameters.values()))
     assert float(torch.cat([g.flatten() for g in gradients]).norm()) < 1.1e-9
@@ -204,16 +204,16 @@ def test_single_precision(seed, batch_size):
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_what_single_precision_cannot_reach_is_not_tried_for_long(batch_size):
     """At the floor of rounding any step may seem to help: it ends there, at the least gradient."""
-    seen, model, at = [], toy(0).float(), StageObjective.at
+    states, model, at = [], toy(0).float(), StageObjective.at
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StageObjective, "at", lambda self, point=None: seen.append(at(self, point)) or seen[-1])
+        patch.setattr(StageObjective, "at", lambda self, point=None: states.append(at(self, point)) or states[-1])
         with pytest.warns(UserWarning, match="not a stationary point"):
             report = training.polish(
                 model, _SinglePrecision(), ROWS, weight_decay=DECAY, tol=1e-9, batch_size=batch_size
             )
     assert report.newton_iterations < 30
     assert report.gradient_norm < 1e-5
-    assert report.gradient_norm < 2 * min(state.norm for state in seen)
+    assert report.gradient_norm < 2 * min(state.norm for state in states)
 
 
 class _SinglePrecision(ToyObjective):
@@ -222,15 +222,15 @@ class _SinglePrecision(ToyObjective):
 
 
 def test_batches_do_not_matter():
-    found = []
+    ends = []
     for size in (7, 64):
         before, after = pair()
         settings = {"previous": before, "trainable": PATTERNS, "weight_decay": DECAY, "alpha": ALPHA}
         training.polish(after, ToyObjective(), MORE, batch_size=size, **settings)
-        found.append(values(after))
-    for name, p in found[0].items():
+        ends.append(values(after))
+    for name, p in ends[0].items():
         if name != "head.bias":
-            torch.testing.assert_close(p, found[1][name], rtol=0, atol=1e-7)
+            torch.testing.assert_close(p, ends[1][name], rtol=0, atol=1e-7)
 
 
 def test_what_the_loss_ignores_is_held_constant():

@@ -24,9 +24,9 @@ from hf_msif.training.replay import Replay
 SGD = {"optim": "sgd", "optim_args": "momentum=0.5", "learning_rate": 0.2}
 
 
-def record(model, folder, rows=None, settings=None, **more):
-    given = arguments("unused", **{**SGD, **(settings or {})})
-    return training.record(model, ToyObjective(), rows or toy_rows(3, 11), given, folder, progress=False, **more)
+def record(model, folder, rows=None, settings=None, **options):
+    args = arguments("unused", **{**SGD, **(settings or {})})
+    return training.record(model, ToyObjective(), rows or toy_rows(3, 11), args, folder, progress=False, **options)
 
 
 # What a step reads --------------------------------------------------------------------------------------------------
@@ -35,33 +35,33 @@ def record(model, folder, rows=None, settings=None, **more):
 @pytest.mark.parametrize(("batch", "accumulated"), [(4, 1), (2, 2), (3, 1), (11, 1), (30, 1)])
 def test_an_epoch_reads_every_row_once(batch, accumulated):
     settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
-    found = schedule(arguments("unused", num_train_epochs=3, **settings), 11)
+    steps = schedule(arguments("unused", num_train_epochs=3, **settings), 11)
     an_epoch = -(-11 // (batch * accumulated))
-    assert len(found.rows) == len(found.rates) == len(found.epochs) == 3 * an_epoch
+    assert len(steps.rows) == len(steps.rates) == len(steps.epochs) == 3 * an_epoch
     orders = []
     for epoch in range(3):
-        own = [i for i, e in enumerate(found.epochs) if e == epoch]
-        assert own == list(range(epoch * an_epoch, (epoch + 1) * an_epoch))
-        orders.append([row for i in own for row in found.rows[i]])
+        epoch_steps = [i for i, e in enumerate(steps.epochs) if e == epoch]
+        assert epoch_steps == list(range(epoch * an_epoch, (epoch + 1) * an_epoch))
+        orders.append([row for i in epoch_steps for row in steps.rows[i]])
         assert sorted(orders[-1]) == list(range(11))
-        assert [len(found.rows[i]) for i in own[:-1]] == [batch * accumulated] * (an_epoch - 1)
+        assert [len(steps.rows[i]) for i in epoch_steps[:-1]] == [batch * accumulated] * (an_epoch - 1)
     assert (orders[0] != orders[1]) == (an_epoch > 1)
 
 
 def test_steps_and_rates_are_those_of_the_arguments():
-    given = arguments("unused", max_steps=5, warmup_steps=2, learning_rate=0.1, lr_scheduler_type="cosine")
-    found = schedule(given, 11)
-    assert found.epochs == [0, 0, 0, 1, 1]
+    args = arguments("unused", max_steps=5, warmup_steps=2, learning_rate=0.1, lr_scheduler_type="cosine")
+    steps = schedule(args, 11)
+    assert steps.epochs == [0, 0, 0, 1, 1]
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     scheduler, rates = get_scheduler("cosine", optimiser, 2, 5), []
     for _ in range(5):
         rates.append(optimiser.param_groups[0]["lr"])
         optimiser.step()
         scheduler.step()
-    assert found.rates == rates
+    assert steps.rates == rates
     assert len(schedule(arguments("unused", num_train_epochs=1.5), 11).rows) == 5
     other = schedule(arguments("unused", max_steps=5, seed=6), 11)
-    assert other.rows != found.rows
+    assert other.rows != steps.rows
 
 
 def test_a_schedule_is_read_as_it_was_written(tmp_path):
@@ -105,15 +105,15 @@ class Noted(objectives.MaskedLM):
 def test_masks_are_numbered_by_the_epoch(static, tmp_path):
     rows = tiny.rows(5, seed=1, shortest=6)
     objective = Noted(tiny.tokenizer(), mask_probability=0.4, draws=2, static=static)
-    given = arguments("unused", **SGD, per_device_train_batch_size=2, num_train_epochs=3)
+    args = arguments("unused", **SGD, per_device_train_batch_size=2, num_train_epochs=3)
     objective.batches.clear()
-    training.record(tiny.model("bert", "masked"), objective, rows, given, tmp_path, progress=False)
+    training.record(tiny.model("bert", "masked"), objective, rows, args, tmp_path, progress=False)
     draws = {draw for _, draw in objective.batches}
     assert draws == ({0} if static else {0, 2, 4})
     assert {i for i, _ in objective.batches} == set(range(5))
     plain = objectives.MaskedLM(tiny.tokenizer(), mask_probability=0.4, draws=2)
-    for (i, draw), seen in objective.batches.items():
-        assert seen == {_stripped(replace(plain, first_draw=draw).collate([rows[i]])["input_ids"][0].tolist())}
+    for (i, draw), collated in objective.batches.items():
+        assert collated == {_stripped(replace(plain, first_draw=draw).collate([rows[i]])["input_ids"][0].tolist())}
 
 
 def test_an_omitted_row_keeps_its_place(tmp_path):
@@ -143,11 +143,17 @@ def text_pair(**config):
     return before, tiny.finetuned(before, "bert", **config)
 
 
-def recorded_texts(model, folder, before, settings=None, trainable="all", **more):
-    own = {**SGD, "learning_rate": 0.05, "per_device_train_batch_size": 4, "num_train_epochs": 4, **(settings or {})}
-    given = arguments("unused", **own)
-    own = {"previous": before, "trainable": trainable, "progress": False, **more}
-    return training.record(model, tiny.objective("classification"), TEXTS, given, folder, **own)
+def recorded_texts(model, folder, before, settings=None, trainable="all", **options):
+    of_run = {
+        **SGD,
+        "learning_rate": 0.05,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 4,
+        **(settings or {}),
+    }
+    args = arguments("unused", **of_run)
+    of_stage = {"previous": before, "trainable": trainable, "progress": False, **options}
+    return training.record(model, tiny.objective("classification"), TEXTS, args, folder, **of_stage)
 
 
 def states():
@@ -178,9 +184,9 @@ def test_dropout_is_replayed(settings, trainable, tmp_path):
     model.bert.encoder.eval()
     modes = [m.training for m in model.modules()]
     pre = Stage("pre", before, tiny.objective("masked"), tiny.rows(4, seed=1))
-    own = {"trainable": trainable, "link": "unrolled", "run": tmp_path / "run"}
+    of_stage = {"trainable": trainable, "link": "unrolled", "run": tmp_path / "run"}
     chain = MultiStageInfluence(
-        [pre, Stage("fine", model, tiny.objective("classification"), TEXTS, **own)], None, False
+        [pre, Stage("fine", model, tiny.objective("classification"), TEXTS, **of_stage)], None, False
     )
     random_state = states()
     assert check_replay(chain.stages[1]) == 0.0
@@ -205,9 +211,9 @@ def test_dropout_is_replayed(settings, trainable, tmp_path):
         assert not moved.training
         sides.append(tiny.Plain(moved, "classification", tiny.objective("classification").collate(TESTS)).sums())
     expected = ((sides[0] - sides[1]) / (2 * step)).detach()
-    found = sum((b[n] * v).flatten(1).sum(1) for n, v in direction.items())
+    predicted = sum((b[n] * v).flatten(1).sum(1) for n, v in direction.items())
     assert expected.abs().min() > 1e-4
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(predicted, expected, rtol=1e-5, atol=1e-8)
 
 
 # Interruptions ------------------------------------------------------------------------------------------------------
@@ -217,11 +223,11 @@ def interrupted(monkeypatch, method, after, action):
     """Runs `action` with `Replay.<method>` failing once it has succeeded so often."""
     calls, original = [], getattr(Replay, method)
 
-    def patched(self, *given):
+    def patched(self, *args):
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(None)
-        return original(self, *given)
+        return original(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Replay, method, patched)
@@ -254,9 +260,9 @@ def test_an_interrupted_run_goes_on_unchanged(optim, after, tmp_path, monkeypatc
         assert torch.equal(p, whole.get_parameter(n))
     left, right = (Recording.from_pretrained(tmp_path / folder) for folder in ("whole", "run"))
     assert left.settings == right.settings
-    for mark in left.saved_steps:
-        for slot, own in left.state(mark).items():
-            assert all(torch.equal(t, right.state(mark)[slot][n]) for n, t in own.items())
+    for step in left.saved_steps:
+        for slot, tensors in left.state(step).items():
+            assert all(torch.equal(t, right.state(step)[slot][n]) for n, t in tensors.items())
 
     steps.clear()
     again = toy(1)
@@ -278,14 +284,14 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("more", "names"), OTHERS.values(), ids=OTHERS)
-def test_another_run_in_the_same_folder_is_refused(more, names, tmp_path):
+@pytest.mark.parametrize(("options", "names"), OTHERS.values(), ids=OTHERS)
+def test_another_run_in_the_same_folder_is_refused(options, names, tmp_path):
     record(toy(1), tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     model = toy(1)
     start = parameters_of(model)
     with pytest.raises(InputError, match=f"holds a run that differs in {names}: delete it"):
-        record(model, tmp_path, **more)
+        record(model, tmp_path, **options)
     with pytest.raises(InputError, match="differs in initial: delete it"):
         record(toy(2), tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -316,10 +322,10 @@ REFUSED = {
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
 def test_arguments_that_are_refused(settings, message, tmp_path):
-    given = arguments("unused", **{**SGD, **{k: v for k, v in settings.items() if k != "bf16"}})
-    given.bf16 = settings.get("bf16", False)  # whose own check asks the machine
+    args = arguments("unused", **{**SGD, **{k: v for k, v in settings.items() if k != "bf16"}})
+    args.bf16 = settings.get("bf16", False)  # whose own check asks the machine
     with pytest.raises(InputError, match=message):
-        training.record(toy(1), ToyObjective(), toy_rows(3, 11), given, tmp_path / "run", progress=False)
+        training.record(toy(1), ToyObjective(), toy_rows(3, 11), args, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -334,8 +340,8 @@ def test_a_folder_that_holds_no_run(tmp_path):
     with pytest.raises(InputError, match=r"stage 'x': .* holds no recorded run; expected what `training.record`"):
         Recording.from_pretrained(tmp_path, "x")
     record(toy(1), tmp_path)
-    found = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps({**found, "format": 99}))
+    settings = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**settings, "format": 99}))
     with pytest.raises(InputError, match="was recorded by another version: record it again"):
         Recording.from_pretrained(tmp_path)
 
@@ -344,13 +350,13 @@ def test_a_recording_is_read_as_it_was_made(tmp_path):
     before, model = pair()
     settings = {"optim": "adamw_torch", "optim_args": "eps_inside_root=true", "weight_decay": 0.2, "adam_beta1": 0.7}
     made = record(model, tmp_path, settings=settings, previous=before, weight_decay=0.1, alpha=0.3)
-    found = Recording.from_pretrained(tmp_path)
-    assert found == made
-    assert found.settings == made.settings
-    assert found.saved_steps == [0, 3, 6, 9]
-    assert found.optimiser.eps_inside_root
-    assert found.bytes_of(dict(model.named_parameters())) == 3 * 8 * sum(p.numel() for p in model.parameters())
-    end = found.state(9)
+    loaded = Recording.from_pretrained(tmp_path)
+    assert loaded == made
+    assert loaded.settings == made.settings
+    assert loaded.saved_steps == [0, 3, 6, 9]
+    assert loaded.optimiser.eps_inside_root
+    assert loaded.bytes_of(dict(model.named_parameters())) == 3 * 8 * sum(p.numel() for p in model.parameters())
+    end = loaded.state(9)
     assert set(end) == {"parameters", "first_moment", "second_moment"}
     assert tensors_fingerprint(end["parameters"]) == tensors_fingerprint(parameters_of(model))
 

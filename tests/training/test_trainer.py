@@ -208,12 +208,12 @@ def test_few_terms_count_as_they_are(tmp_path):
             sums, counts = super().losses(call, batch)
             return sums / 100, counts / 100
 
-    rows, found = toy_rows(1, 4), []
+    rows, ends = toy_rows(1, 4), []
     for objective in (ToyObjective(), Light()):
         model = toy(0)
         train(model, objective, rows, arguments(tmp_path), progress=False)
-        found.append(weights(model))
-    tiny.close(found[1], found[0], 1e-13)
+        ends.append(weights(model))
+    tiny.close(ends[1], ends[0], 1e-13)
 
 
 # Masks, workers, omission -------------------------------------------------------------------------------------------
@@ -223,9 +223,16 @@ def run(folder, model=None, objective=None, rows=None, **settings):
     """The weights after two and a half epochs of masked LM in float32, dropout on."""
     model = model or tiny.model("bert", "masked", dtype=torch.float32)
     keys = ("omit", "weight_decay", "trainable", "previous", "alpha")
-    given = {k: settings.pop(k) for k in keys if k in settings}
+    of_stage = {k: settings.pop(k) for k in keys if k in settings}
     args = arguments(folder, **{"max_steps": 8, "optim": "adamw_torch", "learning_rate": 1e-2, **settings})
-    train(model, objective or tiny.objective("masked"), rows or tiny.rows(10, seed=3), args, progress=False, **given)
+    train(
+        model,
+        objective or tiny.objective("masked"),
+        rows or tiny.rows(10, seed=3),
+        args,
+        progress=False,
+        **of_stage,
+    )
     return weights(model)
 
 
@@ -248,9 +255,11 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(undisturbed, tmp_path):
     model = tiny.model("bert", "masked")
     plain = tiny.Plain(model, "masked", objective.collate(rows))
     for _ in range(2):
-        found = evaluate(model, objective, rows, batch_size=3)
-        np.testing.assert_allclose(found["loss"], plain.sums().sum().item() / len(plain.batch["labels"]), rtol=1e-12)
-        assert found["examples"] == 10
+        measures = evaluate(model, objective, rows, batch_size=3)
+        np.testing.assert_allclose(
+            measures["loss"], plain.sums().sum().item() / len(plain.batch["labels"]), rtol=1e-12
+        )
+        assert measures["examples"] == 10
     assert model.training
 
 
@@ -273,9 +282,9 @@ def test_an_omitted_row_is_one_of_weight_zero(undisturbed, tmp_path, omit):
 
     plain = tiny.objective("masked")
     weighted = Weighted(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
-    found = run(tmp_path, omit=omit)
-    same(found, run(tmp_path, objective=weighted))
-    assert any(not torch.equal(p, undisturbed[n]) for n, p in found.items())
+    end = run(tmp_path, omit=omit)
+    same(end, run(tmp_path, objective=weighted))
+    assert any(not torch.equal(p, undisturbed[n]) for n, p in end.items())
 
 
 def test_the_omitted_text_does_not_matter(tmp_path):
@@ -384,9 +393,11 @@ def test_a_loss_that_is_no_number_stops_at_its_step(tmp_path, at, logging):
 @pytest.mark.parametrize("saving", [False, True])
 def test_weights_that_are_no_numbers_are_neither_returned_nor_saved(tmp_path, saving):
     """The last step's loss is finite, what it makes of the weights is not."""
-    more = {"save_strategy": "steps", "save_steps": 1} if saving else {}
+    saving_all = {"save_strategy": "steps", "save_steps": 1} if saving else {}
     with pytest.raises(InputError, match=r"parameter '[\w.]+' of stage 'stage' is not finite after step 3: lower"):
-        train(toy(0), Breaking(3, True), toy_rows(1, 8), arguments(tmp_path, max_steps=3, **more), progress=False)
+        train(
+            toy(0), Breaking(3, True), toy_rows(1, 8), arguments(tmp_path, max_steps=3, **saving_all), progress=False
+        )
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == (
         ["checkpoint-1", "checkpoint-2"] if saving else []
     )
@@ -472,7 +483,7 @@ def photograph(model):
     }
 
 
-def odd(task="classification"):
+def touched(task="classification"):
     model = tiny.model("bert" if task != "causal" else "gpt2", task, dtype=torch.float32)
     next(model.base_model.children()).eval()
     next(model.parameters()).requires_grad_(False)
@@ -491,7 +502,7 @@ SETTINGS = {
 @pytest.mark.parametrize("task", ["classification", "causal"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_all_but_weights_is_left_as_it_came(tmp_path, task, settings):
-    model = odd(task)
+    model = touched(task)
     before, start = photograph(model), weights(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # checkpointing has another name in newer transformers
@@ -511,16 +522,16 @@ def test_all_but_weights_is_left_as_it_came(tmp_path, task, settings):
 @pytest.mark.slow
 def test_bfloat16_is_close_to_float32(tmp_path):
     """Autocast reaches the model's call, and leaves weights and penalty in float32."""
-    found = []
-    for more in ({}, {"bf16": True}):
+    steps = []
+    for precision in ({}, {"bf16": True}):
         model = without_dropout(tiny.model("bert", "masked", dtype=torch.float32))
         start = weights(model)
-        args = arguments(tmp_path, per_device_train_batch_size=6, **more)
+        args = arguments(tmp_path, per_device_train_batch_size=6, **precision)
         train(model, tiny.objective("masked"), tiny.rows(6), args, weight_decay=0.1, progress=False)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        found.append({n: p - start[n] for n, p in weights(model).items()})
-    tiny.close(found[1], found[0], 0.05)
-    assert any(not torch.equal(found[0][n], found[1][n]) for n in found[0])
+        steps.append({n: p - start[n] for n, p in weights(model).items()})
+    tiny.close(steps[1], steps[0], 0.05)
+    assert any(not torch.equal(steps[0][n], steps[1][n]) for n in steps[0])
 
 
 def test_nothing_is_said(tmp_path, recwarn, capsys):
