@@ -36,7 +36,7 @@ from transformers import BertTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_msif import MultiStageInfluence, Stage, objectives, training, vectors
-from hf_msif.influence import unrolled
+from hf_msif.influence import backward
 
 BAR = 6.0
 UNIT = "the run, training.record"
@@ -118,7 +118,7 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
     memory = {
         "state": state,
         "states_held": held,
-        "planned": unrolled.held_bytes(link.differentiation.recording, link.model.parameters, 1),
+        "planned": backward.held_bytes(link.differentiation.recording, link.model.parameters, 1),
     }
     # One step also holds its state, its adjoint and gradients, of 3/3, 3/3 and 4/3 of the size of a state.
     memory["graphs"] = _peak(lambda: _one_step(link, adjoint), settings.device) - 4 * state

@@ -86,5 +86,5 @@ def _compare(before: np.ndarray, after: np.ndarray, k: int) -> tuple[float, floa
         return set(np.argsort(-abs(values), kind="stable")[:k])
 
     pairs = list(zip(before, after, strict=True))
-    kept = [len(top(x) & top(y)) / min(k, len(x)) for x, y in pairs]
-    return float(np.mean(kept)), float(np.mean([spearmanr(x, y).statistic for x, y in pairs]))
+    shares = [len(top(x) & top(y)) / min(k, len(x)) for x, y in pairs]
+    return float(np.mean(shares)), float(np.mean([spearmanr(x, y).statistic for x, y in pairs]))

@@ -12,11 +12,8 @@ them are held at a time.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,71 +26,19 @@ from ..curvature.derivatives import Evaluation
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint
 from ..engine.corpus import Stream
-from ..engine.files import flat_keys, nested_keys
-from ..engine.hashing import digest, tensors_fingerprint
+from ..engine.hashing import digest
 from ..errors import InputError
 from ..scoring.scorer import RowInfluence
-from ..training.optimisers import Slots, start
+from ..training.optimisers import start
 from ..training.record import compose, rerun
 from ..training.recording import Recording
-from ..training.replay import Adjoint, Replay
+from ..training.replay import Replay
 from ..vectors import Block
+from .backward import RunCertificate, gap, go_back, growth_limit, held_bytes
 from .chain import BoundStage
 from .cost import Cost, best_seconds, model_bytes, size_text, time_text
 from .differentiation import Differentiation, Retraining, register
 from .stage import Stage
-
-REPRODUCED = 3e-2  # largest difference of a replayed state, relative to how far the run went between two states
-SAVE_EVERY = 60.0  # seconds between two copies of a backward sweep that is under way
-
-REMEDIES = (
-    "the run is too sensitive for a first-order answer: train it with a smaller learning rate, larger batches, more "
-    "warm-up, weight averaging or fewer steps, or differentiate it implicitly (link='implicit')"
-)
-
-
-@dataclass(frozen=True)
-class RunCertificate:
-    """What is known about a pull-back through a run; lists have one entry per column.
-
-    - `steps`: T. `norms`: [[t, ‖λ_t‖ / ‖a‖ of each column], ...] on the parameters, at the kept states, last first.
-    - `growth`: the largest such ratio at any step; `limit`: above it the pull-back is refused.
-    - `replay_difference`: the largest ‖φ_replayed − φ_recorded‖ / ‖φ_recorded − φ_before‖ over the segments between
-      kept states, of the parameters and of each of the optimiser's buffers (a loss on another scale leaves Adam's
-      steps as they are, but not its moments); 0 where the run repeats itself bit for bit.
-    """
-
-    steps: int
-    growth: list[float]
-    limit: float
-    replay_difference: float
-    norms: list[list[Any]]
-
-    @property
-    def converged(self) -> list[bool]:
-        """Nothing is iterated: an answer is exact, or refused."""
-        return [True] * len(self.growth)
-
-    @property
-    def status(self) -> list[str]:
-        return ["exact"] * len(self.growth)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunCertificate:
-        """Inverse of `to_dict`."""
-        return cls(**values)
-
-    def __str__(self) -> str:
-        first = self.norms[-1][1]
-        return "\n".join(
-            f"unrolled, column {q}: {self.steps} steps; adjoint grew at most {growth:.2g} times (limit "
-            f"{self.limit:.1g}), {first[q]:.2g} at the start; replay differs by {self.replay_difference:.1e}"
-            for q, growth in enumerate(self.growth)
-        )
 
 
 @dataclass
@@ -140,23 +85,6 @@ class RowWeights:
     def _places(self) -> dict[Any, tuple[int, str]]:
         """example_id → its number and its digest."""
         return {row["example_id"]: (i, digest(row)) for i, row in enumerate(self.bound.rows)}
-
-
-def held_bytes(recording: Recording, parameters: Mapping[str, Any], columns: int) -> int:
-    """Most bytes that a pull-back holds at a time, beside the graph of one step.
-
-    A segment's states; while they are made, the recorded end beside the one that they lead to; on the way back the
-    gradient and what it is clipped to, and for each column the adjoints of a state and of the two gradients.
-    """
-    state = recording.bytes_of(parameters)
-    own = state // (1 + len(recording.optimiser.buffers))
-    backward = recording.interval * state + 2 * own + columns * (state + 2 * own)
-    return max(backward, (recording.interval + 2) * state + columns * state)
-
-
-def growth_limit(dtype: torch.dtype) -> float:
-    """Growth of the adjoint beyond which rounding of the run itself, so much enlarged, reaches 0.1 %."""
-    return 1e-3 / torch.finfo(dtype).eps
 
 
 @register("unrolled")
@@ -269,51 +197,15 @@ class Unrolled(Differentiation):
         Raises:
             InputError: the adjoint grew beyond `Stage.max_growth`, or replaying does not lead from state to state.
         """
-        recording, replay, name = self.recording, self.replay, self.bound.name
-        key = checkpoint.question + name if checkpoint else None
-        limit = self.bound.stage.max_growth or growth_limit(replay.dtype)
-        size = vectors.norm(vectors.select(adjoint, recording.trained)).clamp(min=torch.finfo(torch.float64).tiny)
-        sweep = _Sweep(recording, replay, adjoint, key)
-        segments = list(itertools.pairwise(recording.saved_steps))
-        bar = self.bound.engine.bar(desc=f"{name}: back through the run", total=recording.steps, unit=" steps")
-        with bar:
-            bar.update(recording.steps - sweep.step)
-            for begin, end in reversed(segments):
-                if begin >= sweep.step:
-                    continue
-                states, difference = _segment(recording, replay, begin, end)
-                sweep.difference = max(sweep.difference, difference)
-                if not sweep.difference <= REPRODUCED:
-                    raise InputError(
-                        f"stage {name!r}: replaying steps {begin + 1} to {end} ends {sweep.difference:.1e} of their "
-                        f"length away from the recorded state; expected at most {REPRODUCED:.0e}. The run had another "
-                        "loss than the stage's objective (as many models' own loss is under gradient accumulation), "
-                        "data or random numbers that were not recorded, or attention kernels with dropout of their "
-                        "own (attn_implementation='eager')."
-                    )
-                for t in reversed(range(begin, end)):
-                    replay.backward(states.pop(), t, sweep.adjoint)
-                    growth = (vectors.norm(sweep.adjoint.slots["parameters"]) / size).tolist()
-                    sweep.growth = [max(pair) for pair in zip(sweep.growth, growth, strict=True)]
-                    if not all(math.isfinite(x) and x <= limit for x in growth):
-                        raise InputError(
-                            f"stage {name!r}: on the way back the adjoint grew {max(growth):.1e} times at step "
-                            f"{t + 1} of {recording.steps}; expected at most {limit:.1e} (max_growth): {REMEDIES}."
-                        )
-                    bar.set_postfix(growth=f"{max(growth):.1e}", refresh=False)
-                    bar.update()
-                sweep.step = begin
-                sweep.norms.append([begin, growth])
-                sweep.keep()
-        sweep.copy.forget()
-        adjoint_before = replay.gather(sweep.adjoint)
-        trained = adjoint_before.slots["parameters"]
-        frozen = adjoint_before.frozen
-        inherited = {n: frozen[n] if n in frozen else trained[n] for n in self.bound.split.inherited}
-        for n, anchored in adjoint_before.anchors.items():
+        bound, recording, replay = self.bound, self.recording, self.replay
+        limit = bound.stage.max_growth or growth_limit(replay.dtype)
+        cache_key = checkpoint.question + bound.name if checkpoint else None
+        first, certificate = go_back(recording, replay, adjoint, bound.name, limit, cache_key)
+        trained = first.slots["parameters"]
+        inherited = {n: first.frozen[n] if n in first.frozen else trained[n] for n in bound.split.inherited}
+        for n, anchored in first.anchors.items():
             inherited[n] = inherited[n] + anchored
-        certificate = RunCertificate(recording.steps, sweep.growth, limit, sweep.difference, sweep.norms)
-        return RowWeights(self.bound, adjoint_before.weights, certificate), inherited
+        return RowWeights(bound, first.weights, certificate), inherited
 
     def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> RowWeights:
         return RowWeights(self.bound, tensors["weights"], RunCertificate.from_dict(certificate))
@@ -416,26 +308,6 @@ class RunAgain(Retraining):
         training.record(model, self.stage.objective, self.stage.data, arguments, None, **terms, progress=False)
 
 
-def _segment(recording: Recording, replay: Replay, begin: int, end: int) -> tuple[list[Slots], float]:
-    """The states before each of the steps between two kept ones, and how far they lead from the recorded end."""
-    device = replay.engine.device
-    states = [recording.state(begin, device)]
-    for t in range(begin, end):
-        states.append(replay.forward(states[-1], t))
-    replayed, recorded = states.pop(), recording.state(end, device)
-    return states, max(_gap(replayed[slot], recorded[slot], states[0][slot]) for slot in recorded)
-
-
-def _gap(replayed: Mapping, recorded: Mapping, first: Mapping) -> float:
-    """‖replayed − recorded‖ / ‖recorded − first‖."""
-
-    def distance(x: Mapping, y: Mapping) -> float:
-        return math.sqrt(sum(float((x[n].double() - y[n].double()).square().sum()) for n in x))
-
-    gap = distance(replayed, recorded)
-    return gap / max(distance(recorded, first), 1e-300) if gap else gap
-
-
 def check_replay(bound: BoundStage) -> float:
     """Replays the whole run of an unrolled stage from its first state.
 
@@ -450,43 +322,4 @@ def check_replay(bound: BoundStage) -> float:
             slots = replay.forward(slots, t)
             bar.update()
     last = recording.state(recording.steps, device)
-    return _gap(slots["parameters"], last["parameters"], first["parameters"])
-
-
-class _Sweep:
-    """A backward sweep under way, and its copy in the run's folder.
-
-    `cache_key` says what `a` is the answer to; None: `a` itself does.
-    """
-
-    def __init__(self, recording: Recording, replay: Replay, a: Block, cache_key: str | None):
-        self.step, self.difference, self.replay = recording.steps, 0.0, replay
-        width = vectors.columns(a)
-        self.growth, self.norms = [1.0] * width, [[recording.steps, [1.0] * width]]
-        key = f"{cache_key or tensors_fingerprint(a)} {recording.settings}"
-        key = hashlib.sha256(key.encode()).hexdigest()
-        self.copy = Checkpoint(recording.folder / f"sweep-{key[:16]}.safetensors", key, replay.engine, SAVE_EVERY)
-        self.adjoint = self._load() or replay.adjoint(a)
-
-    def keep(self) -> None:
-        if not self.copy.due() or self.step == 0:
-            return
-        adjoint = self.replay.gather(self.adjoint)
-        parts = {"frozen": adjoint.frozen, "anchors": adjoint.anchors, "weights": {"": adjoint.weights}}
-        parts |= {f"slot {slot}": block for slot, block in adjoint.slots.items()}
-        progress = {key: getattr(self, key) for key in ("step", "difference", "growth", "norms")}
-        self.copy.save(flat_keys(parts), progress)
-
-    def _load(self) -> Adjoint | None:
-        """The copy's adjoint; None where there is none, or where it is damaged or has another cache key."""
-        copy = self.copy.load()
-        if copy is None:
-            return None
-        tensors, progress = copy
-        vars(self).update({key: progress[key] for key in ("step", "difference", "growth", "norms")})
-        device = self.replay.engine.device
-        parts: dict[str, Block] = {"frozen": {}, "anchors": {}}
-        parts |= nested_keys({key: t.to(device) for key, t in tensors.items()})
-        weights = parts.pop("weights")[""]
-        slots = {part.removeprefix("slot "): block for part, block in parts.items() if part.startswith("slot ")}
-        return self.replay.scatter(Adjoint(slots, parts["frozen"], parts["anchors"], weights))
+    return gap(slots["parameters"], last["parameters"], first["parameters"])

@@ -32,7 +32,7 @@ from helpers.toy import ToyObjective, decayed, example_losses, toy, toy_rows
 from transformers import get_scheduler
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
-from hf_msif.influence import unrolled
+from hf_msif.influence import backward
 from hf_msif.influence.sweep import damping_sweep
 from hf_msif.influence.unrolled import check_replay
 from hf_msif.training.record import rerun
@@ -461,7 +461,7 @@ def interrupted_sweep(monkeypatch, chain, after, tests=TESTS):
         return backward(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(unrolled, "SAVE_EVERY", 0.0)
+        patch.setattr(backward, "SAVE_EVERY", 0.0)
         patch.setattr(unrolled.Replay, "backward", failing)
         with pytest.raises(KeyboardInterrupt):
             chain.query(tests)
