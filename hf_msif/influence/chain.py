@@ -28,7 +28,7 @@ from ..solvers import Dense, Identity, Solution, solve
 from ..training.recording import Recording
 from ..training.replay import Replay
 from ..vectors import Block
-from .stage import CURVATURES, Stage
+from .stage import Stage
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Link:
 
     def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:
         """`operator` estimated on other rows, or with other quadratic terms."""
-        stage, kind = self.stage, CURVATURES[self.stage.curvature]
+        stage, kind = self.stage, self.stage.curvature_class
         ridge = self.ridge if ridge is None else ridge
         return kind(self.model, stage.objective, rows, self.split.trained, self.engine, stage.batch_size, ridge)
 
@@ -351,7 +351,14 @@ class Link:
     def question(self) -> str:
         """What the stage's pull-back depends on, beside the adjoint that it is given."""
         stage = self.stage
-        settings = [stage.trainable, stage.weight_decay, stage.alpha, stage.link, stage.curvature, repr(stage.solver)]
+        settings = [
+            stage.trainable,
+            stage.weight_decay,
+            stage.alpha,
+            stage.link,
+            stage.curvature_name,
+            repr(stage.solver),
+        ]
         rows = self.curvature_rows if self.recording is None else [self.recording.settings]
         return digest([self.fingerprint, repr(settings), objective_fingerprint(stage.objective), rows])
 

@@ -204,7 +204,7 @@ def _facts(link: Link) -> dict:
     if stage.alpha == "auto" and link.split.proximal:
         found["alpha_estimate"] = asdict(link.estimate)
     return found | {
-        "curvature": stage.curvature,
+        "curvature": stage.curvature_name,
         "curvature_examples": len(link.curvature_rows),
         "gradient_norm": link.gradient_norm,
     }

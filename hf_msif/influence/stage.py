@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from ..curvature import GaussNewton, Hessian
+from ..curvature import Curvature, GaussNewton, Hessian
 from ..errors import InputError
+from ..objectives import checked_objective
 from ..solvers import CG
 
 CURVATURES = {"gauss_newton": GaussNewton, "hessian": Hessian}
@@ -27,7 +28,7 @@ class Stage:
         name: unique in its chain.
         model: a `PreTrainedModel` at the stage's final parameters, or a `PeftModel` of one: its adapters, not merged,
             belong to the stage and its encoder is inherited as ever; never modified.
-        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        objective: an object of `hf_msif.objectives`, or of your own subclass of `objectives.Objective`.
         data: the stage's training examples: a `datasets.Dataset`, a list of dicts, or a list of strings. A column
             `example_id` names rows (and seeds their masks); rows without one are numbered. Of a first stage with
             `curvature_samples` also a stream, see `corpus.as_corpus`: it is read twice, for the subset and for N.
@@ -44,7 +45,7 @@ class Stage:
         run: folder of that run, from `training.record` or a `RecordCallback`.
         max_growth: refuse an unrolled pull-back whose adjoint grows more than so many times; default: 1e-3 divided by
             the rounding unit of the run's dtype.
-        curvature: "gauss_newton" or "hessian".
+        curvature: "gauss_newton", "hessian", or your own subclass of `hf_msif.curvature.Curvature` (the class).
         curvature_samples: size of the fixed random subset on which the curvature is estimated; None: all of `data`.
         solver: one of `hf_msif.solvers`.
         batch_size: rows a batch in passes over `data`.
@@ -65,7 +66,7 @@ class Stage:
     link: str = "proximal"
     run: str | os.PathLike | None = None
     max_growth: float | None = None
-    curvature: str = "gauss_newton"
+    curvature: str | type[Curvature] = "gauss_newton"
     curvature_samples: int | None = None
     solver: Any = field(default_factory=CG)
     batch_size: int = 64
@@ -73,9 +74,11 @@ class Stage:
     seed: int = 0
 
     def __post_init__(self):
-        if self.curvature not in CURVATURES:
+        checked_objective(self.objective, f"stage {self.name!r}")
+        if not (isinstance(self.curvature_class, type) and issubclass(self.curvature_class, Curvature)):
             raise InputError(
-                f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}."
+                f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}, or a "
+                "subclass of hf_msif.curvature.Curvature."
             )
         if self.link not in ("proximal", "unrolled"):
             raise InputError(f"stage {self.name!r}: link is {self.link!r}; expected 'proximal' or 'unrolled'.")
@@ -95,3 +98,15 @@ class Stage:
             raise InputError(
                 f"stage {self.name!r}: alpha is {self.alpha!r}; expected a positive number, as in eq. (12), or 'auto'."
             )
+
+    @property
+    def curvature_class(self) -> type[Curvature]:
+        """The class of the stage's curvature operator."""
+        return CURVATURES.get(self.curvature, self.curvature)
+
+    @property
+    def curvature_name(self) -> str:
+        """By which metadata and checkpoints know the curvature: its name, or "module:Name" of a class of your own."""
+        if isinstance(self.curvature, str):
+            return self.curvature
+        return f"{self.curvature.__module__}:{self.curvature.__qualname__}"

@@ -314,7 +314,7 @@ def _accuracies(run: Run, models: dict[str, Any]) -> dict[str, float]:
     found = {}
     for name in run.names:
         objective, stage = run.objective(name, models[name]), run.config.stages[name]
-        if hasattr(objective, "predictions"):
+        if objective.predictions is not None:
             sides = {name: run.rows(name)}
             if stage.data.has_test_side:
                 sides[f"{name}, test"] = run.rows(name, "test")

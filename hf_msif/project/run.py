@@ -418,7 +418,7 @@ class Run:
 
         model = self.model(name)
         objective = self.objective(name, model)
-        if not hasattr(objective, "predictions"):
+        if objective.predictions is None:
             raise InputError(f"test.wrong is for classification; stage {name!r} has another task.")
         return training.mistakes(model, objective, rows, self.config.stages[name].batch_size)
 

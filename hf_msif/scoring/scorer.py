@@ -222,7 +222,7 @@ class _Scorer:
 
     def frame(self, rows: list[dict], found: _Found, own: slice) -> pd.DataFrame:
         """The rows' columns of `Scores`."""
-        column = getattr(self.objective, "text_column", getattr(self.objective, "image_column", "text"))
+        column = self.objective.content_column
         columns = {"loss": found.loss[own], "terms": found.terms[own]}
         return frame_of(rows, found.influence[own], self.count, columns, column)
 

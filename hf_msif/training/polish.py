@@ -24,6 +24,7 @@ from ..curvature.derivatives import Evaluation, reached
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows, checked_omission
 from ..errors import InputError
+from ..objectives import checked_objective
 from ..vectors import Block
 from . import logistic
 from .newton import Newton, Preconditioner, State, lbfgs, nearby
@@ -167,7 +168,7 @@ def polish(
     if method not in ("newton", "sklearn"):
         raise InputError(f"stage {name!r}: method is {method!r}; expected 'newton' or 'sklearn'.")
     started = time.perf_counter()
-    engine = engine or Engine(progress=False)
+    engine, objective = engine or Engine(progress=False), checked_objective(objective, f"stage {name!r}")
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
     target = _Target(model, objective, rows, roles, previous, weight_decay, alpha, omit, batch_size, engine)

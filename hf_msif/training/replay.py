@@ -23,7 +23,6 @@ from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation
 from ..engine.accelerated import Engine
 from ..engine.corpus import checked_omission
-from ..objectives import of_epoch
 from ..vectors import Block
 from .optimisers import Slots, clipped
 from .recording import Recording
@@ -256,7 +255,7 @@ class Replay:
     def _evaluations(self, t: int) -> list[tuple[Evaluation, Tensor, float]]:
         """The micro-batches of step t with their rows' indices and Σ count_i of the whole step."""
         schedule, size = self.recording.schedule, self.recording.micro_batch
-        rows, objective = schedule.rows[t], of_epoch(self.objective, schedule.epochs[t])
+        rows, objective = schedule.rows[t], self.objective.of_epoch(schedule.epochs[t])
         key = (rows, objective)
         if self._collated[0] != key:
             parts, device = [], self.engine.device

@@ -27,7 +27,7 @@ from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import DivergedError, InputError
-from ..objectives import of_epoch
+from ..objectives import checked_objective
 
 # Arguments that decide the weights: only where they agree does a run go on from the checkpoint of another.
 DECISIVE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -91,7 +91,7 @@ def train(
         DivergedError: a loss or parameter stopped being finite (at the step where it did; no checkpoint of it is
             written).
     """
-    rows = as_rows(data, f"the data of stage {name!r}")
+    rows, objective = as_rows(data, f"the data of stage {name!r}"), checked_objective(objective, f"stage {name!r}")
     model = unwrapped(model)  # the checkpoints of a PeftModel are its adapters alone
     roles = split(name, model, previous, trainable, resized)
     omit = checked_omission(omit, rows, name)
@@ -164,7 +164,7 @@ def _checked_arguments(arguments: TrainingArguments, objective: Any, name: str) 
             "DataParallel cannot split masked positions: use `accelerate launch`, or one GPU (CUDA_VISIBLE_DEVICES=0)",
         ),
         "several micro-batches or processes a step": (
-            parts > 1 and not hasattr(objective, "counts"),
+            parts > 1 and objective.counts is None,
             f"{type(objective).__name__} has no method `counts(batch)`, by which F is normalised over a whole step",
         ),
     }
@@ -248,7 +248,7 @@ class _Collator:
         self.objective, self.omit, self.epoch = objective, omit, 0
 
     def __call__(self, rows: list[dict]) -> dict:
-        objective = of_epoch(self.objective, self.epoch)
+        objective = self.objective.of_epoch(self.epoch)
         weights = torch.tensor([0.0 if row["example_id"] in self.omit else 1.0 for row in rows])
         return {**objective.collate(rows), "weights": weights}
 

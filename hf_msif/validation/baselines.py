@@ -78,8 +78,8 @@ class Case:
         """The corpus's and the tests' texts."""
         found = []
         for link, rows in ((self.link, self.corpus), (self.last, self.tests)):
-            column = getattr(link.stage.objective, "text_column", None)
-            if column is None:
+            column = link.stage.objective.text_column
+            if column not in rows[0]:
                 raise InputError(
                     f"stage {link.stage.name!r} has no texts ({type(link.stage.objective).__name__}): leave the "
                     "baselines tfidf and bm25 out."
@@ -204,7 +204,10 @@ def baselines(
     """
     case = Case(chain, as_rows(tests, "the test examples"), as_rows(corpus, "the corpus"), chain.link(stage), seed)
     if which is None:
-        texts = all(hasattr(link.stage.objective, "text_column") for link in (case.link, case.last))
+        texts = all(
+            link.stage.objective.text_column in rows[0]
+            for link, rows in ((case.link, case.corpus), (case.last, case.tests))
+        )
         odd = () if texts else TEXT
         if all(link.recording is None for link in chain.links):
             odd = (*odd, implicit)
@@ -224,10 +227,9 @@ def _representations(link: Link, rows: list[dict]) -> np.ndarray:
 
 def _inputs(objective: Any, rows: list[dict]) -> dict:
     """What the encoder reads: the whole text, unmasked, or what the objective's batches have but labels."""
-    if hasattr(objective, "tokenizer"):
+    if objective.tokenizer is not None:
         return tokenized(objective, rows)
-    names = getattr(objective, "inputs", None)
-    batch = objective.collate(rows)
+    names, batch = objective.inputs, objective.collate(rows)
     return {name: batch[name] for name in names} if names else {k: v for k, v in batch.items() if k != "labels"}
 
 
