@@ -13,7 +13,7 @@ import numpy as np
 from ..engine.files import write_json, write_whole
 from ..engine.hashing import digest
 from ..errors import InputError
-from . import choices
+from . import build
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,7 +180,7 @@ def retraining(run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
     from .. import validation
 
     stages = [link.stage for link in chain.links]
-    given = {name: choices.polishing(run.config, name) for name in run.names}
+    given = {name: build.polish_settings(run.config, name) for name in run.names}
     # Which method finds a stage's minimum is no matter of the retraining, which takes the one for any stage.
     own = [
         {key: value for key, value in some.items() if key != "method"} for some in given.values() if some is not None
