@@ -132,8 +132,7 @@ def check_vocabulary(name: str, model: nn.Module, objective: Any) -> None:
         rows = unwrapped(model).get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):  # no such table: images, a user's own model
         return
-    tokenizer = getattr(objective, "tokenizer", None)
-    tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    tokens = len(objective.tokenizer) if hasattr(objective.tokenizer, "__len__") else 0
     if tokens > rows:
         raise InputError(
             f"the tokenizer has {tokens:,} tokens, the model of stage {name!r} {rows:,}; expected at most as many: "

@@ -132,5 +132,5 @@ class Curvature:
 
 
 def _counts(evaluation: Evaluation) -> Tensor:
-    counts = getattr(evaluation.objective, "counts", None)
+    counts = evaluation.objective.counts
     return counts(evaluation.batch) if counts is not None else evaluation.losses({})[1]

@@ -23,14 +23,13 @@ def cost(row: Mapping[str, Any], objective: Any) -> float:
     where `max_length` is the objective's, or else its tokenizer's `model_max_length`. A row without a text costs 0.
 
     >>> from types import SimpleNamespace
-    >>> cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128))
+    >>> cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128, tokenizer=None))
     768
     """
-    text = row.get(getattr(objective, "text_column", None if hasattr(objective, "image_column") else "text"))
+    text = row.get(objective.text_column)
     if not isinstance(text, str):
         return 0
-    limit = getattr(objective, "max_length", None)
-    limit = limit or getattr(getattr(objective, "tokenizer", None), "model_max_length", None) or math.inf
+    limit = objective.max_length or getattr(objective.tokenizer, "model_max_length", None) or math.inf
     return min(len(text), CHARACTERS * limit)
 
 

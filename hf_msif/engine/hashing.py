@@ -70,7 +70,7 @@ def tensors_fingerprint(x: Mapping[str, Tensor]) -> str:
 def objective_fingerprint(objective: Any) -> str:
     """SHA-256, in hexadecimal, of an objective's settings, and of its tokenizer or image processor if it has one."""
     parts = [describe(objective)]
-    tokenizer, processor = (getattr(objective, name, None) for name in ("tokenizer", "processor"))
+    tokenizer, processor = objective.tokenizer, objective.processor
     if tokenizer is not None:
         vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
         parts += [type(tokenizer).__name__, repr(vocabulary), getattr(tokenizer, "model_max_length", None)]

@@ -126,9 +126,9 @@ def go_back(
             if not sweep.difference <= REPRODUCED:
                 raise InputError(
                     f"stage {name!r}: replaying steps {begin + 1} to {end} ends {sweep.difference:.1e} of their "
-                    f"length away from the recorded state; expected at most {REPRODUCED:.0e}. The run had another loss than "
-                    "the stage's objective (as many models' own loss is under gradient accumulation), data or random "
-                    "numbers that were not recorded, or attention kernels with dropout of their own "
+                    f"length away from the recorded state; expected at most {REPRODUCED:.0e}. The run had another "
+                    "loss than the stage's objective (as many models' own loss is under gradient accumulation), data "
+                    "or random numbers that were not recorded, or attention kernels with dropout of their own "
                     "(attn_implementation='eager')."
                 )
             for t in reversed(range(begin, end)):

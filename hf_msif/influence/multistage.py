@@ -49,14 +49,14 @@ class MultiStageInfluence(Chain):
 
     >>> import torch
     >>> from transformers import PretrainedConfig, PreTrainedModel
-    >>> from hf_msif import solvers
+    >>> from hf_msif import objectives, solvers
     >>> class Mean(PreTrainedModel):
     ...     def __init__(self):
     ...         super().__init__(PretrainedConfig())
     ...         self.m = torch.nn.Parameter(torch.tensor(2.0))
     ...     def forward(self, x):
     ...         return self.m - x
-    >>> class Square:
+    >>> class Square(objectives.Objective):
     ...     def collate(self, rows):
     ...         return {"x": torch.tensor([row["x"] for row in rows])}
     ...     def losses(self, call, batch):

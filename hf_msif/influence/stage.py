@@ -12,6 +12,7 @@ from torch import nn
 
 from ..curvature import Curvature, GaussNewton, Hessian
 from ..errors import InputError
+from ..objectives import checked_objective
 from ..solvers import CG, Solver, as_solver
 from .differentiation import DIFFERENTIATIONS, Differentiation
 
@@ -28,7 +29,7 @@ class Stage:
         name: unique in its chain.
         model: a `PreTrainedModel` at the stage's final parameters, or a `PeftModel` of one: its adapters, not merged,
             belong to the stage and its encoder is inherited as ever; never modified.
-        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        objective: an object of `hf_msif.objectives`, or of your own subclass of `objectives.Objective`.
         data: the stage's training examples: a `datasets.Dataset`, a list of dicts, or a list of strings. A column
             `example_id` names rows (and seeds their masks); rows without one are numbered. Of a first stage with
             `curvature_samples` also a stream, see `corpus.as_corpus`: it is read twice, for the subset and for N.
@@ -75,11 +76,12 @@ class Stage:
     seed: int = 0
 
     def __post_init__(self):
+        checked_objective(self.objective, f"stage {self.name!r}")
         self.solver = as_solver(self.solver)
-        if not isinstance(self.curvature, type) and self.curvature not in CURVATURES:
+        if not (isinstance(self.curvature_class, type) and issubclass(self.curvature_class, Curvature)):
             raise InputError(
                 f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}, or a "
-                "subclass of Curvature."
+                "subclass of hf_msif.curvature.Curvature."
             )
         if not callable(self.link) and self.link not in DIFFERENTIATIONS:
             raise InputError(
@@ -117,10 +119,12 @@ class Stage:
 
     @property
     def curvature_class(self) -> type[Curvature]:
-        return self.curvature if isinstance(self.curvature, type) else CURVATURES[self.curvature]
+        """The class of the stage's curvature operator."""
+        return CURVATURES.get(self.curvature, self.curvature)
 
     @property
     def curvature_name(self) -> str:
+        """The curvature as metadata and checkpoints know it: its name, else where its class is defined."""
         return _place(self.curvature) if isinstance(self.curvature, type) else self.curvature
 
 

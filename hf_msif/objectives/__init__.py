@@ -1,26 +1,23 @@
 """A task's per-example losses: masked, causal and bidirectional LM, classification of texts and of images.
 
-An objective is any object with two methods: `collate(rows) -> batch`, where rows are dicts that carry `example_id`
-and a batch is a dict of tensors, and `losses(call, batch) -> (sums, counts)`, both of shape (B,), where
-`call(**inputs)` runs the model with the parameters under study. ℓ_i is the *sum* over the counted terms of example i,
-so that the stage's objective is Σ ℓ_i / Σ counts: one division at the end, never a mean of batch means. A third
-method, `counts(batch)`, is optional and spares a forward pass where only N is wanted. An attribute `text_column` names
-the text by whose length rows are put into batches ("text" where there is none). On a GPU another thread calls
-`collate`, one call at a time.
+An objective of your own subclasses `Objective` and writes two methods, `collate(rows) -> batch` and `losses(call,
+batch) -> (sums, counts)`; `Objective` names everything else that an objective may say, with its default.
 """
 
-from ._base import tokenized
+from ._base import Objective, checked_objective
 from .classification import ImageClassification, SequenceClassification
-from .language import BidirectionalLM, CausalLM, MaskedLM, of_epoch
+from .language import BidirectionalLM, CausalLM, MaskedLM
 from .skipgram import SkipGram
+from .tokens import tokenized
 
 __all__ = [
     "BidirectionalLM",
     "CausalLM",
     "ImageClassification",
     "MaskedLM",
+    "Objective",
     "SequenceClassification",
     "SkipGram",
-    "of_epoch",
+    "checked_objective",
     "tokenized",
 ]

@@ -1,12 +1,11 @@
-"""What objectives share: texts to padded tokens, random numbers of an example's own, sums and counts, logits."""
+"""`Objective`, the base class of every per-example loss, and what sums over the terms of an example share."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,94 +15,165 @@ Batch = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
 
-def texts_of(rows: Rows, column: str) -> list[str]:
-    if column not in rows[0]:
-        raise InputError(f"the rows have no column {column!r}; they have {sorted(rows[0])}: name the text column.")
-    texts = [row[column] for row in rows]
-    for row, text in zip(rows, texts, strict=True):
-        if not isinstance(text, str):
-            raise InputError(
-                f"row {row.get('example_id')!r} has {text!r} in column {column!r}; expected a string: drop or fill "
-                "such rows."
-            )
-    return texts
+class Objective(ABC):
+    """What a stage minimises: one loss ℓ_i per example, a sum over the example's terms.
 
+    The data term of F is Σ_i ℓ_i / Σ_i count_i over all examples: one division at the end, never a mean of batch
+    means. A subclass writes `collate` and `losses`. Every other member has a default, which a subclass may override by
+    a class attribute, a dataclass field, a property or a method.
 
-def tokenize(tokenizer, texts: list[str], max_length: int | None, **settings) -> tuple[Batch, Tensor]:
-    """Right-padded token ids (a token may have a list of them, its characters), and which rows were cut.
-
-    Left padding would shift a sentence's absolute positions by the length of its padding partner.
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Squares(Objective):
+    ...     scale: float = 1.0
+    ...     def collate(self, rows):
+    ...         return {key: torch.tensor([float(row[key]) for row in rows]) for key in ("x", "y")}
+    ...     def losses(self, call, batch):
+    ...         sums = self.scale * (call(x=batch["x"]) - batch["y"]) ** 2
+    ...         return sums, torch.ones_like(sums)
+    >>> objective = Squares(scale=0.5)
+    >>> objective.losses(lambda x: 3 * x, objective.collate([{"x": 1, "y": 1}, {"x": 2, "y": 3}]))
+    (tensor([2.0000, 4.5000]), tensor([1., 1.]))
     """
-    limit = max_length or tokenizer.model_max_length
-    encoded = tokenizer(texts, truncation=False, padding=False, verbose=False, **settings)
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    truncated = torch.from_numpy(lengths > limit)
-    if truncated.any():
-        encoded = tokenizer(texts, truncation=True, max_length=limit, padding=False, **settings)
-        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    if "truncated" in encoded:  # inside of words
-        truncated |= torch.tensor(encoded["truncated"])
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        pad = tokenizer.eos_token_id or 0
-    real = np.arange(max(1, lengths.max())) < lengths[:, None]
-    batch = {}
-    for key, fill in (("input_ids", pad), ("attention_mask", 0), ("token_type_ids", 0), ("labels", -100)):
-        if key in encoded:
-            values = np.array([value for row in encoded[key] for value in row], dtype=np.int64)
-            padded = np.full(real.shape + values.shape[1:], fill, dtype=np.int64)
-            padded[real] = values
-            batch[key] = torch.from_numpy(padded)
-    return batch, truncated
+
+    # --- to be written
+
+    @abstractmethod
+    def collate(self, rows: Rows) -> Batch:
+        """The rows as a batch: a dict of tensors, on the CPU.
+
+        It depends on nothing but the objective and the rows, so that every pass over the data sees the same numbers.
+        Where a GPU is used, another thread calls it, one call at a time.
+
+        Args:
+            rows: dicts of plain values, each with an `example_id`.
+        """
+
+    @abstractmethod
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        """ℓ_i and count_i of every example of the batch, both of shape (B,).
+
+        Args:
+            call: `call(**inputs)` runs the model with the parameters under study and returns its output.
+            batch: what `collate` made, on the device of the model.
+        """
+
+    # --- read by passes over the data
+
+    counts: Callable[[Batch], Tensor] | None = None
+    """Method `counts(batch) -> (B,)`: the count_i of `losses` without running the model. None: counts need the losses.
+    Training with several micro-batches or processes per step needs the method."""
+
+    predictions: Callable[[Callable, Batch], Tensor] | None = None
+    """Method `predictions(call, batch) -> (B,)`: the predicted class of each example, to be compared with
+    `batch["labels"]`. None: the objective predicts no classes, and no accuracy is reported."""
+
+    def of_epoch(self, epoch: int) -> Objective:
+        """The objective with the random numbers (masks, negatives) of an epoch of training. Defaults to itself."""
+        return self
+
+    # --- which columns of the rows it reads
+
+    text_column: str | None = "text"
+    """Column with the text, by whose length rows are put into batches; None: the rows have no text."""
+
+    image_column: str | None = None
+    """Column with the image; None: the rows have no image."""
+
+    @property
+    def content_column(self) -> str:
+        """Column that is written beside an example's scores: the text, or the image where there is no text."""
+        return self.text_column or self.image_column or "text"
+
+    # --- how it reads them
+
+    tokenizer: Any = None
+    """Tokenizer of the texts; part of the objective's fingerprint. (A dataclass that requires one declares `tokenizer:
+    Any = field()`, since a bare annotation would take this default.)"""
+
+    max_length: int | None = None
+    """Tokens after which a text is cut; None: the tokenizer's own limit."""
+
+    processor: Any = None
+    """Image processor of Hugging Face; part of the objective's fingerprint."""
+
+    inputs: tuple[str, ...] | None = None
+    """Keys of a batch that the encoder reads; None: all keys but "labels"."""
+
+    labels: tuple[str | int, ...] | None = None
+    """Values of the label column in the order of the model's classes; None: integers from 0."""
+
+    # --- constants that are estimated from the stage's rows, and what a configuration asks
+
+    is_fitted: bool = True
+    """Whether `collate` can be called; where it is False, a configuration calls `fitted` with the stage's rows."""
+
+    def fitted(self, rows: Rows) -> Objective:
+        """The objective with constants estimated from these rows. Defaults to itself."""
+        return self
+
+    auto_class: ClassVar[str | None] = None
+    """Auto class of transformers whose models it takes, e.g. "AutoModelForMaskedLM"; only read for a configuration's
+    `task: mypackage.mymodule:MyObjective`."""
+
+    label_kind: ClassVar[Literal["class"] | None] = None
+    """"class": `data.label_column` holds one class per row, and a new model gets a head with as many classes. None:
+    rows have no label."""
 
 
-def tokenized(objective: Any, rows: Rows) -> Batch:
-    """The whole, unmasked texts of rows as a text objective's model reads them: token ids and their masks."""
-    return tokenize(objective.tokenizer, texts_of(rows, objective.text_column), objective.max_length)[0]
+def checked_objective(objective: Any, owner: str) -> Objective:
+    """The objective itself.
+
+    Raises:
+        InputError: it is no object of a subclass of `Objective`; `owner` is whose objective it is.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    what = f"the class {objective.__name__}" if isinstance(objective, type) else f"a {type(objective).__name__}"
+    raise InputError(
+        f"the objective of {owner} is {what}; expected an object of hf_msif.objectives, or of your own subclass of "
+        "hf_msif.objectives.Objective with the methods collate(rows) and losses(call, batch)."
+    )
 
 
-def ordinary_tokens(tokenizer, encoded: Batch) -> np.ndarray:
-    """Where the tokens of `tokenize` are neither padding nor special, (B, T)."""
-    ids, real = encoded["input_ids"].numpy(), encoded["attention_mask"].numpy().astype(bool)
-    ordinary = ~np.isin(ids, np.array(tokenizer.all_special_ids, dtype=ids.dtype))
-    # The vocabulary's own [UNK] is a token of the sentence like any other: it is predicted too.
-    if tokenizer.unk_token_id is not None:
-        ordinary |= ids == tokenizer.unk_token_id
-    return ordinary & real
+class SumOfTerms(Objective):
+    """An objective whose loss sums over terms: `_terms(batch)`, (B,), says how many terms each example has.
 
+    With the field `reduction` "token", sums and counts are kept; with "example", each example is the mean of its terms
+    and counts once.
+    """
 
-def seeded(seed: int, example_id: Any, draw: int) -> np.random.Generator:
-    """Random numbers that are a pure function of the three."""
-    digest = hashlib.sha256(f"{seed}\x1f{example_id}\x1f{draw}".encode()).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
-
-
-def reduced(sums: Tensor, counts: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """ "token" keeps sums and counts; "example" turns each example into its mean with weight one."""
-    if reduction == "example":
-        return sums / counts.clamp(min=1), (counts > 0).to(counts)
-    return sums, counts
-
-
-class SumOfTerms:
-    """What objectives share whose `_terms(batch)`, (B,), says how many terms an example's loss sums."""
+    reduction: str
 
     def counts(self, batch: Batch) -> Tensor:
         terms = self._terms(batch)
-        return reduced(torch.zeros_like(terms), terms, self.reduction)[1]
+        return self._reduce(torch.zeros_like(terms), terms)[1]
+
+    def _terms(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
 
     def _reduced(self, sums: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return reduced(sums, self._terms(batch).to(sums.dtype), self.reduction)
+        return self._reduce(sums, self._terms(batch).to(sums.dtype))
+
+    def _reduce(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reduction == "example":
+            return sums / counts.clamp(min=1), (counts > 0).to(counts)
+        return sums, counts
+
+    def _check_reduction(self) -> None:
+        if self.reduction not in ("token", "example"):
+            raise InputError(
+                f"reduction is {self.reduction!r}; expected 'token' (one weight per token) or 'example' (one weight "
+                "per example)."
+            )
 
 
-def check_reduction(reduction: str) -> None:
-    if reduction not in ("token", "example"):
-        raise InputError(
-            f"reduction is {reduction!r}; expected 'token' (one weight a token) or 'example' (one an example)."
-        )
+def logits_of(output: Any, objective: str, dimensions: int) -> Tensor:
+    """The logits of a model's output.
 
-
-def logits_of(output, objective: str, dimensions: int) -> Tensor:
+    Raises:
+        InputError: there are none, or their number of dimensions is not `dimensions`.
+    """
     logits = getattr(output, "logits", None)
     if logits is None:
         raise InputError(

@@ -1,9 +1,9 @@
-"""Classification of texts and of images: one label an example."""
+"""Classification of texts and of images: one label per example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,12 +12,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ._base import Batch, Rows, logits_of, texts_of, tokenize
+from ._base import Batch, Objective, Rows, logits_of
 from .images import channels_first, decoded, shrunk
+from .tokens import texts_of, tokenize
 
 
-class _Classification:
-    """What the classification of texts and of images share: one label an example, cross-entropy, count one."""
+class _Classification(Objective):
+    """What the classification of texts and of images share: one label per example, cross-entropy, count one."""
+
+    label_kind = "class"
 
     def _labels(self, rows: Rows) -> Tensor:
         return torch.tensor([self._label(row) for row in rows])
@@ -70,15 +73,20 @@ class SequenceClassification(_Classification):
         tokenizer: the model's tokenizer.
         label_column: where the label is: an integer, or what `labels` lists.
         labels: the classes in the order of the logits; needed for strings, and for integers that are not 0, 1, ….
-        max_length, text_column: as in `MaskedLM`.
+        max_length: tokens after which a text is cut, and counted as truncated; defaults to the tokenizer's limit.
+        text_column: where the text is.
+
+    Raises:
+        InputError: a row without a text, or with a label that is neither an integer nor one of `labels`.
     """
 
-    tokenizer: Any
+    tokenizer: Any = field()  # required, though `Objective` has a default
     label_column: str = "label"
     labels: tuple[str | int, ...] | None = None
     max_length: int | None = None
     text_column: str = "text"
 
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
 
     def collate(self, rows: Rows) -> Batch:
@@ -96,16 +104,21 @@ class ImageClassification(_Classification):
     std.
 
     Args:
-        processor: a Hugging Face image processor (`AutoImageProcessor.from_pretrained(...)`); `scale`, `mean` and
-            `std` are then its own affair. Its own random augmentation, if it has any, must be switched off.
+        processor: a Hugging Face image processor (`AutoImageProcessor.from_pretrained(...)`), which then scales and
+            normalises in the place of `scale`, `mean` and `std`. Random augmentation must be switched off in it.
         image_column: where the image is.
-        label_column, labels: as in `SequenceClassification`.
+        label_column: where the label is: an integer, or what `labels` lists.
+        labels: the classes in the order of the logits; needed for strings, and for integers that are not 0, 1, ….
         scale: factor of the raw numbers; 1/255 for bytes.
-        mean, std: a number, or one a channel.
+        mean, std: one number, or one per channel.
         mode: PIL mode to convert to ("RGB" also gives grey arrays three channels); None leaves images as they are.
-        shrink: sides of an image become so many times shorter, each number the mean over a square; borders that make
-            no whole square are cut.
-        dtype: of the pixels; "float64" for a model in float64 that does not convert its input.
+        shrink: factor by which both sides of an image become shorter; each new pixel is the mean over a square of
+            shrink × shrink pixels, and borders that make no whole square are cut.
+        dtype: of the pixels, "float32" or "float64"; "float64" for a model in float64 that does not convert its input.
+
+    Raises:
+        InputError: settings out of range, a row that holds no image, images of different sizes without a processor, or
+            a label that is neither an integer nor one of `labels`.
 
     >>> objective = ImageClassification(scale=0.5, mean=1.0, std=2.0)
     >>> batch = objective.collate([{"example_id": 0, "image": [[0, 2], [4, 6]], "label": 1}])
@@ -124,6 +137,8 @@ class ImageClassification(_Classification):
     shrink: int = 1
     dtype: str = "float32"
 
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
+    text_column: ClassVar[None] = None
     inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def __post_init__(self):
@@ -164,6 +179,6 @@ class ImageClassification(_Classification):
             if len(value) not in (1, len(array)):
                 raise InputError(
                     f"ImageClassification has {len(value)} values of {name}, but the images have {len(array)} "
-                    "channels: give one number, or one a channel."
+                    "channels: give one number, or one per channel."
                 )
         return (self.scale * shrunk(array, self.shrink) - mean) / std

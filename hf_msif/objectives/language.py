@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ._base import Batch, Rows, SumOfTerms, check_reduction, logits_of, ordinary_tokens, seeded, texts_of, tokenize
+from ._base import Batch, Rows, SumOfTerms, logits_of
+from .tokens import ordinary_tokens, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,20 @@ class MaskedLM(SumOfTerms):
         tokenizer: a tokenizer with a mask token.
         seed: of the masks.
         mask_probability: p.
-        draws: D, masks a sentence whose losses are averaged (variance of the score falls as 1/D, cost grows as D).
-        first_draw: number of the first draw; training counts it up with the epochs.
+        draws: D, the number of masks per sentence, whose losses are averaged (the variance of a score falls as 1/D,
+            the cost grows as D).
+        first_draw: number of the first draw; epoch e of training takes the draws from first_draw + e · draws.
         static: training keeps the same masks in every epoch instead.
-        max_length: longer sentences are cut (and counted); default: the tokenizer's limit.
-        reduction: "token" (N counts masked tokens, as Hugging Face trains) or "example".
+        max_length: tokens after which a sentence is cut, and counted as truncated; defaults to the tokenizer's limit.
+        reduction: "token" (N counts masked tokens, as Hugging Face trains) or "example" (each sentence is the mean of
+            its terms and counts once).
         text_column: where the sentence is.
+
+    Raises:
+        InputError: a tokenizer without a mask token, or settings out of range.
     """
 
-    tokenizer: Any
+    tokenizer: Any = field()  # required, though `Objective` has a default
     seed: int = 0
     mask_probability: float = 0.15
     draws: int = 1
@@ -45,8 +51,10 @@ class MaskedLM(SumOfTerms):
     reduction: str = "token"
     text_column: str = "text"
 
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+
     def __post_init__(self):
-        check_reduction(self.reduction)
+        self._check_reduction()
         if self.tokenizer.mask_token_id is None:
             raise InputError(
                 "MaskedLM needs a tokenizer with a mask token; this one has none: use CausalLM for this model."
@@ -84,6 +92,10 @@ class MaskedLM(SumOfTerms):
         batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
         return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
 
+    def of_epoch(self, epoch: int) -> MaskedLM:
+        """The objective with the masks of an epoch of training; with `static` masks, itself."""
+        return self if self.static else replace(self, first_draw=self.first_draw + epoch * self.draws)
+
     def _terms(self, batch: Batch) -> Tensor:
         size = batch["input_ids"].shape[0]
         counted = torch.bincount(batch["rows"], minlength=size).to(torch.get_default_dtype())
@@ -97,27 +109,30 @@ class MaskedLM(SumOfTerms):
         return self._reduced(sums.view(-1, self.draws).mean(1), batch)
 
 
-def of_epoch(objective: Any, epoch: int) -> Any:
-    """The objective with the masks of an epoch of training, where it has masks that are not static."""
-    if not hasattr(objective, "first_draw") or getattr(objective, "static", False):
-        return objective
-    return replace(objective, first_draw=objective.first_draw + epoch * objective.draws)
-
-
 @dataclass(frozen=True)
 class CausalLM(SumOfTerms):
     """Next-token prediction: ℓ_i = Σ_t −log p(token_t | tokens before it), over the real tokens after the first.
 
-    Arguments as in `MaskedLM`.
+    Args:
+        tokenizer: the model's tokenizer.
+        max_length: tokens after which a text is cut, and counted as truncated; defaults to the tokenizer's limit.
+        reduction: "token" (N counts predicted tokens) or "example" (each text is the mean of its terms and counts
+            once).
+        text_column: where the text is.
+
+    Raises:
+        InputError: an unknown `reduction`.
     """
 
-    tokenizer: Any
+    tokenizer: Any = field()  # required, though `Objective` has a default
     max_length: int | None = None
     reduction: str = "token"
     text_column: str = "text"
 
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+
     def __post_init__(self):
-        check_reduction(self.reduction)
+        self._check_reduction()
 
     def collate(self, rows: Rows) -> Batch:
         batch, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
@@ -138,21 +153,29 @@ class BidirectionalLM(SumOfTerms):
     """Both neighbours of every token, ELMo's task: ℓ_i = Σ_t −log p(token_t | all before it) − log p(token_t | all
     after it), each over the full vocabulary, a sentence's end as the last target of either direction.
 
-    A sentence of n words has 2 (n + 1) terms. Where no derivative goes backward, the logits are not kept.
+    A sentence of n words has 2 (n + 1) terms. Without gradients, the logits are not kept.
 
     Args:
         tokenizer: an `ElmoTokenizer` with a vocabulary of words.
-        max_length: longer sentences are cut (and counted), ends included; default: none is.
-        reduction, text_column: as in `MaskedLM`.
+        max_length: tokens, both ends included, after which a sentence is cut, and counted as truncated; defaults to
+            the tokenizer's limit, which is none for an `ElmoTokenizer`.
+        reduction: "token" (N counts predicted tokens) or "example" (each sentence is the mean of its terms and counts
+            once).
+        text_column: where the sentence is.
+
+    Raises:
+        InputError: an unknown `reduction`, or a tokenizer without a vocabulary of words.
     """
 
-    tokenizer: Any
+    tokenizer: Any = field()  # required, though `Objective` has a default
     max_length: int | None = None
     reduction: str = "token"
     text_column: str = "text"
 
+    auto_class: ClassVar[str] = "AutoModelForPreTraining"
+
     def __post_init__(self):
-        check_reduction(self.reduction)
+        self._check_reduction()
         if not getattr(self.tokenizer, "words", None):
             raise InputError(
                 f"BidirectionalLM got a {type(self.tokenizer).__name__} without words to predict; expected an "

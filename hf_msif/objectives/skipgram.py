@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..errors import InputError
-from ._base import Batch, Rows, SumOfTerms, check_reduction, ordinary_tokens, seeded, texts_of, tokenize
+from ._base import Batch, Rows, SumOfTerms
+from .tokens import ordinary_tokens, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,15 @@ class SkipGram(SumOfTerms):
         window: most tokens from centre to context.
         negatives: K.
         power: of the frequencies.
-        draws: D, so many sets of negatives are averaged.
-        first_draw, static, max_length, text_column: as in `MaskedLM`, negatives in the place of masks.
-        reduction: "token" (N counts pairs) or "example".
+        draws: D, the number of sets of negatives, whose losses are averaged.
+        first_draw: number of the first draw; epoch e of training takes the draws from first_draw + e · draws.
+        static: training keeps the same negatives in every epoch instead.
+        max_length: tokens after which a sentence is cut, and counted as truncated; defaults to the tokenizer's limit.
+        reduction: "token" (N counts pairs) or "example" (each sentence is the mean of its terms and counts once).
+        text_column: where the sentence is.
+
+    Raises:
+        InputError: an unknown `reduction`, settings below 1, or unigrams that are not the vocabulary's.
 
     >>> import transformers
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -53,7 +60,7 @@ class SkipGram(SumOfTerms):
     (4.0, 16.6355)
     """
 
-    tokenizer: Any
+    tokenizer: Any = field()  # required, though `Objective` has a default
     unigrams: Sequence[float] | None = field(default=None, repr=False, compare=False)
     seed: int = 0
     window: int = 5
@@ -65,10 +72,12 @@ class SkipGram(SumOfTerms):
     max_length: int | None = None
     reduction: str = "token"
     text_column: str = "text"
-    unigrams_sha256: str | None = field(default=None, init=False)  # by which metadata know the noise
+    unigrams_sha256: str | None = field(default=None, init=False)  # stands for the unigrams in metadata
+
+    auto_class: ClassVar[str] = "AutoModelForPreTraining"
 
     def __post_init__(self):
-        check_reduction(self.reduction)
+        self._check_reduction()
         for name in ("window", "negatives", "draws"):
             if getattr(self, name) < 1:
                 raise InputError(f"SkipGram got {name}={getattr(self, name)}; expected at least 1.")
@@ -83,8 +92,17 @@ class SkipGram(SumOfTerms):
         object.__setattr__(self, "unigrams", counts)
         object.__setattr__(self, "unigrams_sha256", hashlib.sha256(counts.tobytes()).hexdigest())
 
+    def of_epoch(self, epoch: int) -> SkipGram:
+        """The objective with the negatives of an epoch of training; with `static` negatives, itself."""
+        return self if self.static else replace(self, first_draw=self.first_draw + epoch * self.draws)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are unigrams to draw negatives from."""
+        return self.unigrams is not None
+
     def fitted(self, rows: Rows) -> SkipGram:
-        """The same with the frequencies of these rows' ordinary tokens.
+        """The objective with the frequencies of these rows' ordinary tokens as its unigrams.
 
         Raises:
             InputError: rows without a text, or without an ordinary token.
@@ -107,15 +125,15 @@ class SkipGram(SumOfTerms):
         """The ordinary tokens of each row, and which rows were cut."""
         encoded, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
         ids, ordinary = encoded["input_ids"].long().numpy(), ordinary_tokens(self.tokenizer, encoded)
-        return [line[keep] for line, keep in zip(ids, ordinary, strict=True)], truncated
+        return [line[is_word] for line, is_word in zip(ids, ordinary, strict=True)], truncated
 
     def _noise(self, example_id: Any, draw: int, pairs: int) -> np.ndarray:
         uniform = seeded(self.seed, example_id, draw).random((pairs, self.negatives))
         return np.searchsorted(self._cumulative, uniform * self._cumulative[-1], side="right")
 
     def collate(self, rows: Rows) -> Batch:
-        """All pairs of the rows one after another, no padding: centres `input_ids` (P,), their context and its
-        negatives `candidates` (P, 1 + K D), the row that a pair is of `rows` (P,)."""
+        """All P pairs of the rows, without padding: `input_ids` (P,) has the centres, `candidates` (P, 1 + K D) a
+        context and its negatives, `rows` (P,) the row of each pair."""
         if self.unigrams is None:
             raise InputError("SkipGram has no unigrams to draw negatives from; take SkipGram(...).fitted(rows).")
         sentences, truncated = self._sentences(rows)
@@ -142,10 +160,10 @@ class SkipGram(SumOfTerms):
         output = call(input_ids=batch["input_ids"].unsqueeze(1), candidates=candidates)
         logits = getattr(output, "logits", None)
         if logits is None or logits.shape != candidates.shape:
-            found = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+            returned = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
             raise InputError(
                 f"SkipGram needs a model that compares each token with its candidates, such as "
-                f"SkipGramForPreTraining; {type(output).__name__} has {found}."
+                f"SkipGramForPreTraining; {type(output).__name__} has {returned}."
             )
         terms = -logsigmoid(logits[:, 0, 0]) - logsigmoid(-logits[:, 0, 1:]).sum(1) / self.draws
         sums = terms.new_zeros(len(batch["truncated"])).index_add(0, batch["rows"], terms)

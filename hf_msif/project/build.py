@@ -1,25 +1,148 @@
-"""A stage's model as its configuration says: loaded, or made new, on the encoder of the stage before."""
+"""Makes objects of a configuration's settings: training arguments, solver, curvature, objective, models.
+
+Settings that are handed on to other libraries, or to classes of your own, are checked against what these take.
+"""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, first_line
-from . import choices
+from .config import settings, unknown_key
+from .plugins import imported, is_dotted, parameters
 from .schema import Config, StageConfig
+from .tasks import task_of
+
+SOLVERS = {"cg": "CG", "squared_cg": "SquaredCG", "minres": "MinRes", "identity": "Identity", "dense": "Dense"}
 
 
-def loaded(config: Config, name: str, source: str | Path, **more):
-    """A model that `save_pretrained` wrote, and the names of tensors that it does not have."""
+def training_settings(config: Config, name: str) -> dict[str, Any]:
+    """The settings of `TrainingArguments`."""
+    from transformers import TrainingArguments
+
+    values, key = config.stages[name].training, f"stages.{name}.training"
+    return settings(TrainingArguments, values, key, without=["output_dir"])
+
+
+def polish_settings(config: Config, name: str) -> dict[str, Any] | None:
+    """The settings of `training.polish`, or None where a stage is not polished."""
+    from ..training.polish import polish
+
+    values = config.stages[name].polish
+    without = ["model", "objective", "data", "previous", "trainable", "weight_decay", "alpha", "resized", "omit"]
+    without += ["factorise", "preconditioner", "batch_size", "engine", "name"]  # of the stage, or of a retraining
+    return None if values is None else settings(polish, values, f"stages.{name}.polish", without=without)
+
+
+def solver(config: Config, name: str) -> Any:
+    """A solver of `hf_msif.solvers`, or of the user's own."""
+    from .. import solvers
+
+    section, key = config.stages[name].solver, f"stages.{name}.solver"
+    if is_dotted(section.name):
+        kind = imported(section.name, f"{key}.name", object)
+    else:
+        kind = getattr(solvers, SOLVERS[section.name])
+    return kind(**settings(kind, section.model_dump(exclude={"name"}, exclude_none=True), key))
+
+
+def curvature(config: Config, name: str) -> Any:
+    """What `Stage` takes as curvature: a name, or a subclass of `Curvature` of the user's own."""
+    from ..curvature import Curvature
+
+    value = config.stages[name].curvature
+    return imported(value, f"stages.{name}.curvature", Curvature) if is_dotted(value) else value
+
+
+def link(config: Config, name: str) -> str | Callable:
+    """What `Stage` takes as link: a name, or a differentiation of the user's own."""
+    value = config.stages[name].link
+    return imported(value, f"stages.{name}.link") if is_dotted(value) else value
+
+
+def objective(config: Config, name: str, tokenizer: Any) -> Any:
+    """The objective of the stage's task, with the stage's settings."""
+    stage, key = config.stages[name], f"stages.{name}"
+    kind = task_of(stage.task, f"{key}.task").objective_class(f"{key}.task")
+    # What is known otherwise, the columns as in the rows of `data.load_rows`.
+    known = {"tokenizer": tokenizer, "text_column": "text", "image_column": "image", "label_column": "label"}
+    known["dtype"] = stage.model.dtype or "float32"
+    values = settings(kind, stage.objective, f"{key}.objective", without=[*known, "processor", "unigrams"])
+    takes = parameters(kind)
+    if "seed" in takes:
+        values.setdefault("seed", config.seed)
+    return kind(**{parameter: value for parameter, value in known.items() if parameter in takes}, **values)
+
+
+def new_config(config: Config, name: str) -> Any:
+    """The `PretrainedConfig` of a new model, or None where the stage starts from a model."""
+    from transformers import AutoConfig
+
+    from .. import models  # noqa: F401  (registers its classes with the Auto classes)
+
+    values, key = config.stages[name].model.config, f"stages.{name}.model.config"
+    if values is None:
+        return None
+    if "model_type" not in values:
+        raise InputError(f"{key}.model_type is missing; expected a model type of transformers, e.g. bert.")
+    try:
+        default = AutoConfig.for_model(values["model_type"])
+        known = {"num_labels", *default.to_dict(), *default.attribute_map}
+        unknown = [k for k in values if k not in known]
+        if unknown:
+            raise InputError(unknown_key(f"{key}.{unknown[0]}", [f"{key}.{k}" for k in sorted(known)]))
+        return AutoConfig.for_model(**values)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{key}: {first_line(error)}.") from error
+
+
+def adapter(config: Config, name: str) -> Any:
+    """The `peft.LoraConfig` of a new model, or None where it has no adapters."""
+    from ..adapters import peft
+
+    values, key = config.stages[name].model.lora, f"stages.{name}.model.lora"
+    if values is None:
+        return None
+    kind = peft.library(key).LoraConfig
+    without = ["task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"]
+    without += ["inference_mode", "runtime_config", "bias"]  # known otherwise, or said by `trainable`
+    checked = settings(kind, values, key, without=without)
+    start = checked.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian", "orthogonal"):
+        raise InputError(
+            f"{key}.init_lora_weights is {start!r}, which changes the inherited weights to begin with; expected "
+            "true, false, gaussian or orthogonal."
+        )
+    try:
+        return kind(**checked)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"{key}: {first_line(error)}.") from error
+
+
+def load_model(config: Config, name: str, source: str | Path, **overrides: Any) -> tuple[Any, list[str]]:
+    """A model that `save_pretrained` wrote, and the names of tensors that it does not have.
+
+    Args:
+        source: Hub id or folder.
+        overrides: settings of the model's configuration.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     from ..adapters import peft
 
     stage, folder = config.stages[name], Path(source).expanduser()
+    auto = _auto_class(stage, name)
     try:
         if (folder / peft.FOLDER).is_dir():
-            return _cast(stage, peft.load(folder, _auto(stage))), []
-        model, found = _auto(stage).from_pretrained(os.path.expanduser(source), output_loading_info=True, **more)
+            return _cast(stage, peft.load(folder, auto)), []
+        model, report = auto.from_pretrained(os.path.expanduser(source), output_loading_info=True, **overrides)
         model = _cast(stage, model)
     except InputError:
         raise
@@ -28,15 +151,20 @@ def loaded(config: Config, name: str, source: str | Path, **more):
             f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}); expected a Hub id, or "
             "a folder as save_pretrained writes it."
         ) from error
-    return model, sorted(found["missing_keys"])
+    return model, sorted(report["missing_keys"])
 
 
-def made(config: Config, name: str, before, seed: int, adapter, classes: int | None):
+def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, classes: int | None) -> Any:
     """An untrained model: from `model.path`, else from `model.config` or on the encoder of the model before.
 
     Args:
+        before: the model of the stage before, or None.
+        seed: of the initial weights.
         adapter: the `LoraConfig` of its new adapters, or None.
         classes: how many its head tells apart, or None.
+
+    Raises:
+        InputError: it cannot be loaded or built.
     """
     import transformers
 
@@ -46,48 +174,56 @@ def made(config: Config, name: str, before, seed: int, adapter, classes: int | N
     transformers.set_seed(seed)
     head = {} if classes is None else {"num_labels": classes}
     if stage.model.path is not None:
-        model = loaded(config, name, stage.model.path, **head)[0]
+        model = load_model(config, name, stage.model.path, **head)[0]
     elif before is not None and stage.model.head == "feed_forward":
         model = FeedForwardClassifier.from_encoder(before.base_model, stage.model.hidden_size, **head)
     else:
-        model = _new(config, name, before, head)
+        model = _from_settings(config, name, before, head)
     return _cast(stage, _adapted(name, model, adapter))
 
 
-def goes_on(stage: StageConfig, model, before) -> bool:
+def inherits_head(config: Config, name: str, model: Any, before: Any) -> bool:
     """Whether a stage goes on with the task of the stage before, and so with its head."""
-    return stage.model.path is None and type(model) is type(before) and not stage.task.endswith("-classification")
-
-
-def _new(config: Config, name: str, before, head: dict):
     stage = config.stages[name]
-    settings = choices.new_config(config, name) if before is None else copy.deepcopy(before.base_model.config)
-    if settings is None:
+    task = task_of(stage.task, f"stages.{name}.task")
+    return stage.model.path is None and type(model) is type(before) and task.inherits_head
+
+
+def _from_settings(config: Config, name: str, before: Any, head: dict[str, int]) -> Any:
+    stage = config.stages[name]
+    configuration = new_config(config, name) if before is None else copy.deepcopy(before.base_model.config)
+    if configuration is None:
         raise InputError(
             f"stages.{name}.model has neither path nor config; expected a checkpoint to start from, or the "
             "settings of a new model."
         )
-    settings.update(head)
+    configuration.update(head)
     try:
-        model = _auto(stage).from_config(settings)
+        model = _auto_class(stage, name).from_config(configuration)
     except Exception as error:
         raise InputError(f"stages.{name}.model: cannot build it ({first_line(error)}).") from error
     if before is not None:
         model.base_model.load_state_dict(before.base_model.state_dict(), strict=False)  # poolers differ
-        if goes_on(stage, model, before):
+        if inherits_head(config, name, model, before):
             model.load_state_dict(before.state_dict())
     return model
 
 
-def _auto(stage: StageConfig):
+def _auto_class(stage: StageConfig, name: str) -> Any:
     import transformers
 
     from .. import models  # noqa: F401  (registers its classes with the Auto classes)
 
-    return getattr(transformers, choices.KINDS[stage.task][1])
+    auto_class = task_of(stage.task, f"stages.{name}.task").auto_class
+    if not hasattr(transformers, auto_class):
+        raise InputError(
+            f"stages.{name}.task is {stage.task!r}, whose auto_class {auto_class!r} transformers does not have; "
+            "expected a class such as AutoModelForSequenceClassification."
+        )
+    return getattr(transformers, auto_class)
 
 
-def _cast(stage: StageConfig, model):
+def _cast(stage: StageConfig, model: Any) -> Any:
     import torch
 
     if stage.model.dtype is None:
@@ -97,7 +233,7 @@ def _cast(stage: StageConfig, model):
     return model.to(dtype)
 
 
-def _adapted(name: str, model, adapter):
+def _adapted(name: str, model: Any, adapter: Any) -> Any:
     """The model with new adapters where the stage has some and the model has none yet."""
     from ..adapters import peft
 

@@ -1,13 +1,11 @@
-"""Reads the settings of a run: YAML files and `--section.key value` flags into `sections.Config`.
+"""Reads the settings of a run: YAML files and `--section.key value` flags into `schema.Config`.
 
 Nothing here imports torch, so that help and errors are instant.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import inspect
 import os
 import re
 import textwrap
@@ -21,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import InputError
+from .plugins import DOTTED, parameters
 from .schema import RULES, Config, Scalar, Section, StageConfig
 
 
@@ -62,23 +61,27 @@ def load(
         raise InputError(_sentence(error, values)) from None
 
 
-def settings(kind: Callable, given: Mapping[str, Any], key: str, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The given settings of a dataclass or a function, names and types checked against its fields or its arguments;
-    `key` is where they are in the configuration."""
-    hints = typing.get_type_hints(kind)
-    if dataclasses.is_dataclass(kind):
-        known = [f.name for f in dataclasses.fields(kind) if f.init]
-    else:
-        known = list(inspect.signature(kind).parameters)
-    known = [name for name in known if name not in without]
+def settings(kind: Callable, values: Mapping[str, Any], key: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings of a class or a function, their names and types checked against what it takes.
+
+    Args:
+        kind: the class or function that they are for.
+        values: name → value.
+        key: the configuration key that holds them, for messages.
+        without: names that it takes but that are no settings.
+
+    Raises:
+        InputError: an unknown name, or a value of another type.
+    """
+    types = {name: annotation for name, annotation in parameters(kind).items() if name not in without}
     checked = {}
-    for name, value in given.items():
-        if name not in known:
-            raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{k}" for k in known]))
+    for name, value in values.items():
+        if name not in types:
+            raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{known}" for known in types]))
         try:
-            checked[name] = TypeAdapter(hints[name], config=RULES).validate_python(value)
+            checked[name] = TypeAdapter(types[name], config=RULES).validate_python(value)
         except ValidationError:
-            raise InputError(f"{key}.{name} is {_shown(value)}; expected {_expected(hints[name])}.") from None
+            raise InputError(f"{key}.{name} is {_shown(value)}; expected {_expected(types[name])}.") from None
     return checked
 
 
@@ -96,7 +99,7 @@ def help_text(width: int = 100) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 1e-4 is a number; no, 007 and 2016-02-06 are words. Keys are words, and occur once."""
+    """Scalars as in YAML 1.2: 1e-4 is a number; no, 007 and 2016-02-06 are words. Keys are words and do not repeat."""
 
     yaml_implicit_resolvers: typing.ClassVar = {}
 
@@ -147,6 +150,8 @@ def _value(text: str) -> Any:
 
 
 def _laid_over(below: dict, above: dict) -> dict:
+    """Nested settings, where those of `above` win."""
+
     def both(key):
         return isinstance(below.get(key), dict) and isinstance(above[key], dict)
 
@@ -172,7 +177,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _keys(kind: type[Section], prefix: str, stages: Sequence[str]) -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of a section, dotted; those of the sections in it come last."""
+    """Every key of a section, dotted; keys of nested sections come last."""
     last = {name: name == "stages" or _is_section(field.annotation) for name, field in kind.model_fields.items()}
     for name in sorted(last, key=last.get):
         field = kind.model_fields[name]
@@ -186,20 +191,20 @@ def _keys(kind: type[Section], prefix: str, stages: Sequence[str]) -> Iterator[t
 
 
 def _sentence(error: ValidationError, values: dict) -> str:
-    """The first of pydantic's complaints; an unknown key first, since a missing one is often the same one misspelt."""
-    found = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    if found["type"] == "value_error":
-        return str(found["ctx"]["error"])
+    """The first of pydantic's complaints; an unknown key first, since a missing key is often the same one misspelt."""
+    complaint = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    if complaint["type"] == "value_error":
+        return str(complaint["ctx"]["error"])
     stages = values.get("stages")
     known = dict(_keys(Config, "", [str(s) for s in stages] if isinstance(stages, dict) else []))
-    path = [str(part) for part in found["loc"]]
-    if found["type"] == "extra_forbidden":
+    path = [str(part) for part in complaint["loc"]]
+    if complaint["type"] == "extra_forbidden":
         return unknown_key(".".join(path), list(known))
     while ".".join(path) not in known:  # beyond a key come indices and the members of a union
         path.pop()
     key, field = ".".join(path), known[".".join(path)]
     expected = _expected(field.annotation, field.metadata)
-    if found["type"] == "missing":
+    if complaint["type"] == "missing":
         return f"{key} is missing; expected {expected} in the file of --config, or --{key} VALUE."
     value = values
     for part in path:
@@ -208,7 +213,8 @@ def _sentence(error: ValidationError, values: dict) -> str:
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Names the known key of the same section, else of any, that most resembles `key`; else all of the section."""
+    """A sentence that names the known key that is most like `key`, of its section or else of any; or all keys of the
+    section, where none is alike."""
     section, _, name = key.rpartition(".")
     same_stage_last = sorted(known, key=lambda k: k.split(".")[:2] == key.split(".")[:2])
     everywhere = {k.rpartition(".")[2]: k for k in same_stage_last}
@@ -248,6 +254,8 @@ def _expected(kind: Any, rules: Sequence = ()) -> str:
         text = f"a section with the keys {', '.join(kind.model_fields)}"
     else:
         text = getattr(kind, "__name__", str(kind))
+    if any(getattr(rule, "pattern", None) == DOTTED for rule in rules):
+        return "module:Name of your own"
     limits = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of length at least"}
     limits = [f"{word} {getattr(rule, r):g}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
     return " ".join([text, " and ".join(limits)]).strip()

@@ -19,14 +19,19 @@ DIGITS = "sklearn:digits"
 
 
 def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
-    """Rows {example_id, text[, label]} of a stage's `data` section, or {example_id, image[, label]}; rows left out are
-    counted and printed.
+    """The rows of a stage, {example_id, text[, label]} or {example_id, image[, label]}; rows that are left out are
+    counted, and the counts printed.
 
-    Equal texts or images fall on the same side of the split. A number that a column with gaps turned into 7.0 is 7
-    again.
+    Equal texts or images fall on the same side of the split. A whole number that a column with gaps turned into 7.0
+    is 7 again.
+
+    Args:
+        data: the `data` section of the stage.
+        stage: its name, for messages.
+        content: "text" or "image".
 
     Raises:
-        InputError: missing or empty files, a column or an admitted value that does not exist, ids that repeat, or no
+        InputError: missing or empty files, a column or a value of `keep` that does not exist, ids that repeat, or no
             row left.
     """
     key = f"stages.{stage}.data"
@@ -34,11 +39,11 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
     table = _table(data, data.test_split if held_out else data.split, key)
     columns = _columns(data, content, table.column_names, key)
     for column, values in _admitted(data).items():
-        found = {str(_whole(value)) for value in table.unique(column)}
-        if values - found:
+        present = {str(_whole(value)) for value in table.unique(column)}
+        if values - present:
             raise InputError(
-                f"{key}.keep.{column} admits {min(values - found)!r}, which no row has; the column holds "
-                f"{sorted(found)[:10]}."
+                f"{key}.keep.{column} admits {min(values - present)!r}, which no row has; the column holds "
+                f"{sorted(present)[:10]}."
             )
     table, dropped = table.select_columns(sorted({*columns.values(), *data.keep})), Counter()
     limit = None if held_out else data.max_rows
@@ -62,9 +67,19 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
 
 
 def stream_rows(data: Data, stage: str, content: str = "text") -> Stream:
-    """As `load_rows`, one after another and never held together. A row's id is its file's name and its place in it
-    ("news.txt:17"), of a Hub dataset its number, or that of `id_column`; what was left out is
-    counted and printed when they have all been read once."""
+    """The rows of a stage as `load_rows` has them, read one after another and never all held in memory.
+
+    A row's id is that of `id_column`, else the name of its file and its place in it ("news.txt:17"), else, in a Hub
+    dataset, its number. Rows that are left out are counted; the counts are printed after the first full pass.
+
+    Args:
+        data: the `data` section of the stage.
+        stage: its name, for messages.
+        content: "text" or "image".
+
+    Raises:
+        InputError: missing or empty files, or a column that does not exist.
+    """
     key = f"stages.{stage}.data"
     source = _source(data, key)
     head = next(iter(source))
@@ -92,16 +107,16 @@ def _source(data: Data, key: str) -> Stream:
     if local and not any("://" in file for file in ([files] if isinstance(files, str) else files)):
         if data.split != "train":
             raise InputError(
-                f"{key}.split is {data.split!r}, but streamed files have no splits; expected 'train', and max_rows "
-                "for the first so many rows."
+                f"{key}.split is {data.split!r}, but streamed files have no splits; expected 'train', and max_rows to "
+                "read the first rows only."
             )
-        found = [path for file in _files(files, f"{key}.data_files") for path in sorted(glob(file)) or [file]]
-        return from_files(found, f"{key}.data_files", data.path)
+        paths = [path for file in _files(files, f"{key}.data_files") for path in sorted(glob(file)) or [file]]
+        return from_files(paths, f"{key}.data_files", data.path)
     return as_corpus(_table(data, data.split, key), key)
 
 
 def _columns(data: Data, content: str, known: list[str], key: str) -> dict[str, str]:
-    """Role → column, all of them there."""
+    """Role → column, where every column exists."""
     roles = {f"{content}_column": getattr(data, f"{content}_column"), "label_column": data.label_column}
     roles["id_column"] = data.id_column
     columns = {role: column for role, column in roles.items() if column is not None}
@@ -120,7 +135,7 @@ def _admitted(data: Data) -> dict[str, set[str]]:
 def _rows(
     sources: Iterable[dict], data: Data, content: str, key: str, dropped: Counter, held_out: bool
 ) -> Iterator[dict]:
-    """The rows that are used, named and with their roles' columns; those left out are counted by reason."""
+    """The rows that are used, each with its id, content and label; rows that are left out are counted by reason."""
     admitted, source_column = _admitted(data), getattr(data, f"{content}_column")
     for number, source in enumerate(sources):
         source = {column: _whole(value) for column, value in source.items()}
@@ -161,7 +176,7 @@ def _table(data: Data, split: str, key: str):
     if data.path == DIGITS:
         return _digits()
     if isinstance(data.data_files, dict):
-        files = {name: _files(some, f"{key}.data_files.{name}") for name, some in data.data_files.items()}
+        files = {name: _files(paths, f"{key}.data_files.{name}") for name, paths in data.data_files.items()}
     else:
         files = None if data.data_files is None else _files(data.data_files, f"{key}.data_files")
     try:
@@ -179,10 +194,10 @@ def _table(data: Data, split: str, key: str):
         ) from error
 
 
-def _files(given: str | list[str], key: str) -> list[str]:
-    """The files, `~` resolved; a local one must be there and hold something."""
+def _files(paths: str | list[str], key: str) -> list[str]:
+    """The files, with `~` resolved; a local file must exist and not be empty."""
     files = []
-    for file in [given] if isinstance(given, str) else given:
+    for file in [paths] if isinstance(paths, str) else paths:
         if "://" in file or any(c in file for c in "*?["):
             files.append(file)
             continue
@@ -199,13 +214,13 @@ def _digits():
     from datasets import Dataset
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return Dataset.from_dict({"image": found.images.tolist(), "label": found.target.tolist()})
+    digits = load_digits()
+    return Dataset.from_dict({"image": digits.images.tolist(), "label": digits.target.tolist()})
 
 
 @contextmanager
 def _silent_datasets() -> Iterator[None]:
-    """No "Generating train split" bars, and no log lines beside the error that says the same."""
+    """Without the progress bars of `datasets`, and without its log lines, which an error of ours would repeat."""
     import datasets
 
     level, shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
@@ -230,9 +245,9 @@ def _whole(value):
 
 
 def _is_on_side(value, data: Data) -> bool:
-    """Whether a text or image belongs to `data.part`. Its place in [0, 1) is a hash, so that equal ones (retweets)
+    """Whether a text or image belongs to `data.part`: by its hash, a number in [0, 1), so that equal texts (retweets)
     fall on the same side."""
     if data.test_fraction == 0:
         return data.part == "train"
-    found = hashlib.sha256(value.strip().encode()).hexdigest() if isinstance(value, str) else digest(value)
-    return (int(found[:12], 16) / 2**48 < data.test_fraction) == (data.part == "test")
+    hashed = hashlib.sha256(value.strip().encode()).hexdigest() if isinstance(value, str) else digest(value)
+    return (int(hashed[:12], 16) / 2**48 < data.test_fraction) == (data.part == "test")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import validation
 from ..errors import InputError
-from . import choices
+from . import build
 
 if TYPE_CHECKING:
     from ..influence.multistage import MultiStageInfluence
@@ -29,7 +29,7 @@ def retraining(
         InputError: `polish` settings that differ between stages, or a warm start of a stage that is not polished.
     """
     stages = [bound.stage for bound in chain.stages]
-    polish_settings = {name: choices.polishing(run.config, name) for name in run.names}
+    polish_settings = {name: build.polish_settings(run.config, name) for name in run.names}
     shared_settings = _shared_polish_settings(polish_settings)
     if how == "warm_start":
         retrained = stages[run.names.index(run.ranked) :]  # earlier stages stay as they are

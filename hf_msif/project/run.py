@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import random
@@ -13,9 +14,11 @@ from ..adapters.functional import check_vocabulary
 from ..engine.corpus import Stream
 from ..engine.hashing import digest
 from ..errors import InputError, first_line
-from . import build, choices
+from . import build
 from .data import load_rows, stream_rows
+from .plugins import parameters
 from .schema import Config, StageConfig
+from .tasks import task_of
 
 
 class Run:
@@ -42,11 +45,14 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
         for name in self.names:
-            choices.training(self.config, name)
-            choices.polishing(self.config, name)
-            choices.new_config(self.config, name)
-        self.adapters = {name: choices.adapter(self.config, name) for name in self.names}
-        self.solvers = {name: choices.solver(self.config, name) for name in self.names}
+            build.training_settings(self.config, name)
+            build.polish_settings(self.config, name)
+            build.new_config(self.config, name)
+        self.adapters = {name: build.adapter(self.config, name) for name in self.names}
+        self.tasks = {name: task_of(stage.task, f"stages.{name}.task") for name, stage in config.stages.items()}
+        self.curvatures = {name: build.curvature(self.config, name) for name in self.names}
+        self.differentiations = {name: build.link(self.config, name) for name in self.names}
+        self.solvers = {name: build.solver(self.config, name) for name in self.names}
         self.tokenizer = None
         if config.tokenizer is not None:
             try:
@@ -56,7 +62,7 @@ class Run:
                     f"tokenizer: cannot load {config.tokenizer!r} ({first_line(error)}); expected a Hub id or a "
                     "folder."
                 ) from error
-        self.objectives = {name: choices.objective(self.config, name, self.tokenizer) for name in self.names}
+        self.objectives = {name: build.objective(self.config, name, self.tokenizer) for name in self.names}
 
     # --- what a stage is made of
 
@@ -78,7 +84,7 @@ class Run:
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()
         try:
             return TrainingArguments(
-                str(self.checkpoints(name)), **{**defaults, **choices.training(self.config, name), **overrides}
+                str(self.checkpoints(name)), **{**defaults, **build.training_settings(self.config, name), **overrides}
             )
         except (ValueError, TypeError, ImportError) as error:
             raise InputError(f"stages.{name}.training: {first_line(error)}.") from error
@@ -109,7 +115,7 @@ class Run:
         return self.config.stages[name]
 
     def rows(self, name: str, part: str | None = None) -> list[dict] | Stream:
-        """The stage's rows, of its own part of the data or another one; loaded once, labels checked."""
+        """The stage's rows: those of its `data.part`, or of another part. Loaded once, their labels checked."""
         data = self.config.stages[name].data
         data = data.model_copy(update={"part": part or data.part})
         if (name, data.part) not in self._rows:
@@ -123,42 +129,48 @@ class Run:
 
     def content(self, name: str) -> str:
         """What a row of the stage holds: "text" or "image"."""
-        return "image" if self.config.stages[name].task == "image-classification" else "text"
+        return self.tasks[name].content
 
     def _check_labels(self, name: str, rows: list[dict]) -> None:
-        if not self.config.stages[name].task.endswith("-classification"):
+        if self.tasks[name].label_kind is None:
             return
         labels = self.objectives[name].labels or ()
         numbers = range(len(labels)) if labels else range(2**31)
         if any(isinstance(label, int) for label in labels):  # they say which numbers there are
             numbers = ()
-        odd = {row["label"] for row in rows}
-        odd = {
-            x for x in odd if not (x in labels or (isinstance(x, int) and not isinstance(x, bool) and x in numbers))
-        }
-        if odd:
+
+        def is_class(label) -> bool:
+            return label in labels or (isinstance(label, int) and not isinstance(label, bool) and label in numbers)
+
+        unknown = {label for label in {row["label"] for row in rows} if not is_class(label)}
+        if unknown:
             raise InputError(
                 f"stages.{name}.objective.labels is {list(labels)}, but the label column holds "
-                f"{sorted(map(str, odd))[:5]}; list all classes in the order of the model's, or drop rows with "
+                f"{sorted(map(str, unknown))[:5]}; list all classes in the order of the model's, or drop rows with "
                 f"stages.{name}.data.keep."
             )
 
     def objective(self, name: str, model):
-        """The stage's objective; sentences are cut at what the model takes, where no max_length says less."""
-        if self.content(name) == "image":
-            return self.objectives[name]
-        if self.config.stages[name].task == "skip-gram" and self.objectives[name].unigrams is None:
+        """The stage's objective; texts are cut after as many tokens as the model takes, unless max_length is less."""
+        if not self.objectives[name].is_fitted:
             self.objectives[name] = self.objectives[name].fitted(self.rows(name))
-        objective, limit = self.objectives[name], getattr(model.base_model.config, "max_position_embeddings", None)
+        objective = self.objectives[name]
         check_vocabulary(name, model, objective)
-        if limit is None or (objective.max_length or self.tokenizer.model_max_length) <= limit:
+        if objective.tokenizer is None or "max_length" not in parameters(type(objective)):
+            return objective
+        limit = getattr(model.base_model.config, "max_position_embeddings", None)
+        if limit is None or (objective.max_length or objective.tokenizer.model_max_length) <= limit:
             return objective
         if objective.max_length is not None:
             raise InputError(
                 f"stages.{name}.objective.max_length is {objective.max_length}; expected at most {limit}, which is "
                 "what the model takes."
             )
-        return dataclasses.replace(objective, max_length=limit)
+        if dataclasses.is_dataclass(objective):
+            return dataclasses.replace(objective, max_length=limit)
+        objective = copy.copy(objective)
+        objective.max_length = limit
+        return objective
 
     def model(self, name: str):
         """The trained model of a stage: from `run_dir/<stage>`, else from `model.path`."""
@@ -169,7 +181,7 @@ class Run:
                     f"stage {name!r} is not trained yet: {folder} does not exist; run msif train --stage {name}, or "
                     f"set stages.{name}.model.path to a trained model."
                 )
-            model, missing = build.loaded(self.config, name, folder if folder.is_dir() else path)
+            model, missing = build.load_model(self.config, name, folder if folder.is_dir() else path)
             if missing:
                 raise InputError(
                     f"stage {name!r}: {folder if folder.is_dir() else path} has no weights for {missing[0]!r} "
@@ -220,10 +232,10 @@ class Run:
 
     def _made(self, name: str, before, seed: int):
         classes = None
-        if self.config.stages[name].task.endswith("-classification"):
+        if self.tasks[name].label_kind == "class":
             labels = self.objectives[name].labels
             classes = len(labels) if labels else max(2, 1 + max(row["label"] for row in self.rows(name)))
-        return build.made(self.config, name, before, seed, self.adapters[name], classes)
+        return build.new_model(self.config, name, before, seed, self.adapters[name], classes)
 
     # --- files of the run folder
 
@@ -246,17 +258,18 @@ class Run:
 
     def chain(self, models: dict[str, Any] | None = None, planned: bool = False):
         """The `MultiStageInfluence` of the configuration, from the trained models (or those given); `planned`: stages
-        whose training run is still to be recorded count as proximal ones."""
+        whose training run is still to be recorded count as implicit ones."""
         from .. import MultiStageInfluence, Stage
 
         models = models or self.models()
-        shared = ("trainable", "weight_decay", "alpha", "curvature", "curvature_samples", "batch_size", "resized")
+        shared = ("trainable", "weight_decay", "alpha", "curvature_samples", "batch_size", "resized")
         stages = [
             Stage(
                 name,
                 models[name],
                 self.objective(name, models[name]),
                 self.rows(name),
+                curvature=self.curvatures[name],
                 solver=self.solvers[name],
                 seed=self.config.seed,
                 **{**{key: getattr(stage, key) for key in shared}, **self._link(name, planned)},
@@ -290,7 +303,7 @@ class Run:
             if planned and not self.is_trained(name):
                 return {"alpha": 1.0}
             return {"link": stage.link, "run": self.recording(name), "max_growth": stage.max_growth}
-        return {"link": stage.link, "run": stage.run, "max_growth": stage.max_growth}
+        return {"link": self.differentiations[name], "run": stage.run, "max_growth": stage.max_growth}
 
     def planned(self, bound):
         """How a bound stage of `chain(planned=True)` will be differentiated, once it is trained."""
@@ -340,7 +353,7 @@ class Run:
 
         model = self.model(name)
         objective = self.objective(name, model)
-        if not hasattr(objective, "predictions"):
+        if objective.predictions is None:
             raise InputError(f"test.wrong is for classification; stage {name!r} has another task.")
         return training.mistakes(model, objective, rows, self.config.stages[name].batch_size)
 

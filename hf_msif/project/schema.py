@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import InputError
+from .plugins import DOTTED, is_dotted
+from .tasks import TASKS, task_of
 
 RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, use_attribute_docstrings=True)
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Dotted = Annotated[str, Field(pattern=DOTTED)]
 RESERVED = ("query", "bank", "validation", "cleanse")
 Scalar = str | int | float | bool | None
 
@@ -39,22 +42,22 @@ class Data(Section):
     text_column: str = "text"
     """column with the text"""
     image_column: str = "image"
-    """column with the image, for image-classification"""
+    """column with the image, for tasks with images"""
     label_column: str | None = None
     """column with the label, for classification"""
     id_column: str | None = None
     """column that names rows; null: the row's number in the file"""
     keep: dict[str, list[Scalar]] = {}
-    """column → admitted values; other rows are dropped and counted"""
+    """column → values; rows with other values are dropped, and counted"""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """share of the texts or images (not rows: equal ones stay together) set aside for testing, by hash"""
+    """share of the texts or images that is set aside for testing, by hash: rows with equal ones stay together"""
     part: Literal["train", "test", "all"] = "train"
     """which side of that split the stage is trained on"""
     streaming: bool = False
-    """read rows when they are needed instead of holding them: a corpus larger than memory, for a first stage with
-    curvature_samples whose model is given"""
+    """read rows when they are needed instead of holding them in memory; for a first stage with curvature_samples whose
+    model is given"""
     max_rows: Count | None = None
-    """use the first so many rows (of the side that is trained on, where there is a test_split)"""
+    """use the first N rows (of the side that is trained on, where there is a test_split)"""
 
     @property
     def has_test_side(self) -> bool:
@@ -62,46 +65,54 @@ class Data(Section):
 
 
 class Model(Section):
-    """The model of a stage; null in both path and config: a new head on the encoder of the stage before."""
+    """The model of a stage. Without path and config: a new head on the encoder of the stage before."""
 
     path: str | None = None
-    """Hub id or folder: loaded instead of training, or, where `training` has settings, to start training from"""
+    """Hub id or folder of a model: taken as it is, or, where `training` has settings, trained further"""
     config: dict[str, Any] | None = None
-    """settings of a new model, model_type among them, for a first stage trained from scratch"""
+    """settings of a new model, among them model_type, for a first stage that is trained from scratch"""
     head: Literal["auto", "feed_forward"] = "auto"
-    """auto: the head of AutoModelFor...; feed_forward: `FeedForwardClassifier` on the mean embedding"""
+    """auto: the head of the AutoModelFor... class; feed_forward: `FeedForwardClassifier` on the mean embedding"""
     hidden_size: Count = 64
     """units of the feed-forward head"""
     dtype: Literal["float32", "float64"] | None = None
-    """of the parameters; null: as the model comes. float64 for stages that are brought to a stationary point"""
+    """type of the parameters; null: that of the model as it is loaded. float64 is for stages that are polished"""
     lora: dict[str, Any] | None = None
-    """settings of `peft.LoraConfig` (r, lora_alpha, target_modules, ...): adapters in a later stage's encoder"""
+    """settings of `peft.LoraConfig` (r, lora_alpha, target_modules, ...): adapters in the encoder of a later stage"""
 
 
 class Solver(Section):
-    """Which solver of `hf_msif.solvers`; null keeps the solver's own default."""
+    """The solver of the stage's linear system and its settings; null keeps the solver's own default."""
 
-    name: Literal["cg", "squared_cg", "minres", "identity", "dense"] = "cg"
-    """cg (positive definite), squared_cg (eq. (16)), minres (indefinite), dense (small models), identity (baseline)"""
+    model_config = RULES | {"extra": "allow"}  # a solver of one's own has settings of its own
+
+    name: Literal["cg", "squared_cg", "minres", "identity", "dense"] | Dotted = "cg"
+    """cg (positive definite), squared_cg (eq. (16)), minres (indefinite), dense (small models), identity (baseline),
+    or a class of your own, whose settings stand beside name"""
     damping: NonNegative | Literal["auto"] | None = None
     """λ added to the curvature; auto: damping_fraction × its mean eigenvalue"""
     damping_fraction: Positive | None = None
-    """used by damping: auto alone"""
+    """only used by damping: auto"""
     tol: NonNegative | None = None
-    """relative residual at which a column is done"""
+    """relative residual at which a column is solved"""
     max_iter: Count | None = None
-    """most iterations a column"""
+    """most iterations per column"""
     max_parameters: Count | None = None
     """dense: refuse larger systems"""
 
+    @model_validator(mode="after")
+    def _no_unknown_settings(self) -> Solver:
+        if self.model_extra and not is_dotted(self.name):
+            unknown = [{"type": "extra_forbidden", "loc": (key,), "input": x} for key, x in self.model_extra.items()]
+            raise ValidationError.from_exception_data("Solver", unknown)
+        return self
+
 
 class StageConfig(Section):
-    """One stage: what is trained on what, and how it is differentiated (see `hf_msif.Stage`)."""
+    """One stage: what is trained on which rows, and how it is differentiated (see `hf_msif.Stage`)."""
 
-    task: Literal[
-        "masked-lm", "causal-lm", "bidirectional-lm", "skip-gram", "sequence-classification", "image-classification"
-    ]
-    """decides objective and model class"""
+    task: Literal[tuple(TASKS)] | Dotted
+    """which objective and which class of models; or an objective of your own"""
     data: Data
     model: Model = Model()
     objective: dict[str, Any] = {}
@@ -109,29 +120,29 @@ class StageConfig(Section):
     training: dict[str, Any] = {}
     """Hugging Face's TrainingArguments, by name"""
     polish: dict[str, Any] | None = None
-    """settings of `training.polish`, which ends training at a stationary point; {} for its defaults. Without
-    `training` it does all of it"""
+    """settings of `training.polish`, which brings the model to a stationary point after `training`, or from its
+    initial weights where `training` has no settings; {}: its defaults"""
     trainable: str | list[str] = "all"
-    """all, head (everything not inherited), or a list of name patterns"""
+    """all, head (everything that is not inherited), or a list of name patterns"""
     weight_decay: NonNegative = 0.0
-    """λ of the penalty (λ/2)‖φ‖² that belongs to the objective"""
+    """λ of the penalty (λ/2)‖φ‖², which is part of the objective"""
     alpha: Positive | Literal["auto"] | None = None
     """α of eq. (12), which ties inherited, trained parameters to the stage before; auto: training does not tie them,
-    and α is estimated from the finished model"""
-    link: Literal["implicit", "unrolled"] = "implicit"
-    """how the stage is differentiated: implicit takes it for a minimum; unrolled goes back through its training run,
-    which is recorded"""
+    and α is estimated from the trained model"""
+    link: Literal["implicit", "unrolled"] | Dotted = "implicit"
+    """how the stage is differentiated: implicit assumes that training ended at a minimum; unrolled goes back through
+    the training run, which is recorded; or a differentiation of your own"""
     run: str | None = None
-    """folder of that run where it was recorded elsewhere (a RecordCallback); null: run_dir/NAME.run"""
+    """folder of the training run where it was recorded elsewhere (by a RecordCallback); null: run_dir/NAME.run"""
     max_growth: Positive | None = None
-    """refuse an unrolled pull-back whose adjoint grows more than so many times; null: by the dtype"""
-    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton"
-    """gauss_newton is positive semi-definite; the exact hessian is for models at a minimum"""
+    """refuse an unrolled stage whose adjoint grows by more than this factor; null: a limit by the dtype"""
+    curvature: Literal["gauss_newton", "hessian"] | Dotted = "gauss_newton"
+    """gauss_newton is positive semi-definite; hessian is exact, for models at a minimum; or a class of your own"""
     curvature_samples: Count | None = None
-    """random rows on which the curvature is estimated; null: all"""
+    """number of random rows on which the curvature is estimated; null: all rows"""
     solver: Solver = Solver()
     batch_size: Count = 64
-    """rows a batch in passes over the data"""
+    """rows per batch in passes over the data"""
     resized: bool = False
     """accept embeddings that gained rows since the stage before"""
 
@@ -142,106 +153,110 @@ class StageConfig(Section):
 
     @property
     def uses_trainer(self) -> bool:
-        """Whether training goes by `training`, as it does unless `polish` is all that is said of it."""
+        """Whether a `Trainer` trains the stage: yes, unless it has settings of `polish` and none of `training`."""
         return bool(self.training) or self.polish is None
 
 
 class Tests(Section):
-    """Which predictions are asked about: rows of the last stage's test side."""
+    """The predictions that are explained: rows of the last stage's test side."""
 
     number: Count = 3
-    """so many random ones"""
+    """number of random rows"""
     ids: Annotated[list[int | str], Field(min_length=1)] | None = None
-    """or these example ids"""
+    """example ids of the rows, in the place of random rows"""
     seed: int = 0
-    """of the choice"""
+    """seed of the random rows"""
     aggregate: Literal["none", "sum", "mean"] = "none"
-    """none: one column a test example; sum or mean: one for the group"""
+    """none: one column per test example; sum or mean: one column for all of them"""
     wrong: bool = False
     """only rows that the finetuned model classifies wrongly"""
 
 
 class Corpus(Section):
-    """Which rows are ranked."""
+    """The rows that are ranked."""
 
     stage: str | None = None
-    """of which stage; null: the first. Files about another one have its name in theirs: scores-NAME.parquet"""
+    """the stage whose rows are ranked; null: the first. Files about another one have its name: scores-NAME.parquet"""
     sample: Count | None = None
-    """so many random rows of that stage's data; null: all"""
+    """number of random rows of that stage; null: all rows"""
     seed: int = 0
-    """of the choice"""
+    """seed of the random rows"""
     dtype: Literal["float32", "tf32", "bfloat16"] | None = None
-    """of scoring; tf32 (matrix products of a GPU) and bfloat16 are measured against the model's own precision on some
-    rows, and the error printed"""
+    """precision of scoring; null: the model's own. tf32 (matrix products on a GPU) and bfloat16 are compared with the
+    model's own on a few rows, and the error is printed"""
     part_rows: Count = 4096
-    """rows a part of a scoring under way; an interruption costs those in hand, sixteen batches a process or a part"""
+    """rows per part while scoring is under way; an interruption loses the rows in hand: sixteen batches per process,
+    or one part"""
 
 
 class Validation(Section):
-    """What `msif validate` removes, and how it trains again."""
+    """Which rows `msif validate` removes, and how it trains again."""
 
     experiment: Literal["leave_one_out", "remove_groups", "datamodelling_score"] = "leave_one_out"
-    """single rows of the largest absolute influence; groups along the ranking; random subsets (LDS)"""
+    """leave_one_out: single rows of the largest absolute influence; remove_groups: groups along the ranking;
+    datamodelling_score: random subsets (LDS)"""
     retrain: Literal["warm_start", "from_scratch"] = "warm_start"
-    """warm_start polishes the finished stages again, or repeats the runs of unrolled ones; from_scratch
-    repeats `training` and `polish` from new weights"""
+    """warm_start polishes the trained stages again, or repeats the runs of unrolled stages; from_scratch repeats
+    `training` and `polish` from new weights"""
     examples: Count = 100
-    """leave_one_out: so many rows"""
+    """leave_one_out: number of rows"""
     groups: Annotated[int, Field(ge=3)] = 20
-    """remove_groups: so many, evenly spread from the most helpful rows to the most harmful ones"""
+    """remove_groups: number of groups, evenly spread from the most helpful rows to the most harmful rows"""
     group_size: Count = 10
-    """remove_groups: rows a group"""
+    """remove_groups: rows per group"""
     subsets: Annotated[int, Field(ge=3)] = 100
-    """datamodelling_score: so many random subsets"""
+    """datamodelling_score: number of random subsets"""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """datamodelling_score: share of the rows in a subset"""
     seeds: Annotated[list[int], Field(min_length=1)] | None = None
-    """of the retrainings that are averaged; null: the run's own start"""
+    """seeds of the retrainings that are averaged; null: one retraining that starts as the run did"""
     ceiling_seeds: list[int] | None = None
-    """of the second measurement, whose correlation with the first is the ceiling; null: the same start moved by 1e-6;
-    []: none"""
+    """seeds of a second measurement, whose correlation with the first is the ceiling; null: the start of the run
+    moved by 1e-6; []: no second measurement"""
     baselines: list[str] | None = None
-    """names in `hf_msif.validation`, identity, gradient_dot, tfidf, ...; null: all that apply; []: none"""
+    """names of functions in `hf_msif.validation` (identity, gradient_dot, tfidf, ...); null: all that apply;
+    []: none"""
 
 
 class Cleanse(Section):
-    """What `msif cleanse` leaves out, and whether it trains again to see what that does."""
+    """Which rows `msif cleanse` leaves out, and whether it trains again to measure the gain."""
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """share of the ranked stage's rows: the most harmful ones, and as many random ones as a control"""
+    """share of the ranked stage's rows to leave out: the most harmful rows, and as many random rows as a control"""
     seeds: Count = 1
-    """repetitions with other initial weights, other test rows and other random rows, for the interval"""
+    """number of repetitions, each with its own initial weights, test rows and random rows, for the interval"""
     retrain: Literal["no", "warm_start", "from_scratch"] = "no"
-    """train again without either, and measure test rows that the ranking did not see"""
+    """whether and how to train again without the rows, to measure the loss on test rows that the ranking did not
+    see"""
     held_out: Count | None = None
-    """so many of those; null: all"""
+    """number of those test rows; null: all"""
 
 
 class Config(Section):
     """A whole run."""
 
     run_dir: str
-    """where everything is written"""
+    """folder to which everything is written"""
     tokenizer: str | None = None
-    """Hub id or folder; needed by every task with texts"""
+    """Hub id or folder of the tokenizer; needed by tasks with texts"""
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
-    """name → stage, first to last"""
+    """name → stage, from first to last"""
     test: Tests = Tests()
     corpus: Corpus = Corpus()
     validation: Validation = Validation()
     cleanse: Cleanse = Cleanse()
     dampings: Annotated[list[Positive], Field(min_length=1)] = [1e-3, 1e-2, 1e-1, 1.0]
-    """λ of `msif sweep`, for the ranked stage"""
+    """values of λ that `msif sweep` compares, for the ranked stage"""
     seed: int = 0
-    """of training and of the masks"""
+    """seed of training and of the masks"""
     sharded: bool = False
-    """each process holds its slice of a solver's vectors, whose memory then falls with the number of processes"""
+    """each process holds a slice of the solver's vectors, so that their memory falls with the number of processes"""
     memory_check: bool = True
-    """refuse a query whose vectors and activations cannot fit into memory, before it starts"""
+    """refuse a query before it starts where its vectors and activations cannot fit into memory"""
     trackers: list[str] = []
-    """of Accelerate (tensorboard, wandb, ...): residuals of the solvers, sentences scored a second"""
+    """trackers of Accelerate (tensorboard, wandb, ...): they log residuals of solvers and rows scored per second"""
     threads: Count | None = None
-    """of the CPU; null: PyTorch's choice. One is the fastest for models of a few thousand parameters"""
+    """number of CPU threads; null: PyTorch's choice. 1 is the fastest for models of a few thousand parameters"""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -252,24 +267,25 @@ class Config(Section):
             key = f"stages.{name}"
             if not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
                 raise InputError(
-                    f"{key}: stages are folders beside run_dir/query; expected a name of letters, digits, - and _ "
+                    f"{key}: a stage is a folder beside run_dir/query; expected a name of letters, digits, - and _ "
                     f"other than {', '.join(map(repr, RESERVED))}."
                 )
-            classifies = stage.task.endswith("-classification")
-            if stage.task != "image-classification" and self.tokenizer is None:
+            task = task_of(stage.task, f"{key}.task")
+            labelled = task.label_kind is not None
+            if task.needs_tokenizer and self.tokenizer is None:
                 raise InputError(f"tokenizer is missing; {key} has the task {stage.task}, which reads texts.")
             if stage.data.streaming and (index or stage.curvature_samples is None or stage.data.has_test_side):
                 raise InputError(
                     f"{key}.data.streaming is for a first stage with curvature_samples and without test_split or "
-                    "test_fraction; expected its rows to be at hand, or those settings to be so."
+                    "test_fraction; expected streaming: false, or those settings."
                 )
-            if stage.data.streaming and (stage.recorded or classifies):
+            if stage.data.streaming and (stage.recorded or labelled):
                 raise InputError(
                     f"{key}.data.streaming is for implicit stages of language models; expected streaming: false."
                 )
             if stage.data.test_split is not None and stage.data.test_fraction > 0:
                 raise InputError(f"{key}.data has test_split and test_fraction; expected one of them.")
-            if classifies and stage.data.label_column is None:
+            if labelled and stage.data.label_column is None:
                 raise InputError(f"{key}.data.label_column is missing; {stage.task} needs the column with the label.")
             if index and stage.model.config is not None:
                 raise InputError(
@@ -300,9 +316,9 @@ class Config(Section):
                 )
             if stage.run is not None and stage.model.path is None:
                 raise InputError(f"{key}.run needs {key}.model.path, the model that the run left.")
-            if stage.model.head == "feed_forward" and not (index and stage.task == "sequence-classification"):
+            if stage.model.head == "feed_forward" and not (index and labelled and task.content == "text"):
                 raise InputError(
-                    f"{key}.model.head is 'feed_forward'; expected 'auto', unless a later stage has the task "
-                    "sequence-classification."
+                    f"{key}.model.head is 'feed_forward', which is for the classification of texts in a later stage; "
+                    "expected 'auto'."
                 )
         return self

@@ -15,7 +15,7 @@ from ..engine.accelerated import Engine
 from ..engine.files import write_json
 from ..errors import DivergedError, InputError
 from ..training.record import check_arguments
-from . import build, choices
+from . import build
 
 if TYPE_CHECKING:
     from ..training.polish import PolishReport
@@ -77,7 +77,7 @@ def train(run: Run, name: str) -> dict:
     if last_checkpoint is not None and (is_recorded or arguments.save_strategy != "no"):
         print(f"{name}: an interrupted training left {last_checkpoint}, to go on from")
     report: dict[str, Any] = {"stage": name}
-    if "test" in sides and build.goes_on(stage, model, previous):
+    if "test" in sides and build.inherits_head(run.config, name, model, previous):
         report["test_before"] = training.evaluate(model, objective, sides["test"], stage.batch_size)
     started = time.perf_counter()
     # α is estimated from finished models, so that training itself is without it.
@@ -130,7 +130,7 @@ def polish(run: Run, name: str, model, previous) -> PolishReport:
         run.rows(name),
         batch_size=run.config.stages[name].batch_size,
         engine=Engine(progress=run.progress),
-        **choices.polishing(run.config, name),
+        **build.polish_settings(run.config, name),
         **_objective_terms(run, name, previous),
     )
 

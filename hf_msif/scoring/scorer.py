@@ -265,7 +265,7 @@ def _check_finite(values: np.ndarray, rows: list[dict]) -> None:
 def _frame(scorable: Scorable, rows: list[dict], measured: _Measured) -> pd.DataFrame:
     """The columns of `Scores`, without `duplicates`."""
     objective = scorable.objective
-    content_column = getattr(objective, "text_column", getattr(objective, "image_column", "text"))
+    content_column = objective.content_column
     columns = {"loss": measured.losses, "terms": measured.counts}
     return frame_of(rows, measured.influence, scorable.count, columns, content_column)
 

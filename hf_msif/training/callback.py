@@ -17,6 +17,7 @@ from ..curvature.derivatives import reached
 from ..engine.corpus import as_rows
 from ..engine.hashing import tensors_fingerprint
 from ..errors import InputError
+from ..objectives import checked_objective
 from . import optimisers
 from .optimisers import Slots
 from .record import check_arguments, check_finite, check_precision
@@ -69,7 +70,8 @@ class RecordCallback(TrainerCallback):
         resized: bool = False,
         name: str = "stage",
     ):
-        self.folder, self.objective, self.name = Path(folder).expanduser(), objective, name
+        self.folder, self.name = Path(folder).expanduser(), name
+        self.objective = checked_objective(objective, f"stage {name!r}")
         self.rows = as_rows(data, f"the data of stage {name!r}")
         self.previous, self.trainable, self.resized = previous, trainable, resized
         self._check_folder()

@@ -12,6 +12,7 @@ from ..curvature.derivatives import Evaluation
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
 from ..errors import InputError
+from ..objectives import checked_objective
 
 
 def evaluate(
@@ -32,7 +33,7 @@ def evaluate(
     Raises:
         InputError: bad rows, or rows without a counted term.
     """
-    engine = engine or Engine(progress=False)
+    engine, objective = engine or Engine(progress=False), checked_objective(objective, "the evaluation")
     rows = as_rows(data, "the evaluation data")
     functional = FunctionalModel(model, engine.device)
     parts = []
@@ -41,7 +42,7 @@ def evaluate(
             evaluation = Evaluation(functional, objective, batch)
             sums, counts = evaluation.losses({})
             right = 0.0
-            if hasattr(objective, "predictions"):
+            if objective.predictions is not None:
                 right = float((objective.predictions(functional.bind({}), batch) == batch["labels"]).sum())
             parts.append((float(sums.double().sum()), float(counts.double().sum()), right))
     losses, counts, right = (sum(column) for column in zip(*engine.gather(parts), strict=True))
@@ -50,7 +51,7 @@ def evaluate(
             f"none of the {len(rows)} rows of the evaluation data has a term that counts: are their texts empty?"
         )
     measures = {"loss": losses / counts, "examples": len(rows)}
-    return measures | ({"accuracy": right / len(rows)} if hasattr(objective, "predictions") else {})
+    return measures | ({"accuracy": right / len(rows)} if objective.predictions is not None else {})
 
 
 def mistakes(

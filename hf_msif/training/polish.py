@@ -21,6 +21,7 @@ from ..adapters.split import split, write
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
 from ..errors import InputError
+from ..objectives import checked_objective
 from . import logistic
 from .newton import Newton, Preconditioner, lbfgs, nearby
 from .objective import StageObjective
@@ -176,7 +177,7 @@ def polish(
     if method not in ("newton", "sklearn"):
         raise InputError(f"stage {name!r}: method is {method!r}; expected 'newton' or 'sklearn'.")
     started = time.perf_counter()
-    engine = engine or Engine(progress=False)
+    engine, objective = engine or Engine(progress=False), checked_objective(objective, f"stage {name!r}")
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
     target = StageObjective(model, objective, rows, roles, engine, previous, weight_decay, alpha, omit, batch_size)

@@ -24,6 +24,7 @@ from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
 from ..engine.hashing import tensors_fingerprint
 from ..errors import DivergedError, InputError
+from ..objectives import checked_objective
 from . import optimisers
 from .optimisers import SGD, AdamW, Slots
 from .recording import Recording, Schedule, facts_of
@@ -81,7 +82,7 @@ def record(
         InputError: bad rows or arguments, or a folder with another run.
         DivergedError: a parameter stopped being finite.
     """
-    engine = Engine(progress=progress)
+    engine, objective = Engine(progress=progress), checked_objective(objective, f"stage {name!r}")
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
     functional = FunctionalModel(model, engine.device)

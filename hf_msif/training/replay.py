@@ -34,7 +34,6 @@ from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation
 from ..engine.accelerated import Engine
 from ..engine.corpus import checked_omission
-from ..objectives import of_epoch
 from ..vectors import Block
 from .objective import QuadraticTerms, data_term, example_weights
 from .optimisers import Slots, clipped, clipped_vjp
@@ -285,7 +284,7 @@ class Replay:
     def _micro_batches(self, t: int) -> list[_MicroBatch]:
         """This process's micro-batches of step t; those of the last step that was asked for are kept."""
         schedule, size = self.recording.schedule, self.recording.micro_batch
-        rows, objective = schedule.rows[t], of_epoch(self.objective, schedule.epochs[t])
+        rows, objective = schedule.rows[t], self.objective.of_epoch(schedule.epochs[t])
         key = (rows, objective)
         if self._collated[0] != key:
             evaluations, device = [], self.engine.device

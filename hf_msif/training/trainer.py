@@ -24,7 +24,7 @@ from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import DivergedError, InputError
-from ..objectives import of_epoch
+from ..objectives import checked_objective
 from .objective import QuadraticTerms, data_term, example_weights
 
 # Arguments that decide the final weights: a run is resumed from a checkpoint only where all of them agree.
@@ -92,7 +92,7 @@ def train(
         DivergedError: a loss or parameter stopped being finite (at the step where it did; no checkpoint of it is
             written).
     """
-    rows = as_rows(data, f"the data of stage {name!r}")
+    rows, objective = as_rows(data, f"the data of stage {name!r}"), checked_objective(objective, f"stage {name!r}")
     model = unwrapped(model)  # the checkpoints of a PeftModel are its adapters alone
     roles = split(name, model, previous, trainable, resized)
     omit = checked_omission(omit, rows, name)
@@ -148,7 +148,7 @@ def _checked_arguments(arguments: TrainingArguments, objective: Any, name: str) 
             "DataParallel cannot split masked positions: use `accelerate launch`, or one GPU (CUDA_VISIBLE_DEVICES=0)",
         ),
         "several micro-batches or processes a step": (
-            micro_batches > 1 and not hasattr(objective, "counts"),
+            micro_batches > 1 and objective.counts is None,
             f"{type(objective).__name__} has no method `counts(batch)`, by which F is normalised over a whole step",
         ),
     }
@@ -232,7 +232,7 @@ class _Collator:
         self.objective, self.omit, self.epoch = objective, omit, 0
 
     def __call__(self, rows: list[dict]) -> dict:
-        objective = of_epoch(self.objective, self.epoch)
+        objective = self.objective.of_epoch(self.epoch)
         return {**objective.collate(rows), "weights": example_weights(rows, self.omit)}
 
 

@@ -99,8 +99,8 @@ class Case:
         """
         texts = []
         for bound, rows in ((self.bound, self.corpus), (self.last, self.tests)):
-            column = getattr(bound.objective, "text_column", None)
-            if column is None:
+            column = bound.objective.text_column
+            if column not in rows[0]:
                 raise InputError(
                     f"stage {bound.name!r} has no texts ({type(bound.objective).__name__}): leave out "
                     "the baselines tfidf and bm25."
@@ -240,7 +240,10 @@ def baselines(
     """
     case = Case(chain, as_rows(tests, "the test examples"), as_rows(corpus, "the corpus"), chain.stage(stage), seed)
     if which is None:
-        texts = all(hasattr(bound.objective, "text_column") for bound in (case.bound, case.last))
+        texts = all(
+            bound.objective.text_column in rows[0]
+            for bound, rows in ((case.bound, case.corpus), (case.last, case.tests))
+        )
         inapplicable = () if texts else TEXT
         if all(isinstance(bound.differentiation, Implicit) for bound in chain.stages):
             inapplicable = (*inapplicable, implicit)
@@ -261,10 +264,9 @@ def _representations(bound: BoundStage, rows: list[dict]) -> np.ndarray:
 
 def _inputs(objective: Any, rows: list[dict]) -> dict:
     """The encoder's inputs: the whole text, unmasked; without a tokenizer the objective's batch without its labels."""
-    if hasattr(objective, "tokenizer"):
+    if objective.tokenizer is not None:
         return tokenized(objective, rows)
-    names = getattr(objective, "inputs", None)
-    batch = objective.collate(rows)
+    names, batch = objective.inputs, objective.collate(rows)
     return {name: batch[name] for name in names} if names else {k: v for k, v in batch.items() if k != "labels"}
 
 

@@ -92,7 +92,7 @@ class _Retrainer:
         the accuracy on the tests where the objective predicts classes, in the notes."""
         s = self.stages[-1]
         functional, losses, right = FunctionalModel(model, self.engine.device), [], 0
-        classifies = hasattr(s.objective, "predictions")
+        classifies = s.objective.predictions is not None
         with torch.no_grad(), functional.evaluating():
             for start in range(0, len(self.tests), s.batch_size):
                 batch = self.engine.place(s.objective.collate(self.tests[start : start + s.batch_size]))

@@ -10,7 +10,7 @@ from helpers.state import photograph
 from transformers.models.llama import modeling_llama
 from transformers.models.modernbert import modeling_modernbert
 
-from hf_msif import InputError, MultiStageInfluence, Stage, vectors
+from hf_msif import InputError, MultiStageInfluence, Stage, objectives, vectors
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.curvature import derivatives
@@ -378,7 +378,7 @@ def test_a_bfloat16_checkpoint_is_computed_in_float32():
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
 
 
-class Failing:
+class Failing(objectives.Objective):
     """An objective that fails at its n-th evaluation: before the model runs, inside of it, or after."""
 
     def __init__(self, objective, at, where):

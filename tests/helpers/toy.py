@@ -7,6 +7,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hf_msif.objectives import Objective
+
 INPUTS = 3
 
 
@@ -66,7 +68,7 @@ def toy_rows(seed, size, classes=3):
 
 
 @dataclass(frozen=True)
-class ToyObjective:
+class ToyObjective(Objective):
     """Cross-entropy; an example counts as often as its number of terms says, so that sums and means differ."""
 
     def collate(self, rows):

@@ -12,7 +12,7 @@ from helpers.state import photograph
 from helpers.toy import ToyObjective, example_losses, minimise, toy, toy_rows
 from transformers import Trainer
 
-from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, vectors
+from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers, vectors
 from hf_msif.adapters import decayed_names
 from hf_msif.engine.hashing import tensors_fingerprint
 from hf_msif.models import FeedForwardClassifier
@@ -232,7 +232,7 @@ def test_random_numbers_of_the_user_are_not_used():
     assert randomness() == state
 
 
-class Failing:
+class Failing(objectives.Objective):
     """Fails when it has been evaluated so often."""
 
     def __init__(self, inner, after):

@@ -32,11 +32,11 @@ from helpers.toy import ToyObjective, decayed, example_losses, toy, toy_rows
 from transformers import get_scheduler
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
-from hf_msif.influence import backward
 from hf_msif.influence.sweep import damping_sweep
 from hf_msif.influence.unrolled import check_replay
 from hf_msif.training.record import rerun
 from hf_msif.training.recording import Recording
+from hf_msif.training.replay import Replay
 
 
 @dataclass
@@ -340,8 +340,8 @@ def made(tmp_path_factory):
 
 def test_columns_share_a_sweep_and_equal_single_ones(made, monkeypatch):
     run, before, model, folder = made
-    tests, steps, backward = toy_rows(7, 4), [], unrolled.Replay.backward
-    monkeypatch.setattr(unrolled.Replay, "backward", lambda self, *given: steps.append(1) or backward(self, *given))
+    tests, steps, backward = toy_rows(7, 4), [], Replay.backward
+    monkeypatch.setattr(Replay, "backward", lambda self, *given: steps.append(1) or backward(self, *given))
     found = unrolled_chain(run, before, model, folder)
     together = found.query(tests)
     assert len(steps) == 9
@@ -452,7 +452,7 @@ def sweeps(folder):
 
 def interrupted_sweep(monkeypatch, chain, after, tests=TESTS):
     """A query that fails in its backward step number `after`."""
-    calls, backward = [], unrolled.Replay.backward
+    calls, backward = [], Replay.backward
 
     def failing(self, *given):
         if len(calls) == after:
@@ -461,8 +461,8 @@ def interrupted_sweep(monkeypatch, chain, after, tests=TESTS):
         return backward(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backward, "SAVE_EVERY", 0.0)
-        patch.setattr(unrolled.Replay, "backward", failing)
+        patch.setattr("hf_msif.influence.backward.SAVE_EVERY", 0.0)
+        patch.setattr(Replay, "backward", failing)
         with pytest.raises(KeyboardInterrupt):
             chain.query(tests)
 
@@ -483,8 +483,8 @@ def test_an_interrupted_sweep_goes_on_unchanged(own, monkeypatch, after):
     assert not sweeps(folder)
     interrupted_sweep(monkeypatch, found, after)
     assert len(sweeps(folder)) == (after >= 3)
-    steps, backward = [], unrolled.Replay.backward
-    monkeypatch.setattr(unrolled.Replay, "backward", lambda self, s, t, a: steps.append(t) or backward(self, s, t, a))
+    steps, backward = [], Replay.backward
+    monkeypatch.setattr(Replay, "backward", lambda self, s, t, a: steps.append(t) or backward(self, s, t, a))
     again = found.query(TESTS)
     assert steps == list(reversed(range(9 - after // 3 * 3)))
     for stage, solution in whole.solutions.items():

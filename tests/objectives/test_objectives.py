@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+import transformers
 from helpers import tiny
 
-from hf_msif import InputError, objectives
+from hf_msif import InputError, Stage, objectives, training
 from hf_msif.adapters.functional import FunctionalModel
 
 ROWS = tiny.rows(6, seed=3, classes=3)
@@ -342,3 +343,66 @@ def test_messages_about_settings(make, message):
 def test_the_head_of_another_task_is_refused(task, model, request):
     with pytest.raises(InputError, match=r"its head is that of another task|without logits"):
         evaluate(request.getfixturevalue(model), tiny.objective(task), [{**row, "label": 0} for row in ROWS])
+
+
+# The base class -----------------------------------------------------------------------------------------------------
+
+
+class Lengths(objectives.Objective):
+    """The least that an objective can be."""
+
+    def collate(self, rows):
+        return {"lengths": torch.tensor([float(len(row["text"])) for row in rows])}
+
+    def losses(self, call, batch):
+        return batch["lengths"], torch.ones_like(batch["lengths"])
+
+
+def test_two_methods_make_an_objective():
+    least = Lengths()
+    assert least.of_epoch(3) is least
+    assert least.fitted(ROWS) is least
+    assert least.is_fitted
+    assert (least.text_column, least.image_column, least.content_column) == ("text", None, "text")
+    unset = ("counts", "predictions", "tokenizer", "processor", "max_length", "inputs", "labels", "auto_class")
+    assert all(getattr(least, name) is None for name in (*unset, "label_kind"))
+    assert objectives.ImageClassification().content_column == "image"
+    assert tiny.objective("masked", text_column="tweet").content_column == "tweet"
+
+
+def test_an_objective_without_losses_is_not_made():
+    class Unfinished(objectives.Objective):
+        def collate(self, rows):
+            return {}
+
+    with pytest.raises(TypeError, match="losses"):
+        Unfinished()
+
+
+class Loose:
+    collate, losses = Lengths.collate, Lengths.losses
+
+
+@pytest.mark.parametrize(
+    ("objective", "what"), [(Loose(), "a Loose"), (Lengths, "the class Lengths"), (None, "a NoneType")]
+)
+def test_what_is_no_objective_is_refused_where_it_comes_in(tmp_path, bert, objective, what):
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    message = f"the objective of stage 'stage' is {what}; expected an object of hf_msif.objectives, or of your own sub"
+    for enter in (
+        lambda: Stage("stage", bert, objective, ROWS),
+        lambda: training.train(bert, objective, ROWS, arguments),
+        lambda: training.record(bert, objective, ROWS, arguments, None, progress=False),
+        lambda: training.polish(bert, objective, ROWS),
+        lambda: training.RecordCallback(tmp_path / "run", objective, ROWS),
+    ):
+        with pytest.raises(InputError, match=message):
+            enter()
+    with pytest.raises(InputError, match=f"the objective of the evaluation is {what}"):
+        training.evaluate(bert, objective, ROWS)
+
+
+@pytest.mark.parametrize("make", [objectives.MaskedLM, objectives.CausalLM, objectives.SequenceClassification])
+def test_a_tokenizer_is_required(make):
+    with pytest.raises(TypeError, match="tokenizer"):
+        make()

@@ -146,9 +146,9 @@ def test_negatives_change_with_seed_draw_and_id_alone():
     assert drawn() == drawn()
     others = [drawn(seed=1), drawn(first_draw=1), drawn({**ROWS[0], "example_id": 77})]
     assert all(other != drawn() for other in others)
-    of_epoch = objectives.of_epoch(objective(), 1)
+    of_epoch = objective().of_epoch(1)
     assert of_epoch.collate([ROWS[0]])["candidates"][:, 1:].tolist() == drawn(first_draw=1)
-    assert objectives.of_epoch(objective(static=True), 1) == objective(static=True)
+    assert objective(static=True).of_epoch(1) == objective(static=True)
 
 
 def test_rows_without_a_pair():
@@ -473,7 +473,7 @@ def test_pretraining_through_its_own_run(tmp_path):
         parameters = {n: p.detach() for n, p in start.named_parameters()}
         for rows, epoch in zip(schedule.rows, schedule.epochs, strict=True):
             leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
-            batch = objectives.of_epoch(chosen, epoch).collate([{"example_id": i, **corpus[i]} for i in rows])
+            batch = chosen.of_epoch(epoch).collate([{"example_id": i, **corpus[i]} for i in rows])
             sums, counts = chosen.losses(FunctionalModel(start).bind(leaves), batch)
             weights = torch.tensor([weight if i == index else 1.0 for i in rows], dtype=torch.float64)
             slopes = torch.autograd.grad((weights * sums).sum() / counts.sum(), list(leaves.values()))

@@ -123,6 +123,8 @@ def test_defaults_are_not_shared(path):
     assert one.stages["finetuning"].data.keep == {}
 
 
+FIRST = ["--stages.pretraining.data.streaming", "true", "--stages.pretraining.curvature_samples", "5"]
+
 # flags → what the one sentence holds
 ERRORS = {
     "unknown key": (["--sed", "1"], ["unknown key 'sed'", "'seed'"]),
@@ -169,6 +171,85 @@ ERRORS = {
     "no label column": (["--stages.finetuning.data.label_column", "null"], ["label_column is missing"]),
     "a new model too late": (["--stages.finetuning.model.config.a", "1"], ["model.config is for the first stage"]),
     "a head without an encoder": (["--stages.pretraining.model.head", "feed_forward"], ["model.head", "'auto'"]),
+    "a head of another task": (
+        ["--stages.finetuning.model.head", "feed_forward", "--stages.finetuning.task", "causal-lm"],
+        ["model.head is 'feed_forward'", "classification of texts"],
+    ),
+    "texts without a tokenizer": (
+        ["--tokenizer", "null"],
+        ["tokenizer is missing", "stages.pretraining", "masked-lm"],
+    ),
+    "images without a label": (
+        ["--stages.pretraining.task", "image-classification"],
+        ["stages.pretraining.data.label_column is missing; image-classification"],
+    ),
+    "a stream of labels": (
+        [
+            *FIRST,
+            "--stages.pretraining.task",
+            "sequence-classification",
+            "--stages.pretraining.data.label_column",
+            "x",
+        ],
+        ["stages.pretraining.data.streaming is for implicit stages of language models"],
+    ),
+    "a stream of a run": ([*FIRST, "--stages.pretraining.link", "unrolled"], ["streaming is for implicit stages"]),
+    "a stream of all rows": (FIRST[:2], ["streaming is for a first stage with curvature_samples"]),
+    "two test sides": (
+        ["--stages.finetuning.data.test_split", "test", "--stages.finetuning.data.test_fraction", "0.1"],
+        ["stages.finetuning.data has test_split and test_fraction; expected one of them"],
+    ),
+    "a polished run": (
+        ["--stages.finetuning.link", "unrolled", "--stages.finetuning.polish", "{}"],
+        ["stages.finetuning has polish and link: unrolled; expected one of them"],
+    ),
+    "a run without its link": (
+        ["--stages.finetuning.run", "x"],
+        ["stages.finetuning has run or max_growth, which need link: unrolled"],
+    ),
+    "growth without a run": (["--stages.finetuning.max_growth", "9"], ["run or max_growth, which need link"]),
+    "no growth at all": (["--stages.finetuning.max_growth", "0"], ["stages.finetuning.max_growth is 0", "above 0"]),
+    "a run without its model": (
+        ["--stages.finetuning.link", "unrolled", "--stages.finetuning.run", "x"],
+        ["stages.finetuning.run needs stages.finetuning.model.path"],
+    ),
+    "a misspelt link": (["--stages.finetuning.link", "unroled"], ["link is unroled", "one of proximal, unrolled"]),
+    "a word for α": (["--stages.finetuning.alpha", "large"], ["stages.finetuning.alpha is large"]),
+    "an estimated α of a polished stage": (
+        ["--stages.finetuning.alpha", "auto", "--stages.finetuning.polish", "{}"],
+        ["stages.finetuning has polish and alpha: auto"],
+    ),
+    "adapters without an encoder": (
+        ["--stages.pretraining.model.lora", "{r: 2}"],
+        ["stages.pretraining.model.lora is for later stages"],
+    ),
+    "a module that is not there": (
+        ["--stages.pretraining.task", "nowhere.objectives:Mine"],
+        ["stages.pretraining.task is 'nowhere.objectives:Mine'", "no module 'nowhere'", "working directory"],
+    ),
+    "a submodule that is not there": (
+        ["--stages.pretraining.task", "json.nowhere:Mine"],
+        ["no module 'json.nowhere'"],
+    ),
+    "a module without the name": (
+        ["--stages.pretraining.task", "json:Mine"],
+        ["stages.pretraining.task is 'json:Mine'", "'json' has no 'Mine'"],
+    ),
+    "a function for an objective": (
+        ["--stages.pretraining.task", "json:loads"],
+        ["'json:loads', which is of type function", "a subclass of Objective"],
+    ),
+    "another class for an objective": (
+        ["--stages.pretraining.task", "json:JSONDecoder"],
+        ["which is the class JSONDecoder", "a subclass of Objective"],
+    ),
+    "an unwritten objective": (
+        ["--stages.pretraining.task", "hf_msif.objectives:Objective"],
+        ["method 'collate' is not written", "['collate', 'losses']"],
+    ),
+    "no module at all": (["--stages.pretraining.task", ":Mine"], ["task is :Mine", "or module:Name of your own"]),
+    "a word for a curvature": (["--stages.finetuning.curvature", "fisher"], ["curvature is fisher", "gauss_newton"]),
+    "a word for a solver": (["--stages.finetuning.solver.name", "lu"], ["solver.name is lu", "module:Name"]),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import tiny
 
-from hf_msif import InputError, MultiStageInfluence, Stage, solvers
+from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
 
 CORPUS = tiny.rows(9, seed=1, longest=9)
 TWEETS = tiny.rows(6, seed=2)
@@ -217,9 +217,12 @@ def test_a_batch_size_without_rows(exact, size):
 def test_rows_that_are_not_finite_are_named(exact, monkeypatch, slope):
     link = exact.chain.stage("pre")
 
-    class Broken:
+    class Broken(objectives.Objective):
         def __init__(self, objective):
-            self.collate, self.inner = objective.collate, objective
+            self.inner = objective
+
+        def collate(self, rows):
+            return self.inner.collate(rows)
 
         def losses(self, call, batch):
             sums, counts = self.inner.losses(call, batch)

@@ -13,7 +13,7 @@ from helpers.toy import ToyObjective, example_losses, toy, toy_rows
 from hf_msif import InputError, training
 from hf_msif.models import ConvNetConfig, ConvNetForImageClassification, FeedForwardClassifier
 from hf_msif.objectives import ImageClassification
-from hf_msif.project import choices, config
+from hf_msif.project import build, config
 
 ROWS, DECAY = toy_rows(2, 30), 0.05
 
@@ -194,4 +194,4 @@ def test_by_configuration(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["n"] == 3
     assert msif("train", *options, "--stages.finetuning.polish.method", "cholesky") == 2
     assert "stages.finetuning.polish.method is cholesky; expected one of newton, sklearn" in capsys.readouterr().err
-    assert choices.polishing(config.load(path), "finetuning") == {"max_iter": 30}
+    assert build.polish_settings(config.load(path), "finetuning") == {"max_iter": 30}

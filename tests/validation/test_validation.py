@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training, validation
+from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training, validation
 from hf_msif.engine.hashing import digest
 from hf_msif.validation import BASELINES, Bank, FromScratch, Retrained, WarmStart, correlation
 from hf_msif.validation.baselines import TEXT, Case
@@ -208,7 +208,7 @@ class LinearModel(PreTrainedModel):
         return SequenceClassifierOutput(logits=x @ self.weight)
 
 
-class Squares:
+class Squares(objectives.Objective):
     def collate(self, rows):
         return {k: torch.tensor([row[k] for row in rows], dtype=torch.float64) for k in ("x", "y")}
 

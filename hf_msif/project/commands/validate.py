@@ -126,7 +126,7 @@ def _accuracies(project: Run, models: dict[str, Any]) -> dict[str, float]:
     accuracies = {}
     for name in project.names:
         objective, stage = project.objective(name, models[name]), project.config.stages[name]
-        if hasattr(objective, "predictions"):
+        if objective.predictions is not None:
             sides = {name: project.rows(name)}
             if stage.data.has_test_side:
                 sides[f"{name}, test"] = project.rows(name, "test")

@@ -1,0 +1,81 @@
+"""Texts of rows as padded tokens, which of those tokens are ordinary, and the random numbers of an example."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ._base import Batch, Objective, Rows
+
+
+def texts_of(rows: Rows, column: str) -> list[str]:
+    """The texts of the rows.
+
+    Raises:
+        InputError: there is no such column, or a row holds something other than a string.
+    """
+    if column not in rows[0]:
+        raise InputError(f"the rows have no column {column!r}; they have {sorted(rows[0])}: name the text column.")
+    texts = [row[column] for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        if not isinstance(text, str):
+            raise InputError(
+                f"row {row.get('example_id')!r} has {text!r} in column {column!r}; expected a string: drop or fill "
+                "such rows."
+            )
+    return texts
+
+
+def tokenize(tokenizer, texts: list[str], max_length: int | None, **settings) -> tuple[Batch, Tensor]:
+    """Right-padded token ids, (B, T), or (B, T, C) where a token is a list of C characters; and which rows were cut,
+    (B,).
+
+    Left padding would shift the absolute positions of a sentence by the length of its neighbours in the batch.
+    """
+    limit = max_length or tokenizer.model_max_length
+    encoded = tokenizer(texts, truncation=False, padding=False, verbose=False, **settings)
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    truncated = torch.from_numpy(lengths > limit)
+    if truncated.any():
+        encoded = tokenizer(texts, truncation=True, max_length=limit, padding=False, **settings)
+        lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    if "truncated" in encoded:  # the tokenizer cut characters inside a word
+        truncated |= torch.tensor(encoded["truncated"])
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id or 0
+    real = np.arange(max(1, lengths.max())) < lengths[:, None]
+    batch = {}
+    for key, fill in (("input_ids", pad), ("attention_mask", 0), ("token_type_ids", 0), ("labels", -100)):
+        if key in encoded:
+            values = np.array([value for row in encoded[key] for value in row], dtype=np.int64)
+            padded = np.full(real.shape + values.shape[1:], fill, dtype=np.int64)
+            padded[real] = values
+            batch[key] = torch.from_numpy(padded)
+    return batch, truncated
+
+
+def tokenized(objective: Objective, rows: Rows) -> Batch:
+    """The unmasked texts of rows as the model of an objective with a tokenizer reads them: ids and attention masks."""
+    return tokenize(objective.tokenizer, texts_of(rows, objective.text_column), objective.max_length)[0]
+
+
+def ordinary_tokens(tokenizer, encoded: Batch) -> np.ndarray:
+    """Which tokens of `tokenize` are neither padding nor special, (B, T)."""
+    ids, real = encoded["input_ids"].numpy(), encoded["attention_mask"].numpy().astype(bool)
+    ordinary = ~np.isin(ids, np.array(tokenizer.all_special_ids, dtype=ids.dtype))
+    # An unknown word is a token of the sentence like any other: it is predicted too.
+    if tokenizer.unk_token_id is not None:
+        ordinary |= ids == tokenizer.unk_token_id
+    return ordinary & real
+
+
+def seeded(seed: int, example_id: Any, draw: int) -> np.random.Generator:
+    """A generator of random numbers that depends on the seed, the example and the number of the draw alone."""
+    digest = hashlib.sha256(f"{seed}\x1f{example_id}\x1f{draw}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
