@@ -199,7 +199,8 @@ class Run:
         """Whether the stage is not trained here: the configuration names a finished model (`model.path`), and either
         no way to train it or the run that made it (`run`)."""
         stage = self.config.stages[name]
-        is_trained_here = stage.run is None and (bool(stage.training) or stage.polish is not None)
+        recorded_elsewhere = stage.recorded and stage.run is not None
+        is_trained_here = not recorded_elsewhere and (bool(stage.training) or stage.polish is not None)
         return stage.model.path is not None and not is_trained_here
 
     def forget_model(self, name: str) -> None:

@@ -133,7 +133,8 @@ class StageConfig(Section):
     """how the stage is differentiated: implicit assumes that training ended at a minimum; unrolled goes back through
     the training run, which is recorded; or a differentiation of your own"""
     run: str | None = None
-    """folder of the training run where it was recorded elsewhere (by a RecordCallback); null: run_dir/NAME.run"""
+    """folder of the training run where it was recorded elsewhere (by a RecordCallback); null: run_dir/NAME.run. A
+    differentiation of your own may read another folder here"""
     max_growth: Positive | None = None
     """refuse an unrolled stage whose adjoint grows by more than this factor; null: a limit by the dtype"""
     curvature: Literal["gauss_newton", "hessian"] | Dotted = "gauss_newton"
@@ -314,7 +315,7 @@ class Config(Section):
                     f"{key} would build on the encoder of {names[index - 1]!r}, which has adapters "
                     f"(stages.{names[index - 1]}.model.lora); expected such a stage to be the last one."
                 )
-            if stage.run is not None and stage.model.path is None:
+            if stage.recorded and stage.run is not None and stage.model.path is None:
                 raise InputError(f"{key}.run needs {key}.model.path, the model that the run left.")
             if stage.model.head == "feed_forward" and not (index and labelled and task.content == "text"):
                 raise InputError(

@@ -137,7 +137,7 @@ def polish(run: Run, name: str, model, previous) -> PolishReport:
 
 def _refuse_given_model(name: str, stage: StageConfig) -> None:
     """Refuses a stage whose settings are for a model that was trained elsewhere."""
-    if stage.run is not None:
+    if stage.recorded and stage.run is not None:
         raise InputError(
             f"stages.{name}.run is a run that was recorded elsewhere; leave it out to train the stage here."
         )

@@ -213,7 +213,7 @@ ERRORS = {
         ["--stages.finetuning.link", "unrolled", "--stages.finetuning.run", "x"],
         ["stages.finetuning.run needs stages.finetuning.model.path"],
     ),
-    "a misspelt link": (["--stages.finetuning.link", "unroled"], ["link is unroled", "one of proximal, unrolled"]),
+    "a misspelt link": (["--stages.finetuning.link", "unroled"], ["link is unroled", "one of implicit, unrolled"]),
     "a word for α": (["--stages.finetuning.alpha", "large"], ["stages.finetuning.alpha is large"]),
     "an estimated α of a polished stage": (
         ["--stages.finetuning.alpha", "auto", "--stages.finetuning.polish", "{}"],
@@ -224,8 +224,12 @@ ERRORS = {
         ["stages.pretraining.model.lora is for later stages"],
     ),
     "a module that is not there": (
-        ["--stages.pretraining.task", "nowhere.objectives:Mine"],
-        ["stages.pretraining.task is 'nowhere.objectives:Mine'", "no module 'nowhere'", "working directory"],
+        ["--stages.pretraining.task", "no_such_package.objectives:Mine"],
+        [
+            "stages.pretraining.task is 'no_such_package.objectives:Mine'",
+            "no module 'no_such_package'",
+            "working directory",
+        ],
     ),
     "a submodule that is not there": (
         ["--stages.pretraining.task", "json.nowhere:Mine"],

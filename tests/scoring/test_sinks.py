@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hf_msif import InputError, Scores
+from hf_msif import InputError, Scores, objectives
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.engine import Engine
 from hf_msif.scoring import scorer
@@ -23,11 +23,14 @@ from hf_msif.scoring.summary import Extremes
 CORPUS = [{"example_id": f"id{i}", "text": "a" * (i % 4 + 1), "x": float(i - 3)} for i in range(11)]
 
 
-class Numbers:
-    """An objective whose batches hold the rows' numbers."""
+class Numbers(objectives.Objective):
+    """Its batches hold the rows' numbers."""
 
     def collate(self, rows):
         return {"x": torch.tensor([row["x"] for row in rows]), "truncated": torch.tensor([r["x"] > 6 for r in rows])}
+
+    def losses(self, call, batch):
+        raise AssertionError("the influence of a Scorable is asked, not its objective")
 
 
 def scorable(**changes):

@@ -737,7 +737,7 @@ def test_from_scratch_takes_the_steps_of_a_run(kinds, tmp_path):
 
 def test_from_scratch_wants_the_arguments_of_a_run_and_no_polish(tmp_path):
     mixed = Mixed(TWO_RUNS, tmp_path)
-    with pytest.raises(InputError, match="stage 'stage0' has an unrolled link: it is what its run leaves"):
+    with pytest.raises(InputError, match="stage 'stage0' has link='unrolled': it is what its run leaves"):
         from_scratch(mixed, tmp_path, polished=[True, False])
     stages = [link.stage for link in mixed.chain.stages]
     with pytest.raises(InputError, match="nothing would be trained"):
