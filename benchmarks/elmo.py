@@ -32,7 +32,13 @@ from torch import Tensor
 
 from hf_msif import objectives
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature.derivatives import Evaluation, directional, gauss_newton_product, gradient, hessian_product
+from hf_msif.curvature.derivatives import (
+    Evaluation,
+    directional_derivatives,
+    gauss_newton_product,
+    gradient,
+    hessian_product,
+)
 from hf_msif.models import ElmoConfig, ElmoForBidirectionalLM, ElmoTokenizer
 from hf_msif.models.elmo.layers import LstmLayer
 from hf_msif.vectors import column
@@ -121,7 +127,9 @@ def tasks_of(settings: argparse.Namespace) -> tuple[list[Task], ElmoForBidirecti
         return run
 
     tasks = [Task(UNIT, UNIT, task_batches, lambda batch: plain(model, objective, batch))]
-    tasks.append(Task("scoring, 1 query", UNIT, task_batches, derivative(lambda e: directional(e, column(v, 0)))))
+    tasks.append(
+        Task("scoring, 1 query", UNIT, task_batches, derivative(lambda e: directional_derivatives(e, column(v, 0))))
+    )
     if settings.reverse:
         for name, function in (
             ("gradient", lambda e: gradient(e, names)),

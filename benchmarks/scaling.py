@@ -190,12 +190,12 @@ def work(settings: argparse.Namespace) -> int:
     query = query_of(settings.model, rows)
     engine = query.chain.engine
     with tempfile.TemporaryDirectory() as folder:  # a warm-up: the first call imports modules
-        query.score(sentences(Path(folder), 8), output_dir=engine.broadcast(folder))
+        query.score(sentences(Path(folder), 8), output_dir=engine.broadcast_object(folder))
         engine.gather([0])
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         # The main process writes, and all processes read the same folder afterwards.
-        scores = query.score(path, output_dir=engine.broadcast(folder))
+        scores = query.score(path, output_dir=engine.broadcast_object(folder))
         engine.gather([0])
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

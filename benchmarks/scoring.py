@@ -34,7 +34,13 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 from hf_msif import objectives
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel, forward
-from hf_msif.curvature.derivatives import Evaluation, directional, gauss_newton_product, gradient, hessian_product
+from hf_msif.curvature.derivatives import (
+    Evaluation,
+    directional_derivatives,
+    gauss_newton_product,
+    gradient,
+    hessian_product,
+)
 from hf_msif.models import FeedForwardClassifier
 from hf_msif.vectors import Block, column
 
@@ -140,8 +146,8 @@ def tasks_of(settings: argparse.Namespace) -> list[Task]:
     unit = "forward pass (F)"
     tasks = [Task(unit, unit, masked_batches, lambda batch: plain(encoder, masked, batch))]
     for name, function in (
-        ("scoring, 1 query", lambda e: directional(e, column(v, 0))),
-        ("scoring, 3 queries", lambda e: [directional(e, column(v, q)) for q in range(3)]),
+        ("scoring, 1 query", lambda e: directional_derivatives(e, column(v, 0))),
+        ("scoring, 3 queries", lambda e: [directional_derivatives(e, column(v, q)) for q in range(3)]),
         ("gradient", lambda e: gradient(e, all_names)),
         ("Gauss-Newton product", lambda e: gauss_newton_product(e, first)),
         ("Hessian product", lambda e: hessian_product(e, first, all_names)),

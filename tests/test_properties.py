@@ -34,7 +34,7 @@ class Batch:
         self.case, self.objective, self.rows = case, case.objective(), case.rows(4, seed=4)
         self.model = FunctionalModel(case.model())
         self.evaluation = Evaluation(self.model, self.objective, self.objective.collate(self.rows))
-        self.names = derivatives.reached(self.model, self.objective, self.rows, self.model.parameters)
+        self.names = derivatives.parameters_in_use(self.model, self.objective, self.rows, self.model.parameters)
 
     def direction(self, seed, columns=1):
         return tiny.block({n: self.model.parameters[n] for n in self.names}, columns, seed)
@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_central_differences(batch):
 def test_a_directional_derivative_is_the_gradients_product(batch):
     v = vectors.column(batch.direction(3), 0)
     with batch.model.evaluating():
-        slopes, sums, counts = derivatives.directional(batch.evaluation, v)
+        slopes, sums, counts = derivatives.directional_derivatives(batch.evaluation, v)
         gradients = derivatives.example_gradients(batch.evaluation, batch.names)
     expected = sum((gradients[n] * v[n]).flatten(1).sum(1) for n in v)
     assert expected.abs().max() > 1e-6
@@ -111,7 +111,7 @@ class Operator:
     def __init__(self, case, curvature):
         self.case, self.curvature, self.model = case, curvature, FunctionalModel(case.model())
         self.objective, self.rows = case.objective(), case.rows(SIZE, seed=1)
-        self.names = derivatives.reached(self.model, self.objective, self.rows, self.model.parameters)
+        self.names = derivatives.parameters_in_use(self.model, self.objective, self.rows, self.model.parameters)
         self.operator = self.make()
         self.x, self.y = (tiny.block(self.operator.parameters, 3, seed) for seed in (1, 2))
         self.product = self.operator.matvec(self.x)
@@ -175,7 +175,7 @@ def test_a_ridge_is_added_to_the_diagonal(curved):
 def test_the_shares_of_processes_add_up(curved, monkeypatch):
     """The sums of the ranks of a world of three are those of one process."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(Engine, "add", lambda self, values: values)  # no other process is there to add to
+    monkeypatch.setattr(Engine, "all_reduce", lambda self, values: values)  # no other process is there to add to
     total = vectors.scale(curved.x, 0.0)
     for rank in range(3):
         operator = curved.make(engine=Engine(tiny.alone(rank, 3), progress=False))

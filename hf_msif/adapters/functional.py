@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PretrainedConfig
 
 from ..errors import InputError
-from .peft import unwrapped
+from .peft import unwrap
 from .split import encoder
 
 
@@ -129,7 +129,7 @@ def check_vocabulary(name: str, model: nn.Module, objective: Any) -> None:
         InputError: the tokenizer has more tokens than the table has rows.
     """
     try:
-        rows = unwrapped(model).get_input_embeddings().num_embeddings
+        rows = unwrap(model).get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):  # no such table: images, a user's own model
         return
     tokens = len(objective.tokenizer) if hasattr(objective.tokenizer, "__len__") else 0
@@ -173,12 +173,12 @@ def forward(
     Returns:
         The model's output; its `logits`, if it has any, have the shape (M, V) with positions.
     """
-    if "use_cache" in inspect.signature(unwrapped(model).forward).parameters:
+    if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
         inputs = {"use_cache": False, **inputs}
     if positions is None:
         return run(inputs)
     base = encoder(model)
-    headless = base is unwrapped(model)
+    headless = base is unwrap(model)
     with _gathered(base, positions) if not headless else nullcontext():
         output = run(inputs)
     if getattr(output, "logits", None) is not None:  # if there are none, the objective raises the error
@@ -247,7 +247,7 @@ def _constant_modules(model: nn.Module, varying: set[str]) -> list[tuple[str, nn
         return bool(parameters) and not any(id(p) in varying_ids for p in parameters)
 
     base = encoder(model)
-    if base is unwrapped(model):
+    if base is unwrap(model):
         return []
     if constant(base):
         return [("base_model", base)]

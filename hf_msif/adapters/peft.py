@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FOLDER, WEIGHTS = "lora", "model.safetensors"  # beside a model's config.json
 
 
-def library(what: str) -> ModuleType:
+def import_peft(what: str) -> ModuleType:
     """The module `peft`, which is an optional requirement.
 
     Args:
@@ -41,7 +41,7 @@ def library(what: str) -> ModuleType:
     return peft
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The `PreTrainedModel` in a `PeftModel`, with its adapters; any other model is returned as it is.
 
     Raises:
@@ -59,11 +59,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.base_model.model
 
 
-def former_name(name: str) -> str:
+def name_before_adapters(name: str) -> str:
     """The name that a tensor of a model with adapters had before PEFT wrapped its module.
 
-    >>> former_name("layer.0.query.base_layer.weight"), former_name("pooler.modules_to_save.default.dense.bias")
-    ('layer.0.query.weight', 'pooler.dense.bias')
+    >>> name_before_adapters("layer.0.query.base_layer.weight")
+    'layer.0.query.weight'
+    >>> name_before_adapters("pooler.modules_to_save.default.dense.bias")
+    'pooler.dense.bias'
     """
     parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
     if "modules_to_save" in parts:
@@ -72,7 +74,7 @@ def former_name(name: str) -> str:
     return ".".join(parts)
 
 
-def survey(model: nn.Module, stage: str) -> tuple[set[str], dict[str, str]]:
+def inspect_adapters(model: nn.Module, stage: str) -> tuple[set[str], dict[str, str]]:
     """Which tensors of a model come from adapters, and which are not in use.
 
     Args:
@@ -157,14 +159,14 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         InputError: the model has several adapters, or a merged one.
         FileExistsError: the subfolder exists.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     if len(model.peft_config) != 1:
         raise InputError(
             f"cannot save a model with the adapters {sorted(model.peft_config)}; expected one: delete_adapter() "
             "removes an adapter."
         )
     ((adapter, config),) = model.peft_config.items()
-    survey(model, "to be saved")  # refuses merged adapters
+    inspect_adapters(model, "to be saved")  # refuses merged adapters
     inner = Path(folder) / FOLDER
     inner.mkdir(parents=True)
     model.config.save_pretrained(folder)
@@ -190,7 +192,7 @@ def load(folder: str | os.PathLike, auto: type[_BaseAutoModelClass]) -> nn.Modul
     from transformers import AutoConfig
 
     inner = Path(folder) / FOLDER
-    peft = library(f"the model in {folder}")
+    peft = import_peft(f"the model in {folder}")
     model = auto.from_config(AutoConfig.from_pretrained(folder))
     with safe_open(inner / WEIGHTS, "pt") as file:
         adapter = file.metadata()["adapter"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .peft import former_name, survey, unwrapped
+from .peft import inspect_adapters, name_before_adapters, unwrap
 
 # One of two otherwise equal base models may lack it: BertModel has a pooler, the base of BertForMaskedLM has none.
 OPTIONAL_MODULE = "pooler"
@@ -61,7 +61,7 @@ class Split:
         """Tensors that are trained and not inherited: U in pretraining, Θ in finetuning."""
         return tuple(name for name in self.trained if name not in self.inherited)
 
-    def continuing(self, first: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Split:
+    def with_inherited_head(self, first: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Split:
         """The roles in a run, where a head that starts from the values of the stage before is inherited too.
 
         That is the case if training goes on with the same task.
@@ -122,7 +122,7 @@ class Split:
 
 def encoder(model: nn.Module) -> nn.Module:
     """The base model of a `PreTrainedModel`, also of one in a `PeftModel` (whose `base_model` is a PEFT wrapper)."""
-    return unwrapped(model).base_model
+    return unwrap(model).base_model
 
 
 def _encoder_names(model: nn.Module, idle: Collection[str]) -> dict[str, str]:
@@ -132,7 +132,7 @@ def _encoder_names(model: nn.Module, idle: Collection[str]) -> dict[str, str]:
     be in use, and then have the same name inside the base model.
     """
     canonical = {id(p): name for name, p in model.named_parameters()}
-    pairs = [(canonical[id(p)], former_name(name)) for name, p in encoder(model).named_parameters()]
+    pairs = [(canonical[id(p)], name_before_adapters(name)) for name, p in encoder(model).named_parameters()]
     return {name: base for name, base in pairs if name not in idle}
 
 
@@ -166,7 +166,7 @@ def split(
             or nothing is left to train; an adapter is merged, or is a DoRA.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    added, idle = survey(model, stage)
+    added, idle = inspect_adapters(model, stage)
     inherited, resized_rows = {}, {}
     if previous is not None:
         inherited, resized_rows = _match(stage, model, previous, resized, previous_stage)
@@ -181,14 +181,16 @@ def _match(
     stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str
 ) -> tuple[dict[str, str], dict[str, int]]:
     """`Split.inherited` and `Split.resized` of a model and the model of the stage before."""
-    added, idle = survey(model, stage)
+    added, idle = inspect_adapters(model, stage)
     bases_by_name = _encoder_names(model, idle)
-    previous_names = {base: n for n, base in _encoder_names(previous, survey(previous, previous_stage)[1]).items()}
+    previous_names = {
+        base: n for n, base in _encoder_names(previous, inspect_adapters(previous, previous_stage)[1]).items()
+    }
     pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
     way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
 
     # The head is part of the "base model" only if there is no base-model attribute: then names alone decide.
-    headless = any(encoder(m) is unwrapped(m) for m in (model, previous))
+    headless = any(encoder(m) is unwrap(m) for m in (model, previous))
     shared = {name: base for name, base in bases_by_name.items() if base in previous_names}
     if not shared:
         raise InputError(

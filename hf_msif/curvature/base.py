@@ -57,7 +57,7 @@ class Curvature:
         self.parameters = {name: model.parameters[name] for name in names}
         self.ridge = dict(ridge or {})
         self.examples = len(rows)
-        with engine.together():
+        with engine.raising_together():
             self.evaluations = [
                 Evaluation(model, objective, batch, memo={})
                 for _, batch in engine.batches(rows, objective, batch_size)
@@ -66,7 +66,7 @@ class Curvature:
     @cached_property
     def count(self) -> float:
         """N: the number of counted terms of all examples."""
-        with torch.no_grad(), self.model.evaluating(), self.engine.together():
+        with torch.no_grad(), self.model.evaluating(), self.engine.raising_together():
             local = sum((float(_counts(e).double().sum()) for e in self._passing()), 0.0)
         return sum(self.engine.gather([local]))
 

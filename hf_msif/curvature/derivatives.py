@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..adapters.functional import FunctionalModel
-from ..engine.accelerated import placed
+from ..engine.accelerated import to_device
 from ..vectors import Block, columns
 
 
@@ -50,10 +50,12 @@ class Evaluation:
         return {name: self.model.parameters[name].detach().requires_grad_() for name in names}
 
 
-def reached(model: FunctionalModel, objective: Any, rows: list[dict], names: Iterable[str]) -> tuple[str, ...]:
+def parameters_in_use(
+    model: FunctionalModel, objective: Any, rows: list[dict], names: Iterable[str]
+) -> tuple[str, ...]:
     """Those of `names` on which the losses of the first two rows depend."""
     device = next(iter(model.parameters.values())).device
-    evaluation = Evaluation(model, objective, placed(objective.collate(rows[:2]), device))
+    evaluation = Evaluation(model, objective, to_device(objective.collate(rows[:2]), device))
     with model.evaluating():
         leaves = evaluation.leaves(names)
         total = evaluation.losses(leaves)[0].sum()
@@ -81,7 +83,7 @@ def example_gradients(evaluation: Evaluation, names: Iterable[str]) -> Block:
     return {name: torch.stack([row[name] for row in rows]) for name in leaves}
 
 
-def directional(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def directional_derivatives(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """⟨∇ℓ_i, direction⟩ for every example, by forward mode: no gradient is stored. Costs 3 F.
 
     Args:

@@ -44,7 +44,7 @@ class Sharded:
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """A small tensor, added up over the processes."""
-        return self.engine.add(values)
+        return self.engine.all_reduce(values)
 
     def cut(self, block: Block) -> Block:
         """This process's shards of a block of whole vectors."""

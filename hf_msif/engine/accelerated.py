@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError, ProcessError
 from ..vectors import Block
-from .batching import cost, deal
+from .batching import deal_batches, row_cost
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,9 +66,9 @@ class Engine:
 
     # --- shards
 
-    def share(self, rows: Sequence[dict], objective: Any, size: int) -> list[list[int]]:
+    def local_batches(self, rows: Sequence[dict], objective: Any, size: int) -> list[list[int]]:
         """This process's batches of at most `size` rows, as row indices, the costliest first; see `batching.deal`."""
-        return deal([cost(row, objective) for row in rows], size, self.processes)[self.rank]
+        return deal_batches([row_cost(row, objective) for row in rows], size, self.processes)[self.rank]
 
     def batches(
         self, rows: Sequence[dict], objective: Any, batch_size: int, collate: Callable | None = None
@@ -84,12 +84,12 @@ class Engine:
             batch_size: most rows per batch.
             collate: makes the batches in place of `objective.collate`.
         """
-        shares, collate = self.share(rows, objective, batch_size), collate or objective.collate
+        shares, collate = self.local_batches(rows, objective, batch_size), collate or objective.collate
         # On a CPU a thread would take time from the cores that compute.
         map_batches = map if self.device.type == "cpu" else _map_ahead
         batches = map_batches(lambda indices: collate([rows[i] for i in indices]), shares)
         for indices, batch in zip(shares, batches, strict=True):
-            yield indices, self.place(batch)
+            yield indices, self.to_device(batch)
 
     def rounds(self, rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
         """Consecutive rows, `size` at a time, the same on every process.
@@ -99,23 +99,23 @@ class Engine:
         """
         if isinstance(rows, Sequence):
             for start in range(0, len(rows), size):
-                with self.together():
+                with self.raising_together():
                     round_rows = list(rows[start : start + size])
                 yield round_rows
             return
         stream = iter(rows) if self.is_main else iter(())
         rounds = _map_ahead(lambda _: list(islice(stream, size)), count())
         while True:
-            with self.together():
+            with self.raising_together():
                 round_rows = next(rounds)
-            round_rows = self.broadcast(round_rows)
+            round_rows = self.broadcast_object(round_rows)
             if not round_rows:
                 return
             yield round_rows
 
-    def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its tensors moved to the engine's device; other values stay as they are."""
-        return placed(batch, self.device)
+        return to_device(batch, self.device)
 
     # --- communication between processes
 
@@ -149,7 +149,7 @@ class Engine:
         size = sum(t[0].numel() for t in like.values())
         flat, total = _buffer(like)
         failure = self._accumulate(total, parts)
-        failed = self.add(torch.tensor([float(failure is not None)], device=self.device))
+        failed = self.all_reduce(torch.tensor([float(failure is not None)], device=self.device))
         if failed[0]:
             self._raise(failure)
         if len(total) > 1:
@@ -176,7 +176,7 @@ class Engine:
             return error
         return None
 
-    def add(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of a small tensor over the processes, on every process; `values` is not changed."""
         if self.processes > 1:
             values = values.clone()
@@ -193,11 +193,11 @@ class Engine:
 
     def sample(self, stream: Stream, size: int, seed: int) -> list[dict]:
         """`stream.sample(size, seed)`, read by the main process and broadcast."""
-        with self.together():
+        with self.raising_together():
             rows = stream.sample(size, seed) if self.is_main else None
-        return self.broadcast(rows)
+        return self.broadcast_object(rows)
 
-    def from_main(self, t: Tensor) -> Tensor:
+    def broadcast_tensor(self, t: Tensor) -> Tensor:
         """The main process's values of `t`, on every process; all pass a tensor of the same shape and dtype.
 
         `t` may be overwritten.
@@ -207,7 +207,7 @@ class Engine:
             distributed.broadcast(t, src=0)
         return t
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The main process's value, which must be picklable, on every process."""
         if self.processes == 1:
             return value
@@ -216,7 +216,7 @@ class Engine:
         return broadcast_object_list([value])[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raising_together(self) -> Iterator[None]:
         """Inside, each process works on its own, without communication; an error in one is raised in all at the end.
 
         Raises:
@@ -231,7 +231,7 @@ class Engine:
         if self.processes == 1:
             if failure is not None:
                 raise failure
-        elif self.add(torch.tensor([float(failure is not None)], device=self.device))[0]:
+        elif self.all_reduce(torch.tensor([float(failure is not None)], device=self.device))[0]:
             self._raise(failure)
 
     def _raise(self, failure: Exception | None) -> None:
@@ -310,7 +310,7 @@ def new_accelerator(**settings: Any) -> Accelerator:
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))], **settings)
 
 
-def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors moved to a device; other values stay as they are."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 

@@ -16,14 +16,14 @@ WORTH_A_BATCH = 0.25
 CHARACTERS = 6
 
 
-def cost(row: Mapping[str, Any], objective: Any) -> float:
+def row_cost(row: Mapping[str, Any], objective: Any) -> float:
     """Cost of a row, in characters of its text: what the objective reads before it truncates.
 
     The text is in the objective's `text_column` ("text" if it names none). At most 6 · max_length characters count,
     where `max_length` is the objective's, or else its tokenizer's `model_max_length`. A row without a text costs 0.
 
     >>> from types import SimpleNamespace
-    >>> cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128, tokenizer=None))
+    >>> row_cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128, tokenizer=None))
     768
     """
     text = row.get(objective.text_column)
@@ -33,7 +33,7 @@ def cost(row: Mapping[str, Any], objective: Any) -> float:
     return min(len(text), CHARACTERS * limit)
 
 
-def deal(costs: Sequence[float], size: int, processes: int) -> list[list[list[int]]]:
+def deal_batches(costs: Sequence[float], size: int, processes: int) -> list[list[list[int]]]:
     """Deals n rows out to the processes in batches.
 
     A batch costs its number of rows times the cost of its costliest row, since all its rows are padded to that one.
@@ -49,7 +49,7 @@ def deal(costs: Sequence[float], size: int, processes: int) -> list[list[list[in
     Returns:
         process → its batches, the costliest first → row indices. Each row is in exactly one batch.
 
-    >>> deal([1, 9, 1, 1, 9, 1, 1, 1], size=4, processes=2)
+    >>> deal_batches([1, 9, 1, 1, 9, 1, 1, 1], size=4, processes=2)
     [[[1], [0, 2, 3, 5]], [[4], [6, 7]]]
     """
     values = np.maximum(np.asarray(costs, dtype=float), 1.0)  # rows without a cost count alike

@@ -16,7 +16,7 @@ from ..vectors import Block
 from .accelerated import Engine
 from .files import load_tensors, save_tensors
 
-EVERY = 60.0  # seconds between two writes
+SECONDS_BETWEEN_WRITES = 60.0
 
 
 @dataclass
@@ -24,20 +24,20 @@ class Checkpoint:
     """The latest state of a computation, in one file.
 
     The main process writes the file, whole or not at all, and reads it for all processes: a computation may go on
-    with another number of processes. A checkpoint that is damaged, or whose `question` differs, is ignored.
+    with another number of processes. A checkpoint that is damaged, or whose cache key differs, is ignored.
 
     Attributes:
         path: the file.
-        question: identifies the computation, so that the state of another one is not taken for its own.
+        cache_key: identifies the computation, so that the state of another one is not taken for its own.
         engine: the processes that share the checkpoint.
         every: seconds between two writes.
         written_at: time of the last write on the clock of `time.perf_counter`; at first, when this object was made.
     """
 
     path: Path
-    question: str
+    cache_key: str
     engine: Engine
-    every: float = EVERY
+    interval: float = SECONDS_BETWEEN_WRITES
     written_at: float = field(default_factory=time.perf_counter)
 
     def due(self) -> bool:
@@ -45,14 +45,14 @@ class Checkpoint:
 
         All processes must call it together, and all get the same answer.
         """
-        late = float(self.engine.is_main and time.perf_counter() - self.written_at >= self.every)
-        return bool(self.engine.add(torch.tensor([late], device=self.engine.device))[0])
+        late = float(self.engine.is_main and time.perf_counter() - self.written_at >= self.interval)
+        return bool(self.engine.all_reduce(torch.tensor([late], device=self.engine.device))[0])
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Replaces the checkpoint by `tensors` and `facts` (JSON-able); all processes must call it together."""
-        with self.engine.together():
+        with self.engine.raising_together():
             if self.engine.is_main:
-                save_tensors(tensors, self.path, {"question": self.question, **facts})
+                save_tensors(tensors, self.path, {"question": self.cache_key, **facts})
         self.written_at = time.perf_counter()
 
     def load(self, place: Callable[[str, Tensor], Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -62,17 +62,17 @@ class Checkpoint:
         returns what is to be held in its place, e.g. this process's slice of it.
         """
         content: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        with self.engine.together():
+        with self.engine.raising_together():
             if self.engine.is_main:
                 content = self._read()
         header = None if content is None else ({k: (t.shape, t.dtype) for k, t in content[0].items()}, content[1])
-        header = self.engine.broadcast(header)
+        header = self.engine.broadcast_object(header)
         if header is None:
             return None
         tensors = {}
         for key, (shape, dtype) in header[0].items():
             t = content[0].pop(key) if content is not None else torch.empty(shape, dtype=dtype)
-            t = self.engine.from_main(t.to(self.engine.device))
+            t = self.engine.broadcast_tensor(t.to(self.engine.device))
             tensors[key] = t if place is None else place(key, t)
         return tensors, header[1]
 
@@ -83,11 +83,11 @@ class Checkpoint:
             tensors, facts = load_tensors(self.path)
         except (FileNotFoundError, SafetensorError, KeyError, ValueError):
             return None
-        return (tensors, facts) if facts.get("question") == self.question else None
+        return (tensors, facts) if facts.get("question") == self.cache_key else None
 
-    def forget(self) -> None:
+    def delete(self) -> None:
         """Removes the checkpoint's file, if it exists."""
-        with self.engine.together():
+        with self.engine.raising_together():
             if self.engine.is_main:
                 self.path.unlink(missing_ok=True)
 
@@ -140,6 +140,6 @@ class SolverCheckpoint:
         return blocks, tensors, saved[1]
 
 
-def at(folder: str | os.PathLike | None, name: str, question: str, engine: Engine) -> Checkpoint | None:
-    """The checkpoint `folder/name.safetensors` of the computation `question`; None if `folder` is None."""
-    return None if folder is None else Checkpoint(Path(folder) / f"{name}.safetensors", question, engine)
+def open_checkpoint(folder: str | os.PathLike | None, name: str, cache_key: str, engine: Engine) -> Checkpoint | None:
+    """The checkpoint `folder/name.safetensors` of the computation `cache_key`; None if `folder` is None."""
+    return None if folder is None else Checkpoint(Path(folder) / f"{name}.safetensors", cache_key, engine)

@@ -234,7 +234,7 @@ def _builder(path: Path) -> str | None:
     return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def first(rows: Iterable[dict], size: int) -> list[dict]:
+def first_rows(rows: Iterable[dict], size: int) -> list[dict]:
     """The first `size` rows of a table or a stream; all of them if there are fewer."""
     return rows[:size] if isinstance(rows, Sequence) else list(itertools.islice(iter(rows), size))
 

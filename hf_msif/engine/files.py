@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 
-def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, and renames it to `path` when it is complete and on the disk.
 
     A crash or a power cut never damages an older file at `path`. Each process has a temporary file of its own, so
@@ -19,7 +19,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Non
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_whole(Path(folder) / "note.txt", lambda path: path.write_text("whole"))
+    ...     write_atomically(Path(folder) / "note.txt", lambda path: path.write_text("whole"))
     ...     [(path.name, path.read_text()) for path in Path(folder).iterdir()]
     [('note.txt', 'whole')]
     """
@@ -49,7 +49,7 @@ def _sync(path: Path) -> None:
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
     """Writes `value` as UTF-8 JSON, whole or not at all; what JSON cannot hold is written as its `str`."""
     text = json.dumps(value, indent=indent, default=str, ensure_ascii=False)
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def save_tensors(x: Mapping[str, Tensor], path: str | os.PathLike, metadata: dict | None = None) -> None:
@@ -62,7 +62,7 @@ def save_tensors(x: Mapping[str, Tensor], path: str | os.PathLike, metadata: dic
     tensors = {name: t.detach().cpu().contiguous() for name, t in x.items()}
     # safetensors sorts the names, but `vectors.flatten` depends on their order: the header records it.
     header = {"hf_msif": json.dumps(metadata or {}), "names": json.dumps(list(tensors))}
-    write_whole(path, lambda part: save_file(tensors, part, metadata=header))
+    write_atomically(path, lambda part: save_file(tensors, part, metadata=header))
 
 
 def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:

@@ -145,7 +145,7 @@ def go_back(
             sweep.step = begin
             sweep.norms.append([begin, growth])
             sweep.save_if_due()
-    sweep.copy.forget()
+    sweep.copy.delete()
     certificate = RunCertificate(recording.steps, sweep.growth, limit, sweep.difference, sweep.norms)
     return replay.gather(sweep.adjoint), certificate
 

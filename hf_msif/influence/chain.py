@@ -16,9 +16,9 @@ from .. import vectors
 from ..adapters.functional import FunctionalModel, check_vocabulary
 from ..adapters.split import Split, split
 from ..curvature.base import _counts
-from ..curvature.derivatives import Evaluation, gradient, reached
+from ..curvature.derivatives import Evaluation, gradient, parameters_in_use
 from ..engine import Engine
-from ..engine.corpus import Stream, as_corpus, as_rows, first
+from ..engine.corpus import Stream, as_corpus, as_rows, first_rows
 from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
 from ..errors import InputError
 from ..vectors import Block
@@ -77,7 +77,7 @@ class BoundStage:
 
     def _leave_out_what_the_loss_ignores(self) -> None:
         """A trained tensor that the loss never reads has no curvature: the system would be singular in it."""
-        trained = reached(self.model, self.objective, first(self.rows, 2), self.split.trained)
+        trained = parameters_in_use(self.model, self.objective, first_rows(self.rows, 2), self.split.trained)
         if not trained:
             raise InputError(f"stage {self.name!r}: the loss depends on none of the trained parameters.")
         unused = {n: "the loss does not depend on it" for n in self.split.trained if n not in set(trained)}
@@ -104,7 +104,7 @@ class BoundStage:
 
     def collate(self, rows: list[dict]) -> dict:
         """A batch of the stage's objective on the engine's device."""
-        return self.engine.place(self.objective.collate(rows))
+        return self.engine.to_device(self.objective.collate(rows))
 
     def subset(self, size: int | None) -> list[dict]:
         """`size` random rows of the stage's data, the same for the same seed; None: all of them."""
@@ -135,7 +135,7 @@ class BoundStage:
         bar = self.engine.bar(total=total_rows, desc=f"{self.name}: counting", unit=" sentences")
         with bar, torch.no_grad(), self.model.evaluating():
             for rows in self.engine.rounds(self.rows, 64 * size * self.engine.processes):
-                with self.engine.together():
+                with self.engine.raising_together():
                     for _, batch in self.engine.batches(rows, objective, size):
                         total += float(_counts(Evaluation(self.model, objective, batch)).double().sum())
                 examples += len(rows)

@@ -22,11 +22,11 @@ from .. import training, vectors
 from ..adapters.functional import FunctionalModel, memo_bytes
 from ..curvature import Curvature
 from ..curvature.base import MEMO_BYTES
-from ..curvature.derivatives import Evaluation, directional
+from ..curvature.derivatives import Evaluation, directional_derivatives
 from ..curvature.sharded import Sharded
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
-from ..engine.corpus import Stream, first
+from ..engine.corpus import Stream, first_rows
 from ..errors import InputError
 from ..scoring.scorer import RowInfluence
 from ..solvers import Certificate, Solution, solve
@@ -91,7 +91,7 @@ class Direction:
         evaluation = Evaluation(self.model, self.objective, batch)
         values = []
         for q in range(self.columns):
-            slopes, losses, counts = directional(evaluation, vectors.column(self.u, q))
+            slopes, losses, counts = directional_derivatives(evaluation, vectors.column(self.u, q))
             values.append(-slopes.double())
         return RowInfluence(torch.stack(values, dim=1), losses, counts)
 
@@ -339,7 +339,7 @@ class Implicit(Differentiation):
         if not isinstance(bound.rows, Stream):
             examples = min(examples or len(bound.rows), len(bound.rows))
         sample_size = min(4 * batch_size, examples)
-        rows = first(bound.rows, sample_size) if isinstance(bound.rows, Stream) else bound.subset(sample_size)
+        rows = first_rows(bound.rows, sample_size) if isinstance(bound.rows, Stream) else bound.subset(sample_size)
         batches = list(bound.engine.batches(rows, stage.objective, batch_size))
         indices, batch = batches[len(batches) // 2]
         widest, _ = max(batches, key=lambda pair: attended(pair[1]))
@@ -351,7 +351,7 @@ class Implicit(Differentiation):
             forward = best_seconds(plain.losses, {})
             every = sum(best_seconds(replace(plain, batch=batch).losses, {}) for _, batch in batches)
             every *= examples / len(rows)
-            score = best_seconds(directional, plain, vectors.column(v, 0)) / forward * every / examples
+            score = best_seconds(directional_derivatives, plain, vectors.column(v, 0)) / forward * every / examples
         cold = best_seconds(operator.matvec, v, once=True)
         memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
         warm = best_seconds(operator.matvec, v) if memo or cold < 0.2 else cold

@@ -17,8 +17,7 @@ import warnings
 from collections.abc import Sequence
 
 from ..engine import Engine
-from ..engine.checkpoints import Checkpoint
-from ..engine.checkpoints import at as checkpoint_at
+from ..engine.checkpoints import Checkpoint, open_checkpoint
 from ..engine.corpus import as_rows
 from ..engine.files import flat_keys, nested_keys
 from ..engine.hashing import digest
@@ -94,7 +93,7 @@ class MultiStageInfluence(Chain):
         adjoint, losses = self.measurement(rows, aggregate)
         solutions: dict[str, StageSolution] = {}
         cache_key = digest([rows, aggregate or "", *(s.cache_key for s in self.stages)]) if checkpoints else ""
-        copies = {bound: checkpoint_at(checkpoints, bound.name, cache_key, self.engine) for bound in self.stages}
+        copies = {bound: open_checkpoint(checkpoints, bound.name, cache_key, self.engine) for bound in self.stages}
         for bound in reversed(self.stages):
             copy = copies[bound]
             finished = _finished(bound, copy)
@@ -108,7 +107,7 @@ class MultiStageInfluence(Chain):
                 adjoint = bound.carry(inherited)
         query = Query(solutions, rows, losses, aggregate, self)
         for copy in filter(None, copies.values()):
-            copy.forget()
+            copy.delete()
         return query
 
 

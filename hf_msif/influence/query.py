@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..engine.corpus import Stream
-from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_whole
+from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, objective_fingerprint, tensors_fingerprint
 from ..errors import InputError
 from ..scoring.scorer import Scorable, score
@@ -138,7 +138,7 @@ class Query:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all. Of several
         processes the main one writes."""
-        with self.chain.engine.together():
+        with self.chain.engine.raising_together():
             if self.chain.engine.is_main:
                 self._write(Path(folder))
 
@@ -149,7 +149,7 @@ class Query:
         text = json.dumps(state, indent=2, default=str, ensure_ascii=False)
         tensors = flat_keys({stage: solution.tensors() for stage, solution in self.solutions.items()})
         save_tensors(tensors, folder / "query.safetensors")
-        write_whole(folder / "query.json", lambda part: part.write_text(text, encoding="utf-8"))
+        write_atomically(folder / "query.json", lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, chain: Chain) -> Query:

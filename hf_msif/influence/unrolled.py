@@ -177,7 +177,7 @@ class Unrolled(Differentiation):
                     f"stage {name!r}: the run in {run.folder} did not start from stage {bound.before.name!r}: {n!r} "
                     "differs; pair it with the checkpoint that it started from."
                 )
-        bound.split = bound.split.continuing(first, before)
+        bound.split = bound.split.with_inherited_head(first, before)
 
     # --- the pull-back
 
@@ -199,7 +199,7 @@ class Unrolled(Differentiation):
         """
         bound, recording, replay = self.bound, self.recording, self.replay
         limit = bound.stage.max_growth or growth_limit(replay.dtype)
-        cache_key = checkpoint.question + bound.name if checkpoint else None
+        cache_key = checkpoint.cache_key + bound.name if checkpoint else None
         first, certificate = go_back(recording, replay, adjoint, bound.name, limit, cache_key)
         trained = first.slots["parameters"]
         inherited = {n: first.frozen[n] if n in first.frozen else trained[n] for n in bound.split.inherited}
@@ -288,7 +288,7 @@ class RunAgain(Retraining):
         self.recording = Recording.from_pretrained(stage.run, stage.name)
         if before is not None:
             first = self.recording.state(0)["parameters"]
-            self.roles = self.roles.continuing(first, dict(before.model.named_parameters()))
+            self.roles = self.roles.with_inherited_head(first, dict(before.model.named_parameters()))
 
     def settings(self) -> Any:
         return self.recording.settings

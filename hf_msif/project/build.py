@@ -109,7 +109,7 @@ def adapter(config: Config, name: str) -> Any:
     values, key = config.stages[name].model.lora, f"stages.{name}.model.lora"
     if values is None:
         return None
-    kind = peft.library(key).LoraConfig
+    kind = peft.import_peft(key).LoraConfig
     without = ["task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"]
     without += ["inference_mode", "runtime_config", "bias"]  # known otherwise, or said by `trainable`
     checked = settings(kind, values, key, without=without)
@@ -241,6 +241,6 @@ def _adapted(name: str, model: Any, adapter: Any) -> Any:
         return model
     key = f"stages.{name}.model.lora"
     try:
-        return peft.library(key).inject_adapter_in_model(copy.deepcopy(adapter), model)
+        return peft.import_peft(key).inject_adapter_in_model(copy.deepcopy(adapter), model)
     except (ValueError, TypeError) as error:  # no such modules, no adapter for them
         raise InputError(f"{key}: {first_line(error)}.") from error

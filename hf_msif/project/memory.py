@@ -30,7 +30,7 @@ def check(chain: Chain, columns: int) -> None:
     engine = chain.engine
     for bound in chain.stages:
         bound.differentiation.prepare()  # what the processes make together
-        with engine.together():
+        with engine.raising_together():
             free = available_bytes(engine.device)
             needed = bound.differentiation.memory(columns, free, engine.processes)
             if sum(needed.values()) > free:

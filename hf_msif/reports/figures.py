@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine.files import write_whole
+from ..engine.files import write_atomically
 from ..errors import InputError
 from ..objectives.images import channels_first, decoded
 
@@ -47,7 +47,7 @@ def write_figure(path: str | os.PathLike, draw: Callable[[Path], object]) -> str
         `path`, or None with a warning if the figure cannot be drawn.
     """
     try:
-        write_whole(path, draw)
+        write_atomically(path, draw)
     except InputError as error:
         warnings.warn(str(error), stacklevel=2)
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..engine.files import write_whole
+from ..engine.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,8 +94,8 @@ def _text_columns(table: pd.DataFrame) -> list[int]:
 
 def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
     """Writes `path`.md and `path`.parquet, each whole or not at all."""
-    write_whole(f"{path}.md", lambda part: part.write_text(markdown(table) + "\n", encoding="utf-8"))
-    write_whole(f"{path}.parquet", lambda part: table.to_parquet(part, index=False))
+    write_atomically(f"{path}.md", lambda part: part.write_text(markdown(table) + "\n", encoding="utf-8"))
+    write_atomically(f"{path}.parquet", lambda part: table.to_parquet(part, index=False))
 
 
 def training_line(report: dict) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine.files import write_whole
+from ..engine.files import write_atomically
 from .folder import ScoringFolder, read_facts, read_facts_if_intact, rows_digest
 from .scores import DUPLICATES, METADATA_KEY, Scores, pack_metadata, write_frame
 
@@ -91,7 +91,7 @@ class PartsOnDisk:
                     writer.write(table.replace_schema_metadata(schema_metadata))
 
         with self.folder.full_disk_explained():
-            write_whole(self.folder.finished, write)
+            write_atomically(self.folder.finished, write)
         self.folder.remove()
         return Scores.from_parquet(self.folder.finished)
 

@@ -128,7 +128,7 @@ def score(
     # round (waiting for its first batch, gathering its results) costs little.
     parts_per_round = math.ceil(ROUND_BATCHES * batch_size * engine.processes / part_rows)
     path = None if output_dir is None else Path(output_dir) / scorable.file_name
-    with engine.together():
+    with engine.raising_together():
         opened = _open_sink(scorable, path, resume, keep, dtype, part_rows, parts_per_round)
     done, started, dtype_error = 0, time.perf_counter(), None
     total = None if isinstance(source, Stream) else len(source)
@@ -139,15 +139,15 @@ def score(
         ):
             for rows in engine.rounds(source, parts_per_round * part_rows):
                 parts = _parts(rows, done // part_rows, part_rows)
-                with engine.together():
+                with engine.raising_together():
                     missing = [number for number, part in parts.items() if sink.missing(number, part)]
-                missing_parts = {number: parts[number] for number in engine.broadcast(missing)}
+                missing_parts = {number: parts[number] for number in engine.broadcast_object(missing)}
                 missing_rows = [row for part in missing_parts.values() for row in part]
                 if missing_rows:
                     if reduced_dtype and dtype_error is None:
                         dtype_error = {"dtype": dtype, **_precision_error(scorable, missing_rows, batch_size, dtype)}
                     measured = _measure(scorable, missing_rows, batch_size, reduced_dtype, bar)
-                    with engine.together():
+                    with engine.raising_together():
                         _add_parts(sink, scorable, missing_parts, measured)
                 done += len(rows)
                 bar.n = done
@@ -157,7 +157,7 @@ def score(
         if dtype_error is not None:
             metadata["dtype_error"] = dtype_error
         for turn in (engine.is_main, not engine.is_main):  # the other processes read the file of the main one
-            with engine.together():
+            with engine.raising_together():
                 if turn:
                     scores = sink.finish(math.ceil(done / part_rows), metadata)
     return scores
@@ -233,7 +233,7 @@ def _measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str |
     engine = scorable.engine
     share: list[tuple[list[int], np.ndarray]] = []  # (places of a batch's rows, their columns)
     end = len(rows) + (bar.n if bar is not None else 0)
-    with engine.together():
+    with engine.raising_together():
         for indices, batch in engine.batches(rows, scorable.objective, batch_size):
             batch_rows = [rows[i] for i in indices]
             with _matrix_products_in(dtype, engine.device):

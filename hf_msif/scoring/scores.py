@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engine.files import write_whole
+from ..engine.files import write_atomically
 from ..engine.hashing import digest
 from ..errors import InputError
 
@@ -36,7 +36,7 @@ def write_frame(frame: pd.DataFrame, metadata: dict, path: str | os.PathLike) ->
 
     table = pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: pack_metadata(metadata)})
-    write_whole(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
+    write_atomically(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
 
 
 class Scores:

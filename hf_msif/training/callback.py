@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ..adapters.functional import FunctionalModel, has_dropout
 from ..adapters.split import split
-from ..curvature.derivatives import reached
+from ..curvature.derivatives import parameters_in_use
 from ..engine.corpus import as_rows
 from ..engine.hashing import tensors_fingerprint
 from ..errors import InputError
@@ -113,7 +113,7 @@ class RecordCallback(TrainerCallback):
         functional = FunctionalModel(model)
         self.initial = tensors_fingerprint(functional.parameters)
         roles = split(self.name, model, self.previous, self.trainable, self.resized)
-        self.trained = reached(functional, self.objective, self.rows, roles.trained)
+        self.trained = parameters_in_use(functional, self.objective, self.rows, roles.trained)
         check_precision(model, self.trained, self.name)
         optimised = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         constant = [n for n in self.trained if id(model.get_parameter(n)) not in optimised]

@@ -122,7 +122,7 @@ def _terms(target: Any, name: str, stage: str) -> Terms:
     drawn = {n: (torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5).to(p) for n, p in like.items()}
     limit = 1e-9 if target.dtype == torch.float64 else 1e-3
     parts = []
-    with target.engine.together():
+    with target.engine.raising_together():
         for evaluation in target.operator._passing():
             x, _, slopes, _ = _slopes(evaluation, zero, name, stage)
             # The slope of w · CE with label y at zero logits: w (1/C − 1 at y).

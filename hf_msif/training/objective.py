@@ -20,7 +20,7 @@ from .. import vectors
 from ..adapters.functional import FunctionalModel
 from ..adapters.split import Split, decayed_names
 from ..curvature import Hessian
-from ..curvature.derivatives import Evaluation, reached
+from ..curvature.derivatives import Evaluation, parameters_in_use
 from ..engine.accelerated import Engine
 from ..engine.corpus import checked_omission
 from ..errors import InputError
@@ -203,7 +203,7 @@ class StageObjective:
         self.engine, self.evaluations, self.products = engine, 0, 0
         self.model = FunctionalModel(model, engine.device)
         self.model.parameters |= {name: self.model.parameters[name].clone() for name in roles.trained}
-        names = reached(self.model, objective, rows, roles.trained)
+        names = parameters_in_use(self.model, objective, rows, roles.trained)
 
         # A pass leaves out the rows with the weight zero; they count in N alone.
         present = [row for row in rows if row["example_id"] not in omit]

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..adapters.functional import FunctionalModel
 from ..adapters.split import Split, decayed_names, split, write
-from ..curvature.derivatives import reached
+from ..curvature.derivatives import parameters_in_use
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
 from ..engine.hashing import tensors_fingerprint
@@ -159,7 +159,7 @@ def compose(
 ) -> Recording:
     """The recording that `record` starts from: settings and schedule, no step taken and nothing written."""
     optimiser = check_arguments(arguments, roles.stage)
-    trained = reached(model, objective, rows, roles.trained)
+    trained = parameters_in_use(model, objective, rows, roles.trained)
     if not trained:
         raise InputError(f"stage {roles.stage!r}: the loss depends on none of the trained parameters.")
     check_precision(model.model, trained, roles.stage)

@@ -290,11 +290,11 @@ class Replay:
             evaluations, device = [], self.engine.device
             shares = [range(start, min(len(rows), start + size)) for start in range(0, len(rows), size)]
             if self.shared:
-                shares = self.engine.share([self.rows[i] for i in rows], objective, size)
+                shares = self.engine.local_batches([self.rows[i] for i in rows], objective, size)
             with torch.no_grad(), self.model.evaluating(), self._independently():
                 for share in shares:
                     indices = [rows[i] for i in share]
-                    batch = self.engine.place(objective.collate([self.rows[i] for i in indices]))
+                    batch = self.engine.to_device(objective.collate([self.rows[i] for i in indices]))
                     evaluation = Evaluation(self.model, objective, batch)
                     evaluations.append((evaluation, torch.tensor(indices, device=device)))
                 count = sum(float(_counts(evaluation).double().sum()) for evaluation, _ in evaluations)
@@ -305,7 +305,7 @@ class Replay:
 
     def _independently(self):
         """Around what each process does of a shared step without the others: what fails in one is raised in all."""
-        return self.engine.together() if self.shared else nullcontext()
+        return self.engine.raising_together() if self.shared else nullcontext()
 
     @contextmanager
     def _step(self, t: int) -> Iterator[list[_MicroBatch]]:

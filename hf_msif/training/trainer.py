@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters.functional import forward
-from ..adapters.peft import unwrapped
+from ..adapters.peft import unwrap
 from ..adapters.split import Split, split
 from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
@@ -93,7 +93,7 @@ def train(
             written).
     """
     rows, objective = as_rows(data, f"the data of stage {name!r}"), checked_objective(objective, f"stage {name!r}")
-    model = unwrapped(model)  # the checkpoints of a PeftModel are its adapters alone
+    model = unwrap(model)  # the checkpoints of a PeftModel are its adapters alone
     roles = split(name, model, previous, trainable, resized)
     omit = checked_omission(omit, rows, name)
     arguments = _checked_arguments(arguments, objective, name)

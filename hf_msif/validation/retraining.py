@@ -95,7 +95,7 @@ class _Retrainer:
         classifies = s.objective.predictions is not None
         with torch.no_grad(), functional.evaluating():
             for start in range(0, len(self.tests), s.batch_size):
-                batch = self.engine.place(s.objective.collate(self.tests[start : start + s.batch_size]))
+                batch = self.engine.to_device(s.objective.collate(self.tests[start : start + s.batch_size]))
                 losses += Evaluation(functional, s.objective, batch).losses({})[0].double().tolist()
                 if classifies:
                     predicted = s.objective.predictions(functional.bind({}), batch)

@@ -20,7 +20,7 @@ from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.adapters.peft import load as load_with_adapters
-from hf_msif.curvature.derivatives import Evaluation, directional
+from hf_msif.curvature.derivatives import Evaluation, directional_derivatives
 from hf_msif.project.config import load
 from hf_msif.project.run import Run
 from hf_msif.validation.retraining import WarmStart, hand_on
@@ -308,7 +308,9 @@ def test_every_architecture(name):
     v = tiny.block({n: functional.parameters[n] for n in found.head}, 1, 3)
     direction = {n: t[0] for n, t in v.items()}
     with functional.evaluating():
-        slopes, _, _ = directional(Evaluation(functional, tiny.objective("classification"), batch), direction)
+        slopes, _, _ = directional_derivatives(
+            Evaluation(functional, tiny.objective("classification"), batch), direction
+        )
     gradients = [plain.gradient(found.head, of=value) for value in plain.sums()]
     expected = torch.stack([sum((g[n] * direction[n]).sum() for n in found.head) for g in gradients])
     torch.testing.assert_close(slopes, expected, rtol=1e-5, atol=1e-5)

@@ -310,7 +310,7 @@ def test_derivatives(name, all_float64):
     v = tiny.block(model.parameters, columns=1, seed=5)
     direction = vectors.column(v, 0)
     with model.evaluating():
-        slopes, sums, _ = derivatives.directional(evaluation, direction)
+        slopes, sums, _ = derivatives.directional_derivatives(evaluation, direction)
         product = derivatives.hessian_product(evaluation, v, names)
         dense = derivatives.gauss_newton_product(evaluation, v)
     torch.testing.assert_close(sums, plain.sums().detach(), rtol=1e-10, atol=1e-10)

@@ -59,7 +59,7 @@ def test_dropout_is_off_though_configured(case):
     assert case.user.training
     assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in case.user.modules())
     v = vectors.column(case.direction(), 0)
-    first, second = (case.run(derivatives.directional, v)[0] for _ in range(2))
+    first, second = (case.run(derivatives.directional_derivatives, v)[0] for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
@@ -83,7 +83,7 @@ def test_example_gradients_are_those_of_each_example_alone(case):
 
 def test_directional(case):
     v = vectors.column(case.direction(seed=2), 0)
-    slopes, sums, counts = case.run(derivatives.directional, v)
+    slopes, sums, counts = case.run(derivatives.directional_derivatives, v)
     torch.testing.assert_close(slopes, case.plain.along(v, case.plain.sums), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(sums, case.plain.sums().detach(), rtol=1e-12, atol=1e-12)
     assert counts.shape == sums.shape

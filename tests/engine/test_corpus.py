@@ -11,7 +11,7 @@ from helpers import tiny
 from helpers.project import msif, project
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
-from hf_msif.engine.corpus import Stream, Table, as_corpus, first
+from hf_msif.engine.corpus import Stream, Table, as_corpus, first_rows
 from hf_msif.engine.hashing import objective_fingerprint
 from hf_msif.project.data import load_rows, stream_rows
 from hf_msif.project.schema import Data
@@ -83,7 +83,7 @@ def test_a_dataset_stays_on_disk():
     assert table[-1]["example_id"] == 6
     assert table[3:5] == [{"example_id": i, "text": TEXTS[i]} for i in (3, 4)]
     assert list(table) == table[:] == [{"example_id": i, "text": t} for i, t in enumerate(TEXTS)]
-    assert first(table, 2) == table[:2]
+    assert first_rows(table, 2) == table[:2]
     with pytest.raises(IndexError):
         table[7]
     repeated = datasets.Dataset.from_dict({"text": ["a", "b"], "example_id": [1, 1]})

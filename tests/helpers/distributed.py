@@ -128,7 +128,7 @@ def failing(folder, world):
     other = f"^process {last} of {world} failed: MemoryError: no memory left$"
 
     def alone():
-        with engine.together():
+        with engine.raising_together():
             if engine.rank == last:
                 raise MemoryError("no memory left")
 
@@ -136,7 +136,7 @@ def failing(folder, world):
         alone()
     assert engine.sum(like, [{"w": torch.full_like(like["w"], 2.0)}])["w"].tolist() == [[2.0 * world] * 2]
     assert engine.gather([engine.rank]) == list(range(world))
-    assert engine.broadcast(f"from {engine.rank}") == "from 0"
+    assert engine.broadcast_object(f"from {engine.rank}") == "from 0"
     bad = [*CORPUS[:5], {"example_id": "odd", "text": None}]
     with pytest.raises(InputError, match="'odd' has None in column 'text'"):
         chain(torch.float64).query(TESTS[:1]).score(bad, batch_size=1)

@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hf_msif import MultiStageInfluence, Stage, objectives, solvers
-from hf_msif.engine.accelerated import placed
+from hf_msif.engine.accelerated import to_device
 from hf_msif.models import ElmoConfig, ElmoTokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -160,7 +160,7 @@ class Plain:
 
     def __init__(self, model, task, batch):
         self.model, self.task = copy.deepcopy(model).cpu().eval().requires_grad_(True), task
-        self.batch = placed(batch or {}, torch.device("cpu"))
+        self.batch = to_device(batch or {}, torch.device("cpu"))
         self.parameters = dict(self.model.named_parameters())
 
     def scored(self):

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from hf_msif import InputError, objectives, solvers, training
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature.derivatives import Evaluation, directional
+from hf_msif.curvature.derivatives import Evaluation, directional_derivatives
 from hf_msif.models import ElmoTokenizer, FeedForwardClassifier
 from hf_msif.models.elmo import layers, vocabulary
 
@@ -167,9 +167,9 @@ def test_chunks_do_not_change_a_score(pair, monkeypatch):
     evaluation = Evaluation(model, objective, objective.collate(CORPUS))
     v = {n: t[0] for n, t in tiny.block(model.parameters, 1, 0).items()}
     with model.evaluating():
-        whole = directional(evaluation, v)[0]
+        whole = directional_derivatives(evaluation, v)[0]
         monkeypatch.setattr(layers, "CHUNK", 3 * 12)
-        torch.testing.assert_close(directional(evaluation, v)[0], whole, rtol=1e-12, atol=0)
+        torch.testing.assert_close(directional_derivatives(evaluation, v)[0], whole, rtol=1e-12, atol=0)
 
 
 def test_adapters_in_the_recurrence(pair):
@@ -186,7 +186,7 @@ def test_adapters_in_the_recurrence(pair):
     batch, functional = objective.collate(TWEETS), FunctionalModel(model)
     v = {n: t[0] for n, t in tiny.block({n: functional.parameters[n] for n in roles.head}, 1, 0).items()}
     with functional.evaluating():
-        found = directional(Evaluation(functional, objective, batch), v)[0]
+        found = directional_derivatives(Evaluation(functional, objective, batch), v)[0]
     plain = tiny.Plain(model, "characters", batch)
     torch.testing.assert_close(found, plain.along(v, plain.sums), rtol=1e-6, atol=1e-8)
     assert len(tiny.chain(pair[0], model, data=(CORPUS, TWEETS)).query(TESTS).score(CORPUS)) == len(CORPUS)
@@ -249,9 +249,9 @@ def test_an_unrolled_stage_from_yaml(tmp_path):
     assert "finetuning" in json.dumps(certificate)
 
 
-def test_training_lowers_the_exact_loss(pair):
+def test_training_lowers_the_exact_loss(pair, tmp_path):
     model, objective = tiny.model("elmo", "bidirectional", dropout=0.0), tiny.objective("bidirectional")
     before = training.evaluate(model, objective, CORPUS)["loss"]
-    arguments = TrainingArguments("nowhere", max_steps=15, learning_rate=0.05, save_strategy="no", report_to=[])
+    arguments = TrainingArguments(str(tmp_path), max_steps=15, learning_rate=0.05, save_strategy="no", report_to=[])
     training.train(model, objective, CORPUS, arguments, progress=False)
     assert training.evaluate(model, objective, CORPUS)["loss"] < 0.8 * before

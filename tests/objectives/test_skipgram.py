@@ -22,7 +22,13 @@ from transformers import (
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature.derivatives import Evaluation, directional, gauss_newton_product, gradient, hessian_product
+from hf_msif.curvature.derivatives import (
+    Evaluation,
+    directional_derivatives,
+    gauss_newton_product,
+    gradient,
+    hessian_product,
+)
 from hf_msif.models import (
     FeedForwardClassifier,
     SkipGramConfig,
@@ -127,12 +133,12 @@ def test_batch_order_and_company_change_nothing():
     made, direction = model(), tiny.block(dict(model().named_parameters()), 1, 3)
     direction = {name: t[0] for name, t in direction.items()}
     rows = [*ROWS, {"example_id": 99, "text": "debate wall " * 9}]
-    derivatives, sums, _ = directional(evaluation(made, rows), direction)
-    back, back_sums, _ = directional(evaluation(made, rows[::-1]), direction)
+    derivatives, sums, _ = directional_derivatives(evaluation(made, rows), direction)
+    back, back_sums, _ = directional_derivatives(evaluation(made, rows[::-1]), direction)
     torch.testing.assert_close(back.flip(0), derivatives, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(back_sums.flip(0), sums, rtol=1e-12, atol=1e-13)
     for i, row in enumerate(rows):
-        alone = directional(evaluation(made, [row]), direction)
+        alone = directional_derivatives(evaluation(made, [row]), direction)
         torch.testing.assert_close(alone[0][0], derivatives[i], rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(alone[1][0], sums[i], rtol=1e-12, atol=1e-13)
     left = objective(tokenizer=tiny.tokenizer(side="left")).collate(rows)
@@ -208,7 +214,9 @@ def test_the_gradient_and_the_directional_derivative(central, directions):
     for q in range(2):
         along = {name: t[q] for name, t in directions.items()}
         expected = central.along(along, lambda e: e.losses({})[0].detach())
-        torch.testing.assert_close(directional(evaluation(central.point), along)[0], expected, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(
+            directional_derivatives(evaluation(central.point), along)[0], expected, rtol=1e-7, atol=1e-8
+        )
         product = sum(float((found[name] * t).sum()) for name, t in along.items())
         np.testing.assert_allclose(product, float(expected.sum()), rtol=1e-8)
 
@@ -245,7 +253,7 @@ def test_a_linear_map_undone_changes_no_score(central):
     step = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     v, u = central.point.encoder.embeddings.weight.detach(), central.point.context.weight.detach()
     along = {"encoder.embeddings.weight": v @ step, "context.weight": -u @ step.T}
-    assert float(directional(evaluation(central.point), along)[0].abs().max()) < 1e-12
+    assert float(directional_derivatives(evaluation(central.point), along)[0].abs().max()) < 1e-12
     product = gauss_newton_product(evaluation(central.point), {name: t.unsqueeze(0) for name, t in along.items()})
     assert max(float(t.abs().max()) for t in product.values()) < 1e-12
 

@@ -68,7 +68,7 @@ def test_a_failed_write_leaves_the_older_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        files.write_whole(path, fails)
+        files.write_atomically(path, fails)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
 

@@ -129,11 +129,11 @@ def _removed(influence: np.ndarray, fraction: float, seed: int) -> dict[str, np.
 
 def _write_kept(path, rows: list[dict], removed: np.ndarray) -> None:
     """Writes the rows that are not removed."""
-    from ...engine.files import write_whole
+    from ...engine.files import write_atomically
 
     indices = set(removed.tolist())
     table = _table([row for i, row in enumerate(rows) if i not in indices])
-    write_whole(path, lambda part: table.to_parquet(part, index=False))
+    write_atomically(path, lambda part: table.to_parquet(part, index=False))
 
 
 def _table(rows: list[dict]) -> pd.DataFrame:

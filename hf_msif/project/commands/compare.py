@@ -29,7 +29,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """The figures of `validation.comparison.Comparison`; draws both distributions to `--output`."""
-    from ...engine.files import write_whole
+    from ...engine.files import write_atomically
     from ...validation.comparison import compare
     from ..saved_scores import saved_scores
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict:
     comparison = compare(*scores, k=arguments.k)
     report = {"runs": arguments.runs, "stages": arguments.stages, **comparison.to_dict()}
     if arguments.output:
-        write_whole(arguments.output, lambda path: comparison.plot(path, _names(report)))
+        write_atomically(arguments.output, lambda path: comparison.plot(path, _names(report)))
         report["figure"] = arguments.output
     return report
 

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     if "kept" in scores.metadata:
         report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
         report["rows"] = report["kept"]["all"][0]["count"]
-    with query.chain.engine.together():
+    with query.chain.engine.raising_together():
         report["table"] = table_one(scores)
         if query.chain.engine.is_main:
             write_table(report["table"], table_path)

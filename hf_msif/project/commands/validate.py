@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Runs the configuration's experiment; writes `run_dir/validation`. Retrainings are kept in `run_dir/bank`, where
     the next call finds them."""
     from ... import validation
-    from ...engine.files import write_json, write_whole
+    from ...engine.files import write_atomically, write_json
     from ...reports.figures import write_figure
     from ..retraining import refuse_streams, retraining
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     report = {**result.to_dict(), "seconds": round(time.perf_counter() - started, 1)}
     report |= {"retrainings": bank.computed, "accuracy": _accuracies(project, models)}
     write_json(f"{path}.json", report)
-    write_whole(f"{path}.parquet", lambda part: result.removals.to_parquet(part, index=False))
+    write_atomically(f"{path}.parquet", lambda part: result.removals.to_parquet(part, index=False))
     report["figure"] = write_figure(path.with_suffix(".png"), result.plot)
     return report | {"text": str(result), "validation": f"{path}.json"}
 
