@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import InputError, first_line
 
@@ -65,7 +65,7 @@ class Stream:
         return reservoir
 
 
-class Table(Sequence):
+class Table(Sequence[dict]):
     """A map-style `datasets.Dataset` as a sequence of rows, which are read from its Arrow file on access.
 
     Rows without an `example_id` are numbered from 0. A slice returns a list of dicts.
@@ -81,6 +81,12 @@ class Table(Sequence):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> dict: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict]: ...
 
     def __getitem__(self, index: int | slice) -> dict | list[dict]:
         if isinstance(index, slice):
@@ -194,8 +200,8 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
         InputError: a file does not exist, its ending is unknown, or two files have the same name; on iteration, a
             file cannot be read (the message says after which row) or there is no row.
     """
-    paths, names = [Path(path).expanduser() for path in paths], Counter()
-    for path in paths:
+    files, names = [Path(path).expanduser() for path in paths], Counter[str]()
+    for path in files:
         names[path.name] += 1
         if not path.is_file():
             raise InputError(f"{what}: the file {str(path)!r} does not exist; set it to where the data is.")
@@ -211,7 +217,7 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
     def read() -> Iterator[dict]:
         from datasets import load_dataset
 
-        for path in paths:
+        for path in files:
             streamed = load_dataset(builder or _builder(path), data_files=[str(path)], split="train", streaming=True)
             rows, number = iter(streamed), 0
             while True:
@@ -236,7 +242,7 @@ def _builder(path: Path) -> str | None:
 
 def first_rows(rows: Iterable[dict], size: int) -> list[dict]:
     """The first `size` rows of a table or a stream; all of them if there are fewer."""
-    return rows[:size] if isinstance(rows, Sequence) else list(itertools.islice(iter(rows), size))
+    return list(rows[:size] if isinstance(rows, Sequence) else itertools.islice(iter(rows), size))
 
 
 def checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> frozenset:
@@ -250,12 +256,12 @@ def checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> froz
     Raises:
         InputError: an id that no row has, or nothing would be left.
     """
-    omit, known = frozenset(omit), {row["example_id"] for row in rows}
-    if omit - known:
+    omitted, known = frozenset(omit), {row["example_id"] for row in rows}
+    if omitted - known:
         raise InputError(
-            f"omit names {sorted(omit - known, key=repr)[:5]}, which are no example_id of the data of stage {name!r}; "
-            f"they look like {rows[0]['example_id']!r}."
+            f"omit names {sorted(omitted - known, key=repr)[:5]}, which are no example_id of the data of stage "
+            f"{name!r}; they look like {rows[0]['example_id']!r}."
         )
-    if omit == known:
+    if omitted == known:
         raise InputError(f"omit names every row of the data of stage {name!r}; expected at least one row to be left.")
-    return omit
+    return omitted

@@ -182,6 +182,7 @@ class _Sweep:
         self.growth, self.norms = [1.0] * width, [[recording.steps, [1.0] * width]]
         key = f"{cache_key or tensors_fingerprint(a)} {recording.settings}"
         key = hashlib.sha256(key.encode()).hexdigest()
+        assert recording.folder is not None
         self.copy = Checkpoint(recording.folder / f"sweep-{key[:16]}.safetensors", key, replay.engine, SAVE_EVERY)
         self.adjoint = self._load() or replay.adjoint(a)
 

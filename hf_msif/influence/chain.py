@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from ..engine import Engine
 from ..engine.corpus import Stream, as_corpus, as_rows, first_rows
 from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
 from ..errors import InputError
+from ..objectives import Objective
 from ..vectors import Block
 from .differentiation import Differentiation
 from .stage import Stage
@@ -64,7 +64,7 @@ class BoundStage:
         return self.stage.name
 
     @property
-    def objective(self) -> Any:
+    def objective(self) -> Objective:
         return self.stage.objective
 
     def _check_finite(self) -> None:
@@ -89,6 +89,7 @@ class BoundStage:
 
     def _check_frozen(self) -> None:
         for name in self.split.frozen:
+            assert self.before is not None
             source = self.before.model.parameters[self.split.inherited[name]]
             value = self.leading(name, self.model.parameters[name])
             gap = float((value.double() - source.double()).norm() / source.double().norm().clamp(min=1e-30))
@@ -109,6 +110,7 @@ class BoundStage:
     def subset(self, size: int | None) -> list[dict]:
         """`size` random rows of the stage's data, the same for the same seed; None: all of them."""
         if isinstance(self.rows, Stream):
+            assert size is not None  # `Implicit` refuses a stream without curvature_samples
             return self.engine.sample(self.rows, size, self.stage.seed)
         if size is None or size >= len(self.rows):
             return self.rows
@@ -163,6 +165,7 @@ class BoundStage:
 
     def carry(self, b: Mapping[str, Tensor]) -> Block:
         """An adjoint on this stage's inherited names as one on the stage before, there zero on the head."""
+        assert self.before is not None
         before = self.before.model.parameters
         width = vectors.columns(b)
         carried = {name: p.new_zeros(width, *p.shape) for name, p in before.items()}

@@ -106,7 +106,7 @@ class _SavedBytes:
     """Bytes that autograd has saved, by storage: now, and the most at any time. The model's own do not count."""
 
     def __init__(self, ignored: set[int]):
-        self.ignored, self.holders = ignored, Counter()
+        self.ignored, self.holders = ignored, Counter[int]()
         self.now = self.peak = 0
 
     def pack(self, t: Tensor) -> Tensor | _SavedTensor:
