@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...errors import InputError
 from .configuration import ElmoConfig
 
-if TYPE_CHECKING:
-    from .modeling import ElmoPreTrainedModel
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def read_options(options_file: str | os.PathLike, **settings: Any) -> ElmoConfig:
@@ -109,12 +109,12 @@ def head_state(softmax_file: str | os.PathLike, config: ElmoConfig) -> dict[str,
 
 
 def build(
-    kind: type[ElmoPreTrainedModel],
+    kind: type[Model],
     options_file: str | os.PathLike,
     weight_file: str | os.PathLike,
     softmax_file: str | os.PathLike | None = None,
     **settings: Any,
-) -> ElmoPreTrainedModel:
+) -> Model:
     """A model of class `kind` with published weights, as `ElmoPreTrainedModel.from_allennlp` returns it.
 
     Args:
