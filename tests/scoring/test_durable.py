@@ -326,6 +326,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_an_interrupted_solve_is_resumed(name, sharded, tmp_path, monkeypatch):
@@ -376,6 +377,7 @@ def stopped(made, tests, folder, monkeypatch):
             made.query(tests, checkpoints=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [None, slice(0, 100), slice(0, -9), slice(500, None)])
 def test_a_checkpoint_of_another_query_or_a_damaged_one_is_ignored(query, tmp_path, monkeypatch, damage):
     monkeypatch.setattr(checkpoints.Checkpoint, "due", lambda self: True)
