@@ -212,7 +212,7 @@ def throughput(settings: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from hf_msif import vectors
-    from hf_msif.engine.corpus import from_files
+    from hf_msif.engine.corpus_files import from_files
 
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
@@ -280,8 +280,8 @@ def simulate(settings: argparse.Namespace) -> None:
     from hf_msif import objectives
     from hf_msif.adapters.functional import FunctionalModel
     from hf_msif.curvature.derivatives import Evaluation
-    from hf_msif.engine.corpus import from_files
-    from hf_msif.scoring.parts import PartsOnDisk
+    from hf_msif.engine.corpus_files import from_files
+    from hf_msif.scoring.on_disk import PartsOnDisk
     from hf_msif.scoring.scores import frame_of
 
     torch.set_num_threads(1)

@@ -262,6 +262,7 @@ def test_scores_do_not_depend_on_padding_partners(scored):
         near(scored.scores([scored.rows[i], scored.rows[5]], batch_size=2), scored.expected[[i, 5]], 1e-9)
 
 
+@pytest.mark.slow
 def test_a_column_among_others_is_the_query_of_one(scored):
     for q, test in enumerate(scored.tests):
         single = scored.scores(scored.rows, scored.chain.query([test]))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from tqdm.auto import tqdm
 
-    from .corpus import Stream
+    from .stream import Stream
 
 
 class Engine:

@@ -3,66 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
-import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ..errors import InputError, first_line
+from ..errors import InputError
+from .corpus_files import from_files
+from .stream import Stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# File ending → the builder of `datasets` that reads such a file, also with a further ending .gz.
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Rows that are read anew at every iteration and never held in memory as a whole.
-
-    The memory used does not grow with the number of rows. A stream can be a corpus to be scored, or the data of a
-    stage that was trained elsewhere; its curvature is then taken on a random subset (`curvature_samples`).
-
-    Attributes:
-        read: returns a new iterator over the rows, dicts that carry `example_id`.
-        what: name of the data in error messages.
-
-    Raises:
-        InputError: on iteration, if there is no row.
-
-    >>> stream = Stream(lambda: ({"example_id": i, "text": f"sentence {i}"} for i in range(1000)))
-    >>> len(stream.sample(3, seed=0)), stream.sample(3, seed=0) == stream.sample(3, seed=0)
-    (3, True)
-    """
-
-    read: Callable[[], Iterator[dict]]
-    what: str = "the corpus"
-
-    def __iter__(self) -> Iterator[dict]:
-        empty = True
-        for row in self.read():
-            empty = False
-            yield row
-        if empty:
-            raise InputError(f"{self.what} is empty; expected at least one row: check the path and the filters.")
-
-    def sample(self, size: int, seed: int) -> list[dict]:
-        """`size` rows, drawn uniformly without replacement in one reading; all rows if there are fewer.
-
-        The same seed draws the same rows.
-        """
-        # Reservoir sampling (Vitter, 1985, algorithm R): row n enters with probability size / n, in a random place.
-        generator, reservoir = random.Random(seed), []
-        for number, row in enumerate(self):
-            if number < size:
-                reservoir.append(row)
-            elif (place := generator.randrange(number + 1)) < size:
-                reservoir[place] = row
-        return reservoir
 
 
 class Table(Sequence[dict]):
@@ -184,60 +135,6 @@ def _check_ids(ids: Iterable, what: str) -> None:
             f"{what} repeats an example_id ({repeated[0]!r}); ids name rows and seed their masks, so each must occur "
             "once."
         )
-
-
-def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", builder: str | None = None) -> Stream:
-    """Local files as one stream, in the order of `paths`.
-
-    The `example_id` of a row is "file.txt:17": its file's name and its number in the file, from 0.
-
-    Args:
-        paths: the files.
-        what: name of the data in error messages.
-        builder: the builder of `datasets` that reads them, e.g. "text"; None: chosen by the files' endings.
-
-    Raises:
-        InputError: a file does not exist, its ending is unknown, or two files have the same name; on iteration, a
-            file cannot be read (the message says after which row) or there is no row.
-    """
-    files, names = [Path(path).expanduser() for path in paths], Counter[str]()
-    for path in files:
-        names[path.name] += 1
-        if not path.is_file():
-            raise InputError(f"{what}: the file {str(path)!r} does not exist; set it to where the data is.")
-        if builder is None and _builder(path) is None:
-            raise InputError(
-                f"{what}: {path.name!r} has an ending that says nothing of its format; expected one of "
-                f"{', '.join(BUILDERS)}, or one of them with .gz."
-            )
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise InputError(f"{what} has several files {twice[0]!r}, whose rows would have the same ids; rename one.")
-
-    def read() -> Iterator[dict]:
-        from datasets import load_dataset
-
-        for path in files:
-            streamed = load_dataset(builder or _builder(path), data_files=[str(path)], split="train", streaming=True)
-            rows, number = iter(streamed), 0
-            while True:
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    break
-                except Exception as error:  # of whatever reads the format
-                    raise InputError(
-                        f"{what}: {path.name} cannot be read after row {number}: {first_line(error)}."
-                    ) from error
-                yield {"example_id": f"{path.name}:{number}", **row}
-                number += 1
-
-    return Stream(read, what)
-
-
-def _builder(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
 def first_rows(rows: Iterable[dict], size: int) -> list[dict]:

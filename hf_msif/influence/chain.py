@@ -17,8 +17,9 @@ from ..adapters.split import Split, split
 from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation, gradient, parameters_in_use
 from ..engine import Engine
-from ..engine.corpus import Stream, as_corpus, as_rows, first_rows
+from ..engine.corpus import as_corpus, as_rows, first_rows
 from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
+from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
 from ..vectors import Block

@@ -26,7 +26,8 @@ from ..curvature.derivatives import Evaluation, directional_derivatives
 from ..curvature.sharded import Sharded
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
-from ..engine.corpus import Stream, first_rows
+from ..engine.corpus import first_rows
+from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
 from ..scoring.scorer import RowInfluence

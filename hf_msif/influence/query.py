@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..engine.corpus import Stream
 from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, objective_fingerprint, tensors_fingerprint
+from ..engine.stream import Stream
 from ..errors import InputError
 from ..scoring.scorer import Scorable, score
 from ..scoring.scores import Scores

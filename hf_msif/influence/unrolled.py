@@ -25,8 +25,8 @@ from ..adapters.split import write
 from ..curvature.derivatives import Evaluation
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint
-from ..engine.corpus import Stream
 from ..engine.hashing import digest
+from ..engine.stream import Stream
 from ..errors import InputError
 from ..scoring.scorer import RowInfluence
 from ..training.optimisers import start

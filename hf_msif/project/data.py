@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import glob
 
-from ..engine.corpus import Stream, as_corpus, from_files
+from ..engine.corpus import as_corpus
+from ..engine.corpus_files import from_files
 from ..engine.hashing import digest
+from ..engine.stream import Stream
 from ..errors import InputError, first_line
 from .schema import Data
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..engine.corpus import Stream
+from ..engine.stream import Stream
 from ..influence.cost import size_text, time_text
 from .memory import available_bytes
 

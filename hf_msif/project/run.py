@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.functional import check_vocabulary
-from ..engine.corpus import Stream
 from ..engine.hashing import digest
+from ..engine.stream import Stream
 from ..errors import InputError, first_line
 from . import build
 from .data import load_rows, stream_rows

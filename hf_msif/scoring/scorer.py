@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..adapters.functional import FunctionalModel
 from ..engine.accelerated import Engine
-from ..engine.corpus import Stream, as_corpus
+from ..engine.corpus import as_corpus
+from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
 from .extremes import ExtremesInMemory, ExtremesOnDisk
-from .memory import InMemory
-from .parts import PartsOnDisk
+from .in_memory import InMemory
+from .on_disk import PartsOnDisk
 from .scores import Scores, frame_of, influence_columns
 from .sinks import NullSink, Sink, WriteBehind
 from .summary import Extremes

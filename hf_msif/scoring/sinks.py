@@ -1,7 +1,7 @@
 """`Sink`: where the scores of a corpus go, part by part; `NullSink`, and `WriteBehind`, which writes in a thread.
 
 A corpus is cut into *parts* of consecutive rows, all of the same size but the last, whatever number of processes
-scores them. The sinks themselves are in `memory` (all rows in memory), `parts` (all rows on disk) and `extremes` (the
+scores them. The sinks themselves are in `in_memory` (all rows), `on_disk` (all rows) and `extremes` (the
 extreme rows and a summary of all, in memory or on disk).
 """
 

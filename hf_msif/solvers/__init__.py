@@ -1,7 +1,8 @@
 """Inverse-curvature-vector products: `solve(operator, b, solver) -> Solution(value, certificate)`."""
 
 from ._base import Solver, as_solver
-from ._solve import Certificate, Solution, solve
+from ._solve import solve
+from .certificate import Certificate, Solution
 from .cg import CG
 from .dense import Dense
 from .identity import Identity

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ..errors import InputError
 from ..vectors import Block
+from .certificate import Solution
 from .operator import TRACE_PROBES, CountedOperator, Operator, mean_eigenvalue
 
 if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
-    from ._solve import Solution
 
 Progress = Callable[[int, float], None]
 

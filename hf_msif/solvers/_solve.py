@@ -1,133 +1,18 @@
-"""`solve`, and what it returns: a `Solution` with its `Certificate`."""
+"""`solve`: the one verb of solvers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
 from ._base import Progress, Solver, as_solver
+from .certificate import Solution
 from .operator import CountedOperator, Operator
 
 if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known about a solution; lists have one entry per column.
-
-    - `solver`: the method. `damping`: λ, in the units of the system that was solved. `tol`: the tolerance.
-    - `iterations`: steps of the method, over all restarts.
-    - `matvecs`: products with the operator, the check of the residual included, `Solver.init` excluded.
-    - `residual`: the *true* relative residual ‖Su − c‖/‖c‖ of the system Su = c that the solver defines, recomputed
-      from the returned u with a fresh product; 0 where c = 0. `converged`: residual ≤ tol.
-    - `status`: why the column ended: "converged", "max_iter", "stalled" or "negative_curvature".
-    - `negative_curvature`: S was seen not to be positive definite. This stops CG, and informs elsewhere.
-    - `smallest_ritz`, `largest_ritz`: estimates of the extreme eigenvalues of the operator *without* damping (of H²
-      for SquaredCG; exact for Dense), None where the solver has no estimate.
-    - `mean_eigenvalue`: trace/P, known where damping="auto" needed it (of H² for SquaredCG), else None.
-    - `residual_unsquared`: ‖Hu − b‖/‖b‖ for SquaredCG, None elsewhere.
-    """
-
-    solver: str
-    damping: float
-    tol: float
-    iterations: list[int]
-    matvecs: list[int]
-    residual: list[float]
-    converged: list[bool]
-    status: list[str]
-    negative_curvature: list[bool]
-    smallest_ritz: list[float | None]
-    largest_ritz: list[float | None]
-    mean_eigenvalue: float | None = None
-    residual_unsquared: list[float] | None = None
-
-    @classmethod
-    def from_residual(
-        cls,
-        solver: str,
-        damping: float,
-        tol: float,
-        residual: Tensor,
-        matvecs: Tensor,
-        iterations: int = 0,
-        failure: str = "max_iter",
-        **facts: Any,
-    ) -> Certificate:
-        """The certificate of a method that stops all columns at the same time.
-
-        Args:
-            solver: the method's name.
-            damping: λ.
-            tol: the tolerance.
-            residual: true relative residuals, shape (Q,); a column is converged where it is at most `tol`.
-            matvecs: products per column, shape (Q,).
-            iterations: of every column.
-            failure: the `status` of columns that are not converged.
-            facts: other fields of the certificate; unless given, no negative curvature and no eigenvalue is known.
-        """
-        converged, columns = (residual <= tol).tolist(), len(residual)
-        unknown = {
-            "negative_curvature": [False] * columns,
-            "smallest_ritz": [None] * columns,
-            "largest_ritz": [None] * columns,
-        }
-        return cls(
-            solver,
-            damping,
-            tol,
-            iterations=[iterations] * columns,
-            matvecs=matvecs.tolist(),
-            residual=residual.tolist(),
-            converged=converged,
-            status=["converged" if c else failure for c in converged],
-            **{**unknown, **facts},
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
-        """Inverse of `to_dict`."""
-        return cls(**values)
-
-    def __str__(self) -> str:
-        return "\n".join(self._line(q) for q in range(len(self.status)))
-
-    def _line(self, q: int) -> str:
-        n = self.iterations[q]
-        prose = {
-            "converged": f"converged in {n} iterations" if n else "solved without iterations",
-            "max_iter": f"stopped at {n} iterations, not converged",
-            "stalled": (f"stalled after {n} iterations" if n else "not solved")
-            + ": singular, or too ill-conditioned for its precision",
-            "negative_curvature": f"negative curvature met at iteration {n}: the operator is not positive definite, "
-            "use MinRes or curvature='gauss_newton' or more damping",
-        }[self.status[q]]
-        line = f"{self.solver}, column {q}: {prose}; residual {self.residual[q]:.1e} (tol {self.tol:.0e})"
-        if self.residual_unsquared is not None:
-            line += f", of Hu = b {self.residual_unsquared[q]:.1e}"
-        line += f", {self.matvecs[q]} products, damping {self.damping:.3g}"
-        if self.smallest_ritz[q] is not None:
-            line += f", eigenvalues {self.smallest_ritz[q]:.2g} to {self.largest_ritz[q]:.2g}"
-        return line
-
-
-@dataclass(frozen=True)
-class Solution:
-    """`value`: the block u, shaped like the right-hand sides; `certificate`: how far it can be trusted."""
-
-    value: Block
-    certificate: Certificate
 
 
 def solve(

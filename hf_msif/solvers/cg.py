@@ -13,7 +13,7 @@ from .. import vectors
 from ..vectors import Block
 from ._base import Damping, Progress
 from ._krylov import Dot, KrylovSolver, LinearSystem, krylov
-from ._solve import Certificate, Solution
+from .certificate import Certificate, Solution
 from .operator import CountedOperator, rounding_unit
 
 if TYPE_CHECKING:

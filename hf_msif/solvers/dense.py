@@ -12,7 +12,7 @@ from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
 from ._base import Damping, Progress, Solver, check_settings, damping, damping_products
-from ._solve import Certificate, Solution
+from .certificate import Certificate, Solution
 from .operator import CountedOperator, Operator, dimension, rounding_unit
 
 if TYPE_CHECKING:

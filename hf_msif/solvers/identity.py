@@ -10,7 +10,7 @@ import torch
 from .. import vectors
 from ..vectors import Block
 from ._base import Progress, Solver
-from ._solve import Certificate, Solution
+from .certificate import Certificate, Solution
 from .operator import CountedOperator
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from .. import vectors
 from ..vectors import Block
 from ._base import Damping, Progress, damping, damping_products
 from ._krylov import KrylovSolver, LinearSystem, krylov
-from ._solve import Certificate, Solution
+from .certificate import Certificate, Solution
 from .cg import ConjugateGradients
 from .operator import CountedOperator, Operator
 

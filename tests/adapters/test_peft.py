@@ -270,6 +270,7 @@ class Oracle:
         return torch.stack([self.flat(row) for row in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False], ids=["PeftModel", "injected"])
 def test_the_chain_is_that_of_dense_algebra(pair, tuned, wrapped):
     """u, the mixed derivative in the frozen base and the scores of both stages, through W + (lora_alpha / r) B A."""
@@ -458,6 +459,7 @@ def native(model):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [lambda model: adapted(model, task_type="SEQ_CLS"), native], ids=["PeftModel", "native"]
 )
@@ -586,7 +588,7 @@ def test_train_query_and_score(tmp_path, capsys):
     scores = run.chain().query(run.tests()).score(run.corpus())
     assert np.abs(scores.influence(0)).max() > 0
     assert (tmp_path / "run" / "table1.md").exists()
-    same(weights(run.fresh(3)[1]), weights(run.fresh(3)[1]))
+    same(weights(run.new_models(3)[1]), weights(run.new_models(3)[1]))
 
     # The finished model says what its adapters are, not the configuration.
     again = Run(load(path, [("stages.finetuning.model.lora.lora_alpha", 400)]), progress=False).model("finetuning")

@@ -11,8 +11,9 @@ from helpers import tiny
 from helpers.project import msif, project
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
-from hf_msif.engine.corpus import Stream, Table, as_corpus, first_rows
+from hf_msif.engine.corpus import Table, as_corpus, first_rows
 from hf_msif.engine.hashing import objective_fingerprint
+from hf_msif.engine.stream import Stream
 from hf_msif.project.data import load_rows, stream_rows
 from hf_msif.project.schema import Data
 

@@ -58,6 +58,7 @@ def influences(tmp_path, monkeypatch):
     return score
 
 
+@pytest.mark.slow
 def test_own_objective_in_a_configuration(influences):
     task = "own_objective:SmoothedClassification"
     unsmoothed = influences("finetuning", objective={"smoothing": 0.0}, task=task)
@@ -65,6 +66,7 @@ def test_own_objective_in_a_configuration(influences):
     assert np.abs(influences("finetuning", task=task) - unsmoothed).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_own_curvature_in_a_configuration(influences):
     found = influences("pretraining", curvature="own_curvature:EmpiricalFisher")
     assert np.abs(found - influences("pretraining")).max() > 1e-4

@@ -56,6 +56,7 @@ def test_a_group_is_the_sum_of_its_members(chain, query):
         torch.testing.assert_close(torch.tensor(group.influence()), torch.tensor(expected), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_removal_effect_predicts_removal(chain, query):
     """First order in 1/N: the sign and most of the size; N stays the full count, as when ε = −1/N."""
     scores = query.score(chain.rows[0])
@@ -68,6 +69,7 @@ def test_removal_effect_predicts_removal(chain, query):
     assert torch.corrcoef(torch.tensor([predicted, actual]))[0, 1] > 0.97
 
 
+@pytest.mark.slow
 def test_sign_a_mislabelled_example_is_harmful():
     """One stage, separable classes, one wrong label: it alone raises the loss of a correctly labelled neighbour."""
     rows = toy_rows(5, 30)

@@ -186,6 +186,7 @@ def test_a_run_ends_where_torch_ends(setting):
         torch.testing.assert_close(p, model.get_parameter(name), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_pull_back_equals_central_differences_of_rerunning(setting):
     found = chain(setting)
     rows = [{"example_id": i, **row} for i, row in enumerate(TESTS)]
@@ -256,6 +257,7 @@ def test_pull_back_equals_autograd_through_the_whole_run(settings, trainable, tm
 # Against the implicit answer, where the run has converged -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["all", "head"])
 def test_a_converged_run_gives_the_implicit_answer(trainable, tmp_path):
     before, model = pair()

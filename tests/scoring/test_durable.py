@@ -14,7 +14,7 @@ from helpers import distributed, tiny
 from hf_msif import InputError, Query, Scores, solvers
 from hf_msif.engine import checkpoints
 from hf_msif.influence import implicit  # which calls `directional_derivatives`
-from hf_msif.scoring import extremes, folder, parts
+from hf_msif.scoring import extremes, folder, on_disk
 from hf_msif.scoring.scores import METADATA_KEY
 from hf_msif.scoring.summary import EDGES
 
@@ -49,7 +49,7 @@ class Killed(BaseException):
     """Like a signal, no `except Exception` catches it."""
 
 
-def interrupted(query, folder, monkeypatch, after, kind=parts.PartsOnDisk, corpus=CORPUS, **settings):
+def interrupted(query, folder, monkeypatch, after, kind=on_disk.PartsOnDisk, corpus=CORPUS, **settings):
     """Scores until `after` parts are written."""
     done, add = [], kind.add
 
@@ -169,7 +169,7 @@ def test_without_anything_to_resume_scoring_starts_from_the_beginning(query, exp
 
 
 def test_texts_are_counted_a_class_at_a_time(query, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "COUNTED_AT_ONCE", 3)
+    monkeypatch.setattr(on_disk, "COUNTED_AT_ONCE", 3)
     assert expected.frame.duplicates.max() == 3
     same(query.score(CORPUS, output_dir=tmp_path, part_rows=5), expected)
 
@@ -218,7 +218,7 @@ def test_kept_extremes_are_resumed(query, expected, tmp_path, monkeypatch, after
 
 def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypatch):
     """Writing the first round waits until derivatives of the second are computed."""
-    under_way, inside, add = threading.Event(), implicit.directional_derivatives, parts.PartsOnDisk.add
+    under_way, inside, add = threading.Event(), implicit.directional_derivatives, on_disk.PartsOnDisk.add
     rounds = []
 
     def directional(*args):
@@ -232,7 +232,7 @@ def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypa
         return add(self, *args)
 
     monkeypatch.setattr(implicit, "directional_derivatives", directional)
-    monkeypatch.setattr(parts.PartsOnDisk, "add", slow)
+    monkeypatch.setattr(on_disk.PartsOnDisk, "add", slow)
     query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1)
     assert len(rounds) == 2
 
@@ -253,7 +253,7 @@ def test_a_write_that_failed_is_reported_whatever_else_fails(query, tmp_path, mo
             raise MemoryError("of the device")
         return inside(*args)
 
-    monkeypatch.setattr(parts.PartsOnDisk, "add", full)
+    monkeypatch.setattr(on_disk.PartsOnDisk, "add", full)
     monkeypatch.setattr(implicit, "directional_derivatives", directional)
     with pytest.raises(MemoryError, match="of the device") as raised:
         query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1)
@@ -326,6 +326,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_an_interrupted_solve_is_resumed(name, sharded, tmp_path, monkeypatch):
@@ -376,6 +377,7 @@ def stopped(made, tests, folder, monkeypatch):
             made.query(tests, checkpoints=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [None, slice(0, 100), slice(0, -9), slice(500, None)])
 def test_a_checkpoint_of_another_query_or_a_damaged_one_is_ignored(query, tmp_path, monkeypatch, damage):
     monkeypatch.setattr(checkpoints.Checkpoint, "due", lambda self: True)

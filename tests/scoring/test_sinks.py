@@ -13,8 +13,8 @@ from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.engine import Engine
 from hf_msif.scoring import scorer
 from hf_msif.scoring.extremes import ExtremesInMemory, ExtremesOnDisk
-from hf_msif.scoring.memory import InMemory
-from hf_msif.scoring.parts import PartsOnDisk
+from hf_msif.scoring.in_memory import InMemory
+from hf_msif.scoring.on_disk import PartsOnDisk
 from hf_msif.scoring.scorer import RowInfluence, Scorable, score
 from hf_msif.scoring.scores import frame_of
 from hf_msif.scoring.sinks import NullSink, Sink, WriteBehind

@@ -12,6 +12,8 @@ from hf_msif.training.callback import RecordCallback
 from hf_msif.training.record import rerun
 from hf_msif.training.recording import Recording
 
+pytestmark = pytest.mark.slow  # trains by Hugging Face's Trainer, or retrains
+
 TEXTS, TESTS = tiny.rows(11, seed=2), tiny.rows(2, seed=8)
 OBJECTIVE = tiny.objective("classification")
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}

@@ -114,6 +114,7 @@ def convolutional(weight=None, dense=(4,)):
     return model, rows, ImageClassification(scale=1.0, dtype="float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense_limit", [0, 2048])
 def test_a_convolutional_network_from_scratch(dense_limit):
     model, rows, objective = convolutional()
@@ -255,6 +256,7 @@ def test_a_missed_tolerance_is_warned_about_and_reported():
     assert report.to_dict()["newton_iterations"] == 1
 
 
+@pytest.mark.slow
 def test_rounding_ends_it():
     """A tolerance below rounding is warned about, not pursued for ever."""
     with warnings.catch_warnings():

@@ -12,6 +12,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_msif import MultiStageInfluence, Stage, solvers, training, validation
 
+pytestmark = pytest.mark.slow  # polishes and retrains
+
 DECAY, ALPHA = 0.02, 0.3
 
 

@@ -102,6 +102,7 @@ def pretrained(task):
     return without_dropout(tiny.model(name, task))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", SPIES)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("omit", [(), (1, 4, 5)], ids=["all rows", "some omitted"])
@@ -268,6 +269,7 @@ def test_a_worker_draws_the_masks_of_its_epoch(undisturbed, tmp_path):
     same(run(tmp_path, dataloader_num_workers=1, dataloader_multiprocessing_context="fork"), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("omit", [(3,), (0, 7, 9)])
 def test_an_omitted_row_is_one_of_weight_zero(undisturbed, tmp_path, omit):
     @dataclass(frozen=True)
@@ -319,6 +321,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
 # Three batches an epoch: inside of the first epoch, at its end, late in the second, early in the third.
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4, 6, 8])
 def test_a_run_that_goes_on_ends_as_if_undisturbed(undisturbed, tmp_path, step):
     """Masks, order, dropout and Adam's moments: bit for bit."""
@@ -499,6 +502,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "causal"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_all_but_weights_is_left_as_it_came(tmp_path, task, settings):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...errors import InputError
 from .configuration import ElmoConfig
 
-if TYPE_CHECKING:
-    from .modeling import ElmoPreTrainedModel
-
-Model = TypeVar("Model", bound="ElmoPreTrainedModel")
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def read_options(options_file: str | os.PathLike, **settings: Any) -> ElmoConfig:

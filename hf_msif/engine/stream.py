@@ -1,0 +1,54 @@
+"""`Stream`: rows that are read anew at every iteration, for corpora larger than memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows that are read anew at every iteration and never held in memory as a whole.
+
+    The memory used does not grow with the number of rows. A stream can be a corpus to be scored, or the data of a
+    stage that was trained elsewhere; its curvature is then taken on a random subset (`curvature_samples`).
+
+    Attributes:
+        read: returns a new iterator over the rows, dicts that carry `example_id`.
+        what: name of the data in error messages.
+
+    Raises:
+        InputError: on iteration, if there is no row.
+
+    >>> stream = Stream(lambda: ({"example_id": i, "text": f"sentence {i}"} for i in range(1000)))
+    >>> len(stream.sample(3, seed=0)), stream.sample(3, seed=0) == stream.sample(3, seed=0)
+    (3, True)
+    """
+
+    read: Callable[[], Iterator[dict]]
+    what: str = "the corpus"
+
+    def __iter__(self) -> Iterator[dict]:
+        empty = True
+        for row in self.read():
+            empty = False
+            yield row
+        if empty:
+            raise InputError(f"{self.what} is empty; expected at least one row: check the path and the filters.")
+
+    def sample(self, size: int, seed: int) -> list[dict]:
+        """`size` rows, drawn uniformly without replacement in one reading; all rows if there are fewer.
+
+        The same seed draws the same rows.
+        """
+        # Reservoir sampling (Vitter, 1985, algorithm R): row n enters with probability size / n, in a random place.
+        generator, reservoir = random.Random(seed), []
+        for number, row in enumerate(self):
+            if number < size:
+                reservoir.append(row)
+            elif (place := generator.randrange(number + 1)) < size:
+                reservoir[place] = row
+        return reservoir
