@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, open_checkpoint
@@ -28,6 +29,9 @@ from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 from .query import Query
 from .stage import Stage
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class MultiStageInfluence(Chain):
@@ -67,7 +71,13 @@ class MultiStageInfluence(Chain):
     array([-2.,  2.])
     """
 
-    def __init__(self, stages: Sequence[Stage], accelerator=None, progress: bool = True, sharded: bool = False):
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        accelerator: Accelerator | None = None,
+        progress: bool = True,
+        sharded: bool = False,
+    ):
         super().__init__(stages, Engine(accelerator, progress, sharded))
 
     def query(self, tests, aggregate: str | None = None, checkpoints: str | os.PathLike | None = None) -> Query:

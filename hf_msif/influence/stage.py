@@ -65,6 +65,7 @@ class Stage:
     trainable: str | Sequence[str] = "all"
     weight_decay: float = 0.0
     alpha: float | str | None = None
+    # It is called with a `chain.BoundStage`, whose module imports this one.
     link: str | Callable[[Any], Differentiation] = "implicit"
     run: str | os.PathLike | None = None
     max_growth: float | None = None

@@ -246,9 +246,16 @@ class KrylovState:
         return blocks, tensors, {"steps": self.steps, "ritz": self.ritz, "tridiagonals": tridiagonals}
 
     @classmethod
-    def load(cls, recurrence: type[Recurrence], system: LinearSystem, blocks, tensors, facts) -> KrylovState:
+    def load(
+        cls,
+        recurrence: type[Recurrence],
+        system: LinearSystem,
+        blocks: dict[str, Block],
+        tensors: dict[str, Tensor],
+        facts: dict[str, Any],
+    ) -> KrylovState:
         """Inverse of `dump`; also sets the system's counts of products."""
-        parts = {**blocks, **tensors}
+        parts: dict[str, Any] = {**blocks, **tensors}
         system.counts.copy_(parts.pop("counts"))
         prefix = "recurrence."
         saved = {k.removeprefix(prefix): parts.pop(k) for k in list(parts) if k.startswith(prefix)}

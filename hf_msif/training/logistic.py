@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ..curvature.derivatives import Evaluation
 from ..errors import InputError
 from ..vectors import Block
+from .objective import StageObjective
 
 WAY_OUT = "use method='newton', which minimises any stage"
 
@@ -30,7 +30,9 @@ class Terms:
     weights: np.ndarray
 
 
-def minimise(target: Any, stage: str, tol: float, max_iter: int, dense_limit: int) -> tuple[Block, str, int]:
+def minimise(
+    target: StageObjective, stage: str, tol: float, max_iter: int, dense_limit: int
+) -> tuple[Block, str, int]:
     """The minimum of an F whose parameters are one linear layer under a softmax cross-entropy.
 
     F = (1/N) Σ_m w_m CE_m + (λ/2) ‖W‖² has the minimum of scikit-learn's C Σ_m w_m CE_m + ½ ‖W‖² with C = 1/(N λ).
@@ -91,7 +93,7 @@ def _with_mean(values: np.ndarray, before: Tensor) -> Tensor:
     return shifted + (before - shifted).mean(0)
 
 
-def _layer(target: Any, stage: str) -> str:
+def _layer(target: StageObjective, stage: str) -> str:
     """The name of the linear layer that is all the stage trains."""
     names = list(target.parameters)
     layers = {name.rpartition(".")[0] for name in names}
@@ -114,7 +116,7 @@ def _layer(target: Any, stage: str) -> str:
     return names[0].rpartition(".")[0]
 
 
-def _terms(target: Any, name: str, stage: str) -> Terms:
+def _terms(target: StageObjective, name: str, stage: str) -> Terms:
     """The terms of all processes: weights and labels from the slopes at zero logits, checked at random ones."""
     like = target.parameters
     generator = torch.Generator().manual_seed(0)

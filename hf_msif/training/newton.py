@@ -147,7 +147,9 @@ def nearby(target: Target, state: State, inverse: Preconditioner, tol: float, ma
 class Newton:
     """Trust-region Newton-CG (Steihaug, 1983) in the norm of the preconditioner."""
 
-    def __init__(self, target: Target, state: State, preconditioner, cg_iter: int, dense_limit: int):
+    def __init__(
+        self, target: Target, state: State, preconditioner: Preconditioner | None, cg_iter: int, dense_limit: int
+    ):
         self.target, self.state, self.preconditioner = target, state, preconditioner
         self.cg_iter, self.dense_limit = cg_iter, dense_limit
         self.size = vectors.numel(state.gradient)

@@ -298,6 +298,8 @@ def test_clear_errors(files, tmp_path):
         tokenizer("we", return_labels=True)
     with pytest.raises(InputError, match="a pair of texts"):
         tokenizer("we", "won")
+    with pytest.raises(InputError, match="padding is 'max_length' and max_length is None"):
+        tokenizer("we", padding="max_length")
     (tmp_path / "vocab.txt").write_text("<S>\n</S>\na\n")
     with pytest.raises(InputError, match="lacks <UNK>"):
         ElmoTokenizer(tmp_path / "vocab.txt")

@@ -16,7 +16,7 @@ from helpers.toy import ToyObjective, toy, toy_rows
 from transformers import TrainerCallback
 
 from hf_msif import InputError, objectives
-from hf_msif.training import evaluate, save, train, trainer
+from hf_msif.training import evaluate, mistakes, save, train, trainer
 
 
 def without_dropout(model):
@@ -459,6 +459,8 @@ def test_nothing_to_evaluate():
     rows = [{"example_id": 0, "text": ""}]
     with pytest.raises(InputError, match="none of the 1 rows of the evaluation data has a term that counts"):
         evaluate(tiny.model("bert", "masked"), tiny.objective("masked"), rows)
+    with pytest.raises(InputError, match="MaskedLM predicts no classes"):
+        mistakes(tiny.model("bert", "masked"), tiny.objective("masked"), rows)
 
 
 def test_accuracy():
