@@ -360,7 +360,7 @@ class Implicit(Differentiation):
         """What a pull-back of Q = `columns` columns takes on each process, measured on at most four batches.
 
         A product is timed on one batch of medium length, and scaled to a pass over all curvature rows by the ratio of
-        the forward passes. The first product is timed apart, since later ones find outputs of frozen modules in the memo.
+        the forward passes. The first product is timed apart: later ones find outputs of frozen modules in the memo.
         """
         bound, stage = self.bound, self.bound.stage
         batch_size, examples = stage.batch_size, stage.curvature_samples

@@ -37,8 +37,8 @@ class MultiStageInfluence(Chain):
         stages: first (pretraining) to last (the finetuning whose predictions are explained).
         accelerator: an `accelerate.Accelerator`; defaults to a new one.
         progress: show progress bars.
-        sharded: each process holds its shard of a solver's vectors instead of whole vectors (`curvature.sharded`). Their
-            memory falls with the number of processes, and a product has one more exchange between them.
+        sharded: each process holds its shard of a solver's vectors instead of whole vectors (`curvature.sharded`).
+            Their memory falls with the number of processes, and a product has one more exchange between them.
 
     Raises:
         InputError: the stages do not fit together; the message names the first tensor that differs.

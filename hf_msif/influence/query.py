@@ -66,8 +66,8 @@ class Query:
         """Influence of every row of `corpus`, as an example of `stage`, on the test loss.
 
         Args:
-            corpus: a table or a stream of rows, see `engine.corpus.as_corpus`. Each has the `example_id` that it has in
-                the stage's data (it seeds a sentence's mask); rows without one are numbered.
+            corpus: a table or a stream of rows, see `engine.corpus.as_corpus`. Each has the `example_id` that it has
+                in the stage's data (it seeds a sentence's mask); rows without one are numbered.
             stage: name of the stage whose examples the rows are; defaults to the first.
             batch_size: rows per batch; defaults to that of the stage. It does not change a score.
             output_dir: folder for the finished file, scores.parquet (scores-STAGE.parquet for another stage than the
@@ -76,9 +76,9 @@ class Query:
                 setting or corpus that has changed since is refused by name.
             keep: write only the `keep` rows of largest, of smallest and of least absolute influence per column, with
                 moments and a histogram of all rows; None: all rows.
-            dtype: "tf32" computes float32 matrix products in TF32 on GPUs that have it; "bfloat16" computes in bfloat16
-                where autocast does. The error is measured, printed, and in the metadata as `dtype_error`. None: the
-                model's own precision.
+            dtype: "tf32" computes float32 matrix products in TF32 on GPUs that have it; "bfloat16" computes in that
+                type where autocast does. The error is measured, printed, and in the metadata as `dtype_error`.
+                Defaults to the model's own precision.
             part_rows: rows per part; defaults to 4,096. An interruption loses the parts that are being scored (sixteen
                 batches per process, or one part) and those that are being written.
 

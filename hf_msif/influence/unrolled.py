@@ -210,8 +210,8 @@ class Unrolled(Differentiation):
         Args:
             adjoint: a = ∂f/∂φ_T on the trained and the frozen names, tensors of shape (Q, *parameter.shape).
             checkpoint: its cache key identifies the question and the later stages, and with them the checkpoint of an
-                interrupted sweep. None: the values of `adjoint` identify it, which differ by rounding on another number
-                of processes.
+                interrupted sweep. None: the values of `adjoint` identify it, which differ by rounding on another
+                number of processes.
 
         Returns:
             ∂f/∂w_i of every row; b on the inherited names, tensors of shape (Q, *parameter.shape).
@@ -336,8 +336,8 @@ def check_replay(bound: BoundStage) -> float:
     """Replays the whole run of an unrolled stage from its first state.
 
     Returns:
-        ‖φ_replayed − φ_T‖ / ‖φ_T − φ_0‖, 0 where the run repeats itself bit for bit. (Rounding errors grow along a run.
-        The pull-back restarts at every saved state, and checks each segment between them.)
+        ‖φ_replayed − φ_T‖ / ‖φ_T − φ_0‖, 0 where the run repeats itself bit for bit. (Rounding grows along a run. The
+        pull-back restarts at every saved state, and checks each segment between them.)
     """
     recording, replay, device = bound.differentiation.recording, bound.differentiation.replay, bound.engine.device
     slots = first = recording.state(0, device)
