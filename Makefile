@@ -30,7 +30,7 @@ style: $(VENV)/.quality
 clean:
 	rm -rf $(VENV) runs
 
-# What is installed is remembered by a stamp a set of extras, and renewed when the metadata changes.
+# One stamp per set of extras remembers what is installed; it is renewed when the metadata changes.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
