@@ -33,7 +33,7 @@ style: $(VENV)/.test
 clean:
 	rm -rf $(VENV) runs
 
-# What is installed is remembered by a stamp a set of extras, and renewed when the metadata changes.
+# One stamp per set of extras remembers what is installed; it is renewed when the metadata changes.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 

@@ -94,7 +94,7 @@ class SolverCase(NamedTuple):
     solver: Any
     system: Callable  # (A, λ) → (S, C) of the system Su = Cb that the solver defines
     indefinite: bool = True  # solves indefinite systems
-    passes: int = 1  # products an iteration, and a check
+    passes: int = 1  # products per iteration, and per check
 
 
 def shifted(a, damping):

@@ -1,4 +1,4 @@
-"""Back through a recorded run: one backward sweep for all columns, its certificate, and its copies on disk."""
+"""Back through a recorded run: one backward sweep for all columns, its certificate, and its checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..training.recording import Recording
 from ..training.replay import Adjoint, Replay
 from ..vectors import Block
 
-REPRODUCED = 3e-2  # largest difference of a replayed state, relative to how far the run went between two states
-SAVE_EVERY = 60.0  # seconds between two copies of a backward sweep that is under way
+REPRODUCED = 3e-2  # largest difference of a replayed state, relative to the distance between two saved states
+SAVE_EVERY = 60.0  # seconds between two writings of a backward sweep's checkpoint
 
 REMEDIES = (
     "the run is too sensitive for a first-order answer: train it with a smaller learning rate, larger batches, more "
@@ -34,11 +34,14 @@ REMEDIES = (
 class RunCertificate:
     """What is known about a pull-back through a run; lists have one entry per column.
 
-    - `steps`: T. `norms`: [[t, ‖λ_t‖ / ‖a‖ of each column], ...] on the parameters, at the kept states, last first.
-    - `growth`: the largest such ratio at any step; `limit`: above it the pull-back is refused.
-    - `replay_difference`: the largest ‖φ_replayed − φ_recorded‖ / ‖φ_recorded − φ_before‖ over the segments between
-      kept states, of the parameters and of each of the optimiser's buffers (a loss on another scale leaves Adam's
-      steps as they are, but not its moments); 0 where the run repeats itself bit for bit.
+    Attributes:
+        steps: T, the number of steps.
+        growth: the largest ‖λ_t‖ / ‖a‖ at any step t, on the parameters.
+        limit: the growth above which a pull-back is refused.
+        replay_difference: the largest ‖φ_replayed − φ_recorded‖ / ‖φ_recorded − φ_before‖ over the segments between
+            saved states, of the parameters and of each of the optimiser's buffers (a loss on another scale changes
+            Adam's moments, though not its steps). It is 0 where the run repeats itself bit for bit.
+        norms: [[t, [‖λ_t‖ / ‖a‖ of each column]], ...] at the saved states, last first.
     """
 
     steps: int
@@ -49,7 +52,7 @@ class RunCertificate:
 
     @property
     def converged(self) -> list[bool]:
-        """Nothing is iterated: an answer is exact, or refused."""
+        """True for every column: nothing is iterated, and an answer is exact or refused."""
         return [True] * len(self.growth)
 
     @property
@@ -75,10 +78,11 @@ class RunCertificate:
 
 
 def held_bytes(recording: Recording, parameters: Mapping[str, Any], columns: int) -> int:
-    """Most bytes that a pull-back holds at a time, beside the graph of one step.
+    """The largest number of bytes that a pull-back holds at a time, beside the graph of one step.
 
-    A segment's states; while they are made, the recorded end beside the one that they lead to; on the way back the
-    gradient and what it is clipped to, and for each column the adjoints of a state and of the two gradients.
+    It holds the states of one segment. While they are computed, it also holds the recorded and the replayed end of the
+    segment, and per column the adjoint of a state. On the way back it also holds the gradient before and after
+    clipping, and per column the adjoints of a state and of these two gradients.
     """
     state = recording.bytes_of(parameters)
     parameters_bytes = state // (1 + len(recording.optimiser.buffers))
@@ -88,24 +92,25 @@ def held_bytes(recording: Recording, parameters: Mapping[str, Any], columns: int
 
 
 def growth_limit(dtype: torch.dtype) -> float:
-    """Growth of the adjoint beyond which rounding of the run itself, so much enlarged, reaches 0.1 %."""
+    """The growth of the adjoint by which rounding errors of the run are enlarged to 0.1 %: 1e-3 / rounding unit."""
     return 1e-3 / torch.finfo(dtype).eps
 
 
 def go_back(
     recording: Recording, replay: Replay, a: Block, name: str, limit: float, cache_key: str | None = None
 ) -> tuple[Adjoint, RunCertificate]:
-    """Takes the adjoint of the end of a run to its start, step by step; all columns share one sweep.
+    """Takes the adjoint from the end of a run to its start, step by step; all columns share one sweep.
 
-    A sweep that was interrupted goes on from its last copy in the run's folder.
+    A sweep that was interrupted continues from its checkpoint in the run's folder.
 
     Args:
-        recording, replay: the run, and its steps.
-        a: ∂f/∂φ_T on the trained and the frozen names, (Q, *parameter.shape).
-        name: of the stage, for messages.
-        limit: largest growth of the adjoint's norm.
-        cache_key: what `a` is the answer to, by which a copy is known; None: `a` itself, which differs by rounding on
-            another number of processes.
+        recording: the run.
+        replay: the steps of the run.
+        a: ∂f/∂φ_T on the trained and the frozen names, tensors of shape (Q, *parameter.shape).
+        name: name of the stage, for messages.
+        limit: the largest growth of the adjoint's norm.
+        cache_key: identifies the question and the stages that `a` comes from, and with them the checkpoint. None: the
+            values of `a` identify it, which differ by rounding on another number of processes.
 
     Returns:
         The adjoint of the first state, whole on every process; the certificate.
@@ -113,7 +118,7 @@ def go_back(
     Raises:
         InputError: the adjoint grew beyond the limit, or replaying does not lead from state to state.
     """
-    size = vectors.norm(vectors.select(a, recording.trained)).clamp(min=torch.finfo(torch.float64).tiny)
+    last_norm = vectors.norm(vectors.select(a, recording.trained)).clamp(min=torch.finfo(torch.float64).tiny)
     sweep = _Sweep(recording, replay, a, cache_key)
     bar = replay.engine.bar(desc=f"{name}: back through the run", total=recording.steps, unit=" steps")
     with bar:
@@ -133,7 +138,7 @@ def go_back(
                 )
             for t in reversed(range(begin, end)):
                 replay.backward(states.pop(), t, sweep.adjoint)
-                growth = (vectors.norm(sweep.adjoint.slots["parameters"]) / size).tolist()
+                growth = (vectors.norm(sweep.adjoint.slots["parameters"]) / last_norm).tolist()
                 sweep.growth = [max(pair) for pair in zip(sweep.growth, growth, strict=True)]
                 if not all(math.isfinite(x) and x <= limit for x in growth):
                     raise InputError(
@@ -145,13 +150,13 @@ def go_back(
             sweep.step = begin
             sweep.norms.append([begin, growth])
             sweep.save_if_due()
-    sweep.copy.delete()
+    sweep.checkpoint.delete()
     certificate = RunCertificate(recording.steps, sweep.growth, limit, sweep.difference, sweep.norms)
     return replay.gather(sweep.adjoint), certificate
 
 
 def _segment(recording: Recording, replay: Replay, begin: int, end: int) -> tuple[list[Slots], float]:
-    """The states before each of the steps between two kept ones, and how far they lead from the recorded end."""
+    """The state before each step between two saved states, and the `gap` of the replayed to the recorded end."""
     device = replay.engine.device
     states = [recording.state(begin, device)]
     for t in range(begin, end):
@@ -161,20 +166,17 @@ def _segment(recording: Recording, replay: Replay, begin: int, end: int) -> tupl
 
 
 def gap(replayed: Mapping, recorded: Mapping, first: Mapping) -> float:
-    """‖replayed − recorded‖ / ‖recorded − first‖."""
+    """‖replayed − recorded‖ / ‖recorded − first‖; 0 where replayed and recorded are equal."""
 
     def distance(x: Mapping, y: Mapping) -> float:
         return math.sqrt(sum(float((x[n].double() - y[n].double()).square().sum()) for n in x))
 
-    gap = distance(replayed, recorded)
-    return gap / max(distance(recorded, first), 1e-300) if gap else gap
+    difference = distance(replayed, recorded)
+    return difference / max(distance(recorded, first), 1e-300) if difference else difference
 
 
 class _Sweep:
-    """A backward sweep under way, and its copy in the run's folder.
-
-    `cache_key` says what `a` is the answer to; None: `a` itself does.
-    """
+    """A backward sweep under way, and its checkpoint in the run's folder; arguments as for `go_back`."""
 
     def __init__(self, recording: Recording, replay: Replay, a: Block, cache_key: str | None):
         self.step, self.difference, self.replay = recording.steps, 0.0, replay
@@ -183,24 +185,26 @@ class _Sweep:
         key = f"{cache_key or tensors_fingerprint(a)} {recording.settings}"
         key = hashlib.sha256(key.encode()).hexdigest()
         assert recording.folder is not None
-        self.copy = Checkpoint(recording.folder / f"sweep-{key[:16]}.safetensors", key, replay.engine, SAVE_EVERY)
+        self.checkpoint = Checkpoint(
+            recording.folder / f"sweep-{key[:16]}.safetensors", key, replay.engine, SAVE_EVERY
+        )
         self.adjoint = self._load() or replay.adjoint(a)
 
     def save_if_due(self) -> None:
-        if not self.copy.due() or self.step == 0:
+        if not self.checkpoint.due() or self.step == 0:
             return
         adjoint = self.replay.gather(self.adjoint)
         parts = {"frozen": adjoint.frozen, "anchors": adjoint.anchors, "weights": {"": adjoint.weights}}
         parts |= {f"slot {slot}": block for slot, block in adjoint.slots.items()}
         progress = {key: getattr(self, key) for key in ("step", "difference", "growth", "norms")}
-        self.copy.save(flat_keys(parts), progress)
+        self.checkpoint.save(flat_keys(parts), progress)
 
     def _load(self) -> Adjoint | None:
-        """The copy's adjoint; None where there is none, or where it is damaged or has another cache key."""
-        copy = self.copy.load()
-        if copy is None:
+        """The adjoint of the checkpoint; None if there is no checkpoint, or it is damaged or has another cache key."""
+        saved = self.checkpoint.load()
+        if saved is None:
             return None
-        tensors, progress = copy
+        tensors, progress = saved
         vars(self).update({key: progress[key] for key in ("step", "difference", "growth", "norms")})
         device = self.replay.engine.device
         parts: dict[str, Block] = {"frozen": {}, "anchors": {}}

@@ -31,13 +31,17 @@ class BoundStage:
     """A stage in its place in a chain: the roles of its parameters, its rows, and how it is differentiated.
 
     Attributes:
-        stage: its settings.
+        stage: the settings of the stage.
         before: the bound stage before, or None.
-        engine: runs all passes over its rows.
-        split: the roles of its parameters; tensors on which the loss does not depend are left out.
-        model: its model as a function of its parameters.
-        rows: its data.
-        differentiation: what `stage.link` made of it.
+        engine: runs all passes over the rows.
+        split: the roles of the parameters; tensors on which the loss does not depend are left out.
+        model: the model as a function of its parameters.
+        rows: the stage's data, each row with an `example_id`.
+        differentiation: what `stage.link` makes for this bound stage.
+
+    Raises:
+        InputError: the model does not fit to the stage before (the message names the first tensor that differs), holds
+            NaN or inf, or the loss depends on none of its trained parameters.
     """
 
     def __init__(self, stage: Stage, before: BoundStage | None, engine: Engine):
@@ -80,7 +84,11 @@ class BoundStage:
         """A trained tensor that the loss never reads has no curvature: the system would be singular in it."""
         trained = parameters_in_use(self.model, self.objective, first_rows(self.rows, 2), self.split.trained)
         if not trained:
-            raise InputError(f"stage {self.name!r}: the loss depends on none of the trained parameters.")
+            names = list(self.split.trained[:3])
+            raise InputError(
+                f"stage {self.name!r}: the loss depends on none of the trained parameters {names}; expected a "
+                "trainable that names parameters which the objective's model uses."
+            )
         unused = {n: "the loss does not depend on it" for n in self.split.trained if n not in set(trained)}
         if unused:
             inherited = {n: source for n, source in self.split.inherited.items() if n not in unused}
@@ -109,7 +117,7 @@ class BoundStage:
         return self.engine.to_device(self.objective.collate(rows))
 
     def subset(self, size: int | None) -> list[dict]:
-        """`size` random rows of the stage's data, the same for the same seed; None: all of them."""
+        """`size` random rows of the stage's data, the same for the same `Stage.seed`; None: all rows."""
         if isinstance(self.rows, Stream):
             assert size is not None  # `Implicit` refuses a stream without curvature_samples
             return self.engine.sample(self.rows, size, self.stage.seed)
@@ -119,7 +127,7 @@ class BoundStage:
 
     @cached_property
     def count(self) -> float:
-        """N_k = Σ count_i over *all* of the stage's data: the removal of an example has the effect −influence/N_k."""
+        """N_k = Σ_i count_i over *all* of the stage's data. Removing an example has the effect −influence/N_k."""
         return self._size[0]
 
     @property
@@ -129,7 +137,7 @@ class BoundStage:
 
     @cached_property
     def _size(self) -> tuple[float, int]:
-        """N and the number of rows, by one pass over them where no pass has been made yet."""
+        """N and the number of rows, by a pass over them unless one has been made already."""
         known = self.differentiation.known_size()
         if known is not None:
             return known
@@ -154,18 +162,25 @@ class BoundStage:
 
     @cached_property
     def cache_key(self) -> str:
-        """SHA-256 of all that the stage's pull-back depends on, beside the adjoint that it is given."""
+        """SHA-256 of everything on which the stage's pull-back depends, beside its adjoint."""
         stage = self.stage
         settings = [stage.trainable, stage.weight_decay, stage.alpha, stage.link_name]
         objective = objective_fingerprint(stage.objective)
         return digest([self.fingerprint, repr(settings), objective, self.differentiation.cache_key()])
 
     def leading(self, name: str, tensor: Tensor, axis: int = 0) -> Tensor:
-        """The inherited rows of a tensor: all of them unless the stage resized it."""
+        """The inherited rows of the tensor `name`: all of them, unless the stage resized it."""
         return tensor.narrow(axis, 0, self.split.resized[name]) if name in self.split.resized else tensor
 
     def carry(self, b: Mapping[str, Tensor]) -> Block:
-        """An adjoint on this stage's inherited names as one on the stage before, there zero on the head."""
+        """Carries an adjoint from this stage's inherited names to all names of the stage before; zero on its head.
+
+        Args:
+            b: ∂f/∂W_before, tensors of shape (Q, *parameter.shape).
+
+        Returns:
+            a of the stage before, tensors of shape (Q, *parameter.shape), parameter being that of the stage before.
+        """
         assert self.before is not None
         before = self.before.model.parameters
         width = vectors.columns(b)
@@ -217,12 +232,15 @@ class Chain:
 
         Returns:
             a on the trained and the frozen names, tensors of shape (Q, *parameter.shape); the losses, one per row.
+
+        Raises:
+            InputError: another `aggregate`, or a loss that is not finite.
         """
         if aggregate not in (None, "sum", "mean"):
             raise InputError(f"aggregate is {aggregate!r}; expected None, 'sum' or 'mean'.")
         last = self.stages[-1]
         names = (*last.split.trained, *last.split.frozen)
-        # A backward pass per example goes through the whole batch: alone an example pays for itself only.
+        # One backward pass per example: it goes through the whole batch, so a batch of one example costs least.
         size = 1 if aggregate is None else last.stage.batch_size
         width = len(rows) if aggregate is None else 1
         like = {n: last.model.parameters[n].new_empty(1).expand(width, *last.model.parameters[n].shape) for n in names}
@@ -241,12 +259,15 @@ class Chain:
         with last.model.evaluating():
             adjoint = self.engine.sum(like, parts())
         losses = [loss for _, loss in sorted(self.engine.gather(losses_by_index))]
-        bad = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
-        if bad:
-            raise InputError(f"the loss of the test examples with example_id {bad[:5]} is not finite.")
+        not_finite = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+        if not_finite:
+            raise InputError(
+                f"the loss of the test examples with example_id {not_finite[:5]} is not finite; leave them out, or "
+                "check the last stage's model."
+            )
         return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), losses
 
 
 def _in_column(g: Tensor, index: int, width: int) -> Tensor:
-    """A block's tensor that holds g in one column."""
+    """A tensor of shape (width, *g.shape): g in the column `index`, zero elsewhere."""
     return g.new_zeros(width, *g.shape).index_copy_(0, torch.tensor([index], device=g.device), g.unsqueeze(0))

@@ -20,12 +20,12 @@ class Cost:
     """Cost of differentiating one stage for Q columns, on each process.
 
     Attributes:
-        solve_seconds: of the pull-back; an upper bound.
-        score_seconds: of scoring one row for one column.
-        memory_bytes: held at a time beside the model.
-        model_bytes: the model's parameters.
-        vector_bytes: what a saved query holds of the stage.
-        disk_bytes: written beside the query.
+        solve_seconds: time of the pull-back; an upper bound.
+        score_seconds: time of scoring one row for one column.
+        memory_bytes: bytes held at a time beside the model.
+        model_bytes: bytes of the model's parameters.
+        vector_bytes: bytes of the stage's solution in a saved query.
+        disk_bytes: bytes written beside the query.
         details: further numbers by name, JSON-able.
         text: lines for people.
     """
@@ -46,7 +46,10 @@ class Cost:
 
 
 def best_seconds(work: Callable, *arguments, once: bool = False) -> float:
-    """Wall time of `work(*arguments)` in seconds: the best of three where that takes no time, else of one."""
+    """Wall time of `work(*arguments)` in seconds, the best of up to three calls.
+
+    No further call starts after 0.2 s, or where `once` is true.
+    """
     times: list[float] = []
     while not times or (not once and len(times) < 3 and sum(times) < 0.2):
         started = time.perf_counter()
@@ -83,13 +86,13 @@ def model_bytes(parameters: Mapping[str, Tensor]) -> int:
 
 
 def attended(batch: Mapping[str, Any]) -> int:
-    """Rows times squared length of the widest tensor of a batch: how much attention has to do."""
+    """Number of rows times squared length, of the widest tensor of a batch: the work of attention grows with it."""
     shapes = [t.shape for t in batch.values() if isinstance(t, Tensor) and t.dim() > 1]
     return max((shape[0] * shape[1] ** 2 for shape in shapes), default=0)
 
 
 def activation_bytes(operator: Curvature) -> int:
-    """Most bytes that autograd keeps during a product, measured on the batch of this process with most activations."""
+    """The most bytes that autograd holds during a product, on this process's batch with the most attention work."""
     if not operator.evaluations:
         return 0
     evaluation = max(operator.evaluations, key=lambda evaluation: attended(evaluation.batch))
@@ -103,7 +106,7 @@ def activation_bytes(operator: Curvature) -> int:
 
 
 class _SavedBytes:
-    """Bytes that autograd has saved, by storage: now, and the most at any time. The model's own do not count."""
+    """Bytes of the storages that autograd holds: now, and the most at any time; those of the model are not counted."""
 
     def __init__(self, ignored: set[int]):
         self.ignored, self.holders = ignored, Counter[int]()
@@ -124,7 +127,7 @@ class _SavedBytes:
 
 
 class _SavedTensor:
-    """A saved tensor for as long as the graph holds it: addresses of freed storages are used again."""
+    """Counts a saved tensor for as long as the graph holds it: addresses of freed storages are used again."""
 
     def __init__(self, saved: _SavedBytes, t: Tensor, key: int, size: int):
         self.saved, self.t, self.key, self.size = saved, t, key, size

@@ -1,4 +1,4 @@
-"""How a stage is differentiated: the base class, the table of its kinds, and what a query holds of a stage."""
+"""How a stage is differentiated: `Differentiation`, the table `DIFFERENTIATIONS`, and what a query holds per stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .cost import Cost
 
 
 class StageCertificate(Protocol):
-    """How far a pull-back of one stage can be trusted; lists have one entry per column."""
+    """How far a pull-back of one stage can be trusted. Lists have one entry per query column."""
 
     @property
     def converged(self) -> list[bool]: ...
@@ -32,11 +32,11 @@ class StageCertificate(Protocol):
 
 @dataclass(frozen=True)
 class DirectCertificate:
-    """Of a pull-back by a formula, where no system is solved and no run is replayed: there is nothing to converge.
+    """Certificate of a pull-back by a formula: no system is solved and no run is replayed, so nothing has to converge.
 
     Attributes:
-        method: its name, for people.
-        columns: Q.
+        method: name of the formula, for people.
+        columns: Q, the number of query columns.
     """
 
     method: str
@@ -69,28 +69,33 @@ class StageSolution(Protocol):
         ...
 
     def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
-        """I(x) = ∂f/∂ε of each row x, eq. (6), its loss and how many terms that sums.
+        """The influence I(x) = ∂f/∂ε of each row x, eq. (6), with the loss of the row and the number of its terms.
 
         Args:
-            batch: the rows as the stage's objective collates them, on the engine's device.
+            batch: B rows as the stage's objective collates them, on the engine's device.
             rows: the rows themselves.
+
+        Returns:
+            influence, (B, Q) in float64, positive where more of the row raises the test loss; losses, (B,), sums over
+            terms; counts, (B,).
         """
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved with the query; `Differentiation.load` reads it."""
+        """The tensors that are saved with the query, by name; `Differentiation.load` takes them."""
         ...
 
 
 class Differentiation:
     """How the finished parameters of a stage depend on its examples and on the stage before.
 
-    A subclass writes `pull_back` and `load`; all else has a default. `register` puts it under a name; a class, or any
-    callable that makes one of a bound stage, can also be given to `Stage(link=...)`, or in a configuration as
-    `link: mypackage.mymodule:MyDifferentiation`.
+    A subclass writes `pull_back` and `load`. Everything else has a default; the default of `damped`, `cost` and
+    `retraining` is to refuse. A class, or a function that makes a differentiation for a bound stage, can be given to
+    `Stage(link=...)`, or in a configuration as `link: mypackage.mymodule:MyDifferentiation`. `register` gives a class
+    a name in `DIFFERENTIATIONS`, by which `Stage(link="name")` finds it.
 
     Args:
-        bound: the stage in its place, a `chain.BoundStage`.
+        bound: the stage in its place in the chain, a `chain.BoundStage`.
     """
 
     name: ClassVar[str] = ""
@@ -113,27 +118,32 @@ class Differentiation:
         raise NotImplementedError
 
     def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> StageSolution:
-        """The solution of saved `StageSolution.tensors()` (on the engine's device) and `certificate.to_dict()`."""
+        """The solution of which `tensors` and `certificate` were saved.
+
+        Args:
+            tensors: what `StageSolution.tensors` returned, on the engine's device.
+            certificate: what `StageCertificate.to_dict` returned.
+        """
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What a query's certificate says of the stage beside the solution's own; JSON-able."""
+        """Facts about the stage that a query's certificate holds beside the solution's certificate; JSON-able."""
         return {"weight_decay": self.bound.stage.weight_decay, "alpha": None, "alpha_estimate": None}
 
     def summary(self, certificate: StageCertificate, facts: Mapping[str, Any]) -> str:
-        """The certificate in words."""
+        """The certificate in words, with what `facts` returned for the stage."""
         return str(certificate)
 
     def cache_key(self) -> Any:
-        """Settings that the pull-back depends on, beside the stage's model and objective: a value of plain parts."""
+        """Settings on which the pull-back depends, beside the stage's model and objective, as plain values."""
         return [repr(self.bound.stage.run)]
 
     def known_size(self) -> tuple[float, int] | None:
-        """N of all rows and their number, where a pass over them has been made already."""
+        """N of all rows and the number of rows, if a pass over them has been made already; None otherwise."""
         return None
 
     def damped(self, damping: float) -> Differentiation:
-        """The same with another damping.
+        """The same differentiation with another damping λ of its linear system.
 
         Raises:
             InputError: there is no linear system to damp.
@@ -144,27 +154,38 @@ class Differentiation:
         )
 
     def prepare(self) -> None:
-        """Makes what all processes must make together, before `memory` is asked of each one alone."""
+        """Work that all processes must do together; it is done before `memory`, which each process answers alone."""
 
     def memory(self, columns: int, free: int, processes: int) -> dict[str, int]:
-        """What a pull-back of Q columns holds on each process beside the model: name → bytes.
+        """What a pull-back holds on each process beside the model: name → bytes.
 
-        `free` is what there is: nothing is measured that would not fit.
+        Args:
+            columns: Q, the number of query columns.
+            free: bytes of free memory; what would not fit is not measured.
+            processes: the number of processes.
         """
         return {}
 
     def cost(self, columns: int, processes: int = 1) -> Cost:
-        """What a pull-back of Q columns takes, measured on a few rows."""
+        """What a pull-back of Q = `columns` columns takes on each process, measured on a few rows.
+
+        Raises:
+            InputError: the differentiation does not define this method.
+        """
         raise InputError(f"link={self.name!r} of stage {self.bound.name!r} does not say what it costs.")
 
     @classmethod
     def planned(cls, bound: Any, arguments: Any) -> Differentiation:
-        """The same for a stage that is still to be trained with `arguments` (Hugging Face's `TrainingArguments`)."""
+        """The differentiation of a stage that is still to be trained, with the `TrainingArguments` `arguments`."""
         return cls(bound)
 
     @classmethod
     def retraining(cls, stage: Any, before: Any, engine: Engine) -> Retraining:
-        """How validation trains the stage again; `before` is the stage before, or None."""
+        """How validation trains the stage again; `before` is the stage before, or None.
+
+        Raises:
+            InputError: the differentiation does not define this method.
+        """
         raise InputError(f"stage {stage.name!r}: link={stage.link_name!r} does not say how it is trained again.")
 
 
@@ -173,8 +194,8 @@ class Retraining:
 
     Attributes:
         stage: the stage.
-        roles: of its parameters.
-        polishes: whether it ends at a stationary point of F, so that `training.polish` takes it there.
+        roles: the roles of its parameters.
+        polishes: whether the stage ends at a stationary point of F, to which `training.polish` takes it.
     """
 
     polishes: ClassVar[bool] = True
@@ -185,38 +206,48 @@ class Retraining:
         self.roles: Split = split(stage.name, stage.model, model, stage.trainable, stage.resized)
 
     def settings(self) -> Any:
-        """What the retrained model depends on beside the stage's own settings; JSON-able."""
+        """What the retrained model depends on, beside the stage's own settings; JSON-able."""
         return self.stage.link_name
 
     def handed_on(self) -> Collection[str]:
-        """The inherited names that a warm start takes from the retrained stage before."""
+        """The inherited names whose values a warm start takes from the stage before, as that was retrained."""
         return self.roles.frozen
 
     def prepare(self, polish: Callable[..., PolishReport]) -> Any:
-        """Work that is done once for all warm starts; each `warm_start` is given its result.
+        """Work that is done once for all warm starts; each `warm_start` receives its result.
 
-        `polish(omit, **settings)` is `training.polish` of the finished model in its place in the chain.
+        Args:
+            polish: `polish(omit, **settings)` is `training.polish` of the finished model in its place in the chain.
         """
         return None
 
     def warm_start(
         self, model: nn.Module, terms: Mapping[str, Any], polish: Callable[..., PolishReport], prepared: Any
     ) -> PolishReport | None:
-        """Trains `model`, in place, from where it is.
+        """Trains `model` in place, from its present parameters.
 
         Args:
-            terms: F, as `training.polish` and `training.record` take it: previous, trainable, weight_decay, alpha,
-                resized, omit (the ids to leave out), name.
+            terms: what defines F, keyword arguments of `training.polish` and `training.record`: previous, trainable,
+                weight_decay, alpha, resized, omit (the example ids to leave out), name.
             polish: `polish(omit, **settings)` is `training.polish` of this model.
             prepared: what `prepare` returned.
+
+        Returns:
+            The report of the polishing, or None where nothing is polished.
         """
         raise NotImplementedError
 
     def begin(self, model: nn.Module) -> None:
-        """Puts a copy of the finished model where a warm start begins, before the stage before hands on its values."""
+        """Sets a copy of the finished model to where a warm start begins; `handed_on` names are written afterwards."""
 
     def from_scratch(self, model: nn.Module, arguments: Any, terms: Mapping[str, Any]) -> None:
-        """Trains an untrained `model`, in place, by `arguments`; `terms` as for `warm_start`."""
+        """Trains an untrained `model` in place.
+
+        Args:
+            arguments: Hugging Face's `TrainingArguments`.
+            terms: what defines F, keyword arguments of `training.train` and `training.record`: previous, trainable,
+                weight_decay, alpha, resized, omit (the example ids to leave out), name.
+        """
         raise NotImplementedError
 
 
@@ -224,7 +255,7 @@ DIFFERENTIATIONS: dict[str, type[Differentiation]] = {}
 
 
 def register(name: str) -> Callable[[type[Differentiation]], type[Differentiation]]:
-    """Puts a class of differentiations into the table under the name that `Stage(link=name)` uses."""
+    """A class decorator that enters a `Differentiation` in the table, under the name that `Stage(link=name)` uses."""
 
     def add(kind: type[Differentiation]) -> type[Differentiation]:
         kind.name = name

@@ -1,4 +1,4 @@
-"""The implicit link: a stage taken for a minimum of its objective, one inverse-curvature-vector product per stage.
+"""The implicit link: a stage is taken for a minimum of F, and pulled back by one inverse-curvature-vector product.
 
 u_k = (∂²F_k/∂trained² + 2α P_prox + λ)⁻¹ a_trained
 b   = a_frozen − ∂/∂frozen ⟨∇_trained F_k, u_k⟩         on frozen names: Case 1, eq. (11)
@@ -40,20 +40,20 @@ from .cost import Cost, activation_bytes, attended, best_seconds, model_bytes, s
 from .differentiation import Differentiation, Retraining, StageCertificate, register
 from .stage import Stage
 
-# Blocks that a product holds for float32: the vector whole, its float64 sum (two), a batch's part of it.
+# Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
 PRODUCT_BLOCKS = 4
 
 
 @dataclass(frozen=True)
 class AlphaEstimate:
-    """α̂ of eq. (12) from the finished parameters, see `Implicit.estimate`.
+    """α̂ of eq. (12), estimated from the finished parameters by `Implicit.estimate`.
 
     Attributes:
         alpha: α̂.
         gradient_norm: ‖∇_W F‖ without the proximal term.
         distance: ‖W − W_before‖.
-        remaining: ‖∇_W F + 2α̂ (W − W_before)‖ / ‖∇_W F‖: 0 where the parameters are a proximal optimum, near 1 where α̂
-            explains next to nothing and the proximal model does not fit.
+        remaining: ‖∇_W F + 2α̂ (W − W_before)‖ / ‖∇_W F‖. It is 0 where the parameters are a proximal optimum, and near
+            1 where α̂ explains almost nothing of the gradient, so that the proximal model does not fit.
     """
 
     alpha: float
@@ -70,13 +70,13 @@ class AlphaEstimate:
 
 @dataclass
 class Direction:
-    """u_k of a stage: the influence of a row is its loss's derivative along −u_k.
+    """u_k of one stage: the influence of a row is the derivative of its loss along −u_k, eq. (6).
 
     Attributes:
-        model: where the losses are differentiated.
-        objective: the stage's.
-        u: on the trained names, tensors of shape (Q, *parameter.shape).
-        certificate: how well the system was solved.
+        model: has the parameters at which the losses are differentiated.
+        objective: the objective of the stage.
+        u: u_k on the trained names, tensors of shape (Q, *parameter.shape).
+        certificate: how well u_k was solved for.
     """
 
     model: FunctionalModel
@@ -89,7 +89,16 @@ class Direction:
         return vectors.columns(self.u)
 
     def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
-        """−⟨u_k, ∇ℓ_x⟩ by one forward-mode pass per column, 3 F each."""
+        """I(x) = −⟨u_k, ∇ℓ_x⟩ of each row, by one forward-mode pass per column; it costs about three forward passes.
+
+        Args:
+            batch: B rows as the objective collates them, on the model's device.
+            rows: the rows themselves; not used.
+
+        Returns:
+            influence, (B, Q) in float64, positive where more of the row raises the test loss; losses, (B,), sums over
+            terms; counts, (B,).
+        """
         evaluation = Evaluation(self.model, self.objective, batch)
         values = []
         for q in range(self.columns):
@@ -103,10 +112,14 @@ class Direction:
 
 @register("implicit")
 class Implicit(Differentiation):
-    """A stage that ended at a stationary point of F_k, by the curvature and the solver of its `Stage`.
+    """Differentiates a stage that ended at a stationary point of F_k, with the curvature and solver of its `Stage`.
 
     Attributes:
-        solver: of the linear systems.
+        solver: solves the linear systems.
+
+    Raises:
+        InputError: the data are a stream and `curvature_samples` is None, or inherited parameters are trained and
+            `alpha` is None.
     """
 
     needs_run = False
@@ -141,7 +154,7 @@ class Implicit(Differentiation):
         return self.curvature(self.curvature_rows)
 
     def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:
-        """`operator` estimated on other rows, or with other quadratic terms."""
+        """The curvature estimated on `rows`; `ridge`, the diagonal of the quadratic terms, defaults to that of F_k."""
         bound, stage = self.bound, self.bound.stage
         ridge = self.ridge if ridge is None else ridge
         return stage.curvature_class(
@@ -168,10 +181,10 @@ class Implicit(Differentiation):
 
     @cached_property
     def alpha(self) -> float | None:
-        """α of eq. (12): the stage's, or its estimate.
+        """α of eq. (12): the number in `Stage.alpha`, or its estimate for "auto"; None where nothing is tied.
 
         Warns:
-            UserWarning: the estimate is not positive: the run did not end where a proximal term would have ended it.
+            UserWarning: the estimate is not positive: no proximal term explains where training ended.
         """
         stage = self.bound.stage
         if not isinstance(stage.alpha, str):
@@ -188,11 +201,12 @@ class Implicit(Differentiation):
 
     @cached_property
     def estimate(self) -> AlphaEstimate:
-        """α̂ = −⟨∇_W F, W − W_before⟩ / (2 ‖W − W_before‖²), on all of the stage's rows: of all α that for which
-        F + α ‖W − W_before‖² is the nearest to stationary in W.
+        """α̂ = −⟨∇_W F, W − W_before⟩ / (2 ‖W − W_before‖²), on all of the stage's rows.
+
+        This α minimises the norm of the gradient of F + α ‖W − W_before‖² in W.
 
         Raises:
-            InputError: W is W_before.
+            InputError: W equals W_before.
         """
         bound = self.bound
         assert bound.before is not None
@@ -214,8 +228,8 @@ class Implicit(Differentiation):
     def gradient_norm(self) -> float:
         """‖∇F_k‖ in the trained parameters, on the curvature subset; one gradient pass.
 
-        The implicit formulas, eqs. (9)–(15), differentiate ∇F_k = 0: they are exact where this is zero. (On a subset
-        of the data it is not zero even where training has converged on all of them.)
+        The implicit formulas, eqs. (9)–(15), differentiate ∇F_k = 0: they are exact where this norm is zero. (On a
+        subset of the data it is not zero, even where training has converged on all rows.)
         """
         slopes = self.quadratic.gradient(self.bound.model.parameters, self.operator.gradient())
         return float(vectors.norm(slopes))
@@ -223,7 +237,16 @@ class Implicit(Differentiation):
     # --- the pull-back
 
     def pull_back(self, adjoint: Block, checkpoint: Checkpoint | None = None) -> tuple[Direction, Block]:
-        """Solves for u_k and hands the adjoint on to what the stage inherited: eqs. (9)–(15)."""
+        """Solves for u_k, and carries the adjoint on to what the stage inherited: eqs. (9)–(15).
+
+        Args:
+            adjoint: a = ∂f/∂φ_k on the trained and the frozen names, tensors of shape (Q, *parameter.shape).
+            checkpoint: saves and loads the state of a long solve; None: nothing is saved.
+
+        Returns:
+            u_k as a `Direction`; b = ∂f/∂W_before on the inherited names: a − ∂/∂frozen ⟨∇F_k, u_k⟩ on frozen ones,
+            2α u_k on proximal ones.
+        """
         split = self.bound.split
         solution = self.solve(vectors.select(adjoint, split.trained), checkpoint)
         u = solution.value
@@ -235,33 +258,35 @@ class Implicit(Differentiation):
         return Direction(self.bound.model, self.bound.objective, u, solution.certificate), inherited
 
     def solve(self, b: Block, checkpoint: Checkpoint | None = None) -> Solution:
-        """The solver's system with the stage's curvature and right-hand sides b; Krylov vectors are sharded where the
-        engine is."""
+        """Solves the solver's system, with the stage's curvature, for the right-hand sides b.
+
+        The solver's vectors are sharded over the processes if the engine asks for it and the solver allows it.
+        """
         engine, operator, solver = self.bound.engine, self.operator, self.solver
-        keeper = None
+        solver_checkpoint = None
         with engine.solver_bar(self.bound.name, solver) as progress:
             if engine.sharded and solver.shardable:
                 sharded = Sharded(operator, engine)
                 if checkpoint is not None:
-                    keeper = SolverCheckpoint(checkpoint, sharded.join_rows, sharded.cut_rows)
+                    solver_checkpoint = SolverCheckpoint(checkpoint, sharded.join_rows, sharded.cut_rows)
                 state = self._solver_state(sharded)
-                solution = solve(sharded, sharded.cut(b), solver, state, progress, keeper)
+                solution = solve(sharded, sharded.cut(b), solver, state, progress, solver_checkpoint)
                 return replace(solution, value=sharded.join(solution.value))
             if checkpoint is not None:
-                keeper = SolverCheckpoint(
+                solver_checkpoint = SolverCheckpoint(
                     checkpoint, vectors.flatten, lambda rows: vectors.unflatten(rows, b, rows.dtype)
                 )
-            return solve(operator, b, solver, self._solver_state(operator), progress, keeper)
+            return solve(operator, b, solver, self._solver_state(operator), progress, solver_checkpoint)
 
     def _solver_state(self, operator: Operator) -> Any:
-        """What the solver pays once per operator (damping, factorisation), kept for later queries."""
+        """What the solver computes once per operator (damping, factorisation); later queries use it again."""
         if self.solver not in self._solver_states:
             self._solver_states[self.solver] = self.solver.init(operator)
         return self._solver_states[self.solver]
 
     def with_solver(self, solver: Solver) -> Implicit:
-        """The same with another solver; the operator is shared."""
-        _ = self.operator  # made once, for both
+        """The same differentiation with another solver; both share the operator."""
+        _ = self.operator  # so that it is made once, for both
         changed = copy.copy(self)
         changed.solver = solver
         return changed
@@ -280,7 +305,7 @@ class Implicit(Differentiation):
         stage = self.bound.stage
         return [repr([stage.curvature_name, self.solver]), self.curvature_rows]
 
-    # --- what is said of it
+    # --- the certificate
 
     def facts(self) -> dict[str, Any]:
         stage = self.bound.stage
@@ -305,7 +330,7 @@ class Implicit(Differentiation):
         return "\n".join(lines)
 
     def known_size(self) -> tuple[float, int] | None:
-        operator = vars(self).get("operator")  # a saved query is scored without one
+        operator = vars(self).get("operator")  # there is none where a saved query is scored
         rows = self.bound.rows
         if operator is None or isinstance(rows, Stream) or operator.examples != len(rows):
             return None
@@ -333,13 +358,16 @@ class Implicit(Differentiation):
 
     def memory(self, columns: int, free: int, processes: int) -> dict[str, int]:
         vectors_held = self.solver_bytes(columns, processes)
-        # Measured only where the vectors leave room to do so.
+        # They are measured only where the vectors leave room for it.
         active = activation_bytes(self.operator) if vectors_held < free else 0
         return {"the solver's vectors": vectors_held, "a batch's activations": active}
 
     def cost(self, columns: int, processes: int = 1) -> Cost:
-        """A product is timed with the outputs of constant modules in the memo, as all passes but the first find them,
-        and on one batch of middling length; a full pass takes longer in the ratio of the forward passes."""
+        """What a pull-back of Q = `columns` columns takes on each process, measured on at most four batches.
+
+        A product is timed on one batch of medium length, and scaled to a pass over all curvature rows by the ratio of
+        the forward passes. The first product is timed apart: later ones find outputs of frozen modules in the memo.
+        """
         bound, stage = self.bound, self.bound.stage
         batch_size, samples = stage.batch_size, stage.curvature_samples
         if isinstance(bound.rows, Stream):
@@ -354,48 +382,53 @@ class Implicit(Differentiation):
         widest, _ = max(batches, key=lambda pair: attended(pair[1]))
         operator = self.curvature([rows[i] for i in indices])
         v = vectors.rademacher(operator.parameters, columns, seed=0)
-        plain, size = Evaluation(bound.model, stage.objective, batch), vectors.numel(v)
+        evaluation, size = Evaluation(bound.model, stage.objective, batch), vectors.numel(v)
         with torch.no_grad(), bound.model.evaluating():
-            operator.count, plain.losses({})  # the first pass pays for what later ones find ready
-            forward = best_seconds(plain.losses, {})
-            every = sum(best_seconds(replace(plain, batch=batch).losses, {}) for _, batch in batches)
-            every *= examples / len(rows)
-            score = best_seconds(directional_derivatives, plain, vectors.column(v, 0)) / forward * every / examples
-        cold = best_seconds(operator.matvec, v, once=True)
+            operator.count, evaluation.losses({})  # the first pass pays for what later ones find ready
+            batch_seconds = best_seconds(evaluation.losses, {})
+            pass_seconds = sum(best_seconds(replace(evaluation, batch=batch).losses, {}) for _, batch in batches)
+            pass_seconds *= examples / len(rows)
+            scored = best_seconds(directional_derivatives, evaluation, vectors.column(v, 0)) / batch_seconds
+            score_seconds = scored * pass_seconds / examples
+        first = best_seconds(operator.matvec, v, once=True)
         memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
-        warm = best_seconds(operator.matvec, v) if memo or cold < 0.2 else cold
-        cold, warm = ((cold if memo else warm) * every / forward, warm * every / forward)
-        held_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0
-        usual = held_share * warm + (1 - held_share) * cold
+        later = best_seconds(operator.matvec, v) if memo or first < 0.2 else first
+        first_seconds = (first if memo else later) * pass_seconds / batch_seconds
+        later_seconds = later * pass_seconds / batch_seconds
+        memo_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0
+        product_seconds = memo_share * later_seconds + (1 - memo_share) * first_seconds
         products = self.solver.products(size, columns)
-        mixed = every * (3 + 4 * columns) if bound.split.frozen else 0.0  # of derivatives.hessian_product
-        every, cold, usual, mixed = (seconds / processes for seconds in (every, cold, usual, mixed))
+        mixed_seconds = pass_seconds * (3 + 4 * columns) if bound.split.frozen else 0.0  # derivatives.hessian_product
+        pass_seconds, first_seconds, product_seconds, mixed_seconds = (
+            seconds / processes for seconds in (pass_seconds, first_seconds, product_seconds, mixed_seconds)
+        )
         solver_bytes = self.solver_bytes(columns, processes)
-        active = activation_bytes(self.curvature([rows[i] for i in widest]))
-        held_memo, parameters = int(held_share * memo) if products else 0, model_bytes(bound.model.parameters)
-        solve_seconds = products * usual + (cold - usual if products else 0.0) + mixed
+        activations = activation_bytes(self.curvature([rows[i] for i in widest]))
+        held_memo, parameters = int(memo_share * memo) if products else 0, model_bytes(bound.model.parameters)
+        first_extra = first_seconds - product_seconds if products else 0.0
+        solve_seconds = products * product_seconds + first_extra + mixed_seconds
         text = (
-            f"one pass of {examples:,} rows: {time_text(every)} forward, {time_text(usual)} a curvature product with "
-            f"{columns} column(s)",
+            f"one pass of {examples:,} rows: {time_text(pass_seconds)} forward, {time_text(product_seconds)} per "
+            f"curvature product with {columns} column(s)",
             f"solve: at most {products:,} products, {time_text(solve_seconds)}",
             f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
-            f"{size_text(parameters)}, a batch's activations {size_text(active)}"
+            f"{size_text(parameters)}, a batch's activations {size_text(activations)}"
             + (f", outputs of the frozen encoder {size_text(held_memo)}" if held_memo else ""),
         )
         return Cost(
             solve_seconds=solve_seconds,
-            score_seconds=score,
-            memory_bytes=solver_bytes + active,
+            score_seconds=score_seconds,
+            memory_bytes=solver_bytes + activations,
             model_bytes=parameters,
             vector_bytes=sum(t.numel() * t.element_size() for t in v.values()),
             details={
-                "forward_seconds": every,
+                "forward_seconds": pass_seconds,
                 "curvature_examples": examples,
-                "first_product_seconds": cold,
-                "product_seconds": usual,
+                "first_product_seconds": first_seconds,
+                "product_seconds": product_seconds,
                 "products": products,
                 "solver_bytes": solver_bytes,
-                "activation_bytes": active,
+                "activation_bytes": activations,
                 "memo_bytes": held_memo,
             },
             text=text,
@@ -409,10 +442,10 @@ class Implicit(Differentiation):
 
 
 class PolishedAgain(Retraining):
-    """A stage at a stationary point of F is polished again: the minimum moves, and is followed."""
+    """Polishes a stage at a stationary point of F again: without the omitted rows the minimum has moved."""
 
     def prepare(self, polish: Callable[..., PolishReport]) -> Any:
-        """The finished stage at its stationary point, its Hessian written out: a preconditioner of all others."""
+        """Polishes the finished stage and factorises its Hessian there: the preconditioner of every warm start."""
         return polish((), factorise=True).preconditioner
 
     def warm_start(

@@ -6,7 +6,7 @@ for k = K … 1:
     b   = a_frozen − ∂/∂frozen ⟨∇_trained F_k, u_k⟩         on frozen names: eq. (11)
     b   = 2α u_k                                            on proximal names: eqs. (13)–(15)
     a   = b, carried to the parameters of stage k − 1
-an unrolled stage: λ from step to step back through its run, see `unrolled`
+an unrolled stage, in the place of u_k: λ from step to step back through the recorded run, see `unrolled`
 influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x⟩, eq. (6); positive: more of x raises the test loss
 """
 
@@ -24,7 +24,7 @@ from ..engine.files import flat_keys, nested_keys
 from ..engine.hashing import digest
 from ..errors import InputError
 from ..vectors import Block
-from . import implicit, unrolled  # noqa: F401  (put themselves into the table of differentiations)
+from . import implicit, unrolled  # noqa: F401  (register themselves in DIFFERENTIATIONS)
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 from .query import Query
@@ -39,10 +39,10 @@ class MultiStageInfluence(Chain):
 
     Args:
         stages: first (pretraining) to last (the finetuning whose predictions are explained).
-        accelerator: an `accelerate.Accelerator`; made when none is given.
+        accelerator: an `accelerate.Accelerator`; defaults to a new one.
         progress: show progress bars.
-        sharded: each process holds its slice of a solver's vectors instead of all of them (`curvature.sharded`): their
-            memory falls with the number of processes, and a product has one more exchange.
+        sharded: each process holds its shard of a solver's vectors instead of whole vectors (`curvature.sharded`).
+            Their memory falls with the number of processes, and a product has one more exchange between them.
 
     Raises:
         InputError: the stages do not fit together; the message names the first tensor that differs.
@@ -81,48 +81,50 @@ class MultiStageInfluence(Chain):
         super().__init__(stages, Engine(accelerator, progress, sharded))
 
     def query(self, tests, aggregate: str | None = None, checkpoints: str | os.PathLike | None = None) -> Query:
-        """Pulls the loss of test examples back through all stages: one IHVP per stage, however large the corpus.
+        """Pulls the loss of test examples back through all stages: one pull-back per stage, however large the corpus.
 
         Args:
             tests: examples of the last stage (rows as its objective reads them).
-            aggregate: None: one column per test example; "sum" or "mean": one column for the group, eq. (8).
-            checkpoints: a folder for copies of a long solve. The same query, asked again there after an interruption,
-                goes on from them, also on another number of processes.
+            aggregate: None: one column per test example; "sum" or "mean": one column for all of them, eq. (8).
+            checkpoints: a folder for checkpoints of long solves; None: nothing is saved. After an interruption, the
+                same query with the same folder continues from them, also on another number of processes.
 
         Returns:
-            `Query`: the solution of every stage with its certificate.
+            A `Query`: the solution of every stage with its certificate.
 
         Warns:
             UserWarning: a stage's system was not solved to its tolerance.
 
         Raises:
-            InputError: bad rows, a test loss that is not finite, or a solve that met negative curvature: its result
-                would mean nothing.
+            InputError: bad rows, a test loss that is not finite, a solve that met negative curvature, whose result
+                would mean nothing, or a run whose adjoint grew beyond `Stage.max_growth`.
         """
         rows = as_rows(tests, "the test examples")
         adjoint, losses = self.measurement(rows, aggregate)
         solutions: dict[str, StageSolution] = {}
         cache_key = digest([rows, aggregate or "", *(s.cache_key for s in self.stages)]) if checkpoints else ""
-        copies = {bound: open_checkpoint(checkpoints, bound.name, cache_key, self.engine) for bound in self.stages}
+        stage_checkpoints = {
+            bound: open_checkpoint(checkpoints, bound.name, cache_key, self.engine) for bound in self.stages
+        }
         for bound in reversed(self.stages):
-            copy = copies[bound]
-            finished = _finished(bound, copy)
-            solution, inherited = finished or bound.differentiation.pull_back(adjoint, copy)
+            stage_checkpoint = stage_checkpoints[bound]
+            finished = _finished(bound, stage_checkpoint)
+            solution, inherited = finished or bound.differentiation.pull_back(adjoint, stage_checkpoint)
             judge(bound.name, solution.certificate)
             solutions[bound.name] = solution
             if bound.before is not None:
-                if copy is not None and finished is None:
+                if stage_checkpoint is not None and finished is None:
                     tensors = flat_keys({"solution": solution.tensors(), "inherited": inherited})
-                    copy.save(tensors, {"done": True, "certificate": solution.certificate.to_dict()})
+                    stage_checkpoint.save(tensors, {"done": True, "certificate": solution.certificate.to_dict()})
                 adjoint = bound.carry(inherited)
         query = Query(solutions, rows, losses, aggregate, self)
-        for copy in filter(None, copies.values()):
-            copy.delete()
+        for stage_checkpoint in filter(None, stage_checkpoints.values()):
+            stage_checkpoint.delete()
         return query
 
 
 def _finished(bound: BoundStage, copy: Checkpoint | None) -> tuple[StageSolution, Block] | None:
-    """What `pull_back` found under the same cache key before an interruption; None where it did not finish."""
+    """The result of a `pull_back` that finished before an interruption, under the same cache key; None otherwise."""
     saved = copy.load() if copy is not None else None
     if saved is None or "done" not in saved[1]:
         return None
@@ -131,8 +133,8 @@ def _finished(bound: BoundStage, copy: Checkpoint | None) -> tuple[StageSolution
 
 
 def judge(stage: str, certificate: StageCertificate) -> None:
-    """Refuses a solution without meaning, warns about a rough one."""
-    # The flag `negative_curvature` also informs about an indefinite operator, which MINRES may face and CG may not.
+    """Refuses a solution that met negative curvature; warns about one that is not solved to tolerance."""
+    # The status alone counts: MINRES sets the flag `negative_curvature` for an indefinite system that it has solved.
     if "negative_curvature" in certificate.status:
         raise InputError(f"stage {stage!r}: the inverse-curvature-vector product has no meaning. {certificate}")
     if not all(certificate.converged):

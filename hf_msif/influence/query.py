@@ -1,4 +1,4 @@
-"""`Query`: the whole state of a question, the solution of every stage; saved once, it scores any corpus later."""
+"""`Query`: a question about test rows with the solution of every stage; saved once, it scores any corpus later."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ FORMAT = 3
 
 @dataclass
 class Query:
-    """What was found for some test rows: the solution of every stage, one column per test row.
+    """The answer for test rows: the solution of every stage, with one column per test row or one for all of them.
 
     Attributes:
         solutions: stage name → its solution (u_k of an implicit stage, ∂f/∂w of the rows of an unrolled one), with its
             certificate.
-        tests: the test rows asked about.
-        losses: their losses f before anything is changed.
-        aggregate: None, "sum" or "mean".
-        chain: the chain that it was asked of.
-        facts: stage name → what the certificate says of the stage itself; measured when the query is made.
+        tests: the test rows.
+        losses: the loss f of each test row at the final parameters, a sum over its terms.
+        aggregate: None: one column per test row; "sum" or "mean": one column for all of them, eq. (8).
+        chain: the chain whose stages were pulled back.
+        facts: stage name → facts about the stage for the certificate; measured when the query is made.
     """
 
     solutions: dict[str, StageSolution]
@@ -48,17 +48,17 @@ class Query:
 
     @property
     def columns(self) -> int:
-        """Number of query columns: test examples, or one for a group."""
+        """Q: the number of test rows, or 1 where they are aggregated."""
         return next(iter(self.solutions.values())).columns
 
     @property
     def certificates(self) -> dict[str, StageCertificate]:
-        """Stage name → how well its system was solved, or its run replayed."""
+        """Stage name → how well its system was solved, or how well its run was replayed."""
         return {name: solution.certificate for name, solution in self.solutions.items()}
 
     @property
     def plain_tests(self) -> list[dict]:
-        """The test rows as they are saved: pixels stay where they came from."""
+        """The test rows as they are saved: texts and numbers, without pixels."""
         plain = (str, int, float, bool, type(None))
         return [{key: value for key, value in row.items() if isinstance(value, plain)} for row in self.tests]
 
@@ -66,23 +66,29 @@ class Query:
         """Influence of every row of `corpus`, as an example of `stage`, on the test loss.
 
         Args:
-            corpus: a table or a stream of rows, see `engine.corpus.as_corpus`. They carry `example_id` as in the
-                stage's data (it seeds a sentence's mask); rows without one are numbered.
-            stage: whose examples the rows are; defaults to the first.
-            batch_size: rows per batch; defaults to the stage's own. It does not change a score.
+            corpus: a table or a stream of rows, see `engine.corpus.as_corpus`. Each has the `example_id` that it has
+                in the stage's data (it seeds a sentence's mask); rows without one are numbered.
+            stage: name of the stage whose examples the rows are; defaults to the first.
+            batch_size: rows per batch; defaults to that of the stage. It does not change a score.
             output_dir: folder for the finished file, scores.parquet (scores-STAGE.parquet for another stage than the
                 first), and meanwhile for parts that survive the process.
-            resume: go on with what an interrupted scoring left in `output_dir`, on any number of processes; what
-                changed in the meantime is refused by name.
-            keep: only `keep` rows of largest, of smallest and of least absolute influence, with moments and a
-                histogram of all rows: for corpora whose scores need not all be kept.
-            dtype: "tf32" computes matrix products of float32 in it, where a GPU can; "bfloat16" computes in it where
-                autocast does. The error is measured, printed and in the metadata as `dtype_error`.
-            part_rows: rows per part; defaults to 4,096. An interruption costs the rounds in hand: the parts that are
-                scored, sixteen batches per process or one part at least, and those that are written.
+            resume: continue an interrupted scoring in `output_dir`, on any number of processes. A query, model,
+                setting or corpus that has changed since is refused by name.
+            keep: write only the `keep` rows of largest, of smallest and of least absolute influence per column, with
+                moments and a histogram of all rows; None: all rows.
+            dtype: "tf32" computes float32 matrix products in TF32 on GPUs that have it; "bfloat16" computes in that
+                type where autocast does. The error is measured, printed, and in the metadata as `dtype_error`.
+                Defaults to the model's own precision.
+            part_rows: rows per part; defaults to 4,096. An interruption loses the parts that are being scored (sixteen
+                batches per process, or one part) and those that are being written.
 
         Returns:
-            `Scores` with `influence` = ∂f/∂ε (eq. (6), positive = harmful) and `removal_effect` = −influence / N.
+            `Scores` with `influence` = ∂f/∂ε, eq. (6), positive where more of the row raises the test loss, and
+            `removal_effect` = −influence / N, the predicted change of the test loss on removal.
+
+        Raises:
+            InputError: there is no such stage, a setting out of range, bad rows, or an interrupted scoring that does
+                not fit.
         """
         return score(self._scorable(self.chain.stage(stage)), corpus, batch_size, **settings)
 
@@ -112,7 +118,7 @@ class Query:
         )
 
     def _identity(self, bound: BoundStage) -> dict[str, str]:
-        """What the scores depend on: a name for people → digest."""
+        """What the scores depend on: name for people → digest."""
         identity = {"the ranked stage": bound.name}
         for name, facts in self.facts.items():
             identity[f"the model of stage {name!r}"] = facts["fingerprint"]
@@ -123,10 +129,10 @@ class Query:
         return identity
 
     def certificate(self) -> dict:
-        """JSON-able: how far every stage can be trusted, with its N and settings.
+        """How far every stage can be trusted, with its N and settings; JSON-able.
 
-        A stage's `solve` is the certificate of its linear system, or of its run, and `gradient_norm` of an implicit
-        stage is ‖∇F_k‖: its formulas are exact where it is zero. `text` says both for people.
+        `solve` of a stage is the certificate of its linear system, or of its run. `gradient_norm` of an implicit stage
+        is ‖∇F_k‖: the formulas are exact where it is zero. `text` has both for people.
         """
         stages = {}
         for name, facts in self.facts.items():
@@ -136,15 +142,17 @@ class Query:
         return {"stages": stages, "aggregate": self.aggregate, "losses": self.losses}
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all. Of several
-        processes the main one writes."""
+        """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all.
+
+        Of several processes, the main one writes.
+        """
         with self.chain.engine.raising_together():
             if self.chain.engine.is_main:
                 self._write(Path(folder))
 
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # What can fail comes before the first file: tensors of one query must not lie beside the text of another.
+        # What can fail comes before the first file: the tensors of one query must not lie beside the text of another.
         state = {"format": FORMAT, "tests": self.plain_tests, **self.certificate()}
         text = json.dumps(state, indent=2, default=str, ensure_ascii=False)
         tensors = flat_keys({stage: solution.tensors() for stage, solution in self.solutions.items()})
@@ -186,7 +194,7 @@ class Query:
 
 
 def _check_unchanged(bound: BoundStage, saved: dict, folder: Path) -> None:
-    """Refuses a stage that is not the one of a saved query."""
+    """Refuses a saved query whose stage has another model, number of rows or link than `bound`."""
     if bound.fingerprint != saved["fingerprint"]:
         raise InputError(
             f"the model of stage {bound.name!r} is not the one that the query in {folder} was made with: query again."

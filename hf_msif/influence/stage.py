@@ -27,32 +27,37 @@ class Stage:
 
     Args:
         name: unique in its chain.
-        model: a `PreTrainedModel` at the stage's final parameters, or a `PeftModel` of one: its adapters, not merged,
-            belong to the stage and its encoder is inherited as ever; never modified.
+        model: a `PreTrainedModel` at the stage's final parameters, or a `PeftModel` of one, whose adapters are not
+            merged: they belong to the stage, and the encoder is inherited as without them. It is never modified.
         objective: an object of `hf_msif.objectives`, or of your own subclass of `objectives.Objective`.
         data: the stage's training examples: a `datasets.Dataset`, a list of dicts, or a list of strings. A column
-            `example_id` names rows (and seeds their masks); rows without one are numbered. Of a first stage with
-            `curvature_samples` also a stream, see `corpus.as_corpus`: it is read twice, for the subset and for N.
+            `example_id` names rows (and seeds their masks); rows without one are numbered. A first stage with
+            `curvature_samples` also takes a stream (`engine.corpus.as_corpus`), which is read twice: for the subset of
+            the curvature and for N.
         trainable: "all", "head" (everything not inherited) or a list of name patterns. What is inherited and not
-            trained is frozen (Case 1), what is inherited and trained depends on the stage before by `link` (Case 2).
-            With LoRA, "head" is the adapters and all that is new; PEFT alone holds new tensors outside of
-            `modules_to_save` (such as BERT's pooler) constant, which is `["*.lora_*", "*.modules_to_save.*"]`.
-        weight_decay: of the quadratic penalty, on all trained parameters but biases and normalisation layers (by the
-            rule of Hugging Face's `Trainer`, whose own weight decay is AdamW's and no term of an objective).
-        alpha: α of eq. (12), needed where an implicit stage trains inherited parameters; "auto": estimated from the
-            parameters themselves, see `Implicit.estimate`.
-        link: how the stage is differentiated. "implicit" takes it for a minimum of F (the paper's assumption);
-            "unrolled" goes back through the stage's own training run, converged or not (also of a first stage). Or a
-            `Differentiation` of one's own: its class, or a callable that makes one of a bound stage.
-        run: folder of that run, from `training.record` or a `RecordCallback`.
-        max_growth: an unrolled pull-back whose adjoint grows by a larger factor is refused; defaults to 1e-3 divided
+            trained is frozen (Case 1); how what is inherited and trained depends on the stage before, `link` says
+            (Case 2). With LoRA, "head" is the adapters and everything new. PEFT alone trains no new tensors outside of
+            `modules_to_save` (such as BERT's pooler): for its models give `["*.lora_*", "*.modules_to_save.*"]`.
+        weight_decay: factor of the quadratic penalty on all trained parameters but biases and normalisation layers,
+            which are told apart by the rule of Hugging Face's `Trainer`. (Its own weight decay is AdamW's, and no term
+            of an objective.)
+        alpha: α of eq. (12), needed where an implicit stage trains inherited parameters. "auto" estimates it from the
+            finished parameters, α̂ = −⟨∇_W F, W − W_before⟩ / (2 ‖W − W_before‖²).
+        link: how the stage is differentiated: a name in `influence.DIFFERENTIATIONS`. "implicit" takes the stage for a
+            minimum of F, the paper's assumption; "unrolled" goes back through its recorded training run, converged or
+            not, also of a first stage. Or a class derived from `influence.Differentiation`, or a function that makes
+            one for a bound stage.
+        run: folder of the recorded run of an unrolled stage, from `training.record` or a `RecordCallback`; a
+            differentiation of your own may read another folder here.
+        max_growth: an unrolled pull-back whose adjoint grows by a larger factor is refused. Defaults to 1e-3 divided
             by the rounding unit of the run's dtype.
         curvature: "gauss_newton", "hessian", or a subclass of `curvature.Curvature`.
-        curvature_samples: size of the fixed random subset on which the curvature is estimated; None: all of `data`.
-        solver: one of `hf_msif.solvers`, or a `solvers.Solver` of one's own.
-        batch_size: rows per batch in passes over `data`.
+        curvature_samples: number of rows in the fixed random subset on which the curvature is estimated; None: all of
+            `data`.
+        solver: one of `hf_msif.solvers`, or an object of your own subclass of `solvers.Solver`. Defaults to `CG()`.
+        batch_size: rows per batch in passes over `data`; it does not change a result.
         resized: accept embeddings that gained rows since the stage before (see `adapters.split`).
-        seed: of the curvature subset.
+        seed: seed of the curvature subset.
 
     Raises:
         InputError: a setting out of range.
@@ -94,7 +99,7 @@ class Stage:
         if needs_run is not None and needs_run != (self.run is not None):
             raise InputError(
                 f"stage {self.name!r}: link is {self.link_name!r} and run is {self.run!r}; expected the folder of a "
-                "recorded run where the link is 'unrolled', and none where it is 'implicit'."
+                "recorded run for link='unrolled', and None for link='implicit'."
             )
         sizes = [self.batch_size, 1 if self.curvature_samples is None else self.curvature_samples]
         if not self.weight_decay >= 0 or min(sizes) < 1:
@@ -102,20 +107,20 @@ class Stage:
                 f"stage {self.name!r}: weight_decay={self.weight_decay}, batch_size={self.batch_size}, "
                 f"curvature_samples={self.curvature_samples}; expected a decay of at least 0 and sizes of at least 1."
             )
-        number = isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf
-        if self.alpha not in (None, "auto") and not number:
+        is_positive = isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf
+        if self.alpha not in (None, "auto") and not is_positive:
             raise InputError(
                 f"stage {self.name!r}: alpha is {self.alpha!r}; expected a positive number, as in eq. (12), or 'auto'."
             )
 
     @property
     def differentiation(self) -> Callable[[Any], Differentiation]:
-        """What makes the stage's `Differentiation` of the bound stage."""
+        """What makes the stage's `Differentiation` from its `BoundStage`."""
         return self.link if callable(self.link) else DIFFERENTIATIONS[self.link]
 
     @property
     def link_name(self) -> str:
-        """The link as saved queries know it: its name in the table, else where its class is defined."""
+        """The link as saved queries store it: its name in the table, else "module:Name" of its class."""
         kind = self.differentiation
         return getattr(kind, "name", "") or _place(kind)
 
@@ -126,11 +131,11 @@ class Stage:
 
     @property
     def curvature_name(self) -> str:
-        """The curvature as metadata and checkpoints know it: its name, else where its class is defined."""
+        """The curvature as metadata and checkpoints store it: its name, else "module:Name" of its class."""
         return _place(self.curvature) if isinstance(self.curvature, type) else self.curvature
 
 
 def _place(kind: Any) -> str:
-    """Where a class or function is defined, "module:Name"; of a partial function what it calls."""
+    """Where a class or function is defined, as "module:Name"; for a partial function, the function that it calls."""
     kind = getattr(kind, "func", kind)
     return f"{kind.__module__}:{getattr(kind, '__qualname__', type(kind).__qualname__)}"

@@ -26,22 +26,25 @@ def damping_sweep(
     """Scores `corpus` once for every λ of `stage` (the first by default); the later stages are solved once.
 
     Args:
-        chain: the chain; the solver of `stage` is used with another `damping` each time.
-        tests: test examples, one column each.
+        chain: the stages; the solver of `stage` gets each of the dampings in turn.
+        tests: test examples, with one column each.
         corpus: rows to rank, as examples of `stage`.
-        dampings: the λ, positive.
-        stage: whose damping moves.
+        dampings: the values of λ, all positive.
+        stage: name of the stage whose damping varies; defaults to the first.
         k: number of rows in the top of a ranking.
 
     Returns:
-        One row per λ, ascending: `damping`, `iterations` and `residual` (worst column), `spread` (standard deviation
-        of the influence, mean over columns), and against the λ before, NaN in the first row: `top_k_kept` (share of
-        the top k by absolute influence that was there already, mean over columns) and `rank_correlation` (Spearman's
-        ρ of the influences, mean over columns). A λ too small for the solver, which met negative curvature, is warned
-        about and has no ranking: NaN.
+        One row per λ, ascending, with the columns `damping`, `iterations` and `residual` (of the worst query column),
+        `spread` (standard deviation of the influence, mean over query columns), and two that compare with the λ
+        before and are NaN in the first row: `top_k_kept` (share of the top k by absolute influence that were in the
+        top k before, mean over query columns) and `rank_correlation` (Spearman's ρ of the influences, mean over query
+        columns). A λ too small for the solver, which met negative curvature, has no ranking: NaN.
+
+    Warns:
+        UserWarning: a λ has no ranking.
 
     Raises:
-        InputError: bad rows, dampings that are not positive, k < 1, or a solver without damping.
+        InputError: bad rows, dampings that are not positive, k < 1, or a stage without damping.
     """
     import pandas as pd
 

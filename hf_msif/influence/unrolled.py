@@ -6,8 +6,8 @@ With steps φ_{t+1} = Φ_t(φ_t), φ_0 = (W_before, Θ_0), and λ_T = a = ∂f/�
     b   = λ_0 on inherited trained names,  a_frozen + Σ_t (∂Φ_t/∂frozen)ᵀ λ_{t+1} on frozen ones
     I(x) = N Σ_t ⟨λ_{t+1}, ∂Φ_t/∂w_x⟩                       SGD: −(N/|B|) Σ_{t: x ∈ B_t} η_t ⟨λ_{t+1}, ∇ℓ_x(φ_t)⟩
 
-This is exact for the run as it was, converged or not. States between two kept ones are computed again: about 2√T of
-them are held at a time.
+This is exact for the run as it was, converged or not. About √T states are saved on disk; those between two of them are
+computed again, and about √T of them are held in memory at a time.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from .stage import Stage
 
 @dataclass
 class RowWeights:
-    """∂f/∂w_i of the weight of each row of a stage in its run: I(x_i) = N ∂f/∂w_i is looked up.
+    """∂f/∂w_i for the weight w_i of each row of a stage in its run; I(x_i) = N ∂f/∂w_i is looked up.
 
     Attributes:
         bound: the stage.
-        weights: (Q, rows), float64.
-        certificate: of the pull-back.
+        weights: ∂f/∂w_i, (Q, rows), float64.
+        certificate: the certificate of the pull-back.
     """
 
     bound: BoundStage
@@ -61,10 +61,18 @@ class RowWeights:
         return len(self.weights)
 
     def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
-        """N ∂f/∂w of the rows, which must be the stage's own; one forward pass adds their losses.
+        """I(x_i) = N ∂f/∂w_i of the rows, which must be rows of the stage; one forward pass gives their losses.
+
+        Args:
+            batch: B rows as the stage's objective collates them, on the engine's device.
+            rows: the rows themselves.
+
+        Returns:
+            influence, (B, Q) in float64, positive where more of the row raises the test loss; losses, (B,), sums over
+            terms; counts, (B,).
 
         Raises:
-            InputError: a row that the run did not see.
+            InputError: a row on which the stage was not trained.
         """
         places = self._places
         for row in rows:
@@ -84,17 +92,25 @@ class RowWeights:
 
     @cached_property
     def _places(self) -> dict[Any, tuple[int, str]]:
-        """example_id → its number and its digest."""
+        """example_id → number of the row in the stage's data, and its digest."""
         return {row["example_id"]: (i, digest(row)) for i, row in enumerate(self.bound.rows)}
 
 
 @register("unrolled")
 class Unrolled(Differentiation):
-    """A stage whose training run was recorded (`training.record`, `RecordCallback`), step by step.
+    """Differentiates a stage whose training run was recorded (`training.record`, `RecordCallback`), step by step.
+
+    Args:
+        bound: the stage in its place in the chain.
+        recording: a planned run; defaults to the run in the folder `Stage.run`.
 
     Attributes:
         recording: the run.
-        replay: its steps, forward and backward.
+        replay: the steps of the run, forward and backward.
+
+    Raises:
+        InputError: the data are a stream, or the run in the folder is not that of this stage: other rows, settings,
+            parameters, start or end.
     """
 
     needs_run = True
@@ -103,7 +119,7 @@ class Unrolled(Differentiation):
     def __init__(self, bound: BoundStage, recording: Recording | None = None):
         super().__init__(bound)
         self.rows = _rows_at_hand(bound)
-        if recording is not None:  # of a run that is still to come
+        if recording is not None:  # the run is planned: it has no states to be checked
             self.recording, self.replay = recording, self._replay(recording)
             return
         assert bound.stage.run is not None  # `Stage` refuses an unrolled link without
@@ -127,8 +143,10 @@ class Unrolled(Differentiation):
         )
 
     def _check_settings(self) -> None:
-        """The run is of the stage's rows and quadratic terms. (Whether its loss is the stage's objective is seen when
-        it is replayed.)"""
+        """Refuses a run on other rows, with other quadratic terms or of other parameters than the stage's.
+
+        (Whether the loss of the run was the stage's objective is checked when the run is replayed.)
+        """
         stage, run, name = self.bound.stage, self.recording, self.bound.name
         if run.facts["rows"] != digest(self.bound.rows):
             raise InputError(
@@ -154,17 +172,20 @@ class Unrolled(Differentiation):
             )
 
     def _check_ends(self) -> None:
-        """The run starts from the stage before and ends at the stage's model. A head that starts with the values of
-        the stage before is inherited, too."""
+        """Refuses a run that does not start from the stage before or does not end at the stage's model.
+
+        A head that starts with the values of the stage before is inherited, too.
+        """
         bound, run, name = self.bound, self.recording, self.bound.name
         first = run.state(0, bound.engine.device)["parameters"]
         last = run.state(run.steps, bound.engine.device)["parameters"]
         for n, recorded in last.items():
-            gap = float((bound.model.parameters[n] - recorded).norm() / (recorded - first[n]).norm().clamp(min=1e-30))
-            if gap > 1e-3:
+            moved = (recorded - first[n]).norm().clamp(min=1e-30)
+            difference = float((bound.model.parameters[n] - recorded).norm() / moved)
+            if difference > 1e-3:
                 raise InputError(
-                    f"stage {name!r}: {n!r} of its model is {gap:.1e} of the run's way off the end of the run in "
-                    f"{run.folder}; expected the model as that run left it."
+                    f"stage {name!r}: {n!r} of its model differs from the end of the run in {run.folder} by "
+                    f"{difference:.1e} of how far the run moved it; expected the model as that run left it."
                 )
         if bound.before is None:
             return
@@ -180,17 +201,18 @@ class Unrolled(Differentiation):
     # --- the pull-back
 
     def pull_back(self, adjoint: Block, checkpoint: Checkpoint | None = None) -> tuple[RowWeights, Block]:
-        """Back through the run; all columns share one backward sweep.
+        """Takes the adjoint back through the run; all columns share one backward sweep.
 
-        A sweep that was interrupted goes on from its last copy, which lies in the run's folder.
+        A sweep that was interrupted continues from its own checkpoint, which lies in the run's folder.
 
         Args:
-            adjoint: a = ∂f/∂φ_T on the trained and the frozen names, (Q, *parameter.shape).
-            checkpoint: its cache key says what `adjoint` is the answer to, by which a copy of an interrupted sweep is
-                known; None: it is known by `adjoint` itself, which differs by rounding on another number of processes.
+            adjoint: a = ∂f/∂φ_T on the trained and the frozen names, tensors of shape (Q, *parameter.shape).
+            checkpoint: its cache key identifies the question and the later stages, and with them the checkpoint of an
+                interrupted sweep. None: the values of `adjoint` identify it, which differ by rounding on another
+                number of processes.
 
         Returns:
-            ∂f/∂w_i of every row; b on the inherited names.
+            ∂f/∂w_i of every row; b on the inherited names, tensors of shape (Q, *parameter.shape).
 
         Raises:
             InputError: the adjoint grew beyond `Stage.max_growth`, or replaying does not lead from state to state.
@@ -232,7 +254,7 @@ class Unrolled(Differentiation):
         return {"states of the run and adjoints": held_bytes(self.recording, self.bound.model.parameters, columns)}
 
     def cost(self, columns: int, processes: int = 1) -> Cost:
-        """From two steps of the run, there and back."""
+        """What a pull-back of Q = `columns` columns takes, measured on two steps of the run, forward and backward."""
         bound, run, replay = self.bound, self.recording, self.replay
         parameters = bound.model.parameters
         slots = start(run.optimiser, {name: parameters[name] for name in run.trained})
@@ -278,7 +300,7 @@ class Unrolled(Differentiation):
 
 
 class RunAgain(Retraining):
-    """A recorded run is repeated step by step, from where the stage before now ends."""
+    """Repeats a recorded run step by step, from where the retrained stage before ends."""
 
     polishes = False
 
@@ -302,7 +324,9 @@ class RunAgain(Retraining):
     def warm_start(
         self, model: nn.Module, terms: Mapping[str, Any], polish: Callable[..., PolishReport], prepared: Any
     ) -> None:
-        terms = {key: value for key, value in terms.items() if key not in ("weight_decay", "alpha")}  # the run's own
+        terms = {
+            key: value for key, value in terms.items() if key not in ("weight_decay", "alpha")
+        }  # known to the run
         rerun(self.recording, model, self.stage.objective, self.stage.data, engine=self.engine, **terms)
 
     def from_scratch(self, model: nn.Module, arguments: Any, terms: Mapping[str, Any]) -> None:
@@ -324,8 +348,8 @@ def check_replay(bound: BoundStage) -> float:
     """Replays the whole run of an unrolled stage from its first state.
 
     Returns:
-        ‖φ_replayed − φ_T‖ / ‖φ_T − φ_0‖, 0 where the run repeats itself bit for bit. (Rounding grows along a run; the
-        pull-back itself restarts at every kept state, and checks each of these stretches.)
+        ‖φ_replayed − φ_T‖ / ‖φ_T − φ_0‖, 0 where the run repeats itself bit for bit. (Rounding grows along a run. The
+        pull-back restarts at every saved state, and checks each segment between them.)
     """
     assert isinstance(bound.differentiation, Unrolled)
     recording, replay, device = bound.differentiation.recording, bound.differentiation.replay, bound.engine.device

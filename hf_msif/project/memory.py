@@ -12,7 +12,7 @@ from ..influence.cost import size_text
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on the device for this process; on a CPU its share of what the machine has."""
+    """Bytes of memory that are free for this process: on its GPU, or its share of the free memory of the machine."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch uses it again
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -22,14 +22,18 @@ def available_bytes(device: torch.device) -> int:
 
 
 def check(chain: Chain, columns: int) -> None:
-    """Refuses a query of Q columns that cannot fit, before it starts.
+    """Refuses a query that cannot fit into memory, before it starts.
+
+    Args:
+        chain: the stages.
+        columns: Q, the number of query columns.
 
     Raises:
-        InputError: the stage, what it needs and what is free.
+        InputError: a stage does not fit; names the stage, what it needs and what is free.
     """
     engine = chain.engine
     for bound in chain.stages:
-        bound.differentiation.prepare()  # what the processes make together
+        bound.differentiation.prepare()  # by all processes together
         with engine.raising_together():
             free = available_bytes(engine.device)
             needed = bound.differentiation.memory(columns, free, engine.processes)

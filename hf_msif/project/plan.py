@@ -1,4 +1,4 @@
-"""What a run will cost, measured on one batch per stage, before anything is spent."""
+"""What a run will cost, measured on a few batches per stage before it is started."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ if TYPE_CHECKING:
 
 
 def plan(run: Run, processes: int = 1) -> dict:
-    """Split, memory, passes, time and disk of a run, and the text that says so.
+    """Measures what a query and a scoring of a run will take.
 
-    Stages that are not trained yet are measured with untrained weights; times are estimates from one batch, those of
-    several processes without what they spend on telling each other.
+    Stages that are not trained yet are measured with untrained weights. Times are estimates from a few batches; for
+    several processes they leave out the communication.
+
+    Args:
+        run: the run.
+        processes: the number of processes that would share the work.
+
+    Returns:
+        `text` for people; `stages`: name → `Cost.to_dict()`; `splits`: name → the roles of its parameters;
+        `score_seconds` of the whole corpus; `disk_bytes`; `memory_bytes` that are needed at a time on each process
+        beside the models; `free_bytes`.
     """
     models = {name: run.present_model(name) for name in run.names}
     columns = 1 if run.aggregate else len(run.tests())

@@ -150,7 +150,7 @@ def _checked_arguments(arguments: TrainingArguments, objective: Objective, name:
             arguments.n_gpu > 1,
             "DataParallel cannot split masked positions: use `accelerate launch`, or one GPU (CUDA_VISIBLE_DEVICES=0)",
         ),
-        "several micro-batches or processes a step": (
+        "several micro-batches or processes per step": (
             micro_batches > 1 and objective.counts is None,
             f"{type(objective).__name__} has no method `counts(batch)`, by which F is normalised over a whole step",
         ),

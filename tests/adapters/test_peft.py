@@ -241,7 +241,7 @@ class Oracle:
         return gradient.detach(), second[:, : len(gradient)], second[:, len(gradient) :]
 
     def scores(self):
-        """Of (TWEETS, CORPUS), one column a test, the damping added to both Hessians."""
+        """Of (TWEETS, CORPUS), one column per test, the damping added to both Hessians."""
         trained, inherited = [self.fine[n] for n in self.trained], [self.fine[n] for n in self.inherited]
         _, hessian, mixed = self.derivatives(self.objective(), trained, inherited)
         test = [torch.autograd.grad(loss, [*trained, *inherited], retain_graph=True) for loss in self.losses(TESTS)]

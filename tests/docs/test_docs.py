@@ -152,6 +152,24 @@ def test_the_key_reference_is_that_of_the_schema(monkeypatch):
     assert text == generate.renewed(text), "docs/command_line.md is stale; run: python docs/generate.py"
 
 
+def test_the_architecture_names_every_file_of_every_wing():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| `")}
+    unnamed = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "hf_msif").glob("*/**/*.py")
+        if path.name != "__init__.py"
+        and f"`{path.stem}`" not in rows[f"`{path.relative_to(ROOT / 'hf_msif').parts[0]}/`"]
+    ]
+    assert not unnamed, "docs/architecture.md does not name them in the row of their wing"
+
+
+@pytest.mark.parametrize("page", [*EXECUTED, *RECIPES], ids=name)
+def test_files_that_are_named_exist(page):
+    paths = re.findall(r"`((?:hf_msif|tests|examples|benchmarks|docs|recipes)/[\w./]*)`", page.read_text("utf-8"))
+    assert not [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
+
+
 def test_command_lines():
     text = 'A="--x 1"  # a comment\nmsif train \\\n  --config c.yaml $A\n\nmsif query --y "$A"\n'
     assert command_lines(text) == [

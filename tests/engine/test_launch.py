@@ -99,7 +99,7 @@ def test_the_command_line_under_a_launcher(trained):
     assert "29 rows scored (" in done.stdout
     kept = Scores.from_parquet(folder / "two" / "scores.parquet")
     assert kept.top(1).example_id[0].startswith("corpus.txt:")
-    # What fails says so once a process, and names it; the launch as a whole fails.
+    # Each process reports the failure once, and names it; the launch as a whole fails.
     done = launch(2, "-m", "hf_msif", "score", *flags, "--corpus.stage", "nowhere", check=False)
     assert done.returncode
     assert "corpus.stage is 'nowhere'" in done.stderr

@@ -33,7 +33,7 @@ def weights(run):
 
 
 def interrupted(run, monkeypatch, step):
-    """Trains pretraining until it is stopped after so many steps, as by Ctrl-C."""
+    """Trains pretraining until it is stopped after the step `step`, as by Ctrl-C."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
