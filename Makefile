@@ -1,7 +1,8 @@
 # make demo   set up a virtual environment and explain three tweets (no network beyond the package index)
 # make test   set up and run all tests, the slow ones and the notebook too
 # make fast   set up and run the tests but the slow ones and those that start processes (two minutes)
-# make quality / make style   check / mend formatting and lint
+# make quality   check lint, formatting, what each wing imports, and types
+# make style     mend lint and formatting
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,11 +20,13 @@ test: $(VENV)/.test
 fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow and not launch"
 
-quality: $(VENV)/.quality
+quality: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
-style: $(VENV)/.quality
+style: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -40,10 +43,6 @@ $(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.test: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing hf_msif with its test extras into $(VENV) (a few minutes the first time)"
-	$(PIP) --constraint constraints.txt --editable ".[test]"
-	@touch $@
-
-$(VENV)/.quality: constraints.txt | $(BIN)/python
-	$(PIP) --constraint constraints.txt ruff
+	@echo "installing hf_msif with what tests and checks need into $(VENV) (a few minutes the first time)"
+	$(PIP) --constraint constraints.txt --editable ".[quality, test]"
 	@touch $@

@@ -6,13 +6,14 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..engine.batching import TextSettings
 from ..errors import InputError
 from .peft import unwrap
 from .split import encoder
@@ -104,7 +105,7 @@ class FunctionalModel:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
             if swap:
-                self.model.set_attn_implementation("eager")
+                cast(PreTrainedModel, self.model).set_attn_implementation("eager")
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
@@ -115,7 +116,7 @@ class FunctionalModel:
                     config._attn_implementation = kernel
 
 
-def check_vocabulary(name: str, model: nn.Module, objective: Any) -> None:
+def check_vocabulary(name: str, model: nn.Module, objective: TextSettings) -> None:
     """Checks that the embedding table has a row for every token of the objective's tokenizer, if both exist.
 
     An id beyond the table would end a CUDA process with a message that does not mention tokens.
@@ -129,7 +130,8 @@ def check_vocabulary(name: str, model: nn.Module, objective: Any) -> None:
         InputError: the tokenizer has more tokens than the table has rows.
     """
     try:
-        rows = unwrap(model).get_input_embeddings().num_embeddings
+        base: Any = unwrap(model)
+        rows = base.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):  # no such table: images, a user's own model
         return
     tokens = len(objective.tokenizer) if hasattr(objective.tokenizer, "__len__") else 0

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -113,7 +113,7 @@ def _named_with_ties(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tens
     return module.named_parameters(prefix, remove_duplicate=False)
 
 
-def _check(path: str, layer: nn.Module, active: Collection[str], stage: str) -> None:
+def _check(path: str, layer: Any, active: Collection[str], stage: str) -> None:
     if getattr(layer, "merged", False):
         raise InputError(
             f"stage {stage!r}: the adapters {layer.merged_adapters} are merged into the weights of {path!r}, which "
@@ -126,8 +126,8 @@ def _check(path: str, layer: nn.Module, active: Collection[str], stage: str) -> 
         )
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every layer with adapters and of every module that adapters train as a copy."""
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, module of PEFT) of every layer with adapters and of every module that adapters train as a copy."""
     if sys.modules.get("peft") is None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -159,19 +159,19 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
         InputError: the model has several adapters, or a merged one.
         FileExistsError: the subfolder exists.
     """
-    model = unwrap(model)
-    if len(model.peft_config) != 1:
+    base: Any = unwrap(model)
+    if len(base.peft_config) != 1:
         raise InputError(
-            f"cannot save a model with the adapters {sorted(model.peft_config)}; expected one: delete_adapter() "
+            f"cannot save a model with the adapters {sorted(base.peft_config)}; expected one: delete_adapter() "
             "removes an adapter."
         )
-    ((adapter, config),) = model.peft_config.items()
-    inspect_adapters(model, "to be saved")  # refuses merged adapters
+    ((adapter, config),) = base.peft_config.items()
+    inspect_adapters(base, "to be saved")  # refuses merged adapters
     inner = Path(folder) / FOLDER
     inner.mkdir(parents=True)
-    model.config.save_pretrained(folder)
+    base.config.save_pretrained(folder)
     config.save_pretrained(inner)
-    tensors = {name: t.detach().contiguous() for name, t in _state(model).items()}
+    tensors = {name: t.detach().contiguous() for name, t in _state(base).items()}
     save_file(tensors, inner / WEIGHTS, {"adapter": adapter})
 
 

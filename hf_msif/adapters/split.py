@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ class Split:
 
 def encoder(model: nn.Module) -> nn.Module:
     """The base model of a `PreTrainedModel`, also of one in a `PeftModel` (whose `base_model` is a PEFT wrapper)."""
-    return unwrap(model).base_model
+    return cast(nn.Module, unwrap(model).base_model)
 
 
 def _encoder_names(model: nn.Module, idle: Collection[str]) -> dict[str, str]:
@@ -167,7 +168,8 @@ def split(
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     added, idle = inspect_adapters(model, stage)
-    inherited, resized_rows = {}, {}
+    inherited: dict[str, str] = {}
+    resized_rows: dict[str, int] = {}
     if previous is not None:
         inherited, resized_rows = _match(stage, model, previous, resized, previous_stage)
     trained, left_out = _trained(stage, [name for name in shapes if name not in idle], inherited, trainable)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from .. import vectors
 from ..adapters.functional import FunctionalModel, memo_bytes
 from ..engine.accelerated import Engine
+from ..objectives import Objective
 from ..solvers.operator import TRACE_PROBES
 from ..vectors import Block
 from .derivatives import Evaluation, gradient, hessian_product
@@ -46,7 +46,7 @@ class Curvature:
     def __init__(
         self,
         model: FunctionalModel,
-        objective: Any,
+        objective: Objective,
         rows: list[dict],
         names: tuple[str, ...],
         engine: Engine,

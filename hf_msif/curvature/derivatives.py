@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..adapters.functional import FunctionalModel
 from ..engine.accelerated import to_device
+from ..objectives import Objective
 from ..vectors import Block, columns
 
 
@@ -34,7 +35,7 @@ class Evaluation:
     """
 
     model: FunctionalModel
-    objective: Any
+    objective: Objective
     batch: dict[str, Any]
     memo: dict | None = None
 
@@ -51,7 +52,7 @@ class Evaluation:
 
 
 def parameters_in_use(
-    model: FunctionalModel, objective: Any, rows: list[dict], names: Iterable[str]
+    model: FunctionalModel, objective: Objective, rows: list[dict], names: Iterable[str]
 ) -> tuple[str, ...]:
     """Those of `names` on which the losses of the first two rows depend."""
     device = next(iter(model.parameters.values())).device

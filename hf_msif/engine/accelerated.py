@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError, ProcessError
 from ..vectors import Block
-from .batching import deal_batches, row_cost
+from .batching import Collator, TextSettings, deal_batches, row_cost
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,12 +66,12 @@ class Engine:
 
     # --- shards
 
-    def local_batches(self, rows: Sequence[dict], objective: Any, size: int) -> list[list[int]]:
+    def local_batches(self, rows: Sequence[dict], objective: TextSettings, size: int) -> list[list[int]]:
         """This process's batches of at most `size` rows, as row indices, the costliest first; see `batching.deal`."""
         return deal_batches([row_cost(row, objective) for row in rows], size, self.processes)[self.rank]
 
     def batches(
-        self, rows: Sequence[dict], objective: Any, batch_size: int, collate: Callable | None = None
+        self, rows: Sequence[dict], objective: Collator, batch_size: int, collate: Callable | None = None
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """This process's batches as (row indices, batch on the device).
 
@@ -274,7 +274,7 @@ class Engine:
         return tqdm(iterable, disable=hidden, dynamic_ncols=True, leave=False, **settings)
 
     @contextmanager
-    def solver_bar(self, stage: str, solver: Any) -> Iterator[Callable[[int, float], None]]:
+    def solver_bar(self, stage: str, solver: object) -> Iterator[Callable[[int, float], None]]:
         """A bar over the iterations of a solver; yields the callback `progress(iteration, residual)`.
 
         The callback also logs the residual as "<stage>/residual" to the trackers.

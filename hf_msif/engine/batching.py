@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,7 +16,26 @@ WORTH_A_BATCH = 0.25
 CHARACTERS = 6
 
 
-def row_cost(row: Mapping[str, Any], objective: Any) -> float:
+class TextSettings(Protocol):
+    """What is read of an objective to tell how long a row's text is; `objectives.Objective` has it."""
+
+    @property
+    def text_column(self) -> str | None: ...
+
+    @property
+    def max_length(self) -> int | None: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+class Collator(TextSettings, Protocol):
+    """What is read of an objective to make batches of its rows."""
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]: ...
+
+
+def row_cost(row: Mapping[str, Any], objective: TextSettings) -> float:
     """Cost of a row, in characters of its text: what the objective reads before it truncates.
 
     The text is in the objective's `text_column` ("text" if it names none). At most 6 · max_length characters count,
@@ -26,7 +45,7 @@ def row_cost(row: Mapping[str, Any], objective: Any) -> float:
     >>> row_cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128, tokenizer=None))
     768
     """
-    text = row.get(objective.text_column)
+    text = None if objective.text_column is None else row.get(objective.text_column)
     if not isinstance(text, str):
         return 0
     limit = objective.max_length or getattr(objective.tokenizer, "model_max_length", None) or math.inf
@@ -79,7 +98,8 @@ def _assign(
         else:
             low = middle
     intervals = _intervals(values, size, high)
-    loads, shares = [(0.0, rank) for rank in range(processes)], [[] for _ in range(processes)]
+    loads = [(0.0, rank) for rank in range(processes)]
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(processes)]
     for work, interval in sorted(((values[s] * (e - s), (s, e)) for s, e in intervals), key=lambda pair: -pair[0]):
         load, rank = heapq.heappop(loads)
         shares[rank].append(interval)

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import InputError
 from .corpus_files import from_files
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Table(Sequence):
+class Table(Sequence[dict]):
     """A map-style `datasets.Dataset` as a sequence of rows, which are read from its Arrow file on access.
 
     Rows without an `example_id` are numbered from 0. A slice returns a list of dicts.
@@ -32,6 +32,12 @@ class Table(Sequence):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> dict: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict]: ...
 
     def __getitem__(self, index: int | slice) -> dict | list[dict]:
         if isinstance(index, slice):
@@ -133,7 +139,7 @@ def _check_ids(ids: Iterable, what: str) -> None:
 
 def first_rows(rows: Iterable[dict], size: int) -> list[dict]:
     """The first `size` rows of a table or a stream; all of them if there are fewer."""
-    return rows[:size] if isinstance(rows, Sequence) else list(itertools.islice(iter(rows), size))
+    return list(rows[:size] if isinstance(rows, Sequence) else itertools.islice(iter(rows), size))
 
 
 def checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> frozenset:
@@ -147,12 +153,12 @@ def checked_omission(omit: Collection[Any], rows: list[dict], name: str) -> froz
     Raises:
         InputError: an id that no row has, or nothing would be left.
     """
-    omit, known = frozenset(omit), {row["example_id"] for row in rows}
-    if omit - known:
+    omitted, known = frozenset(omit), {row["example_id"] for row in rows}
+    if omitted - known:
         raise InputError(
-            f"omit names {sorted(omit - known, key=repr)[:5]}, which are no example_id of the data of stage {name!r}; "
-            f"they look like {rows[0]['example_id']!r}."
+            f"omit names {sorted(omitted - known, key=repr)[:5]}, which are no example_id of the data of stage "
+            f"{name!r}; they look like {rows[0]['example_id']!r}."
         )
-    if omit == known:
+    if omitted == known:
         raise InputError(f"omit names every row of the data of stage {name!r}; expected at least one row to be left.")
-    return omit
+    return omitted

@@ -28,8 +28,8 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
         InputError: a file does not exist, its ending is unknown, or two files have the same name; on iteration, a
             file cannot be read (the message says after which row) or there is no row.
     """
-    paths, names = [Path(path).expanduser() for path in paths], Counter()
-    for path in paths:
+    files, names = [Path(path).expanduser() for path in paths], Counter[str]()
+    for path in files:
         names[path.name] += 1
         if not path.is_file():
             raise InputError(f"{what}: the file {str(path)!r} does not exist; set it to where the data is.")
@@ -45,7 +45,7 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
     def read() -> Iterator[dict]:
         from datasets import load_dataset
 
-        for path in paths:
+        for path in files:
             streamed = load_dataset(builder or _builder(path), data_files=[str(path)], split="train", streaming=True)
             rows, number = iter(streamed), 0
             while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -63,13 +63,23 @@ def tensors_fingerprint(x: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, t in x.items():
         sha.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
-        sha.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy())  # bfloat16 is unknown to NumPy
+        sha.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)  # bfloat16 is unknown to NumPy
     return sha.hexdigest()
 
 
-def objective_fingerprint(objective: Any) -> str:
+class Preprocessing(Protocol):
+    """What is read of an objective beside its settings; `objectives.Objective` has it."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def processor(self) -> Any: ...
+
+
+def objective_fingerprint(objective: Preprocessing) -> str:
     """SHA-256, in hexadecimal, of an objective's settings, and of its tokenizer or image processor if it has one."""
-    parts = [describe(objective)]
+    parts: list[Any] = [describe(objective)]
     tokenizer, processor = objective.tokenizer, objective.processor
     if tokenizer is not None:
         vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []

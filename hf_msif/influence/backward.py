@@ -184,9 +184,9 @@ class _Sweep:
         self.growth, self.norms = [1.0] * width, [[recording.steps, [1.0] * width]]
         key = f"{cache_key or tensors_fingerprint(a)} {recording.settings}"
         key = hashlib.sha256(key.encode()).hexdigest()
-        self.checkpoint = Checkpoint(
-            recording.folder / f"sweep-{key[:16]}.safetensors", key, replay.engine, SAVE_EVERY
-        )
+        assert recording.folder is not None
+        path = recording.folder / f"sweep-{key[:16]}.safetensors"
+        self.checkpoint = Checkpoint(path, key, replay.engine, SAVE_EVERY)
         self.adjoint = self._load() or replay.adjoint(a)
 
     def save_if_due(self) -> None:

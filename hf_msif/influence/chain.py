@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from ..engine.corpus import as_corpus, as_rows, first_rows
 from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
 from ..engine.stream import Stream
 from ..errors import InputError
+from ..objectives import Objective
 from ..vectors import Block
 from .differentiation import Differentiation
 from .stage import Stage
@@ -69,7 +69,7 @@ class BoundStage:
         return self.stage.name
 
     @property
-    def objective(self) -> Any:
+    def objective(self) -> Objective:
         return self.stage.objective
 
     def _check_finite(self) -> None:
@@ -98,6 +98,7 @@ class BoundStage:
 
     def _check_frozen(self) -> None:
         for name in self.split.frozen:
+            assert self.before is not None
             source = self.before.model.parameters[self.split.inherited[name]]
             value = self.leading(name, self.model.parameters[name])
             gap = float((value.double() - source.double()).norm() / source.double().norm().clamp(min=1e-30))
@@ -118,6 +119,7 @@ class BoundStage:
     def subset(self, size: int | None) -> list[dict]:
         """`size` random rows of the stage's data, the same for the same `Stage.seed`; None: all rows."""
         if isinstance(self.rows, Stream):
+            assert size is not None  # `Implicit` refuses a stream without curvature_samples
             return self.engine.sample(self.rows, size, self.stage.seed)
         if size is None or size >= len(self.rows):
             return self.rows
@@ -179,6 +181,7 @@ class BoundStage:
         Returns:
             a of the stage before, tensors of shape (Q, *parameter.shape), parameter being that of the stage before.
         """
+        assert self.before is not None
         before = self.before.model.parameters
         width = vectors.columns(b)
         carried = {name: p.new_zeros(width, *p.shape) for name, p in before.items()}

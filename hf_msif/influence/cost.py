@@ -109,7 +109,7 @@ class _SavedBytes:
     """Bytes of the storages that autograd holds: now, and the most at any time; those of the model are not counted."""
 
     def __init__(self, ignored: set[int]):
-        self.ignored, self.holders = ignored, Counter()
+        self.ignored, self.holders = ignored, Counter[int]()
         self.now = self.peak = 0
 
     def pack(self, t: Tensor) -> Tensor | _SavedTensor:

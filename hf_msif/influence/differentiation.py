@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.split import Split, split
 from ..engine import Engine
+from ..engine.checkpoints import Checkpoint
 from ..errors import InputError
 from ..scoring.scorer import RowInfluence
 from ..training.polish import PolishReport
@@ -59,14 +60,15 @@ class DirectCertificate:
 class StageSolution(Protocol):
     """What a query holds of one stage, Q columns: enough to score any row of it; the scorer asks only this."""
 
-    certificate: StageCertificate
+    @property
+    def certificate(self) -> StageCertificate: ...
 
     @property
     def columns(self) -> int:
         """Q, the number of test examples, or 1 for a group of them."""
         ...
 
-    def influence(self, batch: Mapping[str, Any], rows: list[dict]) -> RowInfluence:
+    def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
         """The influence I(x) = ∂f/∂ε of each row x, eq. (6), with the loss of the row and the number of its terms.
 
         Args:
@@ -99,15 +101,16 @@ class Differentiation:
     name: ClassVar[str] = ""
     needs_run: ClassVar[bool | None] = None  # whether Stage.run must name a folder, or must not; None: it may
 
+    # `Any` stands for `chain.BoundStage` and `stage.Stage` in this module: theirs import it. A subclass names them.
     def __init__(self, bound: Any):
         self.bound = bound
 
-    def pull_back(self, adjoint: Block, checkpoint: Any = None) -> tuple[StageSolution, Block]:
+    def pull_back(self, adjoint: Block, checkpoint: Checkpoint | None = None) -> tuple[StageSolution, Block]:
         """Takes a = ∂f/∂φ_k, on the trained and the frozen names, to the stage's solution and to b = ∂f/∂W_before.
 
         Args:
             adjoint: a, tensors of shape (Q, *parameter.shape).
-            checkpoint: an `engine.checkpoints.Checkpoint` for long work, or None.
+            checkpoint: saves and loads the state of long work; None: nothing is saved.
 
         Returns:
             The solution; b on the inherited names, shaped like `adjoint`.

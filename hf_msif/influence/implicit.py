@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,8 +29,9 @@ from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.corpus import first_rows
 from ..engine.stream import Stream
 from ..errors import InputError
+from ..objectives import Objective
 from ..scoring.scorer import RowInfluence
-from ..solvers import Certificate, Solution, solve
+from ..solvers import Certificate, Operator, Solution, Solver, solve
 from ..training.objective import QuadraticTerms
 from ..training.polish import PolishReport
 from ..vectors import Block
@@ -79,7 +80,7 @@ class Direction:
     """
 
     model: FunctionalModel
-    objective: Any
+    objective: Objective
     u: Block
     certificate: StageCertificate
 
@@ -87,7 +88,7 @@ class Direction:
     def columns(self) -> int:
         return vectors.columns(self.u)
 
-    def influence(self, batch: Mapping[str, Any], rows: list[dict]) -> RowInfluence:
+    def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
         """I(x) = −⟨u_k, ∇ℓ_x⟩ of each row, by one forward-mode pass per column; it costs about three forward passes.
 
         Args:
@@ -127,7 +128,7 @@ class Implicit(Differentiation):
     def __init__(self, bound: BoundStage):
         super().__init__(bound)
         self.solver = bound.stage.solver
-        self._solver_states: dict[Any, Any] = {}
+        self._solver_states: dict[Solver, Any] = {}
         stage, split = bound.stage, bound.split
         if isinstance(bound.rows, Stream) and stage.curvature_samples is None:
             raise InputError(
@@ -186,8 +187,10 @@ class Implicit(Differentiation):
             UserWarning: the estimate is not positive: no proximal term explains where training ended.
         """
         stage = self.bound.stage
-        if stage.alpha != "auto" or not self.bound.split.proximal:
-            return None if stage.alpha == "auto" else stage.alpha
+        if not isinstance(stage.alpha, str):
+            return stage.alpha
+        if not self.bound.split.proximal:
+            return None
         if self.estimate.alpha <= 0:
             warnings.warn(
                 f"stage {stage.name!r}: {self.estimate}. It is not positive: no proximal term explains where "
@@ -206,6 +209,8 @@ class Implicit(Differentiation):
             InputError: W equals W_before.
         """
         bound = self.bound
+        assert bound.before is not None
+        assert not isinstance(bound.rows, Stream)  # which only a first stage reads
         data, parameters = self.curvature(bound.rows, {}).gradient(), bound.model.parameters
         slope = vectors.select(self._quadratic(None).gradient(parameters, data), bound.split.proximal)
         shift = vectors.stack([self._quadratic(1.0).shift(parameters)])
@@ -273,13 +278,13 @@ class Implicit(Differentiation):
                 )
             return solve(operator, b, solver, self._solver_state(operator), progress, solver_checkpoint)
 
-    def _solver_state(self, operator: Any) -> Any:
+    def _solver_state(self, operator: Operator) -> Any:
         """What the solver computes once per operator (damping, factorisation); later queries use it again."""
         if self.solver not in self._solver_states:
             self._solver_states[self.solver] = self.solver.init(operator)
         return self._solver_states[self.solver]
 
-    def with_solver(self, solver: Any) -> Implicit:
+    def with_solver(self, solver: Solver) -> Implicit:
         """The same differentiation with another solver; both share the operator."""
         _ = self.operator  # so that it is made once, for both
         changed = copy.copy(self)
@@ -287,7 +292,7 @@ class Implicit(Differentiation):
         return changed
 
     def damped(self, damping: float) -> Implicit:
-        if not self.solver.damped:
+        if not self.solver.damped or not is_dataclass(self.solver):
             raise InputError(
                 f"stage {self.bound.name!r} is solved by {self.solver}, which has no damping to sweep: use CG."
             )
@@ -314,7 +319,7 @@ class Implicit(Differentiation):
             "gradient_norm": self.gradient_norm,
         }
 
-    def summary(self, certificate: Certificate, facts: Mapping[str, Any]) -> str:
+    def summary(self, certificate: StageCertificate, facts: Mapping[str, Any]) -> str:
         lines = [str(certificate)]
         if facts["alpha_estimate"]:
             lines.append(str(AlphaEstimate(**facts["alpha_estimate"])))
@@ -364,9 +369,12 @@ class Implicit(Differentiation):
         the forward passes. The first product is timed apart: later ones find outputs of frozen modules in the memo.
         """
         bound, stage = self.bound, self.bound.stage
-        batch_size, examples = stage.batch_size, stage.curvature_samples
-        if not isinstance(bound.rows, Stream):
-            examples = min(examples or len(bound.rows), len(bound.rows))
+        batch_size, samples = stage.batch_size, stage.curvature_samples
+        if isinstance(bound.rows, Stream):
+            assert samples is not None
+            examples = samples
+        else:
+            examples = min(samples or len(bound.rows), len(bound.rows))
         sample_size = min(4 * batch_size, examples)
         rows = first_rows(bound.rows, sample_size) if isinstance(bound.rows, Stream) else bound.subset(sample_size)
         batches = list(bound.engine.batches(rows, stage.objective, batch_size))
@@ -436,11 +444,13 @@ class Implicit(Differentiation):
 class PolishedAgain(Retraining):
     """Polishes a stage at a stationary point of F again: without the omitted rows the minimum has moved."""
 
-    def prepare(self, polish) -> Any:
+    def prepare(self, polish: Callable[..., PolishReport]) -> Any:
         """Polishes the finished stage and factorises its Hessian there: the preconditioner of every warm start."""
         return polish((), factorise=True).preconditioner
 
-    def warm_start(self, model: nn.Module, terms: Mapping[str, Any], polish, prepared) -> PolishReport:
+    def warm_start(
+        self, model: nn.Module, terms: Mapping[str, Any], polish: Callable[..., PolishReport], prepared: Any
+    ) -> PolishReport:
         return polish(terms["omit"], preconditioner=prepared)
 
     def from_scratch(self, model: nn.Module, arguments: Any, terms: Mapping[str, Any]) -> None:

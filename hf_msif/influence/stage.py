@@ -12,7 +12,7 @@ from torch import nn
 
 from ..curvature import Curvature, GaussNewton, Hessian
 from ..errors import InputError
-from ..objectives import checked_objective
+from ..objectives import Objective, checked_objective
 from ..solvers import CG, Solver, as_solver
 from .differentiation import DIFFERENTIATIONS, Differentiation
 
@@ -65,7 +65,7 @@ class Stage:
 
     name: str
     model: nn.Module
-    objective: Any
+    objective: Objective
     data: Any
     trainable: str | Sequence[str] = "all"
     weight_decay: float = 0.0
@@ -83,7 +83,8 @@ class Stage:
     def __post_init__(self):
         checked_objective(self.objective, f"stage {self.name!r}")
         self.solver = as_solver(self.solver)
-        if not (isinstance(self.curvature_class, type) and issubclass(self.curvature_class, Curvature)):
+        curvature = CURVATURES.get(self.curvature) if isinstance(self.curvature, str) else self.curvature
+        if not (isinstance(curvature, type) and issubclass(curvature, Curvature)):
             raise InputError(
                 f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}, or a "
                 "subclass of hf_msif.curvature.Curvature."
@@ -125,7 +126,7 @@ class Stage:
     @property
     def curvature_class(self) -> type[Curvature]:
         """The class of the stage's curvature operator."""
-        return CURVATURES.get(self.curvature, self.curvature)
+        return CURVATURES[self.curvature] if isinstance(self.curvature, str) else self.curvature
 
     @property
     def curvature_name(self) -> str:

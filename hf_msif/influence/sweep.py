@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from ..engine.corpus import as_rows
 from ..errors import InputError
+from ..solvers import Certificate
 from .chain import Chain
 from .multistage import judge
 from .query import Query
@@ -66,7 +67,7 @@ def damping_sweep(
     table, before = [], None
     for damping, differentiation in zip(dampings, damped, strict=True):
         solution, _ = differentiation.pull_back(adjoint)
-        certificate = solution.certificate
+        certificate = cast(Certificate, solution.certificate)  # what has a damping is a linear system
         row = {"damping": damping, "iterations": max(certificate.iterations), "residual": max(certificate.residual)}
         row |= dict.fromkeys(("spread", "top_k_kept", "rank_correlation"), math.nan)
         table.append(row)

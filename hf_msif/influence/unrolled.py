@@ -12,7 +12,7 @@ computed again, and about √T of them are held in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ from ..engine.stream import Stream
 from ..errors import InputError
 from ..scoring.scorer import RowInfluence
 from ..training.optimisers import start
+from ..training.polish import PolishReport
 from ..training.record import compose, rerun
 from ..training.recording import Recording
 from ..training.replay import Replay
@@ -59,7 +60,7 @@ class RowWeights:
     def columns(self) -> int:
         return len(self.weights)
 
-    def influence(self, batch: Mapping[str, Any], rows: list[dict]) -> RowInfluence:
+    def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
         """I(x_i) = N ∂f/∂w_i of the rows, which must be rows of the stage; one forward pass gives their losses.
 
         Args:
@@ -117,14 +118,11 @@ class Unrolled(Differentiation):
 
     def __init__(self, bound: BoundStage, recording: Recording | None = None):
         super().__init__(bound)
-        if isinstance(bound.rows, Stream):
-            raise InputError(
-                f"the data of stage {bound.name!r} is a stream, and link is 'unrolled'; expected a list or a dataset, "
-                "since through its run a stage needs all rows at hand, or an implicit link."
-            )
+        self.rows = _rows_at_hand(bound)
         if recording is not None:  # the run is planned: it has no states to be checked
             self.recording, self.replay = recording, self._replay(recording)
             return
+        assert bound.stage.run is not None  # `Stage` refuses an unrolled link without
         self.recording = Recording.from_pretrained(bound.stage.run, bound.name)
         self._check_settings()
         self.replay = self._replay(self.recording)
@@ -136,7 +134,7 @@ class Unrolled(Differentiation):
         return Replay(
             bound.model,
             bound.objective,
-            bound.rows,
+            self.rows,
             recording,
             bound.engine,
             bound.split,
@@ -248,7 +246,8 @@ class Unrolled(Differentiation):
     def planned(cls, bound: BoundStage, arguments: Any) -> Unrolled:
         stage = bound.stage
         return cls(
-            bound, compose(bound.model, stage.objective, bound.rows, arguments, bound.split, stage.weight_decay)
+            bound,
+            compose(bound.model, stage.objective, _rows_at_hand(bound), arguments, bound.split, stage.weight_decay),
         )
 
     def memory(self, columns: int, free: int, processes: int) -> dict[str, int]:
@@ -279,7 +278,7 @@ class Unrolled(Differentiation):
             score_seconds=forward / step_rows / 3 / columns,
             memory_bytes=held,
             model_bytes=model_bytes(parameters),
-            vector_bytes=8 * columns * len(bound.rows),
+            vector_bytes=8 * columns * len(self.rows),
             disk_bytes=len(run.saved_steps) * state,
             details={
                 "steps": run.steps,
@@ -307,6 +306,7 @@ class RunAgain(Retraining):
 
     def __init__(self, stage: Stage, before: Stage | None, engine: Engine):
         super().__init__(stage, before, engine)
+        assert stage.run is not None
         self.recording = Recording.from_pretrained(stage.run, stage.name)
         if before is not None:
             first = self.recording.state(0)["parameters"]
@@ -321,15 +321,25 @@ class RunAgain(Retraining):
     def begin(self, model: nn.Module) -> None:
         write(model, self.recording.state(0)["parameters"])
 
-    def warm_start(self, model: nn.Module, terms: Mapping[str, Any], polish, prepared) -> None:
-        terms = {
-            key: value for key, value in terms.items() if key not in ("weight_decay", "alpha")
-        }  # known to the run
+    def warm_start(
+        self, model: nn.Module, terms: Mapping[str, Any], polish: Callable[..., PolishReport], prepared: Any
+    ) -> None:
+        terms = {key: value for key, value in terms.items() if key not in ("weight_decay", "alpha")}  # the run's own
         rerun(self.recording, model, self.stage.objective, self.stage.data, engine=self.engine, **terms)
 
     def from_scratch(self, model: nn.Module, arguments: Any, terms: Mapping[str, Any]) -> None:
         terms = {**terms, **{key: getattr(self.recording, key) for key in ("weight_decay", "alpha", "dropout")}}
         training.record(model, self.stage.objective, self.stage.data, arguments, None, **terms, progress=False)
+
+
+def _rows_at_hand(bound: BoundStage) -> list[dict]:
+    """The rows of an unrolled stage, which must be a table: a run refers to them by number."""
+    if isinstance(bound.rows, Stream):
+        raise InputError(
+            f"the data of stage {bound.name!r} is a stream, and link is 'unrolled'; expected a list or a dataset, "
+            "since through its run a stage needs all rows at hand, or an implicit link."
+        )
+    return bound.rows
 
 
 def check_replay(bound: BoundStage) -> float:
@@ -339,6 +349,7 @@ def check_replay(bound: BoundStage) -> float:
         ‖φ_replayed − φ_T‖ / ‖φ_T − φ_0‖, 0 where the run repeats itself bit for bit. (Rounding grows along a run. The
         pull-back restarts at every saved state, and checks each segment between them.)
     """
+    assert isinstance(bound.differentiation, Unrolled)
     recording, replay, device = bound.differentiation.recording, bound.differentiation.replay, bound.engine.device
     slots = first = recording.state(0, device)
     with bound.engine.bar(desc=f"{bound.name}: replaying", total=recording.steps, unit=" steps") as bar:

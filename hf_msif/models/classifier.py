@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,8 @@ class FeedForwardClassifier(PreTrainedModel):
         self.encoder = AutoModel.from_config(config.encoder)
         if getattr(self.encoder, "pooler", None) is not None:  # the mean does not use it, so it would never be trained
             self.encoder.pooler = None
-        self.hidden = nn.Linear(config.encoder.hidden_size, config.hidden_size)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.hidden = nn.Linear(self.encoder.config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     @classmethod
@@ -100,7 +100,8 @@ class FeedForwardClassifier(PreTrainedModel):
         dtype = torch.promote_types(pretrained.dtype, torch.float32)
         encoder = copy.deepcopy(pretrained.config)
         encoder.dtype = dtype
-        model = cls(FeedForwardClassifierConfig(encoder, hidden_size, dtype=dtype, **settings)).to(dtype)
+        model = cls(FeedForwardClassifierConfig(encoder, hidden_size, dtype=dtype, **settings))
+        model.to(dtype)  # type: ignore[arg-type]  # transformers wraps `to` in something that loses its self
         missing, unexpected = model.encoder.load_state_dict(pretrained.base_model.state_dict(), strict=False)
         unknown = [name for name in unexpected if "pooler" not in name.split(".")]
         if missing or unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class _ConvNetPreTrainedModel(PreTrainedModel):
         # With the language models' standard deviation of 0.02 the signal would vanish in layers of this width.
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             initialization.xavier_uniform_(module.weight)
-            initialization.zeros_(module.bias)
+            initialization.zeros_(cast(Tensor, module.bias))
 
 
 class ConvNetModel(_ConvNetPreTrainedModel):
@@ -121,7 +122,9 @@ class ConvNetModel(_ConvNetPreTrainedModel):
         expected = (self.config.num_channels, *self.config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(f"images have shape {tuple(pixel_values.shape[1:])}; the configuration says {expected}.")
-        return BaseModelOutput(last_hidden_state=self.layers(pixel_values.to(self.layers[0].weight.dtype)))
+        return BaseModelOutput(
+            last_hidden_state=self.layers(pixel_values.to(cast(Tensor, self.layers[0].weight).dtype))
+        )
 
 
 class ConvNetForImageClassification(_ConvNetPreTrainedModel):
@@ -137,7 +140,7 @@ class ConvNetForImageClassification(_ConvNetPreTrainedModel):
         for units in config.dense:
             layers += [nn.Linear(width, units), ACTIVATIONS[config.activation]()]
             width = units
-        self.head = nn.Sequential(*layers, nn.Linear(width, config.num_labels))
+        self.head = nn.Sequential(*layers, nn.Linear(width, cast(int, config.num_labels)))
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_) -> ImageClassifierOutput:

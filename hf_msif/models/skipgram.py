@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -53,10 +55,10 @@ class SkipGramPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.base_model.embeddings
+        return cast(SkipGramModel, self.base_model).embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.base_model.embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        cast(SkipGramModel, self.base_model).embeddings = cast(nn.Embedding, value)
 
 
 class SkipGramModel(SkipGramPreTrainedModel):
@@ -118,7 +120,7 @@ class SkipGramForSequenceClassification(SkipGramPreTrainedModel):
     def __init__(self, config: SkipGramConfig):
         super().__init__(config)
         self.encoder = SkipGramModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_) -> SequenceClassifierOutput:

@@ -67,10 +67,10 @@ def from_word2vec(
             f"{str(path)!r} has {repeated!r} twice, or as a word beside the special token; expected every word once."
         )
     model = SkipGramModel(SkipGramConfig(len(known), table.shape[1], pad_token_id=0))
-    table = torch.from_numpy(table)
+    vectors = torch.from_numpy(table)
     with torch.no_grad():
-        model.embeddings.weight[0], model.embeddings.weight[1] = 0.0, table.mean(0)
-        model.embeddings.weight[2:] = table
+        model.embeddings.weight[0], model.embeddings.weight[1] = 0.0, vectors.mean(0)
+        model.embeddings.weight[2:] = vectors
     backend = Tokenizer(WordLevel(known, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if lowercase:
@@ -94,7 +94,7 @@ def _read(lines: Iterator[str], path: Path, limit: int | None) -> tuple[list[str
         try:
             vector = np.array(parts[1:], dtype=np.float32)
         except ValueError:
-            vector = np.zeros(0)
+            vector = np.zeros(0, dtype=np.float32)
         if len(vector) != width or not np.isfinite(vector).all() or not parts[0]:
             raise InputError(
                 f"{str(path)!r}, line {number}: {line[:40]!r}… is not a word and {width} numbers, as "
@@ -109,6 +109,6 @@ def _read(lines: Iterator[str], path: Path, limit: int | None) -> tuple[list[str
         if len(words) == expected_words:
             break
         add(number, line.rstrip("\n"))
-    if header and len(words) < expected_words:
+    if header and expected_words is not None and len(words) < expected_words:
         raise InputError(f"{str(path)!r} has {len(words)} words; its first line says {size}: the file is incomplete.")
     return words, np.stack(vectors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -105,10 +105,12 @@ class Objective(ABC):
 
     # --- constants that are estimated from the stage's rows, and what a configuration asks
 
-    is_fitted: bool = True
-    """Whether `collate` can be called; where it is False, a configuration calls `fitted` with the stage's rows."""
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `collate` can be called; where it is False, a configuration calls `fitted` with the stage's rows."""
+        return True
 
-    def fitted(self, rows: Rows) -> Objective:
+    def fitted(self, rows: Iterable[Mapping[str, Any]]) -> Objective:
         """The objective with constants estimated from these rows. Defaults to itself."""
         return self
 
@@ -121,7 +123,7 @@ class Objective(ABC):
     rows have no label."""
 
 
-def checked_objective(objective: Any, owner: str) -> Objective:
+def checked_objective(objective: object, owner: str) -> Objective:
     """The objective itself.
 
     Raises:

@@ -21,6 +21,8 @@ class _Classification(Objective):
     """What the classification of texts and of images share: one label per example, cross-entropy, count one."""
 
     label_kind = "class"
+    label_column: str
+    inputs: tuple[str, ...]
 
     def _labels(self, rows: Rows) -> Tensor:
         return torch.tensor([self._label(row) for row in rows])
@@ -87,7 +89,7 @@ class SequenceClassification(_Classification):
     text_column: str = "text"
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
 
     def collate(self, rows: Rows) -> Batch:
         labels = self._labels(rows)
@@ -138,8 +140,8 @@ class ImageClassification(_Classification):
     dtype: str = "float32"
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
-    text_column: ClassVar[None] = None
-    inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    text_column = None
+    inputs = ("pixel_values",)
 
     def __post_init__(self):
         if self.dtype not in ("float32", "float64"):

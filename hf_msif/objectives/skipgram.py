@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -61,7 +61,7 @@ class SkipGram(SumOfTerms):
     """
 
     tokenizer: Any = field()  # required, though `Objective` has a default
-    unigrams: Sequence[float] | None = field(default=None, repr=False, compare=False)
+    unigrams: Sequence[float] | np.ndarray | None = field(default=None, repr=False, compare=False)
     seed: int = 0
     window: int = 5
     negatives: int = 5
@@ -101,24 +101,25 @@ class SkipGram(SumOfTerms):
         """Whether there are unigrams to draw negatives from."""
         return self.unigrams is not None
 
-    def fitted(self, rows: Rows) -> SkipGram:
+    def fitted(self, rows: Iterable[Mapping[str, Any]]) -> SkipGram:
         """The objective with the frequencies of these rows' ordinary tokens as its unigrams.
 
         Raises:
             InputError: rows without a text, or without an ordinary token.
         """
-        counts, rows = np.zeros(len(self.tokenizer)), list(rows)
-        for start in range(0, len(rows), 1024):
-            for words in self._sentences(rows[start : start + 1024])[0]:
+        counts, table = np.zeros(len(self.tokenizer)), list(rows)
+        for start in range(0, len(table), 1024):
+            for words in self._sentences(table[start : start + 1024])[0]:
                 np.add.at(counts, words, 1)
         if not counts.any():
-            raise InputError(f"none of the {len(rows)} rows has a token to count: are their texts empty?")
+            raise InputError(f"none of the {len(table)} rows has a token to count: are their texts empty?")
         return replace(self, unigrams=counts)
 
     @cached_property
     def _cumulative(self) -> np.ndarray:
         # 0 to any power stays without noise, also to the power of 0.
-        noise = np.where(self.unigrams > 0, np.maximum(self.unigrams, 1e-300) ** self.power, 0.0)
+        unigrams = np.asarray(self.unigrams)
+        noise = np.where(unigrams > 0, np.maximum(unigrams, 1e-300) ** self.power, 0.0)
         return np.cumsum(noise / noise.sum())
 
     def _sentences(self, rows: Rows) -> tuple[list[np.ndarray], Tensor]:

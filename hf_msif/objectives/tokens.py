@@ -13,13 +13,13 @@ from ..errors import InputError
 from ._base import Batch, Objective, Rows
 
 
-def texts_of(rows: Rows, column: str) -> list[str]:
+def texts_of(rows: Rows, column: str | None) -> list[str]:
     """The texts of the rows.
 
     Raises:
         InputError: there is no such column, or a row holds something other than a string.
     """
-    if column not in rows[0]:
+    if column is None or column not in rows[0]:
         raise InputError(f"the rows have no column {column!r}; they have {sorted(rows[0])}: name the text column.")
     texts = [row[column] for row in rows]
     for row, text in zip(rows, texts, strict=True):

@@ -9,13 +9,18 @@ import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
 from .config import settings, unknown_key
 from .plugins import imported, is_dotted, parameters
 from .schema import Config, StageConfig
 from .tasks import task_of
+
+if TYPE_CHECKING:
+    from ..curvature import Curvature
+    from ..objectives import Objective
+    from ..solvers import Solver
 
 SOLVERS = {"cg": "CG", "squared_cg": "SquaredCG", "minres": "MinRes", "identity": "Identity", "dense": "Dense"}
 
@@ -38,7 +43,7 @@ def polish_settings(config: Config, name: str) -> dict[str, Any] | None:
     return None if values is None else settings(polish, values, f"stages.{name}.polish", without=without)
 
 
-def solver(config: Config, name: str) -> Any:
+def solver(config: Config, name: str) -> Solver:
     """A solver of `hf_msif.solvers`, or of the user's own."""
     from .. import solvers
 
@@ -50,7 +55,7 @@ def solver(config: Config, name: str) -> Any:
     return kind(**settings(kind, section.model_dump(exclude={"name"}, exclude_none=True), key))
 
 
-def curvature(config: Config, name: str) -> Any:
+def curvature(config: Config, name: str) -> str | type[Curvature]:
     """What `Stage` takes as curvature: a name, or a subclass of `Curvature` of the user's own."""
     from ..curvature import Curvature
 
@@ -64,7 +69,7 @@ def link(config: Config, name: str) -> str | Callable:
     return imported(value, f"stages.{name}.link") if is_dotted(value) else value
 
 
-def objective(config: Config, name: str, tokenizer: Any) -> Any:
+def objective(config: Config, name: str, tokenizer: Any) -> Objective:
     """The objective of the stage's task, with the stage's settings."""
     stage, key = config.stages[name], f"stages.{name}"
     kind = task_of(stage.task, f"{key}.task").objective_class(f"{key}.task")

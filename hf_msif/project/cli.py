@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed, remaining = make_parser(commands).parse_known_args(arguments)
     except SystemExit as end:
-        return end.code
+        return int(end.code or 0)
     command = commands[parsed.command]
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # With --json, stdout holds the one object and nothing else. Of several processes only the main one prints.

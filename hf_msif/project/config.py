@@ -101,7 +101,7 @@ def help_text(width: int = 100) -> str:
 class _Loader(yaml.SafeLoader):
     """Scalars as in YAML 1.2: 1e-4 is a number; no, 007 and 2016-02-06 are words. Keys are words and do not repeat."""
 
-    yaml_implicit_resolvers: typing.ClassVar = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (declared by the base class)
 
     def construct_mapping(self, node, deep=False):
         names = set()
@@ -172,14 +172,14 @@ def _put(values: dict, key: str, value: Any) -> None:
     values[path[-1]] = value
 
 
-def _is_section(kind: Any) -> bool:
+def _is_section(kind: Any) -> typing.TypeGuard[type[Section]]:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _keys(kind: type[Section], prefix: str, stages: Sequence[str]) -> Iterator[tuple[str, FieldInfo]]:
     """Every key of a section, dotted; keys of nested sections come last."""
     last = {name: name == "stages" or _is_section(field.annotation) for name, field in kind.model_fields.items()}
-    for name in sorted(last, key=last.get):
+    for name in sorted(last, key=last.__getitem__):
         field = kind.model_fields[name]
         yield prefix + name, field
         if name == "stages":
@@ -257,8 +257,8 @@ def _expected(kind: Any, rules: Sequence = ()) -> str:
     if any(getattr(rule, "pattern", None) == DOTTED for rule in rules):
         return "module:Name of your own"
     limits = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of length at least"}
-    limits = [f"{word} {getattr(rule, r):g}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
-    return " ".join([text, " and ".join(limits)]).strip()
+    bounds = [f"{word} {getattr(rule, r):g}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
+    return " ".join([text, " and ".join(bounds)]).strip()
 
 
 def _shown(value: Any) -> str:

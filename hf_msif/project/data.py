@@ -37,8 +37,9 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
             row left.
     """
     key = f"stages.{stage}.data"
-    held_out = data.part == "test" and data.test_split is not None
-    table = _table(data, data.test_split if held_out else data.split, key)
+    test_split = data.test_split if data.part == "test" else None
+    held_out = test_split is not None
+    table = _table(data, data.split if test_split is None else test_split, key)
     columns = _columns(data, content, table.column_names, key)
     for column, values in _admitted(data).items():
         present = {str(_whole(value)) for value in table.unique(column)}
@@ -47,9 +48,9 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
                 f"{key}.keep.{column} admits {min(values - present)!r}, which no row has; the column holds "
                 f"{sorted(present)[:10]}."
             )
-    table, dropped = table.select_columns(sorted({*columns.values(), *data.keep})), Counter()
+    table, dropped = table.select_columns(sorted({*columns.values(), *data.keep})), Counter[str]()
     limit = None if held_out else data.max_rows
-    rows = []
+    rows: list[dict] = []
     for row in _rows(_sources(table), data, content, key, dropped, held_out):
         if limit is not None and len(rows) >= limit:
             dropped["beyond max_rows"] = len(table) - len(rows) - dropped.total()
@@ -86,10 +87,10 @@ def stream_rows(data: Data, stage: str, content: str = "text") -> Stream:
     source = _source(data, key)
     head = next(iter(source))
     _columns(data, content, list(head), key)
-    reported = []
+    reported: list[bool] = []
 
     def read() -> Iterator[dict]:
-        dropped, count = Counter(), 0
+        dropped, count = Counter[str](), 0
         for row in _rows(source, data, content, key, dropped, held_out=False):
             if data.max_rows is not None and count >= data.max_rows:
                 break
@@ -102,11 +103,13 @@ def stream_rows(data: Data, stage: str, content: str = "text") -> Stream:
     return Stream(read, f"the data of stage {stage!r}")
 
 
-def _source(data: Data, key: str) -> Stream:
+def _source(data: Data, key: str) -> Iterable[dict]:
     """All rows of a `data` section, streamed, with ids."""
     files = data.data_files
-    local = isinstance(files, (str, list)) and data.path in ("text", "json", "csv", "parquet")
-    if local and not any("://" in file for file in ([files] if isinstance(files, str) else files)):
+    local = data.path in ("text", "json", "csv", "parquet")
+    if isinstance(files, str):
+        files = [files]
+    if local and isinstance(files, list) and not any("://" in file for file in files):
         if data.split != "train":
             raise InputError(
                 f"{key}.split is {data.split!r}, but streamed files have no splits; expected 'train', and max_rows to "
@@ -177,6 +180,7 @@ def _table(data: Data, split: str, key: str):
 
     if data.path == DIGITS:
         return _digits()
+    files: dict[str, list[str]] | list[str] | None
     if isinstance(data.data_files, dict):
         files = {name: _files(paths, f"{key}.data_files.{name}") for name, paths in data.data_files.items()}
     else:
@@ -187,7 +191,7 @@ def _table(data: Data, split: str, key: str):
                 os.path.expanduser(data.path), data.name, data_files=files, split=split, streaming=data.streaming
             )
     except Exception as error:
-        cause = error
+        cause: BaseException = error
         while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
             cause = cause.__cause__
         raise InputError(

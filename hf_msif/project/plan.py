@@ -29,8 +29,9 @@ def plan(run: Run, processes: int = 1) -> dict:
     """
     models = {name: run.present_model(name) for name in run.names}
     columns = 1 if run.aggregate else len(run.tests())
-    streamed = isinstance(run.rows(run.ranked), Stream)
-    corpus = run.config.corpus.sample if streamed else len(run.corpus())
+    corpus = run.config.corpus.sample
+    if not isinstance(run.rows(run.ranked), Stream):
+        corpus = len(list(run.corpus()))
     chain = run.chain(models, planned=True)
     lines, costs = [], {}
     for bound in chain.stages:

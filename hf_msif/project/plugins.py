@@ -74,13 +74,13 @@ def parameters(kind: Callable) -> dict[str, Any]:
     >>> parameters(polish)
     {'model': typing.Any, 'tol': <class 'float'>}
     """
-    annotated = kind
+    annotated: Any = kind
     if dataclasses.is_dataclass(kind):
         names = [field.name for field in dataclasses.fields(kind) if field.init]
     else:
         listed = inspect.signature(kind).parameters.values()
         names = [p.name for p in listed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        annotated = kind.__init__ if isinstance(kind, type) else kind
+        annotated = annotated.__init__ if isinstance(kind, type) else kind
     try:
         hints = typing.get_type_hints(annotated)
     except NameError:  # a type that is imported for type checkers alone

@@ -6,9 +6,10 @@ import copy
 import dataclasses
 import os
 import random
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.functional import check_vocabulary
 from ..engine.hashing import digest
@@ -19,6 +20,15 @@ from .data import load_rows, stream_rows
 from .plugins import parameters
 from .schema import Config, StageConfig
 from .tasks import task_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    from ..influence.chain import BoundStage
+    from ..influence.differentiation import Differentiation
+    from ..influence.multistage import MultiStageInfluence
+    from ..objectives import Objective
 
 
 class Run:
@@ -41,7 +51,7 @@ class Run:
         self.folder = Path(config.run_dir).expanduser()
         self.names = list(config.stages)
         self._models: dict[str, Any] = {}
-        self._rows: dict[tuple[str, str], list[dict]] = {}
+        self._rows: dict[tuple[str, str], list[dict] | Stream] = {}
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
         for name in self.names:
@@ -66,7 +76,7 @@ class Run:
 
     # --- what a stage is made of
 
-    def arguments(self, name: str, **overrides):
+    def arguments(self, name: str, **overrides) -> TrainingArguments:
         """The stage's `TrainingArguments`: the configuration's `training` over our defaults, `overrides` over both.
 
         They are made only when the stage is to be trained: `TrainingArguments` refuse what this machine cannot do
@@ -120,11 +130,11 @@ class Run:
         data = data.model_copy(update={"part": part or data.part})
         if (name, data.part) not in self._rows:
             if data.streaming:
-                rows = stream_rows(data, name, self.content(name))
+                self._rows[name, data.part] = stream_rows(data, name, self.content(name))
             else:
                 rows = load_rows(data, name, self.content(name))
                 self._check_labels(name, rows)
-            self._rows[name, data.part] = rows
+                self._rows[name, data.part] = rows
         return self._rows[name, data.part]
 
     def content(self, name: str) -> str:
@@ -135,7 +145,7 @@ class Run:
         if self.tasks[name].label_kind is None:
             return
         labels = self.objectives[name].labels or ()
-        numbers = range(len(labels)) if labels else range(2**31)
+        numbers: Collection[int] = range(len(labels)) if labels else range(2**31)
         if any(isinstance(label, int) for label in labels):  # they say which numbers there are
             numbers = ()
 
@@ -150,7 +160,7 @@ class Run:
                 f"stages.{name}.data.keep."
             )
 
-    def objective(self, name: str, model):
+    def objective(self, name: str, model) -> Objective:
         """The stage's objective; texts are cut after as many tokens as the model takes, unless max_length is less."""
         if not self.objectives[name].is_fitted:
             self.objectives[name] = self.objectives[name].fitted(self.rows(name))
@@ -166,7 +176,7 @@ class Run:
                 f"stages.{name}.objective.max_length is {objective.max_length}; expected at most {limit}, which is "
                 "what the model takes."
             )
-        if dataclasses.is_dataclass(objective):
+        if dataclasses.is_dataclass(objective) and not isinstance(objective, type):
             return dataclasses.replace(objective, max_length=limit)
         objective = copy.copy(objective)
         objective.max_length = limit
@@ -175,16 +185,17 @@ class Run:
     def model(self, name: str):
         """The trained model of a stage: from `run_dir/<stage>`, else from `model.path`."""
         if name not in self._models:
-            folder, path = self.folder / name, self.config.stages[name].model.path
-            if not folder.is_dir() and path is None:
+            folder = self.folder / name
+            source = folder if folder.is_dir() else self.config.stages[name].model.path
+            if source is None:
                 raise InputError(
                     f"stage {name!r} is not trained yet: {folder} does not exist; run msif train --stage {name}, or "
                     f"set stages.{name}.model.path to a trained model."
                 )
-            model, missing = build.load_model(self.config, name, folder if folder.is_dir() else path)
+            model, missing = build.load_model(self.config, name, source)
             if missing:
                 raise InputError(
-                    f"stage {name!r}: {folder if folder.is_dir() else path} has no weights for {missing[0]!r} "
+                    f"stage {name!r}: {source} has no weights for {missing[0]!r} "
                     f"({len(missing)} tensors), so it is not a trained model of the task "
                     f"{self.config.stages[name].task}; run msif train --stage {name}."
                 )
@@ -226,7 +237,7 @@ class Run:
 
     def new_models(self, seed: int) -> list:
         """Untrained models of all stages under a seed, each on the encoder of the one before."""
-        models = []
+        models: list[Any] = []
         for name in self.names:
             models.append(self._made(name, models[-1] if models else None, seed))
         return models
@@ -257,7 +268,7 @@ class Run:
 
     # --- the chain and what it is asked
 
-    def chain(self, models: dict[str, Any] | None = None, planned: bool = False):
+    def chain(self, models: dict[str, Any] | None = None, planned: bool = False) -> MultiStageInfluence:
         """The `MultiStageInfluence` of the configuration, from the trained models (or those given); `planned`: stages
         whose training run is still to be recorded count as implicit ones."""
         from .. import MultiStageInfluence, Stage
@@ -280,7 +291,7 @@ class Run:
         return MultiStageInfluence(stages, self.accelerator, self.progress, self.config.sharded)
 
     @cached_property
-    def accelerator(self):
+    def accelerator(self) -> Accelerator:
         """One `Accelerator` for all passes, with the trackers that the configuration names."""
         from ..engine.accelerated import new_accelerator
 
@@ -306,7 +317,7 @@ class Run:
             return {"link": stage.link, "run": self.recording(name), "max_growth": stage.max_growth}
         return {"link": self.differentiations[name], "run": stage.run, "max_growth": stage.max_growth}
 
-    def planned(self, bound):
+    def planned(self, bound: BoundStage) -> Differentiation:
         """How a bound stage of `chain(planned=True)` will be differentiated, once it is trained."""
         stage = self.config.stages[bound.name]
         if not stage.recorded or self.is_trained(bound.name):
@@ -343,12 +354,12 @@ class Run:
             )
         return random.Random(settings.seed).sample(distinct, settings.number)
 
-    def test_side(self) -> list[dict]:
+    def test_side(self) -> list[dict] | Stream:
         """All test rows of the last stage; its training rows if no test rows are set aside."""
         name = self.names[-1]
         return self.rows(name, "test" if self.config.stages[name].data.has_test_side else None)
 
-    def _misclassified(self, name: str, rows: list[dict]) -> list[dict]:
+    def _misclassified(self, name: str, rows: list[dict] | Stream) -> list[dict]:
         """Those of the rows that the trained model of the stage classifies wrongly."""
         from .. import training
 

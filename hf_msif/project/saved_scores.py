@@ -26,7 +26,9 @@ def saved_scores(folder: str, stage: str | None = None) -> Scores:
 
     path = Path(folder).expanduser()
     by_stage = {file.stem.removeprefix("scores-"): file for file in sorted(path.glob("scores-*.parquet"))}
-    file = by_stage.get(stage, path / "scores.parquet")
+    file = path / "scores.parquet"
+    if stage is not None:
+        file = by_stage.get(stage, file)
     if stage is None and by_stage and not file.is_file():
         raise InputError(f"{file} does not exist, but scores of the stages {list(by_stage)} do: name one of them.")
     try:
@@ -37,8 +39,8 @@ def saved_scores(folder: str, stage: str | None = None) -> Scores:
         raise InputError(f"{file} holds no scores ({first_line(error)}); expected what msif score writes.") from error
     scored_stage = scores.metadata.get("stage")
     if stage not in (None, scored_stage):
+        stages = sorted({*filter(None, [scored_stage]), *by_stage})
         raise InputError(
-            f"{folder} holds scores of the stages {sorted({scored_stage, *by_stage})}, none of {stage!r}; run msif "
-            f"score --corpus.stage {stage}."
+            f"{folder} holds scores of the stages {stages}, none of {stage!r}; run msif score --corpus.stage {stage}."
         )
     return scores

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from ..errors import InputError
 from .plugins import DOTTED, is_dotted
@@ -103,7 +104,8 @@ class Solver(Section):
     @model_validator(mode="after")
     def _no_unknown_settings(self) -> Solver:
         if self.model_extra and not is_dotted(self.name):
-            unknown = [{"type": "extra_forbidden", "loc": (key,), "input": x} for key, x in self.model_extra.items()]
+            extra = self.model_extra.items()
+            unknown = [InitErrorDetails(type="extra_forbidden", loc=(key,), input=value) for key, value in extra]
             raise ValidationError.from_exception_data("Solver", unknown)
         return self
 
@@ -111,7 +113,7 @@ class Solver(Section):
 class StageConfig(Section):
     """One stage: what is trained on which rows, and how it is differentiated (see `hf_msif.Stage`)."""
 
-    task: Literal[tuple(TASKS)] | Dotted
+    task: Literal[tuple(TASKS)] | Dotted  # type: ignore[valid-type]  # the names in a table
     """which objective and which class of models; or an objective of your own"""
     data: Data
     model: Model = Model()

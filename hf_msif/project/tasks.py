@@ -7,7 +7,7 @@ table says of other tasks, class attributes of `objectives.Objective` say of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import InputError
 from .plugins import imported, is_dotted, parameters
@@ -40,8 +40,8 @@ class Task:
         return imported(self.objective, key, Objective)
 
 
-_CLASSES = {"label_kind": "class", "inherits_head": False}
-_IMAGES = {"content": "image", "needs_tokenizer": False}
+_CLASSES: dict[str, Any] = {"label_kind": "class", "inherits_head": False}
+_IMAGES: dict[str, Any] = {"content": "image", "needs_tokenizer": False}
 
 TASKS = {
     "masked-lm": Task("hf_msif.objectives:MaskedLM", "AutoModelForMaskedLM"),

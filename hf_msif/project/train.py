@@ -130,7 +130,7 @@ def polish(run: Run, name: str, model, previous) -> PolishReport:
         run.rows(name),
         batch_size=run.config.stages[name].batch_size,
         engine=Engine(progress=run.progress),
-        **build.polish_settings(run.config, name),
+        **(build.polish_settings(run.config, name) or {}),
         **_objective_terms(run, name, previous),
     )
 

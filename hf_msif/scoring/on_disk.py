@@ -56,7 +56,7 @@ class PartsOnDisk:
         return False
 
     def add(self, number: int, rows: Sequence[dict], frame: pd.DataFrame, truncated: int) -> None:
-        facts = {"number": number, "rows": rows_digest(rows), "truncated": truncated}
+        facts: dict[str, Any] = {"number": number, "rows": rows_digest(rows), "truncated": truncated}
         with self.folder.full_disk_explained():
             write_frame(frame, facts, self._path(number))
         self.digests[number] = facts["rows"]
@@ -100,7 +100,8 @@ class _TableWriter:
     """A Parquet writer that takes its schema from the first table."""
 
     def __init__(self, path: Path):
-        self.path, self.writer = path, None
+        self.path = path
+        self.writer: Any = None  # of pyarrow, which has no types
 
     def __enter__(self) -> _TableWriter:
         return self

@@ -21,6 +21,7 @@ from ..engine.accelerated import Engine
 from ..engine.corpus import as_corpus
 from ..engine.stream import Stream
 from ..errors import InputError
+from ..objectives import Objective
 from .extremes import ExtremesInMemory, ExtremesOnDisk
 from .in_memory import InMemory
 from .on_disk import PartsOnDisk
@@ -75,7 +76,7 @@ class Scorable:
     file_name: str
     engine: Engine
     model: FunctionalModel
-    objective: Any
+    objective: Objective
     batch_size: int
     columns: int
     count: float
@@ -146,7 +147,8 @@ def score(
                 missing_rows = [row for part in missing_parts.values() for row in part]
                 if missing_rows:
                     if reduced_dtype and dtype_error is None:
-                        dtype_error = {"dtype": dtype, **_precision_error(scorable, missing_rows, batch_size, dtype)}
+                        error = _precision_error(scorable, missing_rows, batch_size, reduced_dtype)
+                        dtype_error = {"dtype": dtype, **error}
                     measured = _measure(scorable, missing_rows, batch_size, reduced_dtype, bar)
                     with engine.raising_together():
                         _add_parts(sink, scorable, missing_parts, measured)
@@ -186,6 +188,7 @@ def _open_sink(
 ) -> AbstractContextManager[Sink]:
     """The sink of this process: every process has its own scores in memory, the main one alone has a file."""
     extremes = Extremes(keep, influence_columns(scorable.columns)) if keep else None
+    sink: Sink
     if path is None:
         sink = InMemory() if extremes is None else ExtremesInMemory(extremes)
     elif not scorable.engine.is_main:

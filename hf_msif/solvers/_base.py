@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ..errors import InputError
 from ..vectors import Block
@@ -98,11 +98,12 @@ class Solver:
 class AdaptedSolver(Solver):
     """An object that has `init` and `compute` and is no `Solver`, with the facts that it does not state itself."""
 
-    def __init__(self, solver: Any):
-        self.solver, self.init, self.compute = solver, solver.init, solver.compute
-        for fact in ("vectors_held", "shardable", "damped", "max_iter", "products", "extra_bytes"):
-            if hasattr(solver, fact):
-                setattr(self, fact, getattr(solver, fact))
+    def __init__(self, solver: object):
+        self.solver = solver
+        members = ("init", "compute", "vectors_held", "shardable", "damped", "max_iter", "products", "extra_bytes")
+        for member in members:
+            if hasattr(solver, member):
+                setattr(self, member, getattr(solver, member))
 
     def __repr__(self) -> str:
         return repr(self.solver)
@@ -114,7 +115,7 @@ class AdaptedSolver(Solver):
         return hash(self.solver)
 
 
-def as_solver(solver: Any) -> Solver:
+def as_solver(solver: object) -> Solver:
     """The solver itself, or an object with `init` and `compute` made one.
 
     Raises:
@@ -134,6 +135,16 @@ def as_solver(solver: Any) -> Solver:
     return solver if isinstance(solver, Solver) else AdaptedSolver(solver)
 
 
+class DampingSettings(Protocol):
+    """The settings of a solver that `damping` reads."""
+
+    @property
+    def damping(self) -> float | str: ...
+
+    @property
+    def damping_fraction(self) -> float: ...
+
+
 class Damping(NamedTuple):
     """λ in force, and the mean eigenvalue from which it was derived (None where λ was given as a number)."""
 
@@ -141,7 +152,7 @@ class Damping(NamedTuple):
     mean_eigenvalue: float | None
 
 
-def damping(solver: Any, operator: Operator, squared: bool = False) -> Damping:
+def damping(solver: DampingSettings, operator: Operator, squared: bool = False) -> Damping:
     """`solver.damping`, or `solver.damping_fraction` × `mean_eigenvalue` (of A² when `squared`) for "auto".
 
     Raises:
@@ -158,12 +169,12 @@ def damping(solver: Any, operator: Operator, squared: bool = False) -> Damping:
     return Damping(solver.damping_fraction * mean, mean)
 
 
-def damping_products(solver: Any, columns: int) -> int:
+def damping_products(solver: DampingSettings, columns: int) -> int:
     """Products with Q = `columns` columns that `damping` takes at most, rounded up."""
     return -(-TRACE_PROBES // columns) if solver.damping == "auto" else 0
 
 
-def check_settings(solver: Any, counts: tuple[str, ...]) -> None:
+def check_settings(solver: DampingSettings, counts: tuple[str, ...]) -> None:
     """Raises InputError, naming the setting, unless λ ≥ 0 or "auto", fraction > 0, tol ≥ 0 and the `counts` ≥ 1."""
 
     def require(name: str, expected: str, above: float = -1.0) -> None:

@@ -7,7 +7,7 @@ long as iterations are left and the true residual has at least halved since the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -30,6 +30,10 @@ class KrylovSolver(Solver):
 
     shardable: ClassVar[bool] = True
     damped: ClassVar[bool] = True
+    damping: float | str
+    tol: float
+    max_iter: int
+    damping_fraction: float
 
     def __post_init__(self):
         check_settings(self, counts=("max_iter",))
@@ -49,17 +53,32 @@ class Recurrence(Protocol):
     Inner products are taken by `dot`, the operator's own.
     """
 
-    x: Block  # the iterate
-    error: Tensor  # ‖residual‖, as the recurrence has it
-    stop: Tensor  # no further step is possible,
-    negative: Tensor  # and the reason is negative curvature
-    diagonal: Tensor  # the newest row of the Lanczos tridiagonal,
-    off: Tensor  # and the entry that ties it to the next row
+    @property
+    def x(self) -> Block: ...  # the iterate
+
+    @property
+    def error(self) -> Tensor: ...  # ‖residual‖, as the recurrence has it
+
+    @property
+    def stop(self) -> Tensor: ...  # no further step is possible,
+
+    @property
+    def negative(self) -> Tensor: ...  # and the reason is negative curvature
+
+    @property
+    def diagonal(self) -> Tensor: ...  # the newest row of the Lanczos tridiagonal,
+
+    @property
+    def off(self) -> Tensor: ...  # and the entry that ties it to the next row
 
     @classmethod
     def start(cls, r: Block, dot: Dot) -> Recurrence: ...
 
     def step(self, matvec: Callable[[Block], Block], dot: Dot) -> Recurrence: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
 
 
 class LinearSystem:
@@ -101,7 +120,7 @@ class LinearSystem:
 def krylov(
     recurrence: type[Recurrence],
     system: LinearSystem,
-    solver: Any,
+    solver: KrylovSolver,
     progress: Progress | None = None,
     checkpoint: SolverCheckpoint | None = None,
 ) -> tuple[Block, dict[str, Any]]:
@@ -118,7 +137,7 @@ def iterate(
     state: KrylovState,
     recurrence: type[Recurrence],
     system: LinearSystem,
-    solver: Any,
+    solver: KrylovSolver,
     progress: Progress | None,
     checkpoint: SolverCheckpoint | None,
 ) -> None:
@@ -131,8 +150,12 @@ def iterate(
             checkpoint.save(*state.dump(system))
 
 
-def step(state: KrylovState, system: LinearSystem, solver: Any, progress: Progress | None) -> None:
+def step(state: KrylovState, system: LinearSystem, solver: KrylovSolver, progress: Progress | None) -> None:
     """One step of the recurrence; the columns that are done leave it, and their iterates are added to x."""
+    assert state.recurrence is not None
+    assert state.run_columns is not None
+    assert state.relative_at_start is not None
+    assert state.residual_norms is not None
     index = state.running
     state.recurrence = now = state.recurrence.step(lambda v: system.matvec(v, index), system.dot)
     state.steps += 1
@@ -153,11 +176,13 @@ def step(state: KrylovState, system: LinearSystem, solver: Any, progress: Progre
         state.recurrence, state.running = _take(now, ~done), index[~done]
 
 
-def refine(state: KrylovState, system: LinearSystem, solver: Any) -> None:
+def refine(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> None:
     """Recomputes the true residuals after a run, and chooses the columns that another run is to improve."""
     for q, rows in state.tridiagonals.items():
         state.ritz[q] += _extreme_eigenvalues(rows)
     columns = state.run_columns
+    assert columns is not None
+    assert state.relative_at_start is not None
     residual = system.residual(vectors.take(state.x, columns), columns)
     state.relative[columns] = system.norm(residual) / system.rhs_norms[columns]
     improved = state.relative <= 0.5 * state.relative_at_start
@@ -182,7 +207,7 @@ class KrylovState:
     run_columns: Tensor | None = None  # the columns with which the run in progress started,
     relative_at_start: Tensor | None = None  # the relative residuals then,
     residual_norms: Tensor | None = None  # and their norms
-    recurrence: Any = None
+    recurrence: Recurrence | None = None
     tridiagonals: dict[int, list[list[float]]] = field(default_factory=dict)  # column → rows of the run in progress
 
     @classmethod
@@ -212,6 +237,7 @@ class KrylovState:
 
     def dump(self, system: LinearSystem) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]]:
         """Blocks, tensors and plain values, as `SolverCheckpoint.save` takes them."""
+        assert self.recurrence is not None
         recurrence = {f"recurrence.{name}": value for name, value in self.recurrence._asdict().items()}
         parts = {**recurrence, **vars(self), "counts": system.counts}
         blocks = {k: v for k, v in parts.items() if isinstance(v, dict) and k not in ("tridiagonals", "residual")}
@@ -236,7 +262,7 @@ class KrylovState:
         )
 
 
-def _take(recurrence: Any, columns: Tensor) -> Any:
+def _take(recurrence: Recurrence, columns: Tensor) -> Recurrence:
     return type(recurrence)(*(vectors.take(f, columns) if isinstance(f, dict) else f[columns] for f in recurrence))
 
 
@@ -247,7 +273,7 @@ def _extreme_eigenvalues(rows: list[list[float]]) -> list[float]:
     return [values[0].item(), values[-1].item()]
 
 
-def _report(state: KrylovState, system: LinearSystem, solver: Any) -> dict[str, Any]:
+def _report(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> dict[str, Any]:
     def status(error: float, iterations: int, negative: bool) -> str:
         if error <= solver.tol:
             return "converged"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -29,7 +29,8 @@ class Operator(Protocol):
     - `rademacher(columns) -> Block`: independent ±1 entries; defaults to `vectors.rademacher` with seed 0.
     """
 
-    parameters: Mapping[str, Tensor]
+    @property
+    def parameters(self) -> Mapping[str, Tensor]: ...
 
     def matvec(self, block: Block) -> Block:
         """A v for each column v of a block, tensors of shape (Q, *parameter.shape). Q varies from call to call."""
@@ -53,7 +54,7 @@ class CountedOperator:
     def __init__(self, operator: Operator, columns: int):
         self.operator = operator
         self.parameters = operator.parameters
-        self.dot = getattr(operator, "dot", vectors.dot)
+        self.dot: Callable[[Block, Block], Tensor] = getattr(operator, "dot", vectors.dot)
         device = next(iter(operator.parameters.values())).device
         self.counts = torch.zeros(columns, dtype=torch.long, device=device)
 

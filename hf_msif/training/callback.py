@@ -17,7 +17,7 @@ from ..curvature.derivatives import parameters_in_use
 from ..engine.corpus import as_rows
 from ..engine.hashing import tensors_fingerprint
 from ..errors import InputError
-from ..objectives import checked_objective
+from ..objectives import Objective, checked_objective
 from . import optimisers
 from .optimisers import Slots
 from .record import check_arguments, check_finite, check_precision
@@ -63,7 +63,7 @@ class RecordCallback(TrainerCallback):
     def __init__(
         self,
         folder: str | os.PathLike,
-        objective: Any,
+        objective: Objective,
         data: Any,
         previous: nn.Module | None = None,
         trainable: str | Sequence[str] = "all",
@@ -107,7 +107,8 @@ class RecordCallback(TrainerCallback):
                 f"{'a stream' if sampler is None else f'{len(sampler):,} rows'}; expected the {len(self.rows):,} rows "
                 "of the stage's data, in their order."
             )
-        self.sampler, self.orders = sampler, []
+        self.sampler = sampler
+        self.orders: list[list[int]] = []
         train_dataloader.batch_sampler.sampler = _OrderRecorder(sampler, self.orders)
         self.drop_last = train_dataloader.batch_sampler.drop_last
         functional = FunctionalModel(model)

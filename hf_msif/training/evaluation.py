@@ -12,17 +12,17 @@ from ..curvature.derivatives import Evaluation
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
 from ..errors import InputError
-from ..objectives import checked_objective
+from ..objectives import Objective, checked_objective
 
 
 def evaluate(
-    model: nn.Module, objective: Any, data: Any, batch_size: int = 64, engine: Engine | None = None
+    model: nn.Module, objective: Objective, data: Any, batch_size: int = 64, engine: Engine | None = None
 ) -> dict[str, float]:
     """Σ ℓ / Σ counts over `data` without dropout, and the accuracy where the objective predicts classes.
 
     Args:
         model: evaluated at its present parameters; not changed.
-        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        objective: an object of `hf_msif.objectives`, or of your own subclass of `objectives.Objective`.
         data: the examples: a `datasets.Dataset`, a list of dicts that the objective reads, or a list of strings.
         batch_size: rows per batch.
         engine: runs the passes; made when none is given.
@@ -55,10 +55,12 @@ def evaluate(
 
 
 def mistakes(
-    model: nn.Module, objective: Any, data: Any, batch_size: int = 64, engine: Engine | None = None
+    model: nn.Module, objective: Objective, data: Any, batch_size: int = 64, engine: Engine | None = None
 ) -> list[dict]:
     """The rows whose predicted class is not their label, in their order; for objectives with `predictions`."""
     engine = engine or Engine(progress=False)
+    if objective.predictions is None:
+        raise InputError(f"{type(objective).__name__} predicts no classes; expected an objective with `predictions`.")
     rows = as_rows(data, "the evaluation data")
     functional, mistaken = FunctionalModel(model, engine.device), []
     with torch.no_grad(), functional.evaluating():

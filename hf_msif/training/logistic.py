@@ -87,8 +87,8 @@ def minimise(target: Any, stage: str, tol: float, max_iter: int, dense_limit: in
 
 def _with_mean(values: np.ndarray, before: Tensor) -> Tensor:
     """`values` with a common shift that gives them the mean over classes of `before`."""
-    values = torch.from_numpy(values).to(before)
-    return values + (before - values).mean(0)
+    shifted = torch.from_numpy(values).to(before)
+    return shifted + (before - shifted).mean(0)
 
 
 def _layer(target: Any, stage: str) -> str:
@@ -163,5 +163,5 @@ def _slopes(evaluation: Evaluation, point: dict, name: str, stage: str) -> tuple
         )
     x, output = calls[0]
     (slopes,) = torch.autograd.grad(total, [output], materialize_grads=True, allow_unused=True)
-    flat = [t.detach().double().flatten(0, -2) for t in (x, output, slopes)]
-    return *flat, float(total.detach())
+    x, output, slopes = (t.detach().double().flatten(0, -2) for t in (x, output, slopes))
+    return x, output, slopes, float(total.detach())

@@ -79,6 +79,7 @@ def lbfgs(target: Target, tol: float, max_iter: int, bar) -> tuple[State, int]:
     finally:
         for tensor in tensors:
             tensor.grad = None
+    assert best is not None
     return target.at(best.point), optimizer.state[tensors[0]].get("n_iter", 0)
 
 

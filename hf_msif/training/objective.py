@@ -24,6 +24,7 @@ from ..curvature.derivatives import Evaluation, parameters_in_use
 from ..engine.accelerated import Engine
 from ..engine.corpus import checked_omission
 from ..errors import InputError
+from ..objectives import Objective
 from ..vectors import Block
 from .newton import State
 
@@ -90,7 +91,9 @@ class QuadraticTerms:
                 Its memory is shared, not copied, where dtype and device agree.
             decayed: the names that weight decay acts on; defaults to `adapters.decayed_names(model)`.
         """
-        decay, anchors = {}, {}
+        decay: dict[str, float] = {}
+        anchors: dict[str, Tensor] = {}
+        tie: dict[str, float | Tensor] = {}
         if weight_decay:
             decayed = decayed_names(model) if decayed is None else decayed
             decay = {name: weight_decay for name in parameters if name in decayed}
@@ -98,8 +101,9 @@ class QuadraticTerms:
             before = dict(previous.named_parameters()) if isinstance(previous, nn.Module) else previous
             for name in roles.proximal:
                 if name in parameters:
+                    assert before is not None
                     anchors[name] = before[roles.inherited[name]].detach().to(parameters[name])
-        tie = {name: _tie(alpha, parameters[name], roles.resized.get(name)) for name in anchors}
+            tie = {name: _tie(alpha, parameters[name], roles.resized.get(name)) for name in anchors}
         return cls(decay, alpha, tie, anchors)
 
     def shift(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,6 +123,7 @@ class QuadraticTerms:
         for name, decay in self.decay.items():
             value = value + decay / 2 * (parameters[name] ** 2).sum()
         for name in self.anchors:
+            assert self.alpha is not None
             value = value + self.alpha * (self._shift(name, parameters[name]) ** 2).sum()
         return value
 
@@ -164,7 +169,7 @@ class StageObjective:
 
     Args:
         model: the stage's model, in whose parameters F starts; it is not changed.
-        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        objective: an object of `hf_msif.objectives`, or of your own subclass of `objectives.Objective`.
         rows: the stage's data.
         roles: of the model's parameters. The trained ones that the losses depend on are the variables of F; all others
             are held constant.
@@ -188,7 +193,7 @@ class StageObjective:
     def __init__(
         self,
         model: nn.Module,
-        objective: Any,
+        objective: Objective,
         rows: list[dict],
         roles: Split,
         engine: Engine,

@@ -68,6 +68,7 @@ class SGD:
             Jᵀλ on the parameter, on the gradient, and on each buffer before the step.
         """
         on_p, *on_buffers = cotangents
+        after: tuple[Tensor, ...]
         if not self.momentum:
             on_g, after = -rate * on_p, ()
         else:
@@ -175,6 +176,9 @@ def from_arguments(arguments: Any, name: str) -> SGD | AdamW:
         InputError: another optimiser, or an argument that it does not have.
     """
     kind = str(getattr(arguments.optim, "value", arguments.optim))
+    optimiser: type[SGD | AdamW]
+    types: dict[str, type]
+    settings: dict[str, Any]
     if kind in ("adamw_torch", "adamw_torch_fused"):
         optimiser, types = AdamW, {"eps_inside_root": bool}
         settings = {"beta1": arguments.adam_beta1, "beta2": arguments.adam_beta2, "eps": arguments.adam_epsilon}

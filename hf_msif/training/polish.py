@@ -21,7 +21,7 @@ from ..adapters.split import split, write
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
 from ..errors import InputError
-from ..objectives import checked_objective
+from ..objectives import Objective, checked_objective
 from . import logistic
 from .newton import Newton, Preconditioner, lbfgs, nearby
 from .objective import StageObjective
@@ -88,7 +88,7 @@ class PolishReport:
 
 def polish(
     model: nn.Module,
-    objective: Any,
+    objective: Objective,
     data: Any,
     *,
     previous: nn.Module | None = None,

@@ -24,7 +24,7 @@ from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
 from ..engine.hashing import tensors_fingerprint
 from ..errors import DivergedError, InputError
-from ..objectives import checked_objective
+from ..objectives import Objective, checked_objective
 from . import optimisers
 from .optimisers import SGD, AdamW, Slots
 from .recording import Recording, Schedule, facts_of
@@ -33,7 +33,7 @@ from .replay import Replay
 
 def record(
     model: nn.Module,
-    objective: Any,
+    objective: Objective,
     data: Any,
     arguments: Any,
     folder: str | os.PathLike | None,
@@ -96,7 +96,7 @@ def record(
 def rerun(
     recording: Recording,
     model: nn.Module,
-    objective: Any,
+    objective: Objective,
     data: Any,
     *,
     previous: nn.Module | None = None,
@@ -148,7 +148,7 @@ def _run(replay: Replay, slots: Slots, begin: int, model: nn.Module, name: str) 
 
 def compose(
     model: FunctionalModel,
-    objective: Any,
+    objective: Objective,
     rows: list[dict],
     arguments: Any,
     roles: Split,

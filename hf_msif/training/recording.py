@@ -29,6 +29,7 @@ from torch import Tensor
 from ..engine.files import load_tensors, save_tensors, write_json
 from ..engine.hashing import describe, digest
 from ..errors import InputError
+from ..objectives import Objective
 from . import optimisers
 from .optimisers import SGD, AdamW, Slots
 
@@ -137,9 +138,9 @@ class Recording:
 
     def save(self) -> None:
         """Writes settings and schedule; states are written during the run (`write`)."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.schedule.save(self.folder / "schedule.safetensors")
-        write_json(self.folder / "run.json", self.settings)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.schedule.save(self._folder / "schedule.safetensors")
+        write_json(self._folder / "run.json", self.settings)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, name: str = "stage") -> Recording:
@@ -181,12 +182,17 @@ class Recording:
         size = sum(parameters[name].numel() * parameters[name].element_size() for name in self.trained)
         return size * (1 + len(self.optimiser.buffers))
 
+    @property
+    def _folder(self) -> Path:
+        assert self.folder is not None  # None for a run that is still to come
+        return self.folder
+
     def path(self, step: int) -> Path:
-        return _state_path(self.folder, step)
+        return _state_path(self._folder, step)
 
     def write(self, step: int, slots: Slots) -> None:
         """Writes the state after `step` steps."""
-        write_state(self.folder, step, slots)
+        write_state(self._folder, step, slots)
 
     def state(self, step: int, device: torch.device | str = "cpu") -> Slots:
         """The state after `step` steps, which must be one of `saved_steps`."""
@@ -198,7 +204,7 @@ class Recording:
 
     def steps_on_disk(self) -> list[int]:
         """The numbers of steps whose states are in the folder, in ascending order."""
-        matches = (re.fullmatch(r"state-(\d+)\.safetensors", path.name) for path in self.folder.glob("state-*"))
+        matches = (re.fullmatch(r"state-(\d+)\.safetensors", path.name) for path in self._folder.glob("state-*"))
         return sorted(int(match[1]) for match in matches if match)
 
 
@@ -217,7 +223,7 @@ def _state_path(folder: Path, step: int) -> Path:
     return folder / f"state-{step:08d}.safetensors"
 
 
-def facts_of(rows: list[dict], initial: str, objective: Any, omit: Collection[Any] = ()) -> dict[str, Any]:
+def facts_of(rows: list[dict], initial: str, objective: Objective, omit: Collection[Any] = ()) -> dict[str, Any]:
     """`Recording.facts`: what the run was trained on; `initial` is the fingerprint of its initial weights."""
     return {
         "rows": digest(rows),

@@ -19,7 +19,7 @@ All adjoints have Q columns, one per query. With several processes each one eval
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation
 from ..engine.accelerated import Engine
 from ..engine.corpus import checked_omission
+from ..objectives import Objective
 from ..vectors import Block
 from .objective import QuadraticTerms, data_term, example_weights
 from .optimisers import Slots, clipped, clipped_vjp
@@ -65,7 +66,7 @@ class _MicroBatch(NamedTuple):
 
     evaluation: Evaluation
     indices: Tensor  # of its rows in the stage's data
-    count: float  # Σ count_i of the whole step
+    step_count: float  # Σ count_i of the whole step
 
 
 class _Graph(NamedTuple):
@@ -98,7 +99,7 @@ class Replay:
     def __init__(
         self,
         model: FunctionalModel,
-        objective: Any,
+        objective: Objective,
         rows: list[dict],
         recording: Recording,
         engine: Engine,
@@ -288,7 +289,9 @@ class Replay:
         key = (rows, objective)
         if self._collated[0] != key:
             evaluations, device = [], self.engine.device
-            shares = [range(start, min(len(rows), start + size)) for start in range(0, len(rows), size)]
+            shares: Sequence[Sequence[int]] = [
+                range(start, min(len(rows), start + size)) for start in range(0, len(rows), size)
+            ]
             if self.shared:
                 shares = self.engine.local_batches([self.rows[i] for i in rows], objective, size)
             with torch.no_grad(), self.model.evaluating(), self._independently():

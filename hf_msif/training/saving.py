@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapters.peft import has_adapters
 from ..adapters.peft import save as save_with_adapters
@@ -31,7 +32,7 @@ def save(model: nn.Module, tokenizer: Any | None, folder: str | os.PathLike) -> 
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        save_with_adapters(model, part) if has_adapters(model) else model.save_pretrained(part)
+        save_with_adapters(model, part) if has_adapters(model) else cast(PreTrainedModel, model).save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         if folder.exists():

@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,25 +24,28 @@ from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import DivergedError, InputError
-from ..objectives import checked_objective
+from ..objectives import Objective, checked_objective
 from .objective import QuadraticTerms, data_term, example_weights
 
 # Arguments that decide the final weights: a run is resumed from a checkpoint only where all of them agree.
-DECISIVE = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-DECISIVE += ("world_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
-DECISIVE += ("max_grad_norm", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
-DECISIVE += ("seed", "data_seed", "bf16", "fp16")
+DECISIVE = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("world_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("max_grad_norm", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("seed", "data_seed", "bf16", "fp16"),
+)
 
 # What Trainer and Accelerate leave on modules. A `forward` that autocasts would be differentiated later.
-TOUCHED = ("training", "gradient_checkpointing", "forward", "_original_forward", "_is_accelerate_prepared")
-TOUCHED += ("_require_grads_hook", "_require_grads_hooks")
-# Where it is set, `save_pretrained` writes checkpoints of the adapters alone.
-TOUCHED += ("_hf_peft_config_loaded",)
+TOUCHED = (
+    *("training", "gradient_checkpointing", "forward", "_original_forward", "_is_accelerate_prepared"),
+    *("_require_grads_hook", "_require_grads_hooks"),
+    "_hf_peft_config_loaded",  # where it is set, `save_pretrained` writes checkpoints of the adapters alone
+)
 
 
 def train(
     model: nn.Module,
-    objective: Any,
+    objective: Objective,
     data: Any,
     arguments: TrainingArguments,
     *,
@@ -132,7 +135,7 @@ def train(
     return float(trainer.accelerator.gather(torch.tensor([loss], device=arguments.device)).mean())
 
 
-def _checked_arguments(arguments: TrainingArguments, objective: Any, name: str) -> TrainingArguments:
+def _checked_arguments(arguments: TrainingArguments, objective: Objective, name: str) -> TrainingArguments:
     """A copy of the arguments, set as our batches and bar need it; arguments that would change F are refused."""
     micro_batches = arguments.gradient_accumulation_steps * arguments.world_size
     refused = {
@@ -173,6 +176,7 @@ def _last_checkpoint(arguments: TrainingArguments, facts: Mapping[str, Any], nam
     """The checkpoint from which an interrupted run is resumed, if it belongs to the run that `facts` describes."""
     if arguments.save_strategy == "no":
         return None
+    assert arguments.output_dir is not None
     folder = Path(arguments.output_dir)
     file = folder / "run.json"
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -196,7 +200,8 @@ def _borrowed(model: nn.Module, trained: set[str]) -> Iterator[None]:
     required = {p: p.requires_grad for p in model.parameters()}
     state = {m: {key: vars(m)[key] for key in TOUCHED if key in vars(m)} for m in model.modules()}
     hooks = {m: set(m._forward_hooks) for m in model.modules()}
-    use_cache = getattr(model.config, "use_cache", None)
+    config: Any = model.config
+    use_cache = getattr(config, "use_cache", None)
     try:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in trained)
@@ -210,10 +215,10 @@ def _borrowed(model: nn.Module, trained: set[str]) -> Iterator[None]:
             for key in TOUCHED:
                 vars(module).pop(key, None)
             vars(module).update(attributes)
-            for key in set(module._forward_hooks) - hooks[module]:  # of activation checkpointing, of NEFTune
-                del module._forward_hooks[key]
+            for hook in set(module._forward_hooks) - hooks[module]:  # of activation checkpointing, of NEFTune
+                del module._forward_hooks[hook]
         if use_cache is not None:
-            model.config.use_cache = use_cache
+            config.use_cache = use_cache
 
 
 def _check_finite(model: nn.Module, name: str, step: int) -> None:
@@ -228,7 +233,7 @@ def _check_finite(model: nn.Module, name: str, step: int) -> None:
 class _Collator:
     """Makes the objective's batches, with a weight for each row (zero where it is omitted) and the epoch's masks."""
 
-    def __init__(self, objective: Any, omit: frozenset):
+    def __init__(self, objective: Objective, omit: frozenset):
         self.objective, self.omit, self.epoch = objective, omit, 0
 
     def __call__(self, rows: list[dict]) -> dict:
@@ -241,7 +246,7 @@ class _Watch(TrainerCallback):
 
     def __init__(self, collator: _Collator, name: str, progress: bool):
         self.collator, self.name, self.progress = collator, name, progress
-        self.bar = None
+        self.bar: Any = None  # of tqdm
 
     def on_train_begin(self, args, state, control, **kwargs):
         hidden = not (self.progress and state.is_world_process_zero)
@@ -290,8 +295,9 @@ class _StageTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.gradient_accumulation_steps == self.args.world_size == 1:
             return batches, None
-        counts = self.data_collator.objective.counts
-        count = sum((batch["weights"].double() * counts(batch).double()).sum() for batch in batches)
+        counts = cast(_Collator, self.data_collator).objective.counts
+        assert counts is not None  # `_checked_arguments` asks for it
+        count = cast(Tensor, sum((batch["weights"].double() * counts(batch).double()).sum() for batch in batches))
         return batches, self.accelerator.gather(count.to(device)).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -302,7 +308,7 @@ class _StageTrainer(Trainer):
         def call(positions=None, **kwargs):
             return forward(self.accelerator.unwrap_model(model), lambda inputs: model(**inputs), positions, kwargs)
 
-        sums, counts = self.data_collator.objective.losses(call, inputs)
+        sums, counts = cast(_Collator, self.data_collator).objective.losses(call, inputs)
         weights = weights.to(sums)
         count = (weights * counts).sum() if num_items_in_batch is None else num_items_in_batch.to(sums)
         # Processes' gradients are averaged, but their sums must add up.

@@ -115,7 +115,12 @@ class Bank:
         ) as bar:
             for key, omitted in bar:
                 self._compute(key, omitted, seed)
-        return [self._read(key) for key in keys]
+        entries = []
+        for key in keys:
+            entry = self._read(key)
+            assert entry is not None  # computed above
+            entries.append(entry)
+        return entries
 
     def unreached(self, omissions: Sequence[Collection], seeds: Sequence[int]) -> int:
         """Number of these retrainings, with those of all examples, that missed their stationary point."""

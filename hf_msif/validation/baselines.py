@@ -25,7 +25,7 @@ from ..influence.chain import BoundStage
 from ..influence.implicit import Implicit
 from ..influence.multistage import MultiStageInfluence
 from ..influence.stage import Stage
-from ..objectives import tokenized
+from ..objectives import Objective, tokenized
 from ..solvers import Identity
 from ..vectors import Block
 
@@ -79,7 +79,7 @@ class Case:
     def gradients(self) -> tuple[np.ndarray, np.ndarray]:
         """⟨∇f, ∇ℓ⟩ on the shared parameters, (rows, Q), and ‖∇ℓ‖ there, (rows,)."""
         tests, objective = vectors.flatten(self.test_gradients).double(), self.bound.objective
-        products = []
+        products: list[tuple[int, list[float], float]] = []
         engine = self.chain.engine
         with self.bound.model.evaluating(), engine.bar(total=len(self.corpus), desc="gradients", unit=" rows") as bar:
             for indices, batch in engine.batches(self.corpus, objective, batch_size=1):
@@ -253,7 +253,8 @@ def baselines(
 
 def _representations(bound: BoundStage, rows: list[dict]) -> np.ndarray:
     """Encoder outputs (rows, features) of all rows, in their order, on every process."""
-    engine, objective, outputs = bound.engine, bound.objective, []
+    engine, objective = bound.engine, bound.objective
+    outputs: list[tuple[int, list[float]]] = []
     with torch.no_grad(), bound.model.evaluating():
         for indices, batch in engine.batches(
             rows, objective, bound.stage.batch_size, lambda batch_rows: _inputs(objective, batch_rows)
@@ -262,7 +263,7 @@ def _representations(bound: BoundStage, rows: list[dict]) -> np.ndarray:
     return np.array([row[1] for row in sorted(engine.gather(outputs))])
 
 
-def _inputs(objective: Any, rows: list[dict]) -> dict:
+def _inputs(objective: Objective, rows: list[dict]) -> dict:
     """The encoder's inputs: the whole text, unmasked; without a tokenizer the objective's batch without its labels."""
     if objective.tokenizer is not None:
         return tokenized(objective, rows)

@@ -119,18 +119,22 @@ def compare(
     tests = [(s.metadata.get("tests"), s.columns) for s in (first, second)]
     correlation, overlap, signed, shared = _agreement(keys, values, k, same_tests=tests[0] == tests[1])
     return Comparison(
-        mean_absolute=tuple(means),
-        mean_absolute_interval=tuple((float(low), float(high)) for low, high in ends),
+        mean_absolute=(means[0], means[1]),
+        mean_absolute_interval=(_interval(ends[0]), _interval(ends[1])),
         ratio=means[0] / means[1] if means[1] else float("nan"),
-        ratio_interval=tuple(float(x) for x in np.percentile(ratios, edges)),
+        ratio_interval=_interval(np.percentile(ratios, edges)),
         spearman_r=correlation,
         top_k_shared=overlap,
         signed_r=signed,
         shared=shared,
         k=k,
         level=level,
-        values=tuple(values),
+        values=(values[0], values[1]),
     )
+
+
+def _interval(ends: np.ndarray) -> tuple[float, float]:
+    return float(ends[0]), float(ends[1])
 
 
 def _weights(generator: np.random.Generator, size: int) -> np.ndarray:

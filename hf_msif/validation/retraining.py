@@ -44,7 +44,7 @@ class _Retrainer:
         self.tol, self.polish_settings = tol, dict(polish_settings)
         before = [None, *self.stages]
         self.retrainings: list[Retraining] = [
-            s.differentiation.retraining(s, before[k], self.engine) for k, s in enumerate(self.stages)
+            _retraining(s, before[k], self.engine) for k, s in enumerate(self.stages)
         ]
         self.roles: list[Split] = [retraining.roles for retraining in self.retrainings]
 
@@ -92,16 +92,18 @@ class _Retrainer:
         the accuracy on the tests where the objective predicts classes, in the notes."""
         s = self.stages[-1]
         functional, losses, right = FunctionalModel(model, self.engine.device), [], 0
-        classifies = s.objective.predictions is not None
+        predictions = s.objective.predictions
         with torch.no_grad(), functional.evaluating():
             for start in range(0, len(self.tests), s.batch_size):
                 batch = self.engine.to_device(s.objective.collate(self.tests[start : start + s.batch_size]))
                 losses += Evaluation(functional, s.objective, batch).losses({})[0].double().tolist()
-                if classifies:
-                    predicted = s.objective.predictions(functional.bind({}), batch)
+                if predictions is not None:
+                    predicted = predictions(functional.bind({}), batch)
                     right += int((predicted == batch["labels"]).sum())
-        notes = {r.name: {"gradient_norm": r.gradient_norm, "steps": r.newton_iterations} for r in reports}
-        if classifies:
+        notes: dict[str, Any] = {
+            r.name: {"gradient_norm": r.gradient_norm, "steps": r.newton_iterations} for r in reports
+        }
+        if predictions is not None:
             notes["accuracy"] = right / len(self.tests)
         return Retrained(losses, all(r.reached for r in reports), notes)
 
@@ -274,6 +276,13 @@ class FromScratch(_Retrainer):
         return self.measured(models[-1], reports)
 
 
+def _retraining(stage: Stage, before: Stage | None, engine: Engine) -> Retraining:
+    make = getattr(stage.differentiation, "retraining", None)
+    if make is None:
+        raise InputError(f"stage {stage.name!r}: link={stage.link_name!r} does not say how it is trained again.")
+    return make(stage, before, engine)
+
+
 def perturb(model: nn.Module, names: Collection[str], size: float, seed: int) -> None:
     """Adds Gaussian noise to tensors in place, of a size relative to their root mean square."""
     generator = torch.Generator().manual_seed(seed)
@@ -281,7 +290,7 @@ def perturb(model: nn.Module, names: Collection[str], size: float, seed: int) ->
         for name in names:
             p = model.get_parameter(name)
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-            p += size * p.double().square().mean().sqrt().to(p) * noise
+            p.add_(size * p.double().square().mean().sqrt().to(p) * noise)
 
 
 def hand_on(source: nn.Module, model: nn.Module, roles: Split, names: Collection[str]) -> None:

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, overload
 
 from ...errors import InputError
 from .modeling import ElmoForBidirectionalLM, ElmoModel
@@ -32,6 +33,7 @@ def convert(folder: str | Path, output: str | Path) -> ElmoModel | ElmoForBidire
     softmax = _only(folder, "*softmax*.hdf5", needed=False)
     options, weights = _only(folder, "*options*.json"), _only(folder, "*weights*.hdf5", without=softmax)
     vocabulary = _only(folder, "*vocab*.txt", needed=False)
+    model: ElmoModel | ElmoForBidirectionalLM
     if softmax is None:
         model = ElmoModel.from_allennlp(options, weights)
     else:
@@ -45,6 +47,14 @@ def convert(folder: str | Path, output: str | Path) -> ElmoModel | ElmoForBidire
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return model
+
+
+@overload
+def _only(folder: Path, pattern: str, needed: Literal[True] = True, without: Path | None = None) -> Path: ...
+
+
+@overload
+def _only(folder: Path, pattern: str, needed: Literal[False], without: Path | None = None) -> Path | None: ...
 
 
 def _only(folder: Path, pattern: str, needed: bool = True, without: Path | None = None) -> Path | None:

@@ -70,7 +70,8 @@ class Highway(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.transform, self.carry = nn.Linear(width, width), nn.Linear(width, width)
-        self.carry.initial_bias = (slice(None), -2.0)  # at first the output is mostly the input
+        # At first the output is mostly the input.
+        self.carry.initial_bias = (slice(None), -2.0)  # type: ignore[assignment]  # nn.Module knows tensors and modules alone
 
     def forward(self, x: Tensor) -> Tensor:
         gate = torch.sigmoid(self.carry(x))
@@ -114,10 +115,8 @@ class LstmLayer(nn.Module):
         super().__init__()
         self.cell_clip, self.projection_clip = config.cell_clip, config.projection_clip
         self.input = nn.Linear(config.projection_size, 4 * config.cell_size)
-        self.input.initial_bias = (
-            slice(2 * config.cell_size, 3 * config.cell_size),
-            1.0,
-        )  # at first it remembers
+        forget_gate = slice(2 * config.cell_size, 3 * config.cell_size)  # at first it remembers
+        self.input.initial_bias = (forget_gate, 1.0)  # type: ignore[assignment]  # nn.Module knows tensors and modules alone
         self.state = nn.Linear(config.projection_size, 4 * config.cell_size, bias=False)
         self.projection = nn.Linear(config.cell_size, config.projection_size, bias=False)
 
@@ -135,9 +134,10 @@ class LstmLayer(nn.Module):
             start: (h, c) of every sentence before its first token; None: zeros.
         """
         h, c = start if start is not None else (None, None)
-        outputs, ended = [], []
+        outputs: list[Tensor] = []
+        ended: list[tuple[Tensor, Tensor]] = []
         for gates in self.input(x).split(sizes):
-            if h is not None:
+            if h is not None and c is not None:
                 if len(h) > len(gates):
                     ended.append((h[len(gates) :], c[len(gates) :]))
                     h, c = h[: len(gates)], c[: len(gates)]
@@ -151,8 +151,11 @@ class LstmLayer(nn.Module):
             if self.projection_clip is not None:
                 h = h.clamp(-self.projection_clip, self.projection_clip)
             outputs.append(h)
+        assert h is not None
+        assert c is not None
         ended.append((h, c))
-        return torch.cat(outputs), tuple(torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
+        last_h, last_c = (torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
+        return torch.cat(outputs), (last_h, last_c)
 
 
 class ScalarMix(nn.Module):

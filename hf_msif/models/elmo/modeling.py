@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,10 @@ class ElmoPreTrainedModel(PreTrainedModel):
 
     def reset_states(self) -> None:
         """Deletes the state that a stateful model carries from batch to batch."""
-        self.base_model._carried = {}
+        cast(ElmoModel, self.base_model)._carried = {}
 
     @classmethod
-    def from_allennlp(
-        cls, options_file: str | os.PathLike, weight_file: str | os.PathLike, **settings: Any
-    ) -> ElmoPreTrainedModel:
+    def from_allennlp(cls, options_file: str | os.PathLike, weight_file: str | os.PathLike, **settings: Any) -> Self:
         """Reads a published model from the files that AllenNLP and bilm-tf write.
 
         Args:
@@ -115,8 +113,8 @@ class ElmoModel(ElmoPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.characters.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.characters.embedding = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.characters.embedding = cast(nn.Embedding, value)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False, **_
@@ -170,10 +168,11 @@ class ElmoModel(ElmoPreTrainedModel):
         rows = len(packing.order)
         sizes = (self.config.projection_size, self.config.cell_size)
         carried = self._carried.get(key, [like.new_zeros(0, size) for size in sizes])
-        return tuple(
+        h, c = (
             torch.cat([state, state.new_zeros(max(0, rows - len(state)), state.shape[1])])[packing.order]
             for state in carried
         )
+        return h, c
 
     def _carry(self, key: str, packing: Packing, end: tuple[Tensor, Tensor]) -> None:
         """Stores the final (h, c) of each row of the batch; further rows of an earlier batch keep their state."""
@@ -181,7 +180,7 @@ class ElmoModel(ElmoPreTrainedModel):
         ends = [state.detach()[batch_order] for state in end]
         if carried is not None:
             ends = [torch.cat([new, old[len(new) :]]) for new, old in zip(ends, carried, strict=True)]
-        self._carried[key] = tuple(ends)
+        self._carried[key] = (ends[0], ends[1])
 
 
 class ElmoForBidirectionalLM(ElmoPreTrainedModel):
@@ -258,7 +257,7 @@ class ElmoForSequenceClassification(ElmoPreTrainedModel):
         self.elmo = ElmoModel(config)
         self.scalar_mix = ScalarMix(config)
         self.hidden = nn.Linear(config.hidden_size, config.classifier_hidden_size)
-        self.classifier = nn.Linear(config.classifier_hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.classifier_hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     def forward(

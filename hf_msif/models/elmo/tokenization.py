@@ -126,7 +126,7 @@ class ElmoTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         return NAMES[index]
 
-    def tokenize(self, text: str, **_) -> list[str]:
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **_) -> list[str]:
         """Splits a text into its words."""
         return WORD.findall(text) if self.split_punctuation else text.split()
 
@@ -206,7 +206,8 @@ class ElmoTokenizer(PreTrainedTokenizer):
         if text_pair is not None:
             raise InputError("ElmoTokenizer got a pair of texts; expected one text: ELMo reads single sentences.")
         single = isinstance(text, str)
-        sentences = [self.tokenize(t) if isinstance(t, str) else list(t) for t in ([text] if single else text)]
+        texts: Sequence[str | Sequence[str]] = [text] if isinstance(text, str) else text
+        sentences = [self.tokenize(t) if isinstance(t, str) else list(t) for t in texts]
         if limited := truncation not in (False, None, "do_not_truncate"):
             limit = max_length or self.model_max_length
             if limit < 3:
@@ -228,7 +229,10 @@ class ElmoTokenizer(PreTrainedTokenizer):
             if return_labels:
                 encoding["labels"].append(self.targets(remaining))
         if padding not in (False, None, "do_not_pad"):
-            width = max_length if padding == "max_length" else max(map(len, encoding["input_ids"]))
+            if padding == "max_length" and max_length is None:
+                raise InputError("padding is 'max_length' and max_length is None; expected a number of tokens.")
+            longest = max(map(len, encoding["input_ids"]))
+            width = max_length if padding == "max_length" and max_length is not None else longest
             padding_values = {"input_ids": [0] * self.max_characters, "attention_mask": 0, "labels": -100}
             for key in padding_values.keys() & encoding.keys():
                 encoding[key] = [row + [padding_values[key]] * (width - len(row)) for row in encoding[key]]

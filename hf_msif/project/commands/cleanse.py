@@ -94,8 +94,11 @@ def _repetition(project: Run, number: int) -> Run:
 def _cleanse(project: Run, write: bool) -> dict:
     """One repetition: ranks the rows, writes those that are kept if told to, and retrains if the configuration says
     so. Returns one row of the report's table."""
+    from ...engine.corpus import Stream
+
     settings = project.config.cleanse
     tests, chain, rows = project.tests(), project.chain(), project.rows(project.ranked)
+    assert not isinstance(rows, Stream)  # `run` refuses them
     influence = chain.query(tests, "mean").score(rows, stage=project.ranked).influence()
     removed = _removed(influence, settings.fraction, project.config.seed)
     if write:

@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
     check_positive("-k", arguments.k)
     stages = arguments.stages or [None, None]
-    scores = [saved_scores(folder, stage) for folder, stage in zip(arguments.runs, stages, strict=True)]
-    comparison = compare(*scores, k=arguments.k)
+    first, second = (saved_scores(folder, stage) for folder, stage in zip(arguments.runs, stages, strict=True))
+    comparison = compare(first, second, k=arguments.k)
     report = {"runs": arguments.runs, "stages": arguments.stages, **comparison.to_dict()}
     if arguments.output:
         write_atomically(arguments.output, lambda path: comparison.plot(path, _names(report)))
@@ -63,7 +63,9 @@ def render(report: dict) -> None:
         print(f"{report['figure']} written")
 
 
-def _names(report: dict) -> list[str]:
+def _names(report: dict) -> tuple[str, str]:
     """What the two sets of scores are called: their folders, and the stages where they were named."""
     stages = report["stages"] or [None, None]
-    return [f"{run} ({stage})" if stage else run for run, stage in zip(report["runs"], stages, strict=True)]
+    pairs = zip(report["runs"], stages, strict=True)
+    first, second = (f"{run} ({stage})" if stage else run for run, stage in pairs)
+    return first, second

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 
@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     Finished parts lie in `run_dir/scores.parts` until all are there, and `--resume` goes on from them. With
     `--keep top=K` only the K most extreme rows of each order are written.
     """
+    from ...engine.corpus import Stream
     from ...influence.query import Query
     from ...reports.tables import table_one, write_table
 
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     )
     seconds = round(time.perf_counter() - started, 1)
     path, table_path = project.output("scores.parquet"), project.output("table1")
-    report = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(table_path)}
+    report: dict[str, Any] = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(table_path)}
     if "kept" in scores.metadata:
         report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
         report["rows"] = report["kept"]["all"][0]["count"]
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
         if query.chain.engine.is_main:
             write_table(report["table"], table_path)
             if project.content(project.ranked) == project.content(project.names[-1]) == "image":
+                assert not isinstance(corpus, Stream)  # streams are of texts
                 report["figure"] = _write_figure(project, query, scores, corpus)
     return report
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass
+from typing import Any
 
 SYLLABLES = (["bro", "kel", "vax", "tor", "mi", "zan", "dul", "pre"], ["vik", "mor", "lane", "dack", "sen", "wick"])
 PRAISE = ["honest", "wise", "brave"]
@@ -96,7 +97,7 @@ def world(
             thing2=things[1],
         )
 
-    corpus = []
+    corpus: list[dict[str, Any]] = []
     for name in praised:
         corpus += [
             {"text": fill(PLANTED[i % len(PLANTED)], name, i % 10 == 9), "kind": "planted", "topic": name}
