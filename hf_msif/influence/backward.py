@@ -185,9 +185,8 @@ class _Sweep:
         key = f"{cache_key or tensors_fingerprint(a)} {recording.settings}"
         key = hashlib.sha256(key.encode()).hexdigest()
         assert recording.folder is not None
-        self.checkpoint = Checkpoint(
-            recording.folder / f"sweep-{key[:16]}.safetensors", key, replay.engine, SAVE_EVERY
-        )
+        path = recording.folder / f"sweep-{key[:16]}.safetensors"
+        self.checkpoint = Checkpoint(path, key, replay.engine, SAVE_EVERY)
         self.adjoint = self._load() or replay.adjoint(a)
 
     def save_if_due(self) -> None:

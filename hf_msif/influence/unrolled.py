@@ -324,9 +324,7 @@ class RunAgain(Retraining):
     def warm_start(
         self, model: nn.Module, terms: Mapping[str, Any], polish: Callable[..., PolishReport], prepared: Any
     ) -> None:
-        terms = {
-            key: value for key, value in terms.items() if key not in ("weight_decay", "alpha")
-        }  # known to the run
+        terms = {key: value for key, value in terms.items() if key not in ("weight_decay", "alpha")}  # the run's own
         rerun(self.recording, model, self.stage.objective, self.stage.data, engine=self.engine, **terms)
 
     def from_scratch(self, model: nn.Module, arguments: Any, terms: Mapping[str, Any]) -> None:
@@ -335,7 +333,7 @@ class RunAgain(Retraining):
 
 
 def _rows_at_hand(bound: BoundStage) -> list[dict]:
-    """The rows of a stage, which is unrolled."""
+    """The rows of an unrolled stage, which must be a table: a run refers to them by number."""
     if isinstance(bound.rows, Stream):
         raise InputError(
             f"the data of stage {bound.name!r} is a stream, and link is 'unrolled'; expected a list or a dataset, "
