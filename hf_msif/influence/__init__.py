@@ -1,14 +1,13 @@
 """The method: stages, their chain, how each is differentiated, and the queries that result."""
 
 from .cost import Cost
-from .differentiation import DIFFERENTIATIONS, Differentiation, DirectCertificate, Retraining, StageSolution, register
+from .differentiation import Differentiation, DirectCertificate, Retraining, StageSolution
 from .implicit import Direction
 from .multistage import MultiStageInfluence
 from .query import Query
 from .stage import Stage
 
 __all__ = [
-    "DIFFERENTIATIONS",
     "Cost",
     "Differentiation",
     "DirectCertificate",
@@ -18,5 +17,4 @@ __all__ = [
     "Retraining",
     "Stage",
     "StageSolution",
-    "register",
 ]

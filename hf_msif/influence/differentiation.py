@@ -1,4 +1,4 @@
-"""How a stage is differentiated: `Differentiation`, the table `DIFFERENTIATIONS`, and what a query holds per stage."""
+"""How a stage is differentiated: `Differentiation`, and what a query holds per stage. (Their names: `registry`.)"""
 
 from __future__ import annotations
 
@@ -91,14 +91,13 @@ class Differentiation:
 
     A subclass writes `pull_back` and `load`. Everything else has a default; the default of `damped`, `cost` and
     `retraining` is to refuse. A class, or a function that makes a differentiation for a bound stage, can be given to
-    `Stage(link=...)`, or in a configuration as `link: mypackage.mymodule:MyDifferentiation`. `register` gives a class
-    a name in `DIFFERENTIATIONS`, by which `Stage(link="name")` finds it.
+    `Stage(link=...)`, or in a configuration as `link: mypackage.mymodule:MyDifferentiation`. A line in
+    `registry.DIFFERENTIATIONS` gives a class a name, by which `Stage(link="name")` finds it.
 
     Args:
         bound: the stage in its place in the chain, a `chain.BoundStage`.
     """
 
-    name: ClassVar[str] = ""
     needs_run: ClassVar[bool | None] = None  # whether Stage.run must name a folder, or must not; None: it may
 
     # `Any` stands for `chain.BoundStage` and `stage.Stage` in this module: theirs import it. A subclass names them.
@@ -149,8 +148,8 @@ class Differentiation:
             InputError: there is no linear system to damp.
         """
         raise InputError(
-            f"stage {self.bound.name!r} is differentiated by link={self.name!r}, without a linear system to damp; "
-            "expected an implicit stage."
+            f"stage {self.bound.name!r} is differentiated by link={self.bound.stage.link_name!r}, without a linear "
+            "system to damp; expected an implicit stage."
         )
 
     def prepare(self) -> None:
@@ -172,7 +171,9 @@ class Differentiation:
         Raises:
             InputError: the differentiation does not define this method.
         """
-        raise InputError(f"link={self.name!r} of stage {self.bound.name!r} does not say what it costs.")
+        raise InputError(
+            f"link={self.bound.stage.link_name!r} of stage {self.bound.name!r} does not say what it costs."
+        )
 
     @classmethod
     def planned(cls, bound: Any, arguments: Any) -> Differentiation:
@@ -249,17 +250,3 @@ class Retraining:
                 weight_decay, alpha, resized, omit (the example ids to leave out), name.
         """
         raise NotImplementedError
-
-
-DIFFERENTIATIONS: dict[str, type[Differentiation]] = {}
-
-
-def register(name: str) -> Callable[[type[Differentiation]], type[Differentiation]]:
-    """A class decorator that enters a `Differentiation` in the table, under the name that `Stage(link=name)` uses."""
-
-    def add(kind: type[Differentiation]) -> type[Differentiation]:
-        kind.name = name
-        DIFFERENTIATIONS[name] = kind
-        return kind
-
-    return add

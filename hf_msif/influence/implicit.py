@@ -37,7 +37,7 @@ from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
 from .cost import Cost, activation_bytes, attended, best_seconds, model_bytes, size_text, time_text
-from .differentiation import Differentiation, Retraining, StageCertificate, register
+from .differentiation import Differentiation, Retraining, StageCertificate
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -110,7 +110,6 @@ class Direction:
         return self.u
 
 
-@register("implicit")
 class Implicit(Differentiation):
     """Differentiates a stage that ended at a stationary point of F_k, with the curvature and solver of its `Stage`.
 

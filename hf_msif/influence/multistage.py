@@ -24,7 +24,6 @@ from ..engine.files import flat_keys, nested_keys
 from ..engine.hashing import digest
 from ..errors import InputError
 from ..vectors import Block
-from . import implicit, unrolled  # noqa: F401  (register themselves in DIFFERENTIATIONS)
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 from .query import Query

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from ..curvature import Curvature, GaussNewton, Hessian
+from ..curvature import Curvature
 from ..errors import InputError
 from ..objectives import Objective, checked_objective
+from ..registry import CURVATURES, DIFFERENTIATIONS, registered
 from ..solvers import CG, Solver, as_solver
-from .differentiation import DIFFERENTIATIONS, Differentiation
-
-CURVATURES: dict[str, type[Curvature]] = {"gauss_newton": GaussNewton, "hessian": Hessian}
+from .differentiation import Differentiation
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Stage:
             of an objective.)
         alpha: α of eq. (12), needed where an implicit stage trains inherited parameters. "auto" estimates it from the
             finished parameters, α̂ = −⟨∇_W F, W − W_before⟩ / (2 ‖W − W_before‖²).
-        link: how the stage is differentiated: a name in `influence.DIFFERENTIATIONS`. "implicit" takes the stage for a
+        link: how the stage is differentiated: a name in `registry.DIFFERENTIATIONS`. "implicit" takes the stage for a
             minimum of F, the paper's assumption; "unrolled" goes back through its recorded training run, converged or
             not, also of a first stage. Or a class derived from `influence.Differentiation`, or a function that makes
             one for a bound stage.
@@ -84,8 +83,8 @@ class Stage:
     def __post_init__(self):
         checked_objective(self.objective, f"stage {self.name!r}")
         self.solver = as_solver(self.solver)
-        curvature = CURVATURES.get(self.curvature) if isinstance(self.curvature, str) else self.curvature
-        if not (isinstance(curvature, type) and issubclass(curvature, Curvature)):
+        is_class = isinstance(self.curvature, type) and issubclass(self.curvature, Curvature)
+        if not is_class and self.curvature not in CURVATURES:
             raise InputError(
                 f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}, or a "
                 "subclass of hf_msif.curvature.Curvature."
@@ -116,26 +115,29 @@ class Stage:
     @property
     def differentiation(self) -> Callable[[Any], Differentiation]:
         """What makes the stage's `Differentiation` from its `BoundStage`."""
-        return self.link if callable(self.link) else DIFFERENTIATIONS[self.link]
+        return self.link if callable(self.link) else registered(DIFFERENTIATIONS, self.link)
 
     @property
     def link_name(self) -> str:
-        """The link as saved queries store it: its name in the table, else "module:Name" of its class."""
-        kind = self.differentiation
-        return getattr(kind, "name", "") or _place(kind)
+        """The link as saved queries store it: its registered name, else "module:Name" of its class."""
+        return _name(self.link, DIFFERENTIATIONS)
 
     @property
     def curvature_class(self) -> type[Curvature]:
         """The class of the stage's curvature operator."""
-        return CURVATURES[self.curvature] if isinstance(self.curvature, str) else self.curvature
+        return registered(CURVATURES, self.curvature) if isinstance(self.curvature, str) else self.curvature
 
     @property
     def curvature_name(self) -> str:
-        """The curvature as metadata and checkpoints store it: its name, else "module:Name" of its class."""
-        return _place(self.curvature) if isinstance(self.curvature, type) else self.curvature
+        """The curvature as metadata and checkpoints store it: its registered name, else "module:Name"."""
+        return _name(self.curvature, CURVATURES)
 
 
-def _place(kind: Any) -> str:
-    """Where a class or function is defined, as "module:Name"; for a partial function, the function that it calls."""
+def _name(kind: Any, table: Mapping[str, str]) -> str:
+    """The registered name of a class or function, else where it is defined, as "module:Name"; of a partial function,
+    that of the function that it calls."""
+    if isinstance(kind, str):
+        return kind
     kind = getattr(kind, "func", kind)
-    return f"{kind.__module__}:{getattr(kind, '__qualname__', type(kind).__qualname__)}"
+    place = f"{kind.__module__}:{getattr(kind, '__qualname__', type(kind).__qualname__)}"
+    return next((name for name, registered_place in table.items() if registered_place == place), place)

@@ -38,7 +38,7 @@ from ..vectors import Block
 from .backward import RunCertificate, gap, go_back, growth_limit, held_bytes
 from .chain import BoundStage
 from .cost import Cost, best_seconds, model_bytes, size_text, time_text
-from .differentiation import Differentiation, Retraining, register
+from .differentiation import Differentiation, Retraining
 from .stage import Stage
 
 
@@ -96,7 +96,6 @@ class RowWeights:
         return {row["example_id"]: (i, digest(row)) for i, row in enumerate(self.bound.rows)}
 
 
-@register("unrolled")
 class Unrolled(Differentiation):
     """Differentiates a stage whose training run was recorded (`training.record`, `RecordCallback`), step by step.
 

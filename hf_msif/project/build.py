@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
+from ..registry import SOLVERS, registered
 from .config import settings, unknown_key
 from .plugins import imported, is_dotted, parameters
 from .schema import Config, StageConfig
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ..curvature import Curvature
     from ..objectives import Objective
     from ..solvers import Solver
-
-SOLVERS = {"cg": "CG", "squared_cg": "SquaredCG", "minres": "MinRes", "identity": "Identity", "dense": "Dense"}
 
 
 def training_settings(config: Config, name: str) -> dict[str, Any]:
@@ -45,13 +44,11 @@ def polish_settings(config: Config, name: str) -> dict[str, Any] | None:
 
 def solver(config: Config, name: str) -> Solver:
     """A solver of `hf_msif.solvers`, or of the user's own."""
-    from .. import solvers
-
     section, key = config.stages[name].solver, f"stages.{name}.solver"
     if is_dotted(section.name):
         kind = imported(section.name, f"{key}.name", object)
     else:
-        kind = getattr(solvers, SOLVERS[section.name])
+        kind = registered(SOLVERS, section.name)
     return kind(**settings(kind, section.model_dump(exclude={"name"}, exclude_none=True), key))
 
 

@@ -15,6 +15,7 @@ from ..adapters.functional import check_vocabulary
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError, first_line
+from ..registry import DIFFERENTIATIONS, registered
 from . import build
 from .data import load_rows, stream_rows
 from .plugins import parameters
@@ -322,9 +323,7 @@ class Run:
         stage = self.config.stages[bound.name]
         if not stage.recorded or self.is_trained(bound.name):
             return bound.differentiation
-        from ..influence.differentiation import DIFFERENTIATIONS
-
-        return DIFFERENTIATIONS[stage.link].planned(bound, self.arguments(bound.name))
+        return registered(DIFFERENTIATIONS, stage.link).planned(bound, self.arguments(bound.name))
 
     def tests(self) -> list[dict]:
         """The test rows that the query asks about, as `test` chooses them among those of `test_side`.

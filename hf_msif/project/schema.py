@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import InitErrorDetails
 
 from ..errors import InputError
+from ..registry import CURVATURES, DIFFERENTIATIONS, SOLVERS
 from .plugins import DOTTED, is_dotted
 from .tasks import TASKS, task_of
 
@@ -87,7 +88,7 @@ class Solver(Section):
 
     model_config = RULES | {"extra": "allow"}  # a solver of one's own has settings of its own
 
-    name: Literal["cg", "squared_cg", "minres", "identity", "dense"] | Dotted = "cg"
+    name: Literal[tuple(SOLVERS)] | Dotted = "cg"  # type: ignore[valid-type]  # the names in a table
     """cg (positive definite), squared_cg (eq. (16)), minres (indefinite), dense (small models), identity (baseline),
     or a class of your own, whose settings stand beside name"""
     damping: NonNegative | Literal["auto"] | None = None
@@ -131,7 +132,7 @@ class StageConfig(Section):
     alpha: Positive | Literal["auto"] | None = None
     """α of eq. (12), which ties inherited, trained parameters to the stage before; auto: training does not tie them,
     and α is estimated from the trained model"""
-    link: Literal["implicit", "unrolled"] | Dotted = "implicit"
+    link: Literal[tuple(DIFFERENTIATIONS)] | Dotted = "implicit"  # type: ignore[valid-type]
     """how the stage is differentiated: implicit assumes that training ended at a minimum; unrolled goes back through
     the training run, which is recorded; or a differentiation of your own"""
     run: str | None = None
@@ -139,7 +140,7 @@ class StageConfig(Section):
     differentiation of your own may read another folder here"""
     max_growth: Positive | None = None
     """refuse an unrolled stage whose adjoint grows by more than this factor; null: a limit by the dtype"""
-    curvature: Literal["gauss_newton", "hessian"] | Dotted = "gauss_newton"
+    curvature: Literal[tuple(CURVATURES)] | Dotted = "gauss_newton"  # type: ignore[valid-type]
     """gauss_newton is positive semi-definite; hessian is exact, for models at a minimum; or a class of your own"""
     curvature_samples: Count | None = None
     """number of random rows on which the curvature is estimated; null: all rows"""

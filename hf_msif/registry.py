@@ -1,0 +1,36 @@
+"""What the names in settings stand for: one line per solver, curvature and differentiation, "module:Name".
+
+It imports nothing, so that a configuration can be checked, and its help printed, without PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+SOLVERS = {
+    "cg": "hf_msif.solvers.cg:CG",
+    "squared_cg": "hf_msif.solvers.squared_cg:SquaredCG",
+    "minres": "hf_msif.solvers.minres:MinRes",
+    "identity": "hf_msif.solvers.identity:Identity",
+    "dense": "hf_msif.solvers.dense:Dense",
+}
+CURVATURES = {
+    "gauss_newton": "hf_msif.curvature.gauss_newton:GaussNewton",
+    "hessian": "hf_msif.curvature.hessian:Hessian",
+}
+DIFFERENTIATIONS = {
+    "implicit": "hf_msif.influence.implicit:Implicit",
+    "unrolled": "hf_msif.influence.unrolled:Unrolled",
+}
+
+
+def registered(table: Mapping[str, str], name: str) -> Any:
+    """The class that `name` stands for in `table`.
+
+    >>> registered(SOLVERS, "cg").__name__
+    'CG'
+    """
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)
