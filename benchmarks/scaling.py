@@ -218,12 +218,12 @@ def throughput(settings: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = list(from_files([sentences(Path(folder), settings.sentences)]))
     query = query_of(settings.model, rows[:2048], settings.batch_size[0])
-    (link,) = query.chain.stages
-    cuda = link.engine.device.type == "cuda"
+    (bound,) = query.chain.stages
+    cuda = bound.engine.device.type == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
     started = time.perf_counter()
     for start in range(0, len(rows), 64):
-        link.stage.objective.collate(rows[start : start + 64])
+        bound.stage.objective.collate(rows[start : start + 64])
     collate = (time.perf_counter() - started) / len(rows)
 
     def influences(rows: list[dict], **options: Any) -> np.ndarray:
@@ -245,8 +245,8 @@ def throughput(settings: argparse.Namespace) -> None:
             table.append([size, dtype, f"{len(rows) / seconds:,.0f}", f"{error:.1e}", peak])
             print(" ".join(map(str, table[-1])), flush=True)
     print(tabulate(table, ["batch", "precision", "sentences/s", "error", "peak memory"], tablefmt="github"))
-    times, v = [], vectors.rademacher(link.model.parameters, 1, seed=SEED)
-    operator = link.differentiation.curvature(rows[:2048])
+    times, v = [], vectors.rademacher(bound.model.parameters, 1, seed=SEED)
+    operator = bound.differentiation.curvature(rows[:2048])
     for precision in ("ieee", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = precision
         for _ in range(2):

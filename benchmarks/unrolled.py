@@ -101,9 +101,9 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
         Stage("pretraining", pretrained, objectives.MaskedLM(tokenizer), rows[:8]),
         Stage("finetuning", finetuned, objective, rows, link="unrolled", run=folder / "run"),
     ]
-    link = MultiStageInfluence(stages, progress=False).stages[1]
-    adjoints = vectors.rademacher({n: link.model.parameters[n] for n in link.split.trained}, 3, settings.seed)
-    adjoint, link.engine.progress = vectors.take(adjoints, torch.tensor([0])), False
+    bound = MultiStageInfluence(stages, progress=False).stages[1]
+    adjoints = vectors.rademacher({n: bound.model.parameters[n] for n in bound.split.trained}, 3, settings.seed)
+    adjoint, bound.engine.progress = vectors.take(adjoints, torch.tensor([0])), False
 
     def trainer() -> None:
         def collate(batch_rows: list[dict]) -> dict:
@@ -113,23 +113,23 @@ def measure(settings: argparse.Namespace, folder: Path) -> dict:
 
         Trainer(_WithLoss(copy.deepcopy(classifier)), training_arguments, collate, rows).train()
 
-    state = link.differentiation.recording.bytes_of(link.model.parameters)
-    held = link.differentiation.recording.interval + 2
+    state = bound.differentiation.recording.bytes_of(bound.model.parameters)
+    held = bound.differentiation.recording.interval + 2
     memory = {
         "state": state,
         "states_held": held,
-        "planned": backward.held_bytes(link.differentiation.recording, link.model.parameters, 1),
+        "planned": backward.held_bytes(bound.differentiation.recording, bound.model.parameters, 1),
     }
     # One step also holds its state, its adjoint and gradients, of 3/3, 3/3 and 4/3 of the size of a state.
-    memory["graphs"] = _peak(lambda: _one_step(link, adjoint), settings.device) - 4 * state
-    memory["measured"] = _peak(lambda: link.differentiation.pull_back(adjoint), settings.device)
+    memory["graphs"] = _peak(lambda: _one_step(bound, adjoint), settings.device) - 4 * state
+    memory["measured"] = _peak(lambda: bound.differentiation.pull_back(adjoint), settings.device)
     tasks: dict[str, Callable[[], object]] = {
         UNIT: lambda: training.record(
             copy.deepcopy(classifier), objective, rows, training_arguments, None, previous=pretrained, progress=False
         ),
         "the run, Hugging Face's Trainer": trainer,
-        "pull-back, 1 query": lambda: link.differentiation.pull_back(adjoint),
-        "pull-back, 3 queries": lambda: link.differentiation.pull_back(adjoints),
+        "pull-back, 1 query": lambda: bound.differentiation.pull_back(adjoint),
+        "pull-back, 3 queries": lambda: bound.differentiation.pull_back(adjoints),
     }
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(settings.repeats):
@@ -155,10 +155,10 @@ class _WithLoss(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(self.model(**inputs).logits, labels)}
 
 
-def _one_step(link: Any, adjoint: vectors.Block) -> None:
+def _one_step(bound: Any, adjoint: vectors.Block) -> None:
     """The pull-back through the first step of the run."""
-    slots = link.differentiation.recording.state(0, link.engine.device)
-    link.differentiation.replay.backward(slots, 0, link.differentiation.replay.adjoint(adjoint))
+    slots = bound.differentiation.recording.state(0, bound.engine.device)
+    bound.differentiation.replay.backward(slots, 0, bound.differentiation.replay.adjoint(adjoint))
 
 
 def _ratios(seconds: list[float], unit: list[float]) -> dict:

@@ -54,7 +54,7 @@ def row(arguments: argparse.Namespace, overrides: list[str], steps: int) -> dict
     chain, tests, corpus = run.chain(), run.tests(), run.corpus()
     scores = chain.query(tests, "sum").score(corpus)
     bank = validation.Bank(retraining(run, chain, tests, "warm_start"), run.folder / "bank")
-    predicted = {str(alpha): proximal(chain, tests, corpus, alpha) for alpha in ("auto", *ALPHAS)}
+    predicted = {str(alpha): as_minimum(chain, tests, corpus, alpha) for alpha in ("auto", *ALPHAS)}
     result = validation.leave_one_out(
         bank, scores, examples=settings.validation.examples, baselines=predicted, aggregate="sum"
     )
@@ -62,8 +62,8 @@ def row(arguments: argparse.Namespace, overrides: list[str], steps: int) -> dict
     best = max(ALPHAS, key=lambda alpha: correlations[str(alpha)].pearson_r)
     return {
         "steps": str(steps),
-        "proximal, best of five α": f"{correlations[str(best)].pearson_r:.2f} (α = {best:g})",
-        "proximal, α̂": f"{correlations['auto'].pearson_r:.2f}",
+        "implicit, best of five α": f"{correlations[str(best)].pearson_r:.2f} (α = {best:g})",
+        "implicit, α̂": f"{correlations['auto'].pearson_r:.2f}",
         "unrolled": interval(correlations["influence"]),
         "ceiling": f"{result.ceiling.pearson_r:.3f}",
     }
@@ -73,11 +73,11 @@ def interval(correlation: validation.Correlation) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(correlation.pearson_r, *correlation.pearson_interval)
 
 
-def proximal(chain: MultiStageInfluence, tests: list[dict], corpus: list[dict], alpha: float | str) -> np.ndarray:
-    """Removal effects if every unrolled link is taken for a minimum."""
+def as_minimum(chain: MultiStageInfluence, tests: list[dict], corpus: list[dict], alpha: float | str) -> np.ndarray:
+    """Removal effects if every unrolled stage is taken for a minimum."""
     stages = [
-        replace(link.stage, link="implicit", run=None, alpha=alpha if link.split.proximal else None)
-        for link in chain.stages
+        replace(bound.stage, link="implicit", run=None, alpha=alpha if bound.split.proximal else None)
+        for bound in chain.stages
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an α̂ that is not positive is in the table

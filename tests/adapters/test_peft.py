@@ -137,9 +137,9 @@ def test_a_tie_is_in_use_where_a_copy_replaces_only_one_end(pair):
 
     msif = tiny.chain(before, tiny.finetuned(before, "bert", **NARROW))
     stages = [msif.stages[0].stage, Stage("more", model, tiny.objective("masked"), CORPUS, "all", alpha=0.3)]
-    link = MultiStageInfluence(stages, progress=False).stage("more")
-    adjoint = tiny.block({n: link.model.parameters[n] for n in link.split.inherited}, 1, seed=0)
-    carried = link.carry(adjoint)["bert.embeddings.word_embeddings.weight"]
+    bound = MultiStageInfluence(stages, progress=False).stage("more")
+    adjoint = tiny.block({n: bound.model.parameters[n] for n in bound.split.inherited}, 1, seed=0)
+    carried = bound.carry(adjoint)["bert.embeddings.word_embeddings.weight"]
     torch.testing.assert_close(carried, sum(adjoint[n] for n in both))
 
 
@@ -329,33 +329,33 @@ def test_a_masked_lm_goes_on_with_lora(pair, memo):
         ],
         progress=False,
     )
-    link = msif.stage("more")
-    batch = link.stage.objective.collate(CORPUS)
+    bound = msif.stage("more")
+    batch = bound.stage.objective.collate(CORPUS)
     plain = tiny.Plain(model, "masked", batch)
     functional = FunctionalModel(model)
     with functional.evaluating(), torch.no_grad():
         call = functional.bind({}, {} if memo else None)
         sums, _ = tiny.objective("masked").losses(call, batch)
     torch.testing.assert_close(sums, plain.sums().detach(), rtol=1e-10, atol=1e-10)
-    names = list(link.split.trained)
+    names = list(bound.split.trained)
     assert any("lora_" in n for n in names)
     for seed in (0, 1):
-        v = tiny.block({n: link.model.parameters[n] for n in names}, 1, seed)
+        v = tiny.block({n: bound.model.parameters[n] for n in names}, 1, seed)
         expected = plain.along({n: t[0] for n, t in v.items()}, lambda: plain.gradient(names))
         expected = {n: t / len(batch["labels"]) for n, t in expected.items()}
-        tiny.close({n: t[0] for n, t in link.differentiation.operator.matvec(v).items()}, expected, 1e-6)
+        tiny.close({n: t[0] for n, t in bound.differentiation.operator.matvec(v).items()}, expected, 1e-6)
     assert np.abs(msif.query(CORPUS[:1]).score(CORPUS).influence()).min() > 0
 
 
 def test_only_the_embeddings_below_the_adapters_are_remembered(pair, tuned):
     msif = tiny.chain(pair[0], tuned, 1e-11, (CORPUS, TWEETS))
-    link, memo = msif.stage("fine"), {}
-    call = link.model.bind({n: link.model.parameters[n] for n in link.split.trained}, memo)
-    inputs = {k: v for k, v in link.collate(TWEETS).items() if k in ("input_ids", "attention_mask")}
-    with link.model.evaluating():
+    bound, memo = msif.stage("fine"), {}
+    call = bound.model.bind({n: bound.model.parameters[n] for n in bound.split.trained}, memo)
+    inputs = {k: v for k, v in bound.collate(TWEETS).items() if k in ("input_ids", "attention_mask")}
+    with bound.model.evaluating():
         call(**inputs)
         assert set(memo) == {"embeddings"}
-        link.model.bind({n: p for n, p in link.model.parameters.items() if "classifier" in n}, memo := {})(**inputs)
+        bound.model.bind({n: p for n, p in bound.model.parameters.items() if "classifier" in n}, memo := {})(**inputs)
     assert set(memo) == {"base_model"}
 
 
@@ -376,12 +376,12 @@ def test_a_base_weight_may_be_trained_beside_its_adapter(pair, tuned):
     """Proximal then, by the name of the stage before: b = 2α u."""
     patterns = ["*query.base_layer.weight", "*.lora_*", "*.modules_to_save.*"]
     msif = tiny.chain(pair[0], tuned, 1e-11, (CORPUS, TWEETS), trainable=patterns, alpha=0.2)
-    link = msif.stage("fine")
-    (own,) = link.split.proximal
-    solution, inherited = link.differentiation.pull_back(msif.measurement(TESTS)[0])
+    bound = msif.stage("fine")
+    (own,) = bound.split.proximal
+    solution, inherited = bound.differentiation.pull_back(msif.measurement(TESTS)[0])
     u = solution.tensors()
     torch.testing.assert_close(inherited[own], 0.4 * u[own], rtol=0, atol=0)
-    carried = link.carry(inherited)["bert.encoder.layer.0.attention.self.query.weight"]
+    carried = bound.carry(inherited)["bert.encoder.layer.0.attention.self.query.weight"]
     assert torch.equal(carried, inherited[own])
     assert carried.abs().max() > 0
 

@@ -206,15 +206,15 @@ def test_a_tensor_that_the_loss_never_reads_is_left_out():
     """With untied embeddings the decoder has a bias of its own, and BERT's `cls.predictions.bias` is dead."""
     before = tiny.model("bert", "masked", tie_word_embeddings=False)
     names = [n for n, _ in before.named_parameters() if n.startswith("cls.predictions.") and n.endswith("bias")]
-    link = MultiStageInfluence([Stage("pre", before, tiny.objective("masked"), tiny.rows(4))], progress=False).stage()
-    batch = link.collate(link.rows)
+    bound = MultiStageInfluence([Stage("pre", before, tiny.objective("masked"), tiny.rows(4))], progress=False).stage()
+    batch = bound.collate(bound.rows)
     plain = tiny.Plain(before, "masked", batch)
     gradient = plain.gradient(list(plain.parameters))
     dead = {n for n, g in gradient.items() if not g.any()}
-    assert set(link.split.left_out) == dead & set(names)
-    assert not set(link.split.left_out) & set(link.split.trained)
-    for name in link.split.left_out:
-        assert f"{name}: the loss does not depend on it" in str(link.split)
+    assert set(bound.split.left_out) == dead & set(names)
+    assert not set(bound.split.left_out) & set(bound.split.trained)
+    for name in bound.split.left_out:
+        assert f"{name}: the loss does not depend on it" in str(bound.split)
 
 
 # New tokens --------------------------------------------------------------------------------------------------------
@@ -244,15 +244,15 @@ def test_added_tokens_change_nothing_before_they_are_used(trainable):
 
 def test_carry_drops_the_new_rows():
     before, grown = pair("bert")[0], tiny.model("bert", "classification", vocab_size=len(tiny.WORDS) + 2)
-    link = tiny.chain(before, grown, resized=True, trainable="all", alpha=0.2).stage("fine")
-    adjoint = tiny.block({n: link.model.parameters[n] for n in link.split.inherited}, columns=2, seed=0)
-    carried = link.carry(adjoint)
+    bound = tiny.chain(before, grown, resized=True, trainable="all", alpha=0.2).stage("fine")
+    adjoint = tiny.block({n: bound.model.parameters[n] for n in bound.split.inherited}, columns=2, seed=0)
+    carried = bound.carry(adjoint)
     word = "bert.embeddings.word_embeddings.weight"
     torch.testing.assert_close(carried[word], adjoint[word][:, : len(tiny.WORDS)], rtol=0, atol=0)
     assert set(carried) == {n for n, _ in before.named_parameters()}
     for name, t in carried.items():
-        assert t.any() == (name in link.split.inherited.values())
-    tie = link.differentiation.quadratic.tie[word]
+        assert t.any() == (name in bound.split.inherited.values())
+    tie = bound.differentiation.quadratic.tie[word]
     assert tie[: len(tiny.WORDS)].unique().tolist() == [0.4]
     assert not tie[len(tiny.WORDS) :].any()
 
@@ -350,8 +350,8 @@ def test_the_models_leave_as_they_came(dtype, attention):
     msif = tiny.chain(*models)
     scores = msif.query(tiny.rows(2, seed=8)).score(tiny.rows(3))
     assert len(scores) == 3
-    for link in msif.stages:
-        assert {p.dtype for p in link.model.parameters.values()} == {torch.float32}
+    for bound in msif.stages:
+        assert {p.dtype for p in bound.model.parameters.values()} == {torch.float32}
     assert [photograph(model) for model in models] == before
 
 
@@ -406,8 +406,8 @@ def test_the_models_leave_as_they_came_when_something_fails(where, stage, at):
 
     def run():
         msif = tiny.chain(*models)
-        link = msif.stages[stage]
-        link.stage.objective = Failing(link.stage.objective, at, where)
+        bound = msif.stages[stage]
+        bound.stage.objective = Failing(bound.stage.objective, at, where)
         if stage == 0:
             msif.query(tiny.rows(1, seed=8)).score(tiny.rows(3))
         else:

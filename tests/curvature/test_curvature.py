@@ -170,35 +170,35 @@ class Counting(ToyObjective):
 def subset(seed, size=5, data=ROWS):
     objective = Counting()
     stage = Stage("one", toy(0), objective, data, curvature_samples=size, seed=seed, batch_size=2)
-    link = MultiStageInfluence([stage], progress=False).stage()
+    bound = MultiStageInfluence([stage], progress=False).stage()
     objective.collated.clear()
-    return link, objective.collated
+    return bound, objective.collated
 
 
 def test_the_subset_is_drawn_once():
-    link, collated = subset(seed=3)
-    v = tiny.block(link.differentiation.operator.parameters, 1, seed=0)
-    first = link.differentiation.operator.matvec(v)
+    bound, collated = subset(seed=3)
+    v = tiny.block(bound.differentiation.operator.parameters, 1, seed=0)
+    first = bound.differentiation.operator.matvec(v)
     batches = [list(batch) for batch in collated]
     assert sorted(map(len, batches)) == [1, 2, 2]
     for _ in range(2):
         torch.testing.assert_close(
-            vectors.flatten(link.differentiation.operator.matvec(v)), vectors.flatten(first), rtol=0, atol=0
+            vectors.flatten(bound.differentiation.operator.matvec(v)), vectors.flatten(first), rtol=0, atol=0
         )
-    link.differentiation.operator.trace()
+    bound.differentiation.operator.trace()
     assert collated == batches  # nothing was collated again
     ids = {i for batch in batches for i in batch}
-    assert ids == {row["example_id"] for row in link.differentiation.curvature_rows}
+    assert ids == {row["example_id"] for row in bound.differentiation.curvature_rows}
     assert {row["example_id"] for row in subset(seed=3)[0].differentiation.curvature_rows} == ids
     assert {row["example_id"] for row in subset(seed=4)[0].differentiation.curvature_rows} != ids
-    near(matrix(link.differentiation.operator), dense_gauss_newton(toy(0), list(v), [ROWS[i] for i in sorted(ids)]))
+    near(matrix(bound.differentiation.operator), dense_gauss_newton(toy(0), list(v), [ROWS[i] for i in sorted(ids)]))
 
 
 @pytest.mark.parametrize("size", [None, 11, 1000])
 def test_a_subset_of_all_is_the_data(size):
-    link, _ = subset(seed=3, size=size)
-    assert link.differentiation.curvature_rows == ROWS
-    assert link.differentiation.operator.examples == 11
+    bound, _ = subset(seed=3, size=size)
+    assert bound.differentiation.curvature_rows == ROWS
+    assert bound.differentiation.operator.examples == 11
 
 
 def test_masks_are_the_same_in_every_product():
@@ -207,8 +207,8 @@ def test_masks_are_the_same_in_every_product():
     links = [MultiStageInfluence([stage], progress=False).stage() for _ in range(2)]
     v = tiny.block(links[0].differentiation.operator.parameters, 1, seed=0)
     first = links[0].differentiation.operator.matvec(v)
-    for link in (links[0], links[0], links[1]):
-        tiny.close(link.differentiation.operator.matvec(v), first, 1e-14)
+    for bound in (links[0], links[0], links[1]):
+        tiny.close(bound.differentiation.operator.matvec(v), first, 1e-14)
 
 
 # What is remembered between passes ----------------------------------------------------------------------------------

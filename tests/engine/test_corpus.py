@@ -177,13 +177,13 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     chain = MultiStageInfluence(
         [Stage("pre", tiny.model("bert", "masked"), tiny.objective("masked"), tiny.rows(9, seed=1))], progress=False
     )
-    link = chain.stage("pre")
-    size = sum(p.numel() for p in link.differentiation.operator.parameters.values()) * 8
-    assert link.differentiation.solver_bytes(2, 1) == (5 + 4) * 2 * size
+    bound = chain.stage("pre")
+    size = sum(p.numel() for p in bound.differentiation.operator.parameters.values()) * 8
+    assert bound.differentiation.solver_bytes(2, 1) == (5 + 4) * 2 * size
     chain.engine.sharded = True
-    assert link.differentiation.solver_bytes(2, 4) == -(-5 * 2 * size // 4) + 4 * 2 * size
-    active = activation_bytes(link.differentiation.operator)
-    few = activation_bytes(link.differentiation.curvature(tiny.rows(1, seed=1)))
+    assert bound.differentiation.solver_bytes(2, 4) == -(-5 * 2 * size // 4) + 4 * 2 * size
+    active = activation_bytes(bound.differentiation.operator)
+    few = activation_bytes(bound.differentiation.curvature(tiny.rows(1, seed=1)))
     assert 0 < few < active
     assert memory.available_bytes(torch.device("cpu")) > 2**20
     memory.check(chain, 2)

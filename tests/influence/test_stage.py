@@ -107,12 +107,12 @@ def objective(model, parameters, anchors, rows):
 @pytest.mark.parametrize("samples", [None, 5])
 def test_the_gradient_norm_is_that_of_the_objective(samples):
     """Decay and proximal term included, by plain autograd."""
-    link = two(curvature_samples=samples).stage("two")
+    bound = two(curvature_samples=samples).stage("two")
     model, anchors = toy(1), {n: p.detach() for n, p in toy(0).named_parameters() if n.startswith("encoder.")}
-    value = objective(model, dict(model.named_parameters()), anchors, link.differentiation.curvature_rows)
+    value = objective(model, dict(model.named_parameters()), anchors, bound.differentiation.curvature_rows)
     gradients = torch.autograd.grad(value, list(model.parameters()))
     expected = torch.cat([g.flatten() for g in gradients]).norm().item()
-    assert link.differentiation.gradient_norm == pytest.approx(expected, rel=1e-12)
+    assert bound.differentiation.gradient_norm == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_certificate_tells_a_minimum_from_none():
@@ -141,27 +141,27 @@ def test_partial_freezing():
     after = tiny.finetuned(before, "bert", layers=2)
     patterns = ["bert.encoder.layer.1.*", "bert.pooler.*", "classifier.*"]
     msif = tiny.chain(before, after, 1e-11, (CORPUS, TWEETS), trainable=patterns, alpha=0.2, weight_decay=0.03)
-    link = msif.stage("fine")
-    assert {n.split(".")[3] for n in link.split.proximal} == {"1"}
-    assert not link.split.left_out
+    bound = msif.stage("fine")
+    assert {n.split(".")[3] for n in bound.split.proximal} == {"1"}
+    assert not bound.split.left_out
 
     adjoint, losses = msif.measurement(TESTS)
-    solution, inherited = link.differentiation.pull_back(adjoint)
+    solution, inherited = bound.differentiation.pull_back(adjoint)
     u = solution.tensors()
     plain = tiny.Plain(after, "classification", tiny.objective("classification").collate(TWEETS))
     tests = tiny.Plain(after, "classification", tiny.objective("classification").collate(TESTS))
     np.testing.assert_allclose(losses, tests.sums().tolist(), rtol=1e-12)
-    assert set(inherited) == {*link.split.frozen, *link.split.proximal}
+    assert set(inherited) == {*bound.split.frozen, *bound.split.proximal}
     for q in range(2):
-        direct = tests.gradient(list(link.split.frozen), of=tests.sums()[q])
-        mixed = plain.along(vectors.column(u, q), lambda: plain.gradient(list(link.split.frozen)))
+        direct = tests.gradient(list(bound.split.frozen), of=tests.sums()[q])
+        mixed = plain.along(vectors.column(u, q), lambda: plain.gradient(list(bound.split.frozen)))
         expected = {n: direct[n] - mixed[n] / len(TWEETS) for n in direct}
         tiny.close({n: inherited[n][q] for n in expected}, expected, 1e-7)
         tiny.close(
-            {n: inherited[n][q] for n in link.split.proximal}, {n: 0.4 * u[n][q] for n in link.split.proximal}, 0
+            {n: inherited[n][q] for n in bound.split.proximal}, {n: 0.4 * u[n][q] for n in bound.split.proximal}, 0
         )
 
-    carried = link.carry(inherited)
+    carried = bound.carry(inherited)
     head = {n for n in carried if n.startswith("cls.")}
     assert head
     assert all(carried[n].any() == (n not in head) for n in carried)
@@ -203,7 +203,7 @@ def test_a_query_measures_its_facts_once(tmp_path, monkeypatch):
     assert scores.metadata == expected.metadata
     assert scores.frame.equals(expected.frame)
     assert len(hashed) == 4
-    assert not any("operator" in vars(link) for link in chain.stages)
+    assert not any("operator" in vars(bound) for bound in chain.stages)
 
 
 def test_a_query_of_other_data_is_refused(tmp_path):
@@ -311,13 +311,13 @@ def automatic(before, model, rows, **settings):
 def test_alpha_is_found_at_a_proximal_optimum(alpha):
     rows = toy_rows(1, 8)
     before, model = tied_optimum(alpha, rows)
-    link = automatic(before, model, rows, curvature_samples=3).stage("two")  # the estimate is of all rows
-    assert link.differentiation.alpha == pytest.approx(alpha, rel=1e-9)
-    assert link.differentiation.estimate.remaining < 1e-8
+    bound = automatic(before, model, rows, curvature_samples=3).stage("two")  # the estimate is of all rows
+    assert bound.differentiation.alpha == pytest.approx(alpha, rel=1e-9)
+    assert bound.differentiation.estimate.remaining < 1e-8
     given = automatic(before, model, rows, alpha=alpha).stage("two")
     assert given.differentiation.gradient_norm < 1e-8
     for n, t in given.differentiation.ridge.items():
-        assert link.differentiation.ridge[n] == pytest.approx(t, rel=1e-9)
+        assert bound.differentiation.ridge[n] == pytest.approx(t, rel=1e-9)
 
 
 def test_the_estimate_is_its_formula_elsewhere(tmp_path):
@@ -328,7 +328,7 @@ def test_the_estimate_is_its_formula_elsewhere(tmp_path):
         for p in model.parameters():
             p += 0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
     chain = automatic(before, model, rows, solver=solvers.CG(damping=1.0, tol=1e-6))
-    link = chain.stage("two")
+    bound = chain.stage("two")
     names = [n for n, _ in model.named_parameters() if n.startswith("encoder.")]
     parameters = dict(model.named_parameters())
     sums, counts = example_losses(model, parameters, rows)
@@ -336,19 +336,19 @@ def test_the_estimate_is_its_formula_elsewhere(tmp_path):
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(value, [parameters[n] for n in names])])
     shift = torch.cat([(parameters[n] - before.get_parameter(n)).detach().flatten() for n in names])
     expected = float(-(slope @ shift) / (2 * shift @ shift))
-    assert link.differentiation.estimate.alpha == pytest.approx(expected, rel=1e-12)
-    assert link.differentiation.estimate.distance == pytest.approx(float(shift.norm()), rel=1e-12)
-    assert link.differentiation.estimate.gradient_norm == pytest.approx(float(slope.norm()), rel=1e-12)
+    assert bound.differentiation.estimate.alpha == pytest.approx(expected, rel=1e-12)
+    assert bound.differentiation.estimate.distance == pytest.approx(float(shift.norm()), rel=1e-12)
+    assert bound.differentiation.estimate.gradient_norm == pytest.approx(float(slope.norm()), rel=1e-12)
     remaining = float((slope + 2 * expected * shift).norm() / slope.norm())
-    assert link.differentiation.estimate.remaining == pytest.approx(remaining, rel=1e-12)
+    assert bound.differentiation.estimate.remaining == pytest.approx(remaining, rel=1e-12)
     assert remaining > 0.01
     for nearby in (0.99 * expected, 1.01 * expected):
         assert (slope + 2 * nearby * shift).norm() > (slope + 2 * expected * shift).norm()
 
     query = chain.query(toy_rows(3, 2))
     found = query.certificate()["stages"]["two"]
-    assert found["alpha"] == link.differentiation.alpha
-    assert found["alpha_estimate"] == dataclasses.asdict(link.differentiation.estimate)
+    assert found["alpha"] == bound.differentiation.alpha
+    assert found["alpha_estimate"] == dataclasses.asdict(bound.differentiation.estimate)
     assert f"alpha = {expected:.4g} estimated from the checkpoints" in found["text"]
     assert f"it leaves {remaining:.0%} of the gradient" in found["text"]
     assert query.certificate()["stages"]["one"]["alpha_estimate"] is None
@@ -374,17 +374,17 @@ def test_an_estimate_that_is_not_positive_is_warned_about():
     with torch.no_grad():
         for n, slope in zip(names, slopes, strict=True):
             parameters[n] += 0.05 * slope
-    link = automatic(before, model, rows).stage("two")
+    bound = automatic(before, model, rows).stage("two")
     with pytest.warns(UserWarning, match=r"stage 'two': alpha = -.* It is not positive: no proximal term explains"):
-        assert link.differentiation.alpha < 0
+        assert bound.differentiation.alpha < 0
 
 
 def test_an_encoder_that_did_not_move_has_no_alpha():
     before, model = toy(0), toy(1)
     model.encoder.load_state_dict(before.encoder.state_dict())
-    link = automatic(before, model, toy_rows(1, 8)).stage("two")
+    bound = automatic(before, model, toy_rows(1, 8)).stage("two")
     with pytest.raises(InputError, match=r"stage 'two': alpha is 'auto', but the inherited parameters are those of"):
-        _ = link.differentiation.alpha
+        _ = bound.differentiation.alpha
     frozen = automatic(before, model, toy_rows(1, 8), trainable="head").stage("two")
     assert frozen.differentiation.alpha is None
     assert "encoder.gain" not in frozen.differentiation.ridge

@@ -421,13 +421,13 @@ def test_a_head_that_goes_on_is_inherited(settings, tmp_path):
         Stage("two", model, objective, rows, link="unrolled", run=tmp_path / "run"),
     ]
     found = MultiStageInfluence(stages, progress=False)
-    link = found.stage("two")
+    bound = found.stage("two")
     head = {n for n, _ in before.named_parameters() if n.startswith("cls.")}
     assert head
-    assert head <= set(link.split.proximal)
-    assert not link.split.head
-    _, b = link.differentiation.pull_back(found.measurement(rows_of(tests))[0])
-    carried = link.carry(b)
+    assert head <= set(bound.split.proximal)
+    assert not bound.split.head
+    _, b = bound.differentiation.pull_back(found.measurement(rows_of(tests))[0])
+    carried = bound.carry(b)
     assert all(carried[n].any() for n in head)
 
     step, generator = 1e-5, torch.Generator().manual_seed(0)
@@ -568,7 +568,7 @@ def test_an_unfinished_run_is_refused(own):
     found, folder = own
     (folder / "state-00000009.safetensors").rename(folder / "elsewhere")
     with pytest.raises(InputError, match=r"lacks its state after step 9 of 9: let its training end"):
-        MultiStageInfluence([link.stage for link in found.stages], progress=False)
+        MultiStageInfluence([bound.stage for bound in found.stages], progress=False)
 
 
 def test_a_run_that_left_out_a_row_is_refused(made, tmp_path):
@@ -622,17 +622,17 @@ def test_a_run_that_does_not_repeat_itself_is_refused(own, mark, slot):
 
 def test_check_replay_measures_the_whole_run(own):
     found, _ = own
-    link = found.stages[1]
-    assert check_replay(link) == 0.0
-    state = link.differentiation.recording.state(9)
-    way = math.sqrt(sum(float((state["parameters"][n] - p).square().sum()) for n, p in first_state(link).items()))
+    bound = found.stages[1]
+    assert check_replay(bound) == 0.0
+    state = bound.differentiation.recording.state(9)
+    way = math.sqrt(sum(float((state["parameters"][n] - p).square().sum()) for n, p in first_state(bound).items()))
     state["parameters"]["head.bias"][0] += 0.1 * way
-    link.differentiation.recording.write(9, state)
-    assert check_replay(link) == pytest.approx(0.1, rel=0.2)
+    bound.differentiation.recording.write(9, state)
+    assert check_replay(bound) == pytest.approx(0.1, rel=0.2)
 
 
-def first_state(link):
-    return link.differentiation.recording.state(0)["parameters"]
+def first_state(bound):
+    return bound.differentiation.recording.state(0)["parameters"]
 
 
 def test_there_is_no_damping_to_sweep(made):

@@ -62,14 +62,12 @@ def test_beyond_the_memo_the_encoder_is_paid_for_again(run, monkeypatch):
 def test_the_memo_is_as_large_as_promised(run):
     one = run()
     promised = plan.plan(one)["stages"]
-    link = one.chain().stage("finetuning")
-    v = {
-        name: torch.zeros(1, *p.shape, device=p.device) for name, p in link.differentiation.operator.parameters.items()
-    }
-    link.differentiation.operator.matvec(v)
-    held = sum(memo_bytes(evaluation.memo) for evaluation in link.differentiation.operator.evaluations)
+    bound = one.chain().stage("finetuning")
+    operator = bound.differentiation.operator
+    operator.matvec({name: torch.zeros(1, *p.shape, device=p.device) for name, p in operator.parameters.items()})
+    held = sum(memo_bytes(evaluation.memo) for evaluation in operator.evaluations)
     assert promised["finetuning"]["memo_bytes"] == pytest.approx(held, rel=0.3)
-    assert held >= len(link.rows) * SIZES["hidden_size"] * 4
+    assert held >= len(bound.rows) * SIZES["hidden_size"] * 4
     assert promised["pretraining"]["memo_bytes"] == 0
 
 
@@ -85,14 +83,14 @@ SOLVERS = [
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: f"{type(s).__name__}-{getattr(s, 'damping', '')}")
 def test_the_number_of_products_is_a_tight_bound(run, monkeypatch, solver):
-    link = run().chain().stage("finetuning")
+    bound = run().chain().stage("finetuning")
     spent, matvec = [], Curvature.matvec
     monkeypatch.setattr(
         Curvature, "matvec", lambda self, v: spent.append(len(next(iter(v.values())))) or matvec(self, v)
     )
-    b = {name: torch.randn(2, *p.shape, device=p.device) for name, p in link.model.parameters.items()}
-    link.differentiation.with_solver(solver).pull_back(b)
-    bound = 2 * solver.products(link.split.count(link.split.trained), columns=2)
+    b = {name: torch.randn(2, *p.shape, device=p.device) for name, p in bound.model.parameters.items()}
+    bound.differentiation.with_solver(solver).pull_back(b)
+    bound = 2 * solver.products(bound.split.count(bound.split.trained), columns=2)
     assert sum(spent) <= bound <= 1.3 * sum(spent)
 
 

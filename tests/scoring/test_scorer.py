@@ -44,11 +44,11 @@ def matrix(scores):
 
 @pytest.mark.parametrize(("stage", "task", "rows"), [("pre", "masked", CORPUS), ("fine", "classification", TWEETS)])
 def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
-    link = exact.chain.stage(stage)
+    bound = exact.chain.stage(stage)
     u = exact.query.solutions[stage].tensors()
     scores = exact.query.score(rows, stage)
     for i, row in enumerate(rows):
-        plain = tiny.Plain(link.stage.model, task, tiny.objective(task).collate([row]))
+        plain = tiny.Plain(bound.stage.model, task, tiny.objective(task).collate([row]))
         gradient = plain.gradient(list(u))
         for q in range(2):
             expected = -sum(float((u[n][q] * g).sum()) for n, g in gradient.items())
@@ -143,9 +143,9 @@ def test_removal_effect_divides_by_the_counted_terms(exact):
 @pytest.mark.parametrize("size", [1, 4, 8, 9])
 def test_n_counts_all_data_also_when_curvature_is_estimated_on_some(exact, size):
     chain = tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": size})
-    link = chain.stage("pre")
-    assert link.differentiation.operator.examples == size
-    assert link.count == exact.chain.stage("pre").count
+    bound = chain.stage("pre")
+    assert bound.differentiation.operator.examples == size
+    assert bound.count == exact.chain.stage("pre").count
     with pytest.raises(InputError, match="sizes of at least 1"):
         tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": 0})
 
@@ -213,7 +213,7 @@ def test_a_batch_size_without_rows(exact, size):
 
 @pytest.mark.parametrize("slope", [False, True], ids=["loss", "derivative"])
 def test_rows_that_are_not_finite_are_named(exact, monkeypatch, slope):
-    link = exact.chain.stage("pre")
+    bound = exact.chain.stage("pre")
 
     class Broken(objectives.Objective):
         def __init__(self, objective):
@@ -229,7 +229,7 @@ def test_rows_that_are_not_finite_are_named(exact, monkeypatch, slope):
             broken = torch.sqrt(sums - sums.detach()) if slope else torch.full_like(sums, torch.inf)
             return torch.where(bad, broken, sums), counts
 
-    monkeypatch.setattr(exact.query.solutions["pre"], "objective", Broken(link.objective))
+    monkeypatch.setattr(exact.query.solutions["pre"], "objective", Broken(bound.objective))
     counts = [max(1, round(0.4 * len(row["text"].split()))) for row in CORPUS]
     ids = [row["example_id"] for row, n in zip(CORPUS, counts, strict=True) if n == max(counts)]
     with pytest.raises(InputError) as error:

@@ -491,7 +491,7 @@ def test_every_baseline(baseline, bert):
     assert found.shape == (len(CORPUS), len(TESTS))
     assert np.isfinite(found).all()
     assert np.unique(found[:, 0]).size > 1
-    larger = MultiStageInfluence([replace(link.stage, batch_size=64) for link in bert.stages], progress=False)
+    larger = MultiStageInfluence([replace(bound.stage, batch_size=64) for bound in bert.stages], progress=False)
     np.testing.assert_allclose(baseline(case(larger)), found, rtol=1e-7, atol=1e-12)
     if baseline.__name__ != "random":
         turned = validation.baselines(bert, TESTS[::-1], CORPUS, which=[baseline])[baseline.__name__]
@@ -503,7 +503,7 @@ def case(chain, corpus=CORPUS, tests=TESTS, stage=None):
 
 
 def test_gradient_baselines_are_inner_products_on_the_shared_encoder(bert):
-    before, after = (link.stage for link in bert.stages)
+    before, after = (bound.stage for bound in bert.stages)
     names = [n for n in dict(before.model.named_parameters()) if n.startswith("bert.")]
     tests = [
         tiny.Plain(after.model, "classification", after.objective.collate([row])).gradient(names) for row in TESTS
@@ -518,7 +518,7 @@ def test_gradient_baselines_are_inner_products_on_the_shared_encoder(bert):
 
 
 def test_identity_is_the_library_with_the_identity(bert):
-    stages = [replace(link.stage, solver=solvers.Identity()) for link in bert.stages]
+    stages = [replace(bound.stage, solver=solvers.Identity()) for bound in bert.stages]
     scores = MultiStageInfluence(stages, progress=False).query(TESTS).score(CORPUS)
     found = validation.baselines(bert, TESTS, CORPUS, which=[IDENTITY])
     expected = scores.frame[["removal_effect_0", "removal_effect_1"]]
@@ -531,7 +531,7 @@ def test_representations_are_means_over_real_tokens(bert):
         with torch.no_grad():
             return stage.model.eval().base_model(**tokens).last_hidden_state[0].mean(0).numpy()
 
-    before, after = (link.stage for link in bert.stages)
+    before, after = (bound.stage for bound in bert.stages)
     rows, tests = [states(before, row) for row in CORPUS], [states(after, row) for row in TESTS]
     expected = [[r @ t / np.linalg.norm(r) / np.linalg.norm(t) for t in tests] for r in rows]
     found = validation.baselines(bert, TESTS, CORPUS)["representation"]
@@ -678,7 +678,7 @@ def without(mixed, stage, index):
 @pytest.mark.parametrize("kinds", UNROLLED.values(), ids=UNROLLED)
 def test_a_warm_start_repeats_runs(kinds, tmp_path):
     mixed = Mixed(kinds, tmp_path)
-    stages, tests = [link.stage for link in mixed.chain.stages], toy_rows(9, 2)
+    stages, tests = [bound.stage for bound in mixed.chain.stages], toy_rows(9, 2)
     finished = example_losses(mixed.models[-1], mixed.ends[-1], tests)[0].detach().tolist()
     states = [copy.deepcopy(model.state_dict()) for model in mixed.models]
     for stage in (0, 1):
@@ -702,7 +702,7 @@ def test_a_warm_start_repeats_runs(kinds, tmp_path):
 def test_removal_effects_of_runs_predict_retraining(stage, tmp_path):
     gentle = (Run, "all", {"momentum": 0.5, "rate": 0.05})  # leaving out a row is no small step
     mixed = Mixed([gentle, gentle], tmp_path)
-    stages, tests = [link.stage for link in mixed.chain.stages], toy_rows(9, 2)
+    stages, tests = [bound.stage for bound in mixed.chain.stages], toy_rows(9, 2)
     rows = mixed.kinds[stage].rows
     scores = mixed.chain.query(tests).score(rows, stage=f"stage{stage}")
     bank = Bank(WarmStart(stages, tests, stage=f"stage{stage}"), progress=False)
@@ -715,7 +715,7 @@ def from_scratch(mixed, folder, **settings):
     arguments = [kind.arguments(folder) for kind in mixed.kinds]
     for given in arguments:
         given.save_strategy = "no"
-    stages = [link.stage for link in mixed.chain.stages]
+    stages = [bound.stage for bound in mixed.chain.stages]
     return FromScratch(stages, toy_rows(9, 2), lambda seed: [toy(seed - 5), toy(seed - 4)], arguments, **settings)
 
 
@@ -739,7 +739,7 @@ def test_from_scratch_wants_the_arguments_of_a_run_and_no_polish(tmp_path):
     mixed = Mixed(TWO_RUNS, tmp_path)
     with pytest.raises(InputError, match="stage 'stage0' has link='unrolled': it is what its run leaves"):
         from_scratch(mixed, tmp_path, polished=[True, False])
-    stages = [link.stage for link in mixed.chain.stages]
+    stages = [bound.stage for bound in mixed.chain.stages]
     with pytest.raises(InputError, match="nothing would be trained"):
         FromScratch(stages, toy_rows(9, 2), lambda seed: [toy(0), toy(1)])
 
@@ -747,7 +747,7 @@ def test_from_scratch_wants_the_arguments_of_a_run_and_no_polish(tmp_path):
 def test_settings_know_the_run(tmp_path):
     mixed = [Mixed(kinds, tmp_path / str(i)) for i, kinds in enumerate([UNROLLED["frozen"], UNROLLED["frozen"]])]
     mixed.append(Mixed([RUN, (Run, "head", {"momentum": 0.5, "epochs": 4})], tmp_path / "other"))
-    chains = [[link.stage for link in one.chain.stages] for one in mixed]
+    chains = [[bound.stage for bound in one.chain.stages] for one in mixed]
     one, same, other = (Bank(WarmStart(stages, toy_rows(9, 2))).fingerprint for stages in chains)
     assert one == same != other
 
@@ -756,7 +756,7 @@ def test_settings_know_the_run(tmp_path):
 def test_the_implicit_baseline_takes_runs_for_minima(tmp_path):
     kinds = [(Minimum, "all", {}), (Run, "all", {"momentum": 0.5, "alpha": 0.2})]
     mixed, tests = Mixed(kinds, tmp_path), toy_rows(9, 2)
-    stages, rows = [link.stage for link in mixed.chain.stages], mixed.kinds[0].rows
+    stages, rows = [bound.stage for bound in mixed.chain.stages], mixed.kinds[0].rows
     found = validation.baselines(mixed.chain, tests, rows, which=[IMPLICIT])
     solved = MultiStageInfluence([stages[0], replace(stages[1], link="implicit", run=None, alpha="auto")], None, False)
     expected = solved.query(tests).score(rows).removal_effects()
