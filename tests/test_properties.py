@@ -246,6 +246,7 @@ def scored(request, mixed, tmp_path_factory):
     return Scored(chain, "only", case.rows(SIZE, seed=1), case.rows(2, seed=9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_scores_do_not_depend_on_the_batch_size(scored, size):
     near(scored.scores(scored.rows, batch_size=size), scored.expected)

@@ -359,6 +359,7 @@ def test_only_the_embeddings_below_the_adapters_are_remembered(pair, tuned):
     assert set(memo) == {"base_model"}
 
 
+@pytest.mark.slow
 def test_the_model_leaves_as_it_came(pair):
     before = tiny.model("bert", "masked", attention="flex_attention")
     model = adapted(tiny.finetuned(before, "bert", attention="flex_attention"), task_type="SEQ_CLS")

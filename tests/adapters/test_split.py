@@ -220,6 +220,7 @@ def test_a_tensor_that_the_loss_never_reads_is_left_out():
 # New tokens --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["head", "all"])
 def test_added_tokens_change_nothing_before_they_are_used(trainable):
     """The chain with two unused rows more gives every score that the chain without them gives."""
@@ -342,6 +343,7 @@ def odd(dtype=torch.float32, attention=None):
     return before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_models_leave_as_they_came(dtype, attention):
@@ -355,6 +357,7 @@ def test_the_models_leave_as_they_came(dtype, attention):
     assert [photograph(model) for model in models] == before
 
 
+@pytest.mark.slow
 def test_attention_kernels_agree():
     """What is swapped for its lack of derivatives is swapped for the same function."""
     found = [

@@ -130,6 +130,7 @@ def test_mixed_and_gradient():
 # The trace ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("probes", [4, 400])
 def test_trace_is_within_its_sampling_error(kind, probes, monkeypatch):

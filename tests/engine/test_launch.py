@@ -157,6 +157,7 @@ def test_trackers_see_residuals_and_rates():
     assert all(rate > 0 for _, rate in rates)
 
 
+@pytest.mark.slow
 def test_commands_end_what_they_began(trained, monkeypatch):
     """Trackers may hold values back until their end; process groups part in order."""
     ends, inside = [], Accelerator.end_training

@@ -142,6 +142,7 @@ def test_cg_on_an_indefinite_hessian_is_refused_with_the_way_out(models):
     assert "damping" in str(error.value)
 
 
+@pytest.mark.slow
 def test_minres_on_an_indefinite_hessian_is_answered(models):
     solver = solvers.MinRes(damping=0.05, tol=1e-3, max_iter=1000)
     msif = only(models, curvature="hessian", solver=solver, trainable=["cls.predictions.transform.*"])

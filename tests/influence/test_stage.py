@@ -307,6 +307,7 @@ def automatic(before, model, rows, **settings):
     return MultiStageInfluence(stages, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.05, 0.7])
 def test_alpha_is_found_at_a_proximal_optimum(alpha):
     rows = toy_rows(1, 8)

@@ -478,6 +478,7 @@ def own(made, tmp_path):
     return unrolled_chain(run, before, model, tmp_path / "run", PATTERNS), tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 2, 3, 5, 8])
 def test_an_interrupted_sweep_goes_on_unchanged(own, monkeypatch, after):
     found, folder = own
@@ -527,6 +528,7 @@ def test_a_damaged_sweep_starts_anew(own, monkeypatch):
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_adjoint_that_grows_is_refused_with_remedies(made, tmp_path):
     run, before, model, folder = made
     found = unrolled_chain(run, before, model, folder, max_growth=0.5)

@@ -400,6 +400,7 @@ class Chain:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "feed_forward"])
 def test_influence_equals_resolving_the_chain(kind):
     chain = Chain(kind)
@@ -434,6 +435,7 @@ def skip_gram_project(folder):
     return path
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, capsys):
     path = skip_gram_project(tmp_path)
     for command in ("plan", "train", "query", "score"):

@@ -333,6 +333,7 @@ def test_every_command_checks_every_setting_before_it_works(untrained, capsys, c
     assert f"unknown key {flag[2:]!r}; the nearest known key is {nearest!r}." in said.err
 
 
+@pytest.mark.slow
 def test_a_recipe_is_its_commands_one_after_another(tmp_path, capsys, monkeypatch):
     (recipe,) = Path(__file__).parents[2].glob("recipes/bert_gop_debate/run.py")
     path = project(tmp_path)

@@ -86,6 +86,7 @@ def test_validate(copied, capsys, retrain):
     assert {"implicit", "random"} <= set(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretraining", "finetuning"])
 def test_an_interrupted_training_goes_on(copied, capsys, monkeypatch, stage):
     whole, report = weights(copied, stage), snapshot(copied.parent / "run" / stage)

@@ -36,6 +36,7 @@ def answer(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_image_stages_end_at_stationary_points(made):
     for name in ("pretraining", "finetuning"):
         report = json.loads((made.parent / "run" / f"{name}.json").read_text())
@@ -226,6 +227,7 @@ def test_a_chain_of_three_ranks_every_stage_side_by_side(three, capsys):
     assert "holds scores of the stages ['domain', 'finetuning', 'pretraining']" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_domain_stage_starts_from_the_head_before_it_and_says_what_it_gained(three):
     run = Run(config.load(three), progress=False)
     chain = run.chain()

@@ -62,6 +62,7 @@ def test_a_finished_training_leaves_no_checkpoints_and_starts_anew(make_run, cap
     assert "interrupted" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(make_run, monkeypatch, capsys):
     steps = ("stages.pretraining.training.max_steps", 11)
     whole = make_run(*CHECKPOINTS, steps)

@@ -195,6 +195,7 @@ def check_kept(scores, expected, keep):
     assert "duplicates" not in scores.frame
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 3, 100])
 def test_the_extremes_of_all_orders_are_kept(query, expected, tmp_path, keep):
     for settings in ({}, {"output_dir": tmp_path, "part_rows": 5}):

@@ -620,7 +620,7 @@ def test_a_stage_takes_such_an_object(sharded):
     assert query.certificates["only"].matvecs == [1, 1]
 
 
-@pytest.mark.parametrize("solver", ["cg", None, CG, Matrix(np.eye(P))], ids=str)
+@pytest.mark.parametrize("solver", ["cg", None, CG, Matrix(np.eye(P))], ids=["name", "none", "class", "operator"])
 def test_refuses_what_is_no_solver(solver):
     with pytest.raises(ValueError, match=r"^solver is .*; expected a solver such as hf_msif.solvers.CG\(\)"):
         as_solver(solver)

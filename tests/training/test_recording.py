@@ -160,6 +160,7 @@ def states():
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "trainable"),
     [
@@ -235,6 +236,7 @@ def interrupted(monkeypatch, method, after, action):
             action()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 8])
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_an_interrupted_run_goes_on_unchanged(optim, after, tmp_path, monkeypatch):

@@ -249,6 +249,7 @@ def test_runs_repeat(undisturbed, tmp_path):
     assert any(not torch.equal(p, undisturbed[n]) for n, p in run(tmp_path, seed=1).items())
 
 
+@pytest.mark.slow
 def test_dropout_is_on_in_training_and_off_in_evaluation(undisturbed, tmp_path):
     rows, objective = tiny.rows(10, seed=3), tiny.objective("masked")
     other = run(tmp_path, model=without_dropout(tiny.model("bert", "masked", dtype=torch.float32)))
@@ -385,6 +386,7 @@ class Breaking(ToyObjective):
         return sums + torch.sqrt(sums - sums.detach()) if self.state["gradient"] else sums * torch.nan, counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("logging", [1, 500])
 def test_a_loss_that_is_no_number_stops_at_its_step(tmp_path, at, logging):

@@ -373,6 +373,7 @@ def test_a_warm_start_is_the_chain_solved_again(chain, stage):
     np.testing.assert_allclose(retrain(frozenset(), 0).losses, chain.test_losses(chain.optima), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_warm_start_leaves_the_stages_as_they_are(chain):
     stages = chain.stages()
     before = [copy.deepcopy(s.model.state_dict()) for s in stages]
