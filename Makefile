@@ -18,7 +18,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow and not launch"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not launch"
 
 quality: $(VENV)/.test
 	$(BIN)/ruff check .

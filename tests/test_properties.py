@@ -159,6 +159,7 @@ def test_a_curvature_is_positive_semidefinite(curved):
     assert eigenvalues.max() > 0
 
 
+@pytest.mark.slow
 def test_a_curvature_does_not_depend_on_batches_or_order(curved):
     for other in (curved.make(batch_size=1), curved.make(batch_size=100), curved.make(rows=curved.rows[::-1])):
         assert other.count == pytest.approx(curved.operator.count)
@@ -270,6 +271,7 @@ def test_a_column_among_others_is_the_query_of_one(scored):
         near(single[:, 0], scored.expected[:, q], 1e-6)
 
 
+@pytest.mark.slow
 def test_querying_twice_gives_the_same(scored):
     again = scored.chain.query(scored.tests)
     np.testing.assert_array_equal(scored.scores(scored.rows, again), scored.expected)

@@ -321,6 +321,7 @@ def test_derivatives(name, all_float64):
     assert float(vectors.dot(v, dense)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_whole_chain_runs(name):
     before, after = pair(name)

@@ -133,6 +133,7 @@ def test_product_on_parameters_in_which_the_loss_is_linear_is_zero():
     assert not product["classifier.bias"].any()
 
 
+@pytest.mark.slow
 def test_gauss_newton_product(case):
     v = case.direction(columns=3, seed=6)
     product = case.run(derivatives.gauss_newton_product, v)

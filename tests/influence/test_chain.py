@@ -18,6 +18,7 @@ def query(chain):
     return MultiStageInfluence(chain.stages(), progress=False).query(chain.tests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_influence_equals_resolving_the_chain(chain, query, stage):
     scores = query.score(chain.rows[stage], stage=f"stage{stage}")

@@ -65,6 +65,7 @@ def interrupted(query, folder, monkeypatch, after, kind=on_disk.PartsOnDisk, cor
             query.score(corpus, output_dir=folder, **{"part_rows": 5, "batch_size": 1, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_an_interrupted_scoring_is_resumed(query, expected, tmp_path, monkeypatch, after):
     interrupted(query, tmp_path, monkeypatch, after)
