@@ -1,4 +1,4 @@
-"""Rows → batches → processes → disk: the only wing that knows Accelerate and `datasets`."""
+"""Rows → batches → processes → disk: the only wing that knows Accelerate."""
 
 from .accelerated import Engine, new_accelerator
 

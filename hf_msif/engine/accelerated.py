@@ -67,7 +67,7 @@ class Engine:
     # --- shards
 
     def local_batches(self, rows: Sequence[dict], objective: TextSettings, size: int) -> list[list[int]]:
-        """This process's batches of at most `size` rows, as row indices, the costliest first; see `batching.deal`."""
+        """This process's batches of at most `size` rows, as row indices, the costliest first."""
         return deal_batches([row_cost(row, objective) for row in rows], size, self.processes)[self.rank]
 
     def batches(

@@ -38,7 +38,7 @@ class Collator(TextSettings, Protocol):
 def row_cost(row: Mapping[str, Any], objective: TextSettings) -> float:
     """Cost of a row, in characters of its text: what the objective reads before it truncates.
 
-    The text is in the objective's `text_column` ("text" if it names none). At most 6 · max_length characters count,
+    The text is in the objective's `text_column`. At most 6 · max_length characters count,
     where `max_length` is the objective's, or else its tokenizer's `model_max_length`. A row without a text costs 0.
 
     >>> from types import SimpleNamespace
@@ -61,7 +61,7 @@ def deal_batches(costs: Sequence[float], size: int, processes: int) -> list[list
     (Graham's rule). Each process gets one batch more if that lowers the largest load by over a quarter.
 
     Args:
-        costs: one cost per row, as `cost` returns it.
+        costs: one cost per row, as `row_cost` returns it.
         size: most rows per batch.
         processes: number of processes.
 

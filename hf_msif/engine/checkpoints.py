@@ -30,7 +30,7 @@ class Checkpoint:
         path: the file.
         cache_key: identifies the computation, so that the state of another one is not taken for its own.
         engine: the processes that share the checkpoint.
-        every: seconds between two writes.
+        interval: seconds between two writes.
         written_at: time of the last write on the clock of `time.perf_counter`; at first, when this object was made.
     """
 
@@ -41,7 +41,7 @@ class Checkpoint:
     written_at: float = field(default_factory=time.perf_counter)
 
     def due(self) -> bool:
-        """Whether `every` seconds have passed since the last write, by the clock of the main process.
+        """Whether `interval` seconds have passed since the last write, by the clock of the main process.
 
         All processes must call it together, and all get the same answer.
         """

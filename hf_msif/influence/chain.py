@@ -135,6 +135,10 @@ class BoundStage:
         """Number of rows of the stage's data."""
         return self._size[1] if isinstance(self.rows, Stream) else len(self.rows)
 
+    def remember_size(self, count: float, examples: int) -> None:
+        """Takes N and the number of rows as known, so that no pass is made to count them (a saved query has both)."""
+        vars(self).setdefault("_size", (count, examples))
+
     @cached_property
     def _size(self) -> tuple[float, int]:
         """N and the number of rows, by a pass over them unless one has been made already."""

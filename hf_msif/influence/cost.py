@@ -21,7 +21,7 @@ class Cost:
 
     Attributes:
         solve_seconds: time of the pull-back; an upper bound.
-        score_seconds: time of scoring one row for one column.
+        score_seconds_per_row: time of scoring one row for one column.
         memory_bytes: bytes held at a time beside the model.
         model_bytes: bytes of the model's parameters.
         vector_bytes: bytes of the stage's solution in a saved query.
@@ -31,7 +31,7 @@ class Cost:
     """
 
     solve_seconds: float
-    score_seconds: float
+    score_seconds_per_row: float
     memory_bytes: int
     model_bytes: int
     vector_bytes: int

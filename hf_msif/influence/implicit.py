@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -291,11 +291,11 @@ class Implicit(Differentiation):
         return changed
 
     def damped(self, damping: float) -> Implicit:
-        if not self.solver.damped or not is_dataclass(self.solver):
+        if not self.solver.damped:
             raise InputError(
                 f"stage {self.bound.name!r} is solved by {self.solver}, which has no damping to sweep: use CG."
             )
-        return self.with_solver(replace(self.solver, damping=damping))
+        return self.with_solver(self.solver.with_damping(damping))
 
     def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> Direction:
         return Direction(self.bound.model, self.bound.objective, tensors, Certificate.from_dict(certificate))
@@ -416,7 +416,7 @@ class Implicit(Differentiation):
         )
         return Cost(
             solve_seconds=solve_seconds,
-            score_seconds=score_seconds,
+            score_seconds_per_row=score_seconds,
             memory_bytes=solver_bytes + activations,
             model_bytes=parameters,
             vector_bytes=sum(t.numel() * t.element_size() for t in v.values()),

@@ -189,6 +189,8 @@ class Query:
         for bound in chain.stages:
             saved = state["stages"][bound.name]
             solutions[bound.name] = bound.differentiation.load(by_stage.get(bound.name, {}), saved["solve"])
+            # Counting inside of scoring would be a pass that not all processes reach.
+            bound.remember_size(saved["N"], saved["examples"])
             facts[bound.name] = {key: value for key, value in saved.items() if key not in ("solve", "text")}
         return cls(solutions, state["tests"], state["losses"], state["aggregate"], chain, facts)
 

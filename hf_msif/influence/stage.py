@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -94,6 +95,11 @@ class Stage:
                 f"stage {self.name!r}: link is {self.link!r}; expected one of {sorted(DIFFERENTIATIONS)}, or a "
                 "Differentiation."
             )
+        if "<lambda>" in self.link_name:
+            raise InputError(
+                f"stage {self.name!r}: link is a lambda, by which a saved query could not be told from another one; "
+                "expected a class, a named function, or a functools.partial of one."
+            )
         needs_run = getattr(self.differentiation, "needs_run", None)
         if needs_run is not None and needs_run != (self.run is not None):
             raise InputError(
@@ -138,6 +144,8 @@ def _name(kind: Any, table: Mapping[str, str]) -> str:
     that of the function that it calls."""
     if isinstance(kind, str):
         return kind
-    kind = getattr(kind, "func", kind)
+    if isinstance(kind, partial):
+        settings = [*map(repr, kind.args), *(f"{key}={value!r}" for key, value in sorted(kind.keywords.items()))]
+        return f"{_name(kind.func, table)}({', '.join(settings)})"
     place = f"{kind.__module__}:{getattr(kind, '__qualname__', type(kind).__qualname__)}"
     return next((name for name, registered_place in table.items() if registered_place == place), place)

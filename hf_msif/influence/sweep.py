@@ -55,8 +55,8 @@ def damping_sweep(
         raise InputError(f"k is {k}; expected at least 1.")
     target = chain.stage(stage)
     name = target.name
-    damped = [target.differentiation.damped(damping) for damping in dampings]
     rows = as_rows(tests, "the test examples")
+    damped = [target.differentiation.damped(damping) for damping in dampings]
     adjoint, losses = chain.measurement(rows)
     for bound in reversed(chain.stages):
         if bound is target:

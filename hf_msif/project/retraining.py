@@ -32,16 +32,16 @@ def retraining(
     polish_settings = {name: build.polish_settings(run.config, name) for name in run.names}
     shared_settings = _shared_polish_settings(polish_settings)
     if how == "warm_start":
-        retrained = stages[run.names.index(run.ranked) :]  # earlier stages stay as they are
-        unpolished = [
-            s.name for s in retrained if polish_settings[s.name] is None and not run.config.stages[s.name].recorded
-        ]
+        warm_start = validation.WarmStart(stages, tests, stage=run.ranked, **shared_settings)
+        retrained = warm_start.retrainings[run.names.index(run.ranked) :]  # earlier stages stay as they are
+        names = [retraining.stage.name for retraining in retrained if retraining.polishes]
+        unpolished = [name for name in names if polish_settings[name] is None]
         if unpolished:
             raise InputError(
                 f"stages.{unpolished[0]}.polish is missing: a warm start goes from stationary point to stationary "
                 "point. Give polish: {} and train again, or retrain from_scratch."
             )
-        return validation.WarmStart(stages, tests, stage=run.ranked, **shared_settings)
+        return warm_start
     arguments = [
         run.arguments(name, save_strategy="no") if stage.uses_trainer else None
         for name, stage in run.config.stages.items()

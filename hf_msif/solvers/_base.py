@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -90,6 +91,10 @@ class Solver:
             )
         return self.max_iter + 1
 
+    def with_damping(self, damping: float) -> Solver:
+        """The same settings with another λ; asked only of a solver that says it is `damped`."""
+        return dataclasses.replace(self, damping=damping)  # type: ignore[type-var]  # a damped solver is a dataclass
+
     def extra_bytes(self, parameters: int) -> int:
         """Bytes that are held beside vectors, for P = `parameters`; of a matrix, for instance. Defaults to 0."""
         return 0
@@ -104,6 +109,9 @@ class AdaptedSolver(Solver):
         for member in members:
             if hasattr(solver, member):
                 setattr(self, member, getattr(solver, member))
+
+    def with_damping(self, damping: float) -> Solver:
+        return as_solver(dataclasses.replace(self.solver, damping=damping))  # type: ignore[type-var]
 
     def __repr__(self) -> str:
         return repr(self.solver)

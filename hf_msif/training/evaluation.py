@@ -58,7 +58,7 @@ def mistakes(
     model: nn.Module, objective: Objective, data: Any, batch_size: int = 64, engine: Engine | None = None
 ) -> list[dict]:
     """The rows whose predicted class is not their label, in their order; for objectives with `predictions`."""
-    engine = engine or Engine(progress=False)
+    engine, objective = engine or Engine(progress=False), checked_objective(objective, "the evaluation")
     if objective.predictions is None:
         raise InputError(f"{type(objective).__name__} predicts no classes; expected an objective with `predictions`.")
     rows = as_rows(data, "the evaluation data")

@@ -125,7 +125,7 @@ def polish(
 
     Args:
         model: changed in place at the end (not on an exception), left in evaluation mode.
-        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        objective: an object of `hf_msif.objectives`, or another `Objective`.
         data: the stage's examples: a `datasets.Dataset`, a list of dicts that the objective reads, or a list of
             strings.
         previous: the model of the stage before, which says what is inherited; None for a first stage.

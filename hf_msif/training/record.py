@@ -56,7 +56,7 @@ def record(
 
     Args:
         model: trained in place; left in evaluation mode.
-        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`.
+        objective: an object of `hf_msif.objectives`, or another `Objective`.
         data: the stage's examples: a `datasets.Dataset`, a list of dicts that the objective reads, or a list of
             strings.
         arguments: Hugging Face's `TrainingArguments`. Read are the batch size, gradient accumulation, epochs or

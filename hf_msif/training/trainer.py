@@ -65,9 +65,8 @@ def train(
 
     Args:
         model: trained in place. Its modes, `requires_grad` and `forward` are left as they were.
-        objective: an object of `hf_msif.objectives`, or any other with `collate` and `losses`, and with `counts` where
-            a step has several micro-batches or processes. One with fields `first_draw` and `draws` (a masked LM) draws
-            new masks in each epoch: epoch e takes the draws from first_draw + e · draws.
+        objective: an object of `hf_msif.objectives`, or another `Objective`, with `counts` where a step has several
+            micro-batches or processes. Epoch e trains on `objective.of_epoch(e)`: a masked LM then draws new masks.
         data: the stage's examples: a `datasets.Dataset`, a list of dicts that the objective reads, or a list of
             strings.
         arguments: Hugging Face's `TrainingArguments`, not modified. Dropout that the model configures is on.

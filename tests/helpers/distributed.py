@@ -18,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from helpers import tiny, toy
 from helpers.runs import Run, pair, unrolled_chain
-from hf_msif import InputError, MultiStageInfluence, Stage, solvers, training, vectors
+from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
 from hf_msif.engine import Engine
 from hf_msif.engine.files import load_tensors
 from hf_msif.errors import ProcessError
@@ -202,6 +202,15 @@ def runs(folder, world):
     expected, _ = load_tensors(folder / "unrolled.safetensors")
     for key, found in unrolled(folder).items():
         torch.testing.assert_close(found.cpu(), expected[key], rtol=1e-9, atol=1e-12)
+    # Fewer rows than processes: nothing of what scoring does may wait for a process that has no batch.
+    run, before, model = run_of()
+    model.load_state_dict(torch.load(folder / "run.pt"))
+    made = unrolled_chain(run, before, model, folder / "run", batch_size=3)
+    made.query(toy.toy_rows(9, 3)).save_pretrained(folder / f"unrolled_query_{world}")
+    again = unrolled_chain(run, before, model, folder / "run", batch_size=3)
+    scores = Query.from_pretrained(folder / f"unrolled_query_{world}", again).score(run.rows[:1], stage="second")
+    weight = float(expected["second/weights"][0, 0])
+    np.testing.assert_allclose(scores.influence(0), [again.stage("second").count * weight], rtol=1e-9)
 
 
 def linear_head(folder, world):

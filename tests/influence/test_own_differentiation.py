@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,33 @@ def test_query_save_load_and_score(averaged, tmp_path):
     implicit = MultiStageInfluence([replace(stages[0], link="implicit", run=None), stages[1]], progress=False)
     with pytest.raises(InputError, match=r"differentiated stage 'pre' by link='.*Planned'; the stage has link='impl"):
         Query.from_pretrained(tmp_path / "query", implicit)
+
+
+def test_settings_of_a_partial_are_known_to_a_saved_query(tmp_path):
+    """Two partials of one function differ; a lambda, of which nothing is known, is refused."""
+    stage = partial(Stage, "only", toy(0), ToyObjective(), CORPUS)
+    chains = [MultiStageInfluence([stage(link=partial(scaled, scale=s))], progress=False) for s in (1.0, 2.0)]
+    assert chains[0].stage().cache_key != chains[1].stage().cache_key
+    chains[0].query(TESTS).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"by link='.*scale=1.0\)'; the stage has link='.*scale=2.0\)'"):
+        Query.from_pretrained(tmp_path, chains[1])
+    with pytest.raises(InputError, match="stage 'only': link is a lambda"):
+        stage(link=lambda bound: scaled(bound, 1.0))
+
+
+def scaled(bound, scale):
+    """The gradient product, `scale` times."""
+
+    class Scaled(influence.Differentiation):
+        def pull_back(self, adjoint, checkpoint=None):
+            u = {name: scale * t for name, t in adjoint.items()}
+            return self.load(u, influence.DirectCertificate("scaled", 2).to_dict()), {}
+
+        def load(self, tensors, certificate):
+            certificate = influence.DirectCertificate(**certificate)
+            return influence.Direction(self.bound.model, self.bound.objective, tensors, certificate)
+
+    return Scaled(bound)
 
 
 def test_plan_and_a_configuration(averaged, tmp_path, capsys, monkeypatch):

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from helpers.toy import ToyObjective, dense_gauss_newton, example_losses, toy, toy_rows
 
-from hf_msif import InputError, MultiStageInfluence, Stage, solvers
+from hf_msif import InputError, MultiStageInfluence, Stage, solvers, vectors
 from hf_msif.influence.implicit import Implicit
 from hf_msif.influence.sweep import damping_sweep
 
@@ -135,6 +136,29 @@ def test_errors(change, message):
     settings = {"tests": TESTS, "corpus": CORPUS, "dampings": [1.0], **change}
     with pytest.raises(InputError, match=message):
         damping_sweep(chain(), **settings)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A solver that derives from nothing: u = b / λ."""
+
+    damping: float = 1.0
+    damped = True
+    max_iter = 1
+
+    def init(self, operator):
+        return None
+
+    def compute(self, operator, b, state, progress, checkpoint):
+        u = vectors.scale(b, 1 / self.damping)
+        residual = operator.norm(vectors.add(b, operator.matvec(u), -1.0)) / operator.norm(b)
+        certificate = solvers.Certificate.from_residual("scaled", self.damping, 1e9, residual, operator.counts)
+        return solvers.Solution(u, certificate)
+
+
+def test_a_damped_solver_that_derives_from_nothing_is_swept():
+    table = damping_sweep(chain(Scaled()), TESTS, CORPUS, [0.5, 1.0])
+    np.testing.assert_allclose(table.spread[0], 2 * table.spread[1], rtol=1e-9)
 
 
 def test_a_solver_without_damping():

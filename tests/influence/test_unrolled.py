@@ -608,6 +608,19 @@ def test_a_saved_query_knows_its_links(made, tmp_path):
         Query.from_pretrained(tmp_path, other)
 
 
+def test_a_saved_query_is_scored_without_counting_the_rows_again(made, tmp_path, monkeypatch):
+    """A pass for N inside of scoring would be one that not every process of a launch reaches."""
+    run, before, model, folder = made
+    query = unrolled_chain(run, before, model, folder).query(TESTS)
+    query.save_pretrained(tmp_path)
+    loaded = Query.from_pretrained(tmp_path, unrolled_chain(run, before, model, folder))
+    sizes, collate = [], ToyObjective.collate
+    monkeypatch.setattr(ToyObjective, "collate", lambda self, rows: sizes.append(len(rows)) or collate(self, rows))
+    scores = loaded.score(run.rows[:1], stage="second")
+    assert sizes == [1]
+    np.testing.assert_allclose(scores.influence(0), query.score(run.rows[:1], stage="second").influence(0), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("mark", "slot"), [(m, s) for s in ("parameters", "first_moment", "second_moment") for m in (3, 6)]
 )

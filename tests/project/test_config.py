@@ -310,7 +310,7 @@ def test_help_names_every_key_with_meaning_type_and_default():
     assert len(keys) > 40
     assert all(f"\n  --{key}\n" in f"\n{text}\n" for key in keys)
     assert all(field.description for _, field in config._keys(config.Config, "", []) if field.annotation is str)
-    assert not [odd for odd in ("None", "<", "typing", "hf_msif.config", "hf_msif.sections") if odd in text]
+    assert not [odd for odd in ("None", "<", "typing", "hf_msif.project", "hf_msif.registry") if odd in text]
     entry = text.split("--stages.NAME.solver.damping\n")[1].split("--")[0]
     assert "auto" in entry
     assert "a number at least 0" in " ".join(entry.split())

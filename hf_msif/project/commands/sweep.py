@@ -27,10 +27,9 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     from ...influence.sweep import damping_sweep
     from ...reports.tables import write_table
 
-    if not hasattr(project.solvers[project.ranked], "damping"):
-        raise InputError(
-            f"stages.{project.ranked}.solver.name is identity, which has no damping; expected another solver."
-        )
+    if not getattr(project.solvers[project.ranked], "damped", False):
+        name = project.config.stages[project.ranked].solver.name
+        raise InputError(f"stages.{project.ranked}.solver.name is {name}, which has no damping; expected another.")
     started = time.perf_counter()
     models, tests, corpus = project.models(), project.tests(), project.corpus()
     chain = project.chain(models)
