@@ -37,6 +37,10 @@ def parse(arguments: Sequence[str]) -> Config:
             paths.append(text)
         else:
             overrides.append((flag[2:], text))
+    if not paths and not overrides:
+        raise InputError(
+            "no configuration was given; expected --config FILE.yaml, and --section.key VALUE to change it."
+        )
     return load(paths, overrides)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import validation
@@ -37,11 +38,13 @@ def retraining(
         names = [retraining.stage.name for retraining in retrained if retraining.polishes]
         unpolished = [name for name in names if polish_settings[name] is None]
         if unpolished:
+            _refuse_taken(run, unpolished)
             raise InputError(
                 f"stages.{unpolished[0]}.polish is missing: a warm start goes from stationary point to stationary "
                 "point. Give polish: {} and train again, or retrain from_scratch."
             )
         return warm_start
+    _refuse_taken(run, run.names)
     arguments = [
         run.arguments(name, save_strategy="no") if stage.uses_trainer else None
         for name, stage in run.config.stages.items()
@@ -50,6 +53,17 @@ def retraining(
     return validation.FromScratch(
         stages, tests, run.new_models, arguments, polished, run.ranked, run.config.seed, **shared_settings
     )
+
+
+def _refuse_taken(run: Run, names: Sequence[str]) -> None:
+    """Refuses stages whose finished model is given: by which training it was made, the configuration does not say."""
+    taken = [name for name in names if run.is_taken_as_it_is(name)]
+    if taken:
+        raise InputError(
+            f"stages.{taken[0]} is taken as it is (model.path without training or polish, or with a run from "
+            "elsewhere), so it cannot be trained again without some rows; expected its training, or polish, settings, "
+            "or a warm start with another stage ranked (--corpus.stage)."
+        )
 
 
 def _shared_polish_settings(polish_settings: dict[str, dict[str, Any] | None]) -> dict[str, Any]:

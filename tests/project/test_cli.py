@@ -185,7 +185,7 @@ PRE, FINE = "--stages.pretraining", "--stages.finetuning"
 # The schema or the parser alone decides these: no stage is trained.
 BAD_ARGUMENTS = {
     "no configuration": (None, "plan --config FOLDER/nowhere.yaml", ["nowhere.yaml", "cannot read"]),
-    "no arguments": (None, "plan", ["run_dir is missing", "--config"]),
+    "no arguments": (None, "plan", ["no configuration was given", "--config"]),
     "invalid YAML": (write("c.yaml", "a: [1"), "plan --config FOLDER/c.yaml", ["c.yaml", "not valid YAML"]),
     "unknown key": (None, f"plan {PRE}.solver.dampng 1", ["'stages.pretraining.solver.dampng'", ".damping'"]),
     "wrong type": (None, f"train {PRE}.batch_size x", ["stages.pretraining.batch_size is x", "whole number"]),

@@ -165,6 +165,17 @@ def test_a_bad_setting_is_one_sentence(copied, capsys, arguments, message):
     assert sorted(where[1].rglob("*")) == before
 
 
+@pytest.mark.parametrize("how", ["warm_start", "from_scratch"])
+def test_a_stage_taken_as_it_is_is_not_trained_again(copied, tmp_path, capsys, how):
+    path, flag, folder = copied
+    finished = shutil.copytree(folder / "pretraining", tmp_path / "finished")
+    taken = {"model": f"{{path: {finished}}}", "training": "{}", "polish": "null"}
+    settings = [word for key, value in taken.items() for word in (f"--stages.pretraining.{key}", value)]
+    command = ("validate", "--config", path, flag, folder, *settings, "--validation.retrain", how)
+    assert msif(*command) == 2
+    assert "stages.pretraining is taken as it is" in capsys.readouterr().err
+
+
 def test_only_wrong_predictions_are_asked_about(copied):
     path, *where = copied
     run = Run(config.load(path, [("run_dir", str(where[1])), ("test.wrong", True), ("test.number", 1)]), False)
