@@ -27,6 +27,15 @@ def numel(x: Mapping[str, Tensor]) -> int:
     return sum(math.prod(t.shape[1:]) for t in x.values())
 
 
+def nbytes(x: Mapping[str, Tensor]) -> int:
+    """Bytes of the tensors of a block, or of a model's parameters.
+
+    >>> nbytes({"w": torch.zeros(2, 3), "b": torch.zeros(2, dtype=torch.float64)})
+    40
+    """
+    return sum(t.nbytes for t in x.values())
+
+
 def _rows(t: Tensor) -> Tensor:
     # `flatten(1)` refuses the one-dimensional tensors of a parameter without axes (a temperature, a mixing weight).
     return t.reshape(t.shape[0], math.prod(t.shape[1:]))

@@ -264,7 +264,7 @@ def memo_bytes(memo: dict) -> int:
     >>> memo_bytes({"embeddings": (torch.zeros(2, 3), None)})
     24
     """
-    return sum(t.numel() * t.element_size() for t in tree_leaves(memo) if isinstance(t, Tensor))
+    return sum(t.nbytes for t in tree_leaves(memo) if isinstance(t, Tensor))
 
 
 def has_dropout(model: nn.Module) -> bool:

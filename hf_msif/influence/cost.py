@@ -80,11 +80,6 @@ def size_text(size: float) -> str:
     return ""
 
 
-def model_bytes(parameters: Mapping[str, Tensor]) -> int:
-    """Bytes of a model's parameters."""
-    return sum(p.numel() * p.element_size() for p in parameters.values())
-
-
 def attended(batch: Mapping[str, Any]) -> int:
     """Number of rows times squared length, of the widest tensor of a batch: the work of attention grows with it."""
     shapes = [t.shape for t in batch.values() if isinstance(t, Tensor) and t.dim() > 1]

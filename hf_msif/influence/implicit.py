@@ -36,7 +36,7 @@ from ..training.objective import QuadraticTerms
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
-from .cost import Cost, activation_bytes, attended, best_seconds, model_bytes, size_text, time_text
+from .cost import Cost, activation_bytes, attended, best_seconds, size_text, time_text
 from .differentiation import Differentiation, Retraining, StageCertificate
 from .stage import Stage
 
@@ -340,7 +340,7 @@ class Implicit(Differentiation):
     def solver_bytes(self, columns: int, processes: int) -> int:
         """Bytes of the solver's vectors on each process."""
         parameters = self.operator_parameters
-        vector = columns * sum(p.numel() * p.element_size() for p in parameters.values())
+        vector = columns * vectors.nbytes(parameters)
         solver = self.solver
         blocks, extra = solver.vectors_held, solver.extra_bytes(sum(p.numel() for p in parameters.values()))
         if self.bound.engine.sharded and solver.shardable:
@@ -403,7 +403,7 @@ class Implicit(Differentiation):
         )
         solver_bytes = self.solver_bytes(columns, processes)
         activations = activation_bytes(self.curvature([rows[i] for i in widest]))
-        held_memo, parameters = int(memo_share * memo) if products else 0, model_bytes(bound.model.parameters)
+        held_memo, model_bytes = int(memo_share * memo) if products else 0, vectors.nbytes(bound.model.parameters)
         first_extra = first_seconds - product_seconds if products else 0.0
         solve_seconds = products * product_seconds + first_extra + mixed_seconds
         text = (
@@ -411,15 +411,15 @@ class Implicit(Differentiation):
             f"curvature product with {columns} column(s)",
             f"solve: at most {products:,} products, {time_text(solve_seconds)}",
             f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
-            f"{size_text(parameters)}, a batch's activations {size_text(activations)}"
+            f"{size_text(model_bytes)}, a batch's activations {size_text(activations)}"
             + (f", outputs of the frozen encoder {size_text(held_memo)}" if held_memo else ""),
         )
         return Cost(
             solve_seconds=solve_seconds,
             score_seconds_per_row=score_seconds,
             memory_bytes=solver_bytes + activations,
-            model_bytes=parameters,
-            vector_bytes=sum(t.numel() * t.element_size() for t in v.values()),
+            model_bytes=model_bytes,
+            vector_bytes=vectors.nbytes(v),
             details={
                 "forward_seconds": pass_seconds,
                 "curvature_examples": examples,

@@ -37,7 +37,7 @@ from ..training.replay import Replay
 from ..vectors import Block
 from .backward import RunCertificate, gap, go_back, growth_limit, held_bytes
 from .chain import BoundStage
-from .cost import Cost, best_seconds, model_bytes, size_text, time_text
+from .cost import Cost, best_seconds, size_text, time_text
 from .differentiation import Differentiation, Retraining
 from .stage import Stage
 
@@ -269,14 +269,14 @@ class Unrolled(Differentiation):
             f"run of {run.steps:,} steps of up to {step_rows} rows: {time_text(training_seconds)} to train; back "
             f"through it with {columns} column(s) {time_text(solve_seconds)}",
             f"{states} states of {size_text(state)} held at a time, with adjoints {size_text(held)}; model "
-            f"{size_text(model_bytes(parameters))}; {len(run.saved_steps)} states on disk, "
+            f"{size_text(vectors.nbytes(parameters))}; {len(run.saved_steps)} states on disk, "
             f"{size_text(len(run.saved_steps) * state)}",
         )
         return Cost(
             solve_seconds=solve_seconds,
             score_seconds_per_row=forward / step_rows / 3 / columns,
             memory_bytes=held,
-            model_bytes=model_bytes(parameters),
+            model_bytes=vectors.nbytes(parameters),
             vector_bytes=8 * columns * len(self.rows),
             disk_bytes=len(run.saved_steps) * state,
             details={

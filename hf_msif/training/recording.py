@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import vectors
 from ..engine.files import load_tensors, save_tensors, write_json
 from ..engine.hashing import describe, digest
 from ..errors import InputError
@@ -179,8 +180,7 @@ class Recording:
 
     def bytes_of(self, parameters: Mapping[str, Tensor]) -> int:
         """Size of one state in bytes: the trained parameters and as much again for each buffer of the optimiser."""
-        size = sum(parameters[name].numel() * parameters[name].element_size() for name in self.trained)
-        return size * (1 + len(self.optimiser.buffers))
+        return vectors.nbytes(vectors.select(parameters, self.trained)) * (1 + len(self.optimiser.buffers))
 
     @property
     def _folder(self) -> Path:

@@ -109,11 +109,18 @@ def _run(block: Block, page: Path, namespace: dict) -> None:
             Path("overlay.yaml").write_text(block.text, encoding="utf-8")
         config.load(["config.yaml", "overlay.yaml"] if block.file is None else block.file)
     elif block.language == "bash":
-        for words in command_lines(block.text):
-            try:
-                commands.execute(words, ROOT)
-            except commands.CommandError as error:
-                pytest.fail(f"{name(page)}, line {block.line}: {error}")
+        _each_command(commands.execute, block, page)
+
+
+def _each_command(use, block: Block, page: Path) -> int:
+    """Calls `use` with every command line of a block; returns their number."""
+    lines = list(command_lines(block.text))
+    for words in lines:
+        try:
+            use(words, ROOT)
+        except commands.CommandError as error:
+            pytest.fail(f"{name(page)}, line {block.line}: {error}")
+    return len(lines)
 
 
 @pytest.mark.parametrize("page", RECIPES, ids=name)
@@ -122,12 +129,7 @@ def test_every_command_of_a_recipe_is_understood(page):
     with contextlib.chdir(ROOT):
         for block in blocks(page):
             if block.language == "bash":
-                for words in command_lines(block.text):
-                    try:
-                        commands.check(words, ROOT)
-                    except commands.CommandError as error:
-                        pytest.fail(f"{name(page)}, line {block.line}: {error}")
-                    seen += 1
+                seen += _each_command(commands.check, block, page)
     assert seen
 
 

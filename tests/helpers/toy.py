@@ -41,10 +41,11 @@ class ToyBase(PreTrainedModel):
 class ToyModel(PreTrainedModel):
     config_class = ToyConfig
     base_model_prefix = "encoder"
+    encoder_class = ToyBase
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = ToyBase(config)
+        self.encoder = self.encoder_class(config)
         self.head = torch.nn.Linear(config.width, config.classes)
         self.post_init()
 
@@ -52,9 +53,9 @@ class ToyModel(PreTrainedModel):
         return SequenceClassifierOutput(logits=self.head(self.encoder(x)))
 
 
-def toy(seed, **config):
+def toy(seed, model_class=ToyModel, **config):
     torch.manual_seed(seed)
-    model = ToyModel(ToyConfig(**config)).double().eval()
+    model = model_class(ToyConfig(**config)).double().eval()
     for p in model.parameters():
         p.data += 0.5 * torch.randn_like(p)
     return model

@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.toy import ToyBase, ToyConfig, ToyObjective, example_losses, toy_rows
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.modeling_outputs import SequenceClassifierOutput
+from helpers.toy import ToyBase, ToyModel, ToyObjective, example_losses, toy, toy_rows
+from transformers import TrainingArguments
 
 from hf_msif import MultiStageInfluence, Stage, solvers, training, validation
 
@@ -34,31 +33,13 @@ class ScaledBase(ToyBase):
         return super().forward(x) * self.temperature.exp()
 
 
-class ScaledModel(PreTrainedModel):
-    config_class = ToyConfig
-    base_model_prefix = "encoder"
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.encoder = ScaledBase(config)
-        self.head = torch.nn.Linear(config.width, config.classes)
-        self.post_init()
-
-    def forward(self, x):
-        return SequenceClassifierOutput(logits=self.head(self.encoder(x)))
-
-
-def scaled(seed):
-    torch.manual_seed(seed)
-    model = ScaledModel(ToyConfig()).double().eval()
-    for p in model.parameters():
-        p.data += 0.5 * torch.randn_like(p)
-    return model
+class ScaledModel(ToyModel):
+    encoder_class = ScaledBase
 
 
 @pytest.fixture
 def pair():
-    before, after = scaled(0), scaled(1)
+    before, after = toy(0, ScaledModel), toy(1, ScaledModel)
     training.polish(before, ToyObjective(), ROWS, weight_decay=DECAY)
     after.encoder.load_state_dict(before.encoder.state_dict())
     return before, after

@@ -73,9 +73,9 @@ def render(report: dict) -> None:
     from ...reports.tables import plain
 
     print(plain(report["table"]))
-    kept = f" ({report['rows_kept']:,} of them kept)" if "kept" in report else ""
+    kept_text = f" ({report['rows_kept']:,} of them kept)" if "kept" in report else ""
     print(
-        f"{report['rows']:,} rows scored{kept} in {report['seconds']} s; {report['scores']} and "
+        f"{report['rows']:,} rows scored{kept_text} in {report['seconds']} s; {report['scores']} and "
         f"{report['table1']}.md, .parquet written"
     )
     if report.get("figure"):
