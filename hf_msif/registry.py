@@ -6,7 +6,7 @@ It imports nothing, so that a configuration can be checked, and its help printed
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 SOLVERS = {
@@ -32,5 +32,4 @@ def registered(table: Mapping[str, str], name: str) -> Any:
     >>> registered(SOLVERS, "cg").__name__
     'CG'
     """
-    module, _, attribute = table[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return resolve_name(table[name])

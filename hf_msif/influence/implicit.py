@@ -32,7 +32,7 @@ from ..errors import InputError
 from ..objectives import Objective
 from ..scoring.scorer import RowInfluence
 from ..solvers import Certificate, Operator, Solution, Solver, solve
-from ..training.objective import QuadraticTerms
+from ..training.objective import QuadraticTerms, missing_alpha
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
@@ -135,10 +135,7 @@ class Implicit(Differentiation):
                 "rows on which the curvature is estimated."
             )
         if split.proximal and stage.alpha is None:
-            raise InputError(
-                f"stage {stage.name!r} trains {len(split.proximal)} inherited tensors (first {split.proximal[0]!r}): "
-                "give alpha, the α of eq. (12), or freeze them with trainable='head'."
-            )
+            raise missing_alpha(split)
 
     # --- curvature
 

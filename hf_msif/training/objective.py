@@ -255,13 +255,18 @@ class StageObjective:
         return product
 
 
+def missing_alpha(roles: Split) -> InputError:
+    """The refusal of a stage that trains inherited parameters without α."""
+    return InputError(
+        f"stage {roles.stage!r} trains {len(roles.proximal)} inherited tensors (first {roles.proximal[0]!r}): "
+        "give alpha, the α of eq. (12), or freeze them with trainable='head'."
+    )
+
+
 def _check_alpha(alpha: float | str | None, roles: Split) -> None:
     """Inherited parameters that are trained need α as a number."""
     if roles.proximal and not alpha:
-        raise InputError(
-            f"stage {roles.stage!r} trains {len(roles.proximal)} inherited tensors (first {roles.proximal[0]!r}): "
-            "give alpha, the α of eq. (12), or freeze them with trainable='head'."
-        )
+        raise missing_alpha(roles)
     if isinstance(alpha, str):
         raise InputError(
             f"stage {roles.stage!r}: alpha is {alpha!r}; a minimum needs the number itself, such as the estimate "
