@@ -1,4 +1,4 @@
-"""What the names in settings stand for: one line per solver, curvature and differentiation, "module:Name".
+"""What the names in settings stand for: one line per solver, curvature, differentiation and check, "module:Name".
 
 It imports nothing, so that a configuration can be checked, and its help printed, without PyTorch.
 """
@@ -23,6 +23,12 @@ CURVATURES = {
 DIFFERENTIATIONS = {
     "implicit": "hf_msif.influence.implicit:Implicit",
     "unrolled": "hf_msif.influence.unrolled:Unrolled",
+}
+CHECKS = {
+    "determinism": "hf_msif.influence.checks:determinism",
+    "padding": "hf_msif.influence.checks:padding",
+    "causality": "hf_msif.influence.checks:causality",
+    "symmetry": "hf_msif.influence.checks:symmetry",
 }
 
 

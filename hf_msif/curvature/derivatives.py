@@ -55,15 +55,16 @@ def parameters_in_use(
     model: FunctionalModel, objective: Objective, rows: list[dict], names: Iterable[str]
 ) -> tuple[str, ...]:
     """Those of `names` on which the losses of the first two rows depend."""
-    device = next(iter(model.parameters.values())).device
-    evaluation = Evaluation(model, objective, to_device(objective.collate(rows[:2]), device))
+    device, names, used = next(iter(model.parameters.values())).device, list(names), set[str]()
     with model.evaluating():
-        leaves = evaluation.leaves(names)
-        total = evaluation.losses(leaves)[0].sum()
-        if not total.requires_grad:
-            return ()
-        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return tuple(name for name, g in zip(leaves, gradients, strict=True) if g is not None)
+        for row in rows[:2]:  # one at a time: a model without a pad token takes no more
+            evaluation = Evaluation(model, objective, to_device(objective.collate([row]), device))
+            leaves = evaluation.leaves(names)
+            total = evaluation.losses(leaves)[0].sum()
+            if total.requires_grad:
+                gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+                used |= {name for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    return tuple(name for name in names if name in used)
 
 
 def gradient(evaluation: Evaluation, names: Iterable[str]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError, ProcessError
 from ..vectors import Block
-from .batching import Collator, TextSettings, deal_batches, row_cost
+from .batching import Collator, deal_batches, deal_equal, row_cost, row_shape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,9 +66,13 @@ class Engine:
 
     # --- shards
 
-    def local_batches(self, rows: Sequence[dict], objective: TextSettings, size: int) -> list[list[int]]:
+    def local_batches(self, rows: Sequence[dict], objective: Collator, size: int) -> list[list[int]]:
         """This process's batches of at most `size` rows, as row indices, the costliest first."""
-        return deal_batches([row_cost(row, objective) for row in rows], size, self.processes)[self.rank]
+        costs = [row_cost(row, objective) for row in rows]
+        if objective.pads:
+            return deal_batches(costs, size, self.processes)[self.rank]
+        shapes = [row_shape(row, objective) for row in rows]
+        return deal_equal(shapes, costs, size, self.processes)[self.rank]
 
     def batches(
         self, rows: Sequence[dict], objective: Collator, batch_size: int, collate: Callable | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +32,9 @@ class TextSettings(Protocol):
 class Collator(TextSettings, Protocol):
     """What is read of an objective to make batches of its rows."""
 
+    @property
+    def pads(self) -> bool: ...
+
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]: ...
 
 
@@ -50,6 +53,44 @@ def row_cost(row: Mapping[str, Any], objective: TextSettings) -> float:
         return 0
     limit = objective.max_length or getattr(objective.tokenizer, "model_max_length", None) or math.inf
     return min(len(text), CHARACTERS * limit)
+
+
+def row_shape(row: Mapping[str, Any], objective: Collator) -> tuple:
+    """The shapes of a batch of this row alone, without the axes of one dimension that count rows or terms.
+
+    Rows of the same shape share a batch without padding.
+    """
+    batch = objective.collate([row])
+    return tuple((key, tuple(t.shape[1:])) for key, t in sorted(batch.items()) if getattr(t, "ndim", 0) > 1)
+
+
+def deal_equal(shapes: Sequence[Hashable], costs: Sequence[float], size: int, processes: int) -> list[list[list[int]]]:
+    """Deals n rows out to the processes in batches of rows of the same shape.
+
+    The rows of a shape are cut into as few batches as possible, of about the same size. The batches are assigned, the
+    costliest first, to the process with the least work so far (Graham's rule).
+
+    Args:
+        shapes: one per row, as `row_shape` returns it.
+        costs, size, processes: as in `deal_batches`.
+
+    Returns:
+        process → its batches, the costliest first → row indices. Each row is in exactly one batch.
+
+    >>> deal_equal([4, 2, 2, 4, 2], [9, 1, 1, 9, 1], size=2, processes=2)
+    [[[0, 3]], [[1, 2], [4]]]
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(i)
+    batches = []
+    for rows in groups.values():
+        number = -(-len(rows) // size)
+        length = -(-len(rows) // number)
+        batches += [rows[start : start + length] for start in range(0, len(rows), length)]
+    work = [len(batch) * max(1.0, *(costs[i] for i in batch)) for batch in batches]
+    by_work = sorted(range(len(batches)), key=lambda b: -work[b])
+    return [[batches[by_work[b]] for b in share] for share in _assigned([work[b] for b in by_work], processes)[1]]
 
 
 def deal_batches(costs: Sequence[float], size: int, processes: int) -> list[list[list[int]]]:
@@ -98,12 +139,19 @@ def _assign(
         else:
             low = middle
     intervals = _intervals(values, size, high)
+    by_work = sorted(((values[s] * (e - s), (s, e)) for s, e in intervals), key=lambda pair: -pair[0])
+    load, shares = _assigned([work for work, _ in by_work], processes)
+    return load, [[by_work[b][1] for b in share] for share in shares]
+
+
+def _assigned(work: Sequence[float], processes: int) -> tuple[float, list[list[int]]]:
+    """The largest load, and every process's batches, where each goes to the process with the least work so far."""
     loads = [(0.0, rank) for rank in range(processes)]
-    shares: list[list[tuple[int, int]]] = [[] for _ in range(processes)]
-    for work, interval in sorted(((values[s] * (e - s), (s, e)) for s, e in intervals), key=lambda pair: -pair[0]):
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    for batch, cost in enumerate(work):
         load, rank = heapq.heappop(loads)
-        shares[rank].append(interval)
-        heapq.heappush(loads, (load + work, rank))
+        shares[rank].append(batch)
+        heapq.heappush(loads, (load + cost, rank))
     return max(loads)[0], shares
 
 

@@ -16,6 +16,7 @@ from ..adapters.functional import FunctionalModel, check_vocabulary
 from ..adapters.split import Split, split
 from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation, gradient, parameters_in_use
+from ..curvature.padding import SEARCHED_ROWS, short_and_long
 from ..engine import Engine
 from ..engine.corpus import as_corpus, as_rows, first_rows
 from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
@@ -24,7 +25,10 @@ from ..errors import InputError
 from ..objectives import Objective
 from ..vectors import Block
 from .differentiation import Differentiation
+from .findings import Finding, check
 from .stage import Stage
+
+SEARCHED_ROWS_OF_STREAM = 64  # for the compared rows; every process reads them
 
 
 class BoundStage:
@@ -37,15 +41,18 @@ class BoundStage:
         split: the roles of the parameters; tensors on which the loss does not depend are left out.
         model: the model as a function of its parameters.
         rows: the stage's data, each row with an `example_id`.
+        objective: that of the stage; batches of rows of equal length where padding reaches the loss.
         differentiation: what `stage.link` makes for this bound stage.
+        findings: what the checks found.
 
     Raises:
         InputError: the model does not fit to the stage before (the message names the first tensor that differs), holds
-            NaN or inf, or the loss depends on none of its trained parameters.
+            NaN or inf, the loss depends on none of its trained parameters, or a check refuses the stage.
     """
 
     def __init__(self, stage: Stage, before: BoundStage | None, engine: Engine):
         self.stage, self.before, self.engine = stage, before, engine
+        self.objective: Objective = stage.objective
         self.split: Split = split(
             stage.name,
             stage.model,
@@ -63,14 +70,11 @@ class BoundStage:
         self._leave_out_what_the_loss_ignores()
         self.differentiation: Differentiation = stage.differentiation(self)
         self._check_frozen()
+        self.findings: list[Finding] = check(self)
 
     @property
     def name(self) -> str:
         return self.stage.name
-
-    @property
-    def objective(self) -> Objective:
-        return self.stage.objective
 
     def _check_finite(self) -> None:
         for name, parameter in self.model.parameters.items():
@@ -124,6 +128,14 @@ class BoundStage:
         if size is None or size >= len(self.rows):
             return self.rows
         return random.Random(self.stage.seed).sample(self.rows, size)
+
+    @cached_property
+    def compared_rows(self) -> list[dict]:
+        """A short and a long row of the stage, which the checks compare; one row where no second one has a term."""
+        rows = first_rows(self.rows, SEARCHED_ROWS_OF_STREAM if isinstance(self.rows, Stream) else SEARCHED_ROWS)
+        with self.engine.raising_together():
+            pair = short_and_long(rows, self.objective)
+        return rows[:1] if pair is None else list(pair)
 
     @cached_property
     def count(self) -> float:

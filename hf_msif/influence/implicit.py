@@ -154,7 +154,7 @@ class Implicit(Differentiation):
         bound, stage = self.bound, self.bound.stage
         ridge = self.ridge if ridge is None else ridge
         return stage.curvature_class(
-            bound.model, stage.objective, rows, bound.split.trained, bound.engine, stage.batch_size, ridge
+            bound.model, bound.objective, rows, bound.split.trained, bound.engine, stage.batch_size, ridge
         )
 
     # --- the quadratic terms of F_k
@@ -373,12 +373,12 @@ class Implicit(Differentiation):
             examples = min(samples or len(bound.rows), len(bound.rows))
         sample_size = min(4 * batch_size, examples)
         rows = first_rows(bound.rows, sample_size) if isinstance(bound.rows, Stream) else bound.subset(sample_size)
-        batches = list(bound.engine.batches(rows, stage.objective, batch_size))
+        batches = list(bound.engine.batches(rows, bound.objective, batch_size))
         indices, batch = batches[len(batches) // 2]
         widest, _ = max(batches, key=lambda pair: attended(pair[1]))
         operator = self.curvature([rows[i] for i in indices])
         v = vectors.rademacher(operator.parameters, columns, seed=0)
-        evaluation, size = Evaluation(bound.model, stage.objective, batch), vectors.numel(v)
+        evaluation, size = Evaluation(bound.model, bound.objective, batch), vectors.numel(v)
         with torch.no_grad(), bound.model.evaluating():
             operator.count, evaluation.losses({})  # the first pass pays for what later ones find ready
             batch_seconds = best_seconds(evaluation.losses, {})

@@ -14,7 +14,7 @@ from torch import nn
 from ..curvature import Curvature
 from ..errors import InputError
 from ..objectives import Objective, checked_objective
-from ..registry import CURVATURES, DIFFERENTIATIONS, registered
+from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, registered
 from ..solvers import CG, Solver, as_solver
 from .differentiation import Differentiation
 
@@ -58,6 +58,8 @@ class Stage:
         batch_size: rows per batch in passes over `data`; it does not change a result.
         resized: accept embeddings that gained rows since the stage before (see `adapters.split`).
         seed: seed of the curvature subset.
+        skip_checks: names of the checks that are left out when the stage is bound (`registry.CHECKS`): "determinism",
+            "padding", "causality", "symmetry".
 
     Raises:
         InputError: a setting out of range.
@@ -80,6 +82,7 @@ class Stage:
     batch_size: int = 64
     resized: bool = False
     seed: int = 0
+    skip_checks: Sequence[str] = ()
 
     def __post_init__(self):
         checked_objective(self.objective, f"stage {self.name!r}")
@@ -111,6 +114,12 @@ class Stage:
             raise InputError(
                 f"stage {self.name!r}: weight_decay={self.weight_decay}, batch_size={self.batch_size}, "
                 f"curvature_samples={self.curvature_samples}; expected a decay of at least 0 and sizes of at least 1."
+            )
+        unknown = [name for name in self.skip_checks if name not in CHECKS]
+        if unknown or isinstance(self.skip_checks, str):
+            raise InputError(
+                f"stage {self.name!r}: skip_checks is {self.skip_checks!r}; expected a list of names among "
+                f"{list(CHECKS)}."
             )
         is_positive = isinstance(self.alpha, (int, float)) and 0 < self.alpha < math.inf
         if self.alpha not in (None, "auto") and not is_positive:

@@ -132,7 +132,7 @@ class Unrolled(Differentiation):
         before = bound.before.model.parameters if bound.before else None
         return Replay(
             bound.model,
-            bound.objective,
+            bound.stage.objective,
             self.rows,
             recording,
             bound.engine,

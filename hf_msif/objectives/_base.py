@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -96,6 +97,22 @@ class Objective(ABC):
 
     processor: Any = None
     """Image processor of Hugging Face; part of the objective's fingerprint."""
+
+    causal: ClassVar[bool] = False
+    """Whether each term depends on no token after its own: a model that looks ahead is then refused when a stage is
+    bound. The batch needs `input_ids`, and the model's output `logits`, (B, T, V)."""
+
+    pads: bool = True
+    """Whether rows of different lengths may share a batch, the shorter ones padded. See `unpadded`."""
+
+    def unpadded(self) -> Self:
+        """The objective, except that a batch holds rows of one length, so that no row is padded.
+
+        For models into whose losses padding reaches. (Of one length are rows whose batches of one have equal shapes.)
+        """
+        changed = copy.copy(self)
+        object.__setattr__(changed, "pads", False)  # most objectives are frozen
+        return changed
 
     inputs: tuple[str, ...] | None = None
     """Keys of a batch that the encoder reads; None: all keys but "labels"."""

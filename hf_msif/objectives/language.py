@@ -130,6 +130,7 @@ class CausalLM(SumOfTerms):
     text_column: str = "text"
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    causal: ClassVar[bool] = True
 
     def __post_init__(self):
         self._check_reduction()

@@ -28,6 +28,7 @@ DESCRIPTION = "Which sentences of the pretraining corpus made this finetuned mod
 COMMANDS = (
     "demo",
     "plan",
+    "diagnose",
     "train",
     "query",
     "score",

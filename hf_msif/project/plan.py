@@ -9,6 +9,7 @@ from ..influence.cost import size_text, time_text
 from .memory import available_bytes
 
 if TYPE_CHECKING:
+    from ..influence.chain import BoundStage
     from .run import Run
 
 
@@ -23,7 +24,8 @@ def plan(run: Run, processes: int = 1) -> dict:
         processes: the number of processes that would share the work.
 
     Returns:
-        `text` for people; `stages`: name → `Cost.to_dict()`; `splits`: name → the roles of its parameters;
+        `text` for people; `stages`: name → `Cost.to_dict()`; `checks`: name → its
+        `Finding.to_dict()`; `splits`: name → the roles of its parameters;
         `score_seconds` of the whole corpus; `disk_bytes`; `memory_bytes` that are needed at a time on each process
         beside the models; `free_bytes`.
     """
@@ -40,6 +42,7 @@ def plan(run: Run, processes: int = 1) -> dict:
         cost = run.planned(bound).cost(columns, processes)
         costs[bound.name] = cost
         lines += [f"  {line}" for line in cost.text]
+        lines += [f"  {line}" for line in _checks(bound, cost.solve_seconds)]
     rows, counted = corpus or 1000, f"{corpus:,} rows" if corpus else "1,000 rows of the stream"
     seconds = costs[run.ranked].score_seconds_per_row * columns / processes * rows
     disk = sum(cost.vector_bytes + cost.disk_bytes for cost in costs.values())
@@ -56,9 +59,17 @@ def plan(run: Run, processes: int = 1) -> dict:
     return {
         "text": "\n".join(lines),
         "stages": {name: cost.to_dict() for name, cost in costs.items()},
+        "checks": {bound.name: [finding.to_dict() for finding in bound.findings] for bound in chain.stages},
         "splits": {bound.name: bound.split.table() for bound in chain.stages},
         "score_seconds": seconds,
         "disk_bytes": disk,
         "memory_bytes": needed,
         "free_bytes": free,
     }
+
+
+def _checks(bound: BoundStage, solve_seconds: float) -> list[str]:
+    """What the checks of a stage found, and what they cost beside its solve."""
+    seconds = sum(finding.seconds for finding in bound.findings)
+    share = f", {seconds / solve_seconds:.1%} of the solve" if solve_seconds else ""
+    return [f"checks: {time_text(seconds)}{share}", *(f"  {finding}" for finding in bound.findings)]

@@ -269,13 +269,20 @@ class Run:
 
     # --- the chain and what it is asked
 
-    def chain(self, models: dict[str, Any] | None = None, planned: bool = False) -> MultiStageInfluence:
-        """The `MultiStageInfluence` of the configuration, from the trained models (or those given); `planned`: stages
-        whose training run is still to be recorded count as implicit ones."""
+    def chain(
+        self, models: dict[str, Any] | None = None, planned: bool = False, **settings: Any
+    ) -> MultiStageInfluence:
+        """The `MultiStageInfluence` of the configuration.
+
+        Args:
+            models: name → model; defaults to the trained models.
+            planned: stages whose training run is still to be recorded count as implicit ones.
+            settings: of every `Stage`, in the place of the configuration's.
+        """
         from .. import MultiStageInfluence, Stage
 
         models = models or self.models()
-        shared = ("trainable", "weight_decay", "alpha", "curvature_samples", "batch_size", "resized")
+        shared = ("trainable", "weight_decay", "alpha", "curvature_samples", "batch_size", "resized", "skip_checks")
         stages = [
             Stage(
                 name,
@@ -285,7 +292,7 @@ class Run:
                 curvature=self.curvatures[name],
                 solver=self.solvers[name],
                 seed=self.config.seed,
-                **{**{key: getattr(stage, key) for key in shared}, **self._link(name, planned)},
+                **{**{key: getattr(stage, key) for key in shared}, **self._link(name, planned), **settings},
             )
             for name, stage in self.config.stages.items()
         ]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import InitErrorDetails
 
 from ..errors import InputError
-from ..registry import CURVATURES, DIFFERENTIATIONS, SOLVERS
+from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, SOLVERS
 from .plugins import DOTTED, is_dotted
 from .tasks import TASKS, task_of
 
@@ -149,6 +149,8 @@ class StageConfig(Section):
     """rows per batch in passes over the data"""
     resized: bool = False
     """accept embeddings that gained rows since the stage before"""
+    skip_checks: list[Literal[tuple(CHECKS)]] = []  # type: ignore[valid-type]  # the names in a table
+    """checks that are left out when the stage is bound; msif diagnose tells what each of them finds"""
 
     @property
     def recorded(self) -> bool:

@@ -21,6 +21,7 @@ from ..adapters.functional import FunctionalModel
 from ..adapters.split import Split, decayed_names
 from ..curvature import Hessian
 from ..curvature.derivatives import Evaluation, parameters_in_use
+from ..curvature.padding import without_padding
 from ..engine.accelerated import Engine
 from ..engine.corpus import checked_omission
 from ..errors import InputError
@@ -209,6 +210,7 @@ class StageObjective:
         self.model = FunctionalModel(model, engine.device)
         self.model.parameters |= {name: self.model.parameters[name].clone() for name in roles.trained}
         names = parameters_in_use(self.model, objective, rows, roles.trained)
+        objective = without_padding(self.model, objective, rows, names)
 
         # A pass leaves out the rows with the weight zero; they count in N alone.
         present = [row for row in rows if row["example_id"] not in omit]

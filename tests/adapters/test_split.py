@@ -411,7 +411,7 @@ def test_the_models_leave_as_they_came_when_something_fails(where, stage, at):
     def run():
         msif = tiny.chain(*models)
         bound = msif.stages[stage]
-        bound.stage.objective = Failing(bound.stage.objective, at, where)
+        bound.objective = Failing(bound.objective, at, where)
         if stage == 0:
             msif.query(tiny.rows(1, seed=8)).score(tiny.rows(3))
         else:

@@ -27,7 +27,7 @@ def engine(monkeypatch):
 
 def collating(collate):
     """An objective of which an engine needs no more."""
-    return SimpleNamespace(collate=collate, text_column="text", max_length=None, tokenizer=None)
+    return SimpleNamespace(collate=collate, text_column="text", max_length=None, tokenizer=None, pads=True)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 20])

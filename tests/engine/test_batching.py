@@ -7,7 +7,7 @@ import pytest
 from helpers import tiny
 
 from hf_msif import objectives
-from hf_msif.engine.batching import deal_batches, row_cost
+from hf_msif.engine.batching import deal_batches, deal_equal, row_cost
 
 
 def lengths(count, seed=0):
@@ -106,3 +106,18 @@ def test_single_rows_are_not_searched_for(monkeypatch):
     assert sorted(map(len, deal_batches(lengths(300), 1, 1)[0])) == [1] * 300
     deal_batches(lengths(64), 64, 64)
     assert len(cuts) < 40
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_rows_of_equal_shape_share_batches_and_no_others(size, processes):
+    shapes = np.random.default_rng(size).integers(4, size=37).tolist()
+    shares = deal_equal(shapes, [float(shape) for shape in shapes], size, processes)
+    batches = [batch for share in shares for batch in share]
+    assert sorted(i for batch in batches for i in batch) == list(range(37))
+    assert all(len({shapes[i] for i in batch}) == 1 for batch in batches)
+    fewest = sum(-(-shapes.count(shape) // size) for shape in set(shapes))
+    assert len(batches) == fewest
+    assert max(map(len, batches)) <= size
+    loads = [sum(len(batch) * max(1, shapes[batch[0]]) for batch in share) for share in shares]
+    assert max(loads) - min(loads) <= size * 3  # the costliest batch

@@ -265,7 +265,7 @@ def test_models_with_kernels_of_their_own_leave_as_they_came(after):
         msif = tiny.chain(before, model, data=(CORPUS, TWEETS))
         pre = msif.stage("pre")
         if after:
-            pre.stage.objective = Failing(copy.copy(pre.stage.objective), after)
+            pre.objective = Failing(copy.copy(pre.objective), after)
         assert len(msif.query(TESTS).score(CORPUS)) == len(CORPUS)
     except RuntimeError:
         failed = True

@@ -1,0 +1,228 @@
+"""Checks of a stage when it is bound: would its scores mean what they say? Each costs a few passes of two rows.
+
+A check takes a `BoundStage` and returns a `Finding`, or refuses the stage by an `InputError`. A new one is a function
+here, or anywhere, and a line in `registry.CHECKS`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import vectors
+from ..curvature.derivatives import Evaluation
+from ..curvature.padding import batch_effect, rounding
+from ..errors import InputError, first_line
+from ..vectors import Block
+from .chain import BoundStage
+from .findings import Finding
+from .implicit import Implicit
+
+
+def determinism(bound: BoundStage) -> Finding:
+    """The same rows give the same batch and the same losses, also after another row was read in between.
+
+    Raises:
+        InputError: they do not: random numbers, or a state from call to call.
+    """
+    rows, objective = bound.compared_rows, bound.objective
+    with bound.engine.raising_together(), torch.no_grad(), bound.model.evaluating():
+        batches = [bound.collate([rows[-1]]), bound.collate([rows[0]]), bound.collate([rows[-1]])]
+        losses = [Evaluation(bound.model, objective, batch).losses({})[0].double() for batch in batches]
+        for key, first in batches[0].items():
+            if isinstance(first, Tensor) and not torch.equal(first, batches[2][key]):
+                raise InputError(
+                    f"stage {bound.name!r}: {type(objective).__name__}.collate made two different batches of the same "
+                    f"row ({key!r} differs); expected a function of the rows alone, with random numbers that depend "
+                    "on the row's example_id."
+                )
+        gap = _relative(losses[0], losses[2])
+        if gap > rounding(_dtype(bound)):
+            raise InputError(
+                f"stage {bound.name!r}: the loss of the same row is {float(losses[0].sum()):.6g}, and "
+                f"{float(losses[2].sum()):.6g} after another row was read: {_class(bound)} draws random numbers or "
+                "keeps a state from call to call; expected a loss that depends on the row alone: switch that off in "
+                "its configuration."
+            )
+    return Finding("determinism", "the same loss twice", gap)
+
+
+def padding(bound: BoundStage) -> Finding:
+    """A short and a long row have the same losses and gradients alone and together.
+
+    Where they have not, and batches of rows of equal length help, the bound stage uses such batches from then on: its
+    scores are then those of one row at a time.
+
+    Warns:
+        UserWarning: it does.
+
+    Raises:
+        InputError: rows of equal length depend on each other, too, or the model takes no batch of several rows.
+    """
+    rows = bound.compared_rows
+    if len(rows) < 2:
+        return Finding("padding", "there is one row only")
+    engine, objective = bound.engine, bound.objective
+    with engine.raising_together():
+        try:
+            effect = batch_effect(bound.model, objective, rows[0], rows[1], bound.split.trained)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise _no_batches(bound, error) from error
+    effect = engine.broadcast_object(effect)
+    if not effect.reaches_loss:
+        alike = "a short and a long row" if effect.padded else "two rows"
+        return Finding("padding", f"{alike} have the same loss alone and together", effect.beside_others)
+    if not effect.equal_lengths_help:
+        beside = "rows of equal length" if effect.padded else "another row"
+        raise InputError(
+            f"stage {bound.name!r}: the loss of a row changes beside {beside} in the same batch (its gradient by "
+            f"{max(effect.beside_others, effect.beside_equals):.1e}): {_class(bound)} or "
+            f"{type(objective).__name__} mixes the rows of a batch; expected losses of single rows, eq. (6)."
+        )
+    bound.objective = objective.unpadded()
+    text = "padding reaches the loss: batches of rows of equal length are used, whose scores are those of single rows"
+    if engine.is_main:
+        warnings.warn(
+            f"stage {bound.name!r}: {text} (a gradient moved by {effect.beside_others:.1e} beside a longer row in "
+            f"{_class(bound)}).{_pad_ids(bound)}",
+            stacklevel=2,
+        )
+    return Finding("padding", text, effect.beside_others)
+
+
+def causality(bound: BoundStage) -> Finding:
+    """Of a causal objective: another last token moves no logit before it.
+
+    Raises:
+        InputError: it does: the loss of every token sees the token itself.
+    """
+    objective = bound.objective
+    if not objective.causal:
+        return Finding("causality", f"{type(objective).__name__} is not causal")
+    with bound.engine.raising_together(), torch.no_grad(), bound.model.evaluating():
+        batch = bound.collate([bound.compared_rows[-1]])
+        ids = batch["input_ids"]
+        if ids.shape[1] < 2:
+            return Finding("causality", "no row has two tokens")
+        changed = ids.clone()
+        changed[:, -1] = torch.where(ids[:, -1] == ids[:, 0], (ids[:, 0] + 1) % _vocabulary(bound, ids), ids[:, 0])
+        before, after = (_logits(bound, {**batch, "input_ids": tokens}) for tokens in (ids, changed))
+        moved = (after - before).abs().amax((0, 2)).double()
+        effect = float(moved[:-1].max() / moved.max().clamp(min=1e-30))
+        if effect > rounding(_dtype(bound)):
+            raise InputError(
+                f"stage {bound.name!r}: {type(objective).__name__} predicts each token from those before it, but in "
+                f"{_class(bound)} another last token moves the logits before it by {float(moved[:-1].max()):.2g}: the "
+                "loss would see its own targets; expected a causal model (of BERT's kind: one that was trained with "
+                "config.is_decoder=True), or the objective that this model was trained with."
+            )
+    return Finding("causality", "another last token moves no logit before it", effect)
+
+
+def symmetry(bound: BoundStage) -> Finding:
+    """Of an implicit stage: ⟨w, C v⟩ = ⟨v, C w⟩ for random vectors v and w and the curvature C of two rows.
+
+    The difference is relative to ‖C v‖, which is about the Frobenius norm of C: E⟨w, C v⟩² = ‖C‖². Entries of rows at
+    `padding_idx` of an embedding are zero in v and w: PyTorch gives those rows no gradient.
+
+    Raises:
+        InputError: the product is not symmetric, so that it is no curvature; or it cannot be computed.
+    """
+    differentiation = bound.differentiation
+    if not isinstance(differentiation, Implicit):
+        return Finding("symmetry", "the stage has no curvature")
+    if not differentiation.solver.products(1, 1):
+        return Finding("symmetry", f"{type(differentiation.solver).__name__} uses no curvature")
+    operator = differentiation.curvature(bound.compared_rows, ridge={})
+    one, other = (_random_vector(bound, operator.parameters, seed) for seed in (1, 2))
+    try:
+        product = operator.matvec(one)
+        left, size = float(vectors.dot(other, product)), float(vectors.norm(product))
+        product = operator.matvec(other)
+        right, size = float(vectors.dot(one, product)), max(size, float(vectors.norm(product)))
+    except NotImplementedError as error:
+        raise InputError(
+            f"stage {bound.name!r}: {_class(bound)} has no derivative of the kind that curvature="
+            f"{bound.stage.curvature_name!r} needs ({first_line(error)}); expected a model whose own functions define "
+            "jvp, or curvature='hessian'."
+        ) from error
+    gap = abs(left - right) / max(size, 1e-30)
+    if gap > 100 * rounding(_dtype(bound)):  # sums over all parameters
+        raise InputError(
+            f"stage {bound.name!r}: the curvature product of {_class(bound)} is not symmetric (⟨w, C v⟩ and ⟨v, C w⟩ "
+            f"differ by {gap:.1e} of ‖C v‖): a backward function in it is no derivative of its forward function, so "
+            "that no influence can be computed; expected another model, or its attention replaced by an exact one."
+        )
+    return Finding("symmetry", "a curvature product is symmetric", gap)
+
+
+# --- what they share
+
+
+def _class(bound: BoundStage) -> str:
+    return type(bound.stage.model).__name__
+
+
+def _dtype(bound: BoundStage) -> torch.dtype:
+    return next(iter(bound.model.parameters.values())).dtype
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / torch.maximum(one.norm(), other.norm()).clamp(min=1e-30))
+
+
+def _vocabulary(bound: BoundStage, ids: Tensor) -> int:
+    tokenizer = bound.objective.tokenizer
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else int(ids.max()) + 1
+
+
+def _logits(bound: BoundStage, batch: dict[str, Any]) -> Tensor:
+    """The logits, (B, T, V), of the model's call inside the objective."""
+    outputs: list[Tensor] = []
+    call = bound.model.bind({})
+
+    def watched(**inputs):
+        output = call(**inputs)
+        outputs.append(output.logits)
+        return output
+
+    bound.objective.losses(watched, batch)
+    return outputs[0]
+
+
+def _random_vector(bound: BoundStage, parameters: dict[str, Tensor], seed: int) -> Block:
+    """Random signs, with zeros in the rows of embeddings at `padding_idx`."""
+    v = vectors.rademacher(parameters, 1, seed=seed)
+    for name, module in bound.stage.model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and f"{name}.weight" in v:
+            v[f"{name}.weight"][:, module.padding_idx] = 0
+    return v
+
+
+def _pad_ids(bound: BoundStage) -> str:
+    """A sentence about pad ids of model and tokenizer that differ: the likely cause, where they do."""
+    tokenizer, config = bound.objective.tokenizer, getattr(bound.stage.model, "config", None)
+    model_id, token_id = getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)
+    if token_id is None or model_id == token_id:
+        return ""
+    return (
+        f" The tokenizer pads with id {token_id}, model.config.pad_token_id is {model_id}: where they should agree, "
+        f"set model.config.pad_token_id = {token_id}."
+    )
+
+
+def _no_batches(bound: BoundStage, error: Exception) -> Exception:
+    """What to raise where a batch of two rows fails: an `InputError` if one row alone works, else the error."""
+    try:
+        with torch.no_grad(), bound.model.evaluating():
+            for row in bound.compared_rows:
+                Evaluation(bound.model, bound.objective, bound.collate([row])).losses({})
+    except Exception:
+        return error
+    return InputError(
+        f"stage {bound.name!r}: {_class(bound)} takes single rows, but not a short and a long one in a batch "
+        f"({first_line(error)}); expected a model that takes padded batches.{_pad_ids(bound)}"
+    )

@@ -1,0 +1,253 @@
+"""The checks of a stage when it is bound: what they find, what they refuse, and that equal lengths are exact."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import transformers as T
+from helpers import tiny
+from helpers.toy import ToyObjective, toy, toy_rows
+
+from hf_msif import MultiStageInfluence, Stage, objectives, solvers, training
+from hf_msif.influence.findings import findings
+from hf_msif.registry import CHECKS
+
+BERT = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+BERT |= {"num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+LLAMA = {**BERT, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}
+FNET = {key: value for key, value in BERT.items() if key != "num_attention_heads"}
+SENTENCES = tiny.rows(9, seed=3, longest=14, shortest=3)
+LONG_SENTENCES = tiny.rows(8, seed=3, longest=18, shortest=16)
+
+# Padding reaches the loss of each of them. (FNet has no attention mask; MobileBERT and ConvBERT convolve over padding;
+# Nystromformer does too; BigBird attends in blocks; the Llama takes its last token for padding.)
+REACHED = {
+    "fnet": lambda: T.FNetForMaskedLM(T.FNetConfig(**FNET)),
+    "mobilebert": lambda: T.MobileBertForMaskedLM(
+        T.MobileBertConfig(**BERT, embedding_size=16, intra_bottleneck_size=16, num_feedforward_networks=1)
+    ),
+    "convbert": lambda: T.ConvBertForMaskedLM(
+        T.ConvBertConfig(**BERT, embedding_size=16, conv_kernel_size=3, head_ratio=1)
+    ),
+    "nystromformer": lambda: T.NystromformerForMaskedLM(
+        T.NystromformerConfig(**BERT, num_landmarks=8, segment_means_seq_len=8, conv_kernel_size=3)
+    ),
+    "big_bird": lambda: T.BigBirdForMaskedLM(
+        T.BigBirdConfig(**BERT, block_size=2, num_random_blocks=1, attention_type="block_sparse", sep_token_id=3)
+    ),
+    "llama": lambda: T.LlamaForSequenceClassification(
+        T.LlamaConfig(**{**LLAMA, "pad_token_id": 3, "eos_token_id": 3}, num_labels=2)
+    ),
+}
+
+
+def perturbed(make, dtype=torch.float64):
+    torch.manual_seed(0)
+    return tiny.perturbed(make().to(dtype), 0, 0.2)
+
+
+def objective_of(model):
+    tokenizer = tiny.tokenizer()
+    kinds = {"Masked": objectives.MaskedLM, "Sequence": objectives.SequenceClassification}
+    return next((kind for key, kind in kinds.items() if key in type(model).__name__), objectives.CausalLM)(tokenizer)
+
+
+def stage(model, rows=SENTENCES, **settings):
+    settings = {"solver": solvers.CG(damping=10.0, tol=1e-10, max_iter=500), **settings}
+    return Stage("only", model, objective_of(model), rows, **settings)
+
+
+def bound(model, rows=SENTENCES, **settings):
+    return MultiStageInfluence([stage(model, rows, **settings)], progress=False)
+
+
+def one_row_at_a_time(query, model, objective, rows):
+    """−⟨u, ∇ℓ⟩ by plain backward passes over single rows: no padding, no forward mode."""
+    u = {name: t[0] for name, t in query.solutions["only"].tensors().items()}
+    model, influences = model.eval(), []
+    for row in rows:
+        sums, _ = objective.losses(
+            lambda positions=None, **inputs: at(model(**inputs), positions), objective.collate([row])
+        )
+        gradients = torch.autograd.grad(sums.sum(), [model.get_parameter(name) for name in u], allow_unused=True)
+        influences.append(-sum(float((u[n] * g).sum()) for n, g in zip(u, gradients, strict=True) if g is not None))
+    return influences
+
+
+def at(output, positions):
+    if positions is not None:
+        output.logits = output.logits[positions]
+    return output
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_where_padding_reaches_the_loss_scores_are_those_of_single_rows(name):
+    model, rows = perturbed(REACHED[name]), LONG_SENTENCES if name == "big_bird" else SENTENCES
+    with pytest.warns(UserWarning, match="'only': padding reaches the loss: batches of rows of equal length are used"):
+        chain = bound(model, rows, batch_size=4)
+    query = chain.query(rows[:1])
+    expected = np.array(one_row_at_a_time(query, model, objective_of(model), rows))
+    limit = 1e-7 if name == "llama" else 1e-12  # Llama normalises in float32
+    for size in (1, 3, 8):
+        np.testing.assert_allclose(
+            query.score(rows, batch_size=size).influence(), expected, rtol=0, atol=limit * np.abs(expected).max()
+        )
+
+
+def test_the_curvature_of_such_a_model_is_that_of_single_rows():
+    model = perturbed(REACHED["fnet"])
+    products = []
+    for size in (1, 8):
+        with pytest.warns(UserWarning, match="padding reaches"):
+            operator = bound(model, batch_size=size).stages[0].differentiation.operator
+        products.append(operator.matvec(tiny.block(operator.parameters, 2, seed=1)))
+    tiny.close(*products, 1e-12)
+
+
+def test_skipped_padding_leaves_the_batches_as_they_were():
+    model = perturbed(REACHED["fnet"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        chain = bound(model, skip_checks=["padding"])
+    assert chain.stages[0].objective.pads
+    assert [f.text for f in chain.stages[0].findings if f.check == "padding"] == ["skipped"]
+
+
+def test_other_models_keep_their_batches():
+    chain = bound(perturbed(lambda: T.BertForMaskedLM(T.BertConfig(**BERT))))
+    assert chain.stages[0].objective.pads
+    found = {finding.check: finding for finding in chain.stages[0].findings}
+    assert list(found) == list(CHECKS)
+    assert all(f.value is None or f.value < 1e-9 for f in found.values())
+
+
+def test_polishing_minimises_the_loss_of_single_rows():
+    """The F that is polished is the F that is differentiated: without padding."""
+    model = perturbed(REACHED["llama"])
+    training.polish(model, objective_of(model), SENTENCES, trainable=["score.*"], weight_decay=0.1)
+    with pytest.warns(UserWarning, match="padding reaches"):
+        chain = bound(model, trainable=["score.*"], weight_decay=0.1, curvature="hessian")
+    assert chain.stages[0].differentiation.gradient_norm < 1e-8
+
+
+REFUSED = {
+    "a masked model as a causal one": (
+        lambda: T.BertLMHeadModel(T.BertConfig(**BERT)),
+        "CausalLM predicts each token from those before it, but in BertLMHeadModel another last token moves",
+    ),
+    "XLNet": (
+        lambda: T.XLNetLMHeadModel(
+            T.XLNetConfig(vocab_size=len(tiny.WORDS), d_model=16, n_layer=2, n_head=2, d_inner=24)
+        ),
+        "XLNetLMHeadModel another last token moves the logits before it",
+    ),
+    "RoBERTa": (
+        lambda: T.RobertaForCausalLM(T.RobertaConfig(**BERT)),
+        "RobertaForCausalLM another last token moves",
+    ),
+    "a classifier without a pad id": (
+        lambda: T.LlamaForSequenceClassification(T.LlamaConfig(**{**LLAMA, "pad_token_id": None}, num_labels=2)),
+        r"takes single rows, but not a short and a long one .* set model.config.pad_token_id = 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_right_is_refused(case):
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        bound(perturbed(make))
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
+def test_a_backward_that_is_no_derivative_is_refused(curvature):
+    """YOSO's attention has a backward function that is not the derivative of its forward function, and no jvp."""
+    model = perturbed(lambda: T.YosoForMaskedLM(T.YosoConfig(**BERT)))
+    text = {"hessian": "is not symmetric", "gauss_newton": "has no derivative of the kind"}[curvature]
+    with pytest.raises(ValueError, match=text), pytest.warns(UserWarning, match="padding reaches"):
+        bound(model, curvature=curvature)
+
+
+def test_causal_models_pass():
+    models = [
+        perturbed(lambda: T.BertLMHeadModel(T.BertConfig(**BERT, is_decoder=True))),
+        perturbed(lambda: T.LlamaForCausalLM(T.LlamaConfig(**LLAMA))),
+    ]
+    for model in models:
+        assert "moves no logit" in next(f.text for f in bound(model).stages[0].findings if f.check == "causality")
+
+
+class Noisy(ToyObjective):
+    """Draws random numbers when it is called, not from the rows."""
+
+    def losses(self, call, batch):
+        sums, counts = super().losses(call, batch)
+        return sums + 0.1 * torch.rand(len(sums)).to(sums), counts
+
+
+class RandomBatches(ToyObjective):
+    def collate(self, rows):
+        batch = super().collate(rows)
+        key = next(k for k, t in batch.items() if t.is_floating_point())
+        return {**batch, key: batch[key] + torch.rand(batch[key].shape).to(batch[key])}
+
+
+class Contrastive(ToyObjective):
+    """Losses that depend on the other rows of the batch, as those with in-batch negatives do."""
+
+    def losses(self, call, batch):
+        sums, counts = super().losses(call, batch)
+        return sums - sums.mean() / 2, counts
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (Noisy, "the loss of the same row is .* and .* after another row was read: .* draws random numbers"),
+        (RandomBatches, "RandomBatches.collate made two different batches of the same row"),
+        (Contrastive, "the loss of a row changes beside another row in the same batch"),
+    ],
+)
+def test_objectives_that_are_no_function_of_single_rows_are_refused(objective, message):
+    with pytest.raises(ValueError, match=message):
+        MultiStageInfluence([Stage("only", toy(0), objective(), toy_rows(0, 6))], progress=False)
+
+
+def test_every_check_can_be_skipped_and_is_named():
+    for name in CHECKS:
+        chain = bound(perturbed(lambda: T.BertForMaskedLM(T.BertConfig(**BERT))), skip_checks=[name])
+        assert {f.check for f in chain.stages[0].findings if f.text == "skipped"} == {name}
+    with pytest.raises(ValueError, match=r"skip_checks is \['pading'\]; expected a list of names"):
+        stage(perturbed(REACHED["fnet"]), skip_checks=["pading"])
+
+
+def test_findings_go_on_after_a_refusal():
+    chain = bound(perturbed(REFUSED["XLNet"][0]), skip_checks=list(CHECKS))
+    chain.stages[0].stage.skip_checks = ()
+    found = {finding.check: finding for finding in findings(chain.stages[0])}
+    assert [name for name, finding in found.items() if finding.refused] == ["causality"]
+    assert list(found) == list(CHECKS)
+    assert "REFUSED" in str(found["causality"])
+
+
+@dataclass(frozen=True)
+class Fixed(objectives.CausalLM):
+    """Pads every text to the same length, so that there is nothing to compare."""
+
+    def collate(self, rows):
+        batch = super().collate(rows)
+        width = tiny.LENGTH - batch["input_ids"].shape[1]
+        return {k: torch.nn.functional.pad(t, (0, width)) if t.ndim == 2 else t for k, t in batch.items()}
+
+
+def test_one_row_has_nothing_to_be_compared_with():
+    chain = bound(perturbed(lambda: T.LlamaForCausalLM(T.LlamaConfig(**LLAMA))), SENTENCES[:1])
+    assert next(f.text for f in chain.stages[0].findings if f.check == "padding") == "there is one row only"
+
+
+def test_texts_of_one_padded_length_pass():
+    model = perturbed(lambda: T.LlamaForCausalLM(T.LlamaConfig(**LLAMA)))
+    chain = MultiStageInfluence([Stage("only", model, Fixed(tiny.tokenizer()), SENTENCES)], progress=False)
+    assert "two rows have the same loss" in next(f.text for f in chain.stages[0].findings if f.check == "padding")
