@@ -60,7 +60,7 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
                 yield {"example_id": f"{path.name}:{number}", **row}
                 number += 1
 
-    return Stream(read, what)
+    return Stream(read, what, tuple(files))
 
 
 def _builder(path: Path) -> str | None:

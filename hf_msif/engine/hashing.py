@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def digest(value: Any) -> str:
-    """SHA-256, in hexadecimal, of nested lists and mappings of plain values, NumPy arrays, images and bytes.
+    """SHA-256, in hexadecimal, of nested sequences and mappings of plain values, NumPy arrays, images and bytes.
 
     The order of a mapping's keys does not matter; the order of a list does.
 
@@ -31,7 +31,7 @@ def _update(sha: hashlib._Hash, value: Any) -> None:
         for key in sorted(value, key=str):
             sha.update(f"\x1e{key}\x1f".encode())
             _update(sha, value[key])
-    elif isinstance(value, (list, tuple)) and not all(isinstance(x, (int, float, str)) for x in value):
+    elif isinstance(value, Sequence) and not _is_plain(value):
         sha.update(f"\x1d{len(value)}".encode())
         for item in value:
             _update(sha, item)
@@ -43,6 +43,13 @@ def _update(sha: hashlib._Hash, value: Any) -> None:
         sha.update(value)
     else:
         sha.update(repr(value).encode())
+
+
+def _is_plain(value: Sequence) -> bool:
+    """Text, bytes, or a list of plain values, whose `repr` is all of it."""
+    if isinstance(value, (str, bytes)):
+        return True
+    return isinstance(value, (list, tuple)) and all(isinstance(x, (int, float, str)) for x in value)
 
 
 def describe(settings: object) -> dict[str, Any]:
@@ -77,19 +84,42 @@ class Preprocessing(Protocol):
     def processor(self) -> Any: ...
 
 
+def objective_identity(objective: Preprocessing) -> dict[str, Any]:
+    """Everything that an objective's losses depend on beside the model: name for people → plain value or SHA-256.
+
+    Its class and settings, by name; its tokenizer and image processor, by content.
+    """
+    settings = describe(objective)
+    identity = {"objective": settings.pop("class"), **{f"objective.{key}": value for key, value in settings.items()}}
+    if objective.tokenizer is not None:
+        identity["the tokenizer"] = tokenizer_fingerprint(objective.tokenizer)
+    if objective.processor is not None:
+        processor = objective.processor
+        settings = processor.to_dict() if hasattr(processor, "to_dict") else describe(processor)
+        identity["the image processor"] = digest(repr(settings))
+    return identity
+
+
 def objective_fingerprint(objective: Preprocessing) -> str:
-    """SHA-256, in hexadecimal, of an objective's settings, and of its tokenizer or image processor if it has one."""
-    parts: list[Any] = [describe(objective)]
-    tokenizer, processor = objective.tokenizer, objective.processor
-    if tokenizer is not None:
-        vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
-        parts += [type(tokenizer).__name__, repr(vocabulary), getattr(tokenizer, "model_max_length", None)]
-        parts.append(str(getattr(tokenizer, "special_tokens_map", "")))
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            rules = json.loads(backend.to_str())
-            # Truncation and padding are what the latest call asked for, not properties of the tokenizer.
-            parts.append(repr({key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}))
-    if hasattr(processor, "to_dict"):
-        parts.append(repr(processor.to_dict()))
+    """SHA-256, in hexadecimal, of `objective_identity`."""
+    return digest(objective_identity(objective))
+
+
+# What a tokenizer makes of it tells rules that it states nowhere: case, accents, white space, numbers.
+PROBE = "Hello  hello, WORLD! Naïve café 12345 don't #tag @name http://x.y\tübung 中文 🗳"
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256, in hexadecimal, of a tokenizer's class, vocabulary, limit, special tokens and rules, and of what it
+    makes of a text."""
+    vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+    parts: list[Any] = [type(tokenizer).__name__, repr(vocabulary), getattr(tokenizer, "model_max_length", None)]
+    parts.append(str(getattr(tokenizer, "special_tokens_map", "")))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # Truncation and padding are what the latest call asked for, not properties of the tokenizer.
+        parts.append(repr({key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}))
+    if callable(tokenizer):
+        parts.append(repr(tokenizer([PROBE])["input_ids"]))
     return digest(parts)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import InputError
+from .hashing import digest
+
+COMPARED_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,7 @@ class Stream:
     Attributes:
         read: returns a new iterator over the rows, dicts that carry `example_id`.
         what: name of the data in error messages.
+        files: the local files that are read, if that is known.
 
     Raises:
         InputError: on iteration, if there is no row.
@@ -30,6 +37,16 @@ class Stream:
 
     read: Callable[[], Iterator[dict]]
     what: str = "the corpus"
+    files: tuple[Path, ...] = ()
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the first `COMPARED_ROWS` rows, and of the files, where they are known: bytes
+        are read a hundred times faster than rows."""
+        sha = hashlib.sha256(digest(list(itertools.islice(iter(self), COMPARED_ROWS))).encode())
+        for path in self.files:
+            with open(path, "rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+        return sha.hexdigest()
 
     def __iter__(self) -> Iterator[dict]:
         empty = True

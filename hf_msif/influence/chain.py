@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import vectors
 from ..adapters.functional import FunctionalModel, check_vocabulary
@@ -19,7 +21,7 @@ from ..curvature.derivatives import Evaluation, gradient, parameters_in_use
 from ..curvature.padding import SEARCHED_ROWS, short_and_long
 from ..engine import Engine
 from ..engine.corpus import as_corpus, as_rows, first_rows
-from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
+from ..engine.hashing import digest, objective_identity, tensors_fingerprint
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
@@ -172,17 +174,37 @@ class BoundStage:
     # --- parameters
 
     @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the parameters, by which a saved query knows its model."""
-        return tensors_fingerprint(self.model.parameters)
+    def identity(self) -> dict[str, Any]:
+        """Everything that the stage's pull-back depends on, beside its adjoint: name for people → plain value, or
+        SHA-256 of weights, rows and tokenizer. A saved query is refused by the name of what has changed."""
+        buffers = {name: self.model.buffers[name] for name in self.model.buffers if name in self._persistent}
+        identity = {
+            "the model": tensors_fingerprint({**self.model.parameters, **buffers}),
+            **_configuration(self.stage.model),
+            "the number of rows": None if isinstance(self.rows, Stream) else len(self.rows),
+            "the data": self._rows_fingerprint(),
+            **self.stage.settings,
+            **objective_identity(self.objective),
+            **self.differentiation.identity(),
+        }
+        return json.loads(json.dumps(identity, default=repr))  # as it is after it was saved
+
+    @property
+    def _persistent(self) -> set[str]:
+        """Names of what a checkpoint of the model holds."""
+        return set(self.stage.model.state_dict())
+
+    def _rows_fingerprint(self) -> str:
+        if not isinstance(self.rows, Stream):
+            return digest(self.rows)
+        with self.engine.raising_together():
+            fingerprint = self.rows.fingerprint() if self.engine.is_main else ""
+        return self.engine.broadcast_object(fingerprint)
 
     @cached_property
     def cache_key(self) -> str:
-        """SHA-256 of everything on which the stage's pull-back depends, beside its adjoint."""
-        stage = self.stage
-        settings = [stage.trainable, stage.weight_decay, stage.alpha, stage.link_name]
-        objective = objective_fingerprint(stage.objective)
-        return digest([self.fingerprint, repr(settings), objective, self.differentiation.cache_key()])
+        """SHA-256 of `identity`, by which checkpoints of the pull-back are known."""
+        return digest(self.identity)
 
     def leading(self, name: str, tensor: Tensor, axis: int = 0) -> Tensor:
         """The inherited rows of the tensor `name`: all of them, unless the stage resized it."""
@@ -205,6 +227,26 @@ class BoundStage:
             source = self.split.inherited[name]
             carried[source] += self.leading(name, value, axis=1).to(carried[source])
         return carried
+
+
+# Entries of a model's configuration that name, describe or speed up, and change no output.
+UNREAD = {
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "problem_type",
+}
+UNREAD |= {"id2label", "label2id", "num_labels", "_attn_implementation", "attn_implementation", "_commit_hash"}
+
+
+def _configuration(model: nn.Module) -> dict[str, Any]:
+    """What a model's configuration sets otherwise than its class does; {} where the model has none."""
+    config: Any = getattr(model, "config", None)
+    settings = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
+    return {f"model.config.{key}": value for key, value in settings.items() if key not in UNREAD}
 
 
 class Chain:

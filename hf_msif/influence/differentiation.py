@@ -122,6 +122,9 @@ class Differentiation:
         Args:
             tensors: what `StageSolution.tensors` returned, on the engine's device.
             certificate: what `StageCertificate.to_dict` returned.
+
+        Raises:
+            InputError: the tensors do not have the names and shapes of the stage's solution.
         """
         raise NotImplementedError
 
@@ -133,9 +136,10 @@ class Differentiation:
         """The certificate in words, with what `facts` returned for the stage."""
         return str(certificate)
 
-    def cache_key(self) -> Any:
-        """Settings on which the pull-back depends, beside the stage's model and objective, as plain values."""
-        return [repr(self.bound.stage.run)]
+    def identity(self) -> dict[str, Any]:
+        """What the pull-back depends on beside the stage's model, data, objective and settings: name for people →
+        plain value or SHA-256. Defaults to the name of the folder `Stage.run`."""
+        return {"run": None if self.bound.stage.run is None else str(self.bound.stage.run)}
 
     def known_size(self) -> tuple[float, int] | None:
         """N of all rows and the number of rows, if a pass over them has been made already; None otherwise."""

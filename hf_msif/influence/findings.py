@@ -33,7 +33,7 @@ class Finding:
         return asdict(self)
 
     def __str__(self) -> str:
-        measured = "" if self.value is None else f" ({self.value:.1e})"
+        measured = "" if self.value is None else f" (relative difference {self.value:.0e})"
         return f"{self.check}: {'REFUSED. ' if self.refused else ''}{self.text}{measured}"
 
 

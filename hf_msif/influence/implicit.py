@@ -295,11 +295,24 @@ class Implicit(Differentiation):
         return self.with_solver(self.solver.with_damping(damping))
 
     def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> Direction:
+        expected = self.bound.split.trained
+        if set(tensors) != set(expected):
+            names = sorted(set(tensors) ^ set(expected))
+            raise InputError(
+                f"the saved u of stage {self.bound.name!r} and its trained parameters differ in {names[:3]}; expected "
+                "a query of this chain: query again."
+            )
+        for name in expected:
+            shape, parameter = tensors[name].shape, self.bound.model.parameters[name]
+            if shape[1:] != parameter.shape:
+                raise InputError(
+                    f"the saved u of stage {self.bound.name!r} has the shape {tuple(shape)} at {name!r}; expected "
+                    f"(columns, *{tuple(parameter.shape)}), the parameter's: query again."
+                )
         return Direction(self.bound.model, self.bound.objective, tensors, Certificate.from_dict(certificate))
 
-    def cache_key(self) -> Any:
-        stage = self.bound.stage
-        return [repr([stage.curvature_name, self.solver]), self.curvature_rows]
+    def identity(self) -> dict[str, Any]:
+        return {}
 
     # --- the certificate
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
-from ..engine.hashing import describe, digest, objective_fingerprint, tensors_fingerprint
-from ..engine.stream import Stream
-from ..errors import InputError
+from ..engine.hashing import describe, digest, tensors_fingerprint
+from ..errors import InputError, first_line
 from ..scoring.scorer import Scorable, score
 from ..scoring.scores import Scores
+from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Query:
         aggregate: None: one column per test row; "sum" or "mean": one column for all of them, eq. (8).
         chain: the chain whose stages were pulled back.
         facts: stage name → facts about the stage for the certificate; measured when the query is made.
+        identity: stage name → `BoundStage.identity`: what the query depends on.
     """
 
     solutions: dict[str, StageSolution]
@@ -40,11 +43,12 @@ class Query:
     aggregate: str | None
     chain: Chain
     facts: dict[str, dict] = field(default_factory=dict)
+    identity: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self):
         for bound in self.chain.stages:  # the query of a damping sweep holds the swept stage alone
             if bound.name in self.solutions and bound.name not in self.facts:
-                self.facts[bound.name] = _facts(bound)
+                self.facts[bound.name], self.identity[bound.name] = _facts(bound), bound.identity
 
     @property
     def columns(self) -> int:
@@ -117,15 +121,14 @@ class Query:
             identity=partial(self._identity, bound),
         )
 
-    def _identity(self, bound: BoundStage) -> dict[str, str]:
-        """What the scores depend on: name for people → digest."""
-        identity = {"the ranked stage": bound.name}
-        for name, facts in self.facts.items():
-            identity[f"the model of stage {name!r}"] = facts["fingerprint"]
+    def _identity(self, bound: BoundStage) -> dict[str, Any]:
+        """What the scores depend on: name for people → digest or plain value."""
         solution = tensors_fingerprint(self.solutions[bound.name].tensors())
         count = self.facts[bound.name]["N"]
+        identity = {"the ranked stage": bound.name}
         identity["the query"] = digest([solution, self.plain_tests, self.aggregate or "", count])
-        identity["the objective or its tokenizer"] = objective_fingerprint(bound.objective)
+        for stage, settings in self.identity.items():
+            identity |= {f"{name} of stage {stage!r}": value for name, value in settings.items()}
         return identity
 
     def certificate(self) -> dict:
@@ -153,9 +156,10 @@ class Query:
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # What can fail comes before the first file: the tensors of one query must not lie beside the text of another.
-        state = {"format": FORMAT, "tests": self.plain_tests, **self.certificate()}
-        text = json.dumps(state, indent=2, default=str, ensure_ascii=False)
         tensors = flat_keys({stage: solution.tensors() for stage, solution in self.solutions.items()})
+        state = {"format": FORMAT, "tests": self.plain_tests, **self.certificate(), "depends_on": self.identity}
+        state = json.loads(json.dumps({**state, "tensors": tensors_fingerprint(tensors)}, default=str))
+        text = json.dumps({**state, "sha256": digest(state)}, indent=2, ensure_ascii=False)
         save_tensors(tensors, folder / "query.safetensors")
         write_atomically(folder / "query.json", lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -164,53 +168,103 @@ class Query:
         """Loads a saved query for the chain it was made with.
 
         Raises:
-            InputError: nothing is saved there, or a stage's parameters, data or link have changed since (it is named).
+            InputError: nothing is saved there; the files are damaged, or were changed since they were written; or
+                something that the query depends on has changed since (it is named): a stage's model, data, objective,
+                tokenizer or settings.
         """
         folder = Path(folder)
-        if not (folder / "query.json").exists():
-            raise InputError(
-                f"{folder} holds no query; expected query.json and query.safetensors as `save_pretrained` writes."
-            )
-        state = json.loads((folder / "query.json").read_text())
-        if state["format"] != FORMAT:
-            raise InputError(
-                f"{folder} was written in format {state['format']}; this version reads {FORMAT}: query again."
-            )
+        state = _read(folder)
         names = [bound.name for bound in chain.stages]
         if list(state["stages"]) != names:
             raise InputError(
                 f"{folder} holds a query through the stages {list(state['stages'])}; this chain has {names}."
             )
         for bound in chain.stages:
-            _check_unchanged(bound, state["stages"][bound.name], folder)
-        tensors, _ = load_tensors(folder / "query.safetensors")
-        by_stage = nested_keys({key: t.to(chain.engine.device) for key, t in tensors.items()})
+            _check_unchanged(bound, state["depends_on"][bound.name], folder)
+        by_stage = _read_tensors(folder, state, chain)
         solutions, facts = {}, {}
         for bound in chain.stages:
             saved = state["stages"][bound.name]
-            solutions[bound.name] = bound.differentiation.load(by_stage.get(bound.name, {}), saved["solve"])
+            solution = bound.differentiation.load(by_stage.get(bound.name, {}), saved["solve"])
+            _check_solution(solution, state, bound.name, folder)
+            solutions[bound.name] = solution
             # Counting inside of scoring would be a pass that not all processes reach.
             bound.remember_size(saved["N"], saved["examples"])
             facts[bound.name] = {key: value for key, value in saved.items() if key not in ("solve", "text")}
-        return cls(solutions, state["tests"], state["losses"], state["aggregate"], chain, facts)
+        return cls(solutions, state["tests"], state["losses"], state["aggregate"], chain, facts, state["depends_on"])
 
 
-def _check_unchanged(bound: BoundStage, saved: dict, folder: Path) -> None:
-    """Refuses a saved query whose stage has another model, number of rows or link than `bound`."""
-    if bound.fingerprint != saved["fingerprint"]:
+def _damaged(folder: Path, why: str) -> InputError:
+    return InputError(f"{folder} holds no whole query ({why}); expected what `save_pretrained` wrote: query again.")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What query.json holds, as it was written."""
+    path = folder / "query.json"
+    if not path.is_file():
         raise InputError(
-            f"the model of stage {bound.name!r} is not the one that the query in {folder} was made with: query again."
+            f"{folder} holds no query; expected query.json and query.safetensors as `save_pretrained` writes."
         )
-    if not isinstance(bound.rows, Stream) and len(bound.rows) != saved["examples"]:
+    try:
+        state = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(folder, f"query.json cannot be read: {first_line(error)}") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise _damaged(folder, "query.json does not say its format")
+    if state["format"] != FORMAT:
         raise InputError(
-            f"the data of stage {bound.name!r} have {len(bound.rows):,} rows, but {saved['examples']:,} when the "
-            f"query in {folder} was made: query again."
+            f"{folder} was written in format {state['format']}; this version reads {FORMAT}: query again."
         )
-    if saved["link"] != bound.stage.link_name:
-        raise InputError(
-            f"the query in {folder} differentiated stage {bound.name!r} by link={saved['link']!r}; the stage has "
-            f"link={bound.stage.link_name!r}: query again."
-        )
+    if state.pop("sha256", None) != digest(state):
+        raise _damaged(folder, "query.json was changed after it was written: its checksum differs")
+    return state
+
+
+def _read_tensors(folder: Path, state: dict[str, Any], chain: Chain) -> dict[str, Block]:
+    """The tensors of every stage, on the device of the chain."""
+    from safetensors import SafetensorError
+
+    path = folder / "query.safetensors"
+    if not path.is_file():
+        raise _damaged(folder, "there is no query.safetensors")
+    try:
+        tensors, _ = load_tensors(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _damaged(folder, f"query.safetensors cannot be read: {first_line(error)}") from error
+    if tensors_fingerprint(tensors) != state["tensors"]:
+        raise _damaged(folder, "query.safetensors is not the file that was written with query.json: its values differ")
+    return nested_keys({key: t.to(chain.engine.device) for key, t in tensors.items()})
+
+
+def _check_solution(solution: StageSolution, state: dict[str, Any], stage: str, folder: Path) -> None:
+    """Refuses a solution that does not answer the query's tests, or holds NaN or inf."""
+    columns = 1 if state["aggregate"] else len(state["tests"])
+    if solution.columns != columns or len(state["losses"]) != len(state["tests"]):
+        raise _damaged(folder, f"{solution.columns} columns of stage {stage!r} for {len(state['tests'])} tests")
+    for name, t in solution.tensors().items():
+        if not t.isfinite().all():
+            raise _damaged(folder, f"{name!r} of stage {stage!r} holds NaN or inf")
+
+
+def _check_unchanged(bound: BoundStage, saved: dict[str, Any], folder: Path) -> None:
+    """Refuses a saved query if anything of the stage that it depends on has changed since; all changes are named."""
+    present = bound.identity
+    names = [name for name in {**saved, **present} if saved.get(name) != present.get(name)]
+    if not names:
+        return
+    changes = [_change(name, saved.get(name), present.get(name)) for name in names[:3]]
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    raise InputError(
+        f"stage {bound.name!r} is not as it was when the query in {folder} was made ({'; '.join(changes)}{more}): "
+        "query again, or undo the change."
+    )
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """One difference in words; digests are not shown."""
+    if any(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (before, now)):
+        return f"{name} {'differ' if name == 'the data' else 'differs'}"
+    return f"{name} was {before!r} and is {now!r}"
 
 
 def _facts(bound: BoundStage) -> dict:
@@ -219,6 +273,5 @@ def _facts(bound: BoundStage) -> dict:
         "N": bound.count,
         "examples": bound.examples,
         "objective": describe(bound.objective),
-        "fingerprint": bound.fingerprint,
         **bound.differentiation.facts(),
     }

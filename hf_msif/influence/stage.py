@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..curvature import Curvature
+from ..engine.hashing import describe
 from ..errors import InputError
 from ..objectives import Objective, checked_objective
 from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, registered
@@ -136,6 +137,16 @@ class Stage:
     def link_name(self) -> str:
         """The link as saved queries store it: its registered name, else "module:Name" of its class."""
         return _name(self.link, DIFFERENTIATIONS)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide a pull-back, as plain values by name. (Model, objective and data are compared by
+        content, a recorded run by its differentiation; `batch_size` changes no result.)"""
+        apart = ("name", "model", "objective", "data", "run", "batch_size", "skip_checks")
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        solver = describe(settings.pop("solver"))
+        settings |= {"link": self.link_name, "curvature": self.curvature_name, "solver": solver.pop("class")}
+        return settings | {f"solver.{key}": value for key, value in solver.items()}
 
     @property
     def curvature_class(self) -> type[Curvature]:

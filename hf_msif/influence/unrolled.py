@@ -227,10 +227,17 @@ class Unrolled(Differentiation):
         return RowWeights(bound, first.weights, certificate), inherited
 
     def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> RowWeights:
-        return RowWeights(self.bound, tensors["weights"], RunCertificate.from_dict(certificate))
+        weights = tensors.get("weights")
+        if weights is None or weights.dim() != 2 or weights.shape[1] != len(self.rows):
+            shape = None if weights is None else tuple(weights.shape)
+            raise InputError(
+                f"the saved weights of stage {self.bound.name!r} have the shape {shape}; expected (columns, "
+                f"{len(self.rows)}): query again."
+            )
+        return RowWeights(self.bound, weights, RunCertificate.from_dict(certificate))
 
-    def cache_key(self) -> Any:
-        return [self.recording.settings]
+    def identity(self) -> dict[str, Any]:
+        return {"the recorded run": digest(self.recording.settings)}
 
     def facts(self) -> dict[str, Any]:
         return {

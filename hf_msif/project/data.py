@@ -100,7 +100,8 @@ def stream_rows(data: Data, stage: str, content: str = "text") -> Stream:
             reported.append(True)
             _report(data, stage, count, dropped)
 
-    return Stream(read, f"the data of stage {stage!r}")
+    files = source.files if isinstance(source, Stream) else ()
+    return Stream(read, f"the data of stage {stage!r}", files)
 
 
 def _source(data: Data, key: str) -> Iterable[dict]:

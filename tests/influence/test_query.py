@@ -1,15 +1,21 @@
 """Queries: saved and loaded, refused where they would mean nothing, warned about where they are rough."""
 
 import copy
+import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import tiny
 
-from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers
+from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers
+from hf_msif.engine.files import load_tensors, save_tensors
+from hf_msif.engine.hashing import objective_identity
 
 CORPUS = tiny.rows(6, seed=1)
 TWEETS = tiny.rows(5, seed=2)
@@ -81,7 +87,9 @@ def test_a_model_that_changed_is_refused_by_stage(folder, models, stage):
     name = "cls.predictions.bias" if stage == 0 else "classifier.bias"
     with torch.no_grad():
         changed[stage].get_parameter(name)[0] += 1e-9
-    with pytest.raises(InputError, match=f"the model of stage '{['pre', 'fine'][stage]}' is not the one"):
+    with pytest.raises(
+        InputError, match=rf"stage '{['pre', 'fine'][stage]}' is not as it was .* \(the model differs\)"
+    ):
         Query.from_pretrained(folder, chain(changed))
 
 
@@ -99,8 +107,208 @@ def test_a_folder_without_query(tmp_path, query):
 def test_a_later_format_is_refused(folder, query):
     state = json.loads((folder / "query.json").read_text())
     (folder / "query.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(InputError, match="written in format 99; this version reads 3"):
+    with pytest.raises(InputError, match="written in format 99; this version reads 4"):
         Query.from_pretrained(folder, query.chain)
+
+
+# What a query depends on ---------------------------------------------------------------------------------------------
+
+
+SETTINGS = [field.name for field in dataclasses.fields(Stage)]
+COMPARED_BY_CONTENT = ["model", "objective", "data", "run"]  # each has a test of its own
+WITHOUT_EFFECT = ["name", "batch_size", "skip_checks"]
+
+
+def reloaded(folder, models, change):
+    """Loads the query for a chain whose first stage `change` has changed; settings are set without being checked."""
+    msif = chain(models)
+    bound = msif.stages[0]
+    bound.stage, bound.objective = copy.copy(bound.stage), copy.copy(bound.objective)
+    change(bound)
+    return Query.from_pretrained(folder, msif)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in COMPARED_BY_CONTENT + WITHOUT_EFFECT])
+def test_every_setting_of_a_stage_that_changed_is_named(folder, models, name):
+    def change(bound):
+        value = solvers.MinRes() if name == "solver" else "another"
+        object.__setattr__(bound.stage, name, value)
+
+    with pytest.raises(InputError, match=rf"stage 'pre' is not as it was .*\({name} was .* and is "):
+        reloaded(folder, models, change)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(solvers.CG)])
+def test_every_setting_of_a_solver_that_changed_is_named(folder, models, name):
+    def change(bound):
+        bound.stage.solver = copy.copy(bound.stage.solver)
+        object.__setattr__(bound.stage.solver, name, "another")
+
+    with pytest.raises(InputError, match=rf"\(solver.{name} was .* and is 'another'"):
+        reloaded(folder, models, change)
+
+
+TEXTS = [objectives.MaskedLM, objectives.CausalLM, objectives.SequenceClassification, objectives.SkipGram]
+FIELDS = [(kind, f.name) for kind in [*TEXTS, objectives.ImageClassification] for f in dataclasses.fields(kind)]
+BY_CONTENT = {
+    "tokenizer": "the tokenizer",
+    "processor": "the image processor",
+    "unigrams": "objective.unigrams_sha256",
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_setting_of_an_objective_is_part_of_its_identity(kind, name):
+    """By its own name, so that a query whose objective has changed is refused by it."""
+    objective = kind(tiny.tokenizer()) if kind in TEXTS else kind()
+    value = {"tokenizer": tiny.tokenizer(words=[*tiny.WORDS, "more"]), "processor": SimpleNamespace()}.get(
+        name, "another"
+    )
+    if name == "unigrams":
+        changed = dataclasses.replace(objective, unigrams=np.ones(len(tiny.WORDS)))
+    else:
+        changed = copy.copy(objective)
+        object.__setattr__(changed, name, value)
+    before, after = objective_identity(objective), objective_identity(changed)
+    differ = {key for key in {**before, **after} if before.get(key) != after.get(key)}
+    assert differ == {BY_CONTENT.get(name, f"objective.{name}")}
+
+
+CONTENT = {
+    "the tokenizer differs": lambda bound: object.__setattr__(
+        bound.objective, "tokenizer", tiny.tokenizer(words=[*tiny.SPECIAL, *tiny.WORDS[: len(tiny.SPECIAL) - 1 : -1]])
+    ),
+    "the data differ": lambda bound: setattr(bound, "rows", [{**bound.rows[0], "text": "wall"}, *bound.rows[1:]]),
+    "the number of rows was 6 and is 5; the data differ": lambda bound: setattr(bound, "rows", bound.rows[1:]),
+    "objective was 'MaskedLM' and is 'CausalLM'": lambda bound: setattr(
+        bound, "objective", objectives.CausalLM(bound.objective.tokenizer)
+    ),
+    "model.config.layer_norm_eps was 1e-12 and is 0.1": lambda bound: setattr(
+        bound.stage, "model", with_config(bound.stage.model, layer_norm_eps=0.1)
+    ),
+}
+
+
+def with_config(model, **settings):
+    changed = copy.deepcopy(model)
+    changed.config.update(settings)
+    return changed
+
+
+@pytest.mark.parametrize("text", CONTENT)
+def test_what_changed_by_content_is_named(folder, models, text):
+    """Permuted ids, an edited text, a row less, another task, another constant of the model."""
+    with pytest.raises(InputError, match=re.escape(text)):
+        reloaded(folder, models, CONTENT[text])
+
+
+@pytest.mark.parametrize("name", [name for name in WITHOUT_EFFECT if name != "name"])
+def test_what_changes_no_score_may_change(folder, models, name):
+    value = {"batch_size": 3, "skip_checks": ["symmetry"]}[name]
+    reloaded(folder, models, lambda bound: setattr(bound.stage, name, value))
+
+
+def test_models_tokenizers_and_rows_from_the_disk_are_the_same(query, folder, models, tmp_path):
+    """A query of objects in memory is loaded for what was saved of them."""
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    stages = []
+    for bound, rows in zip(query.chain.stages, (CORPUS, TWEETS), strict=True):
+        bound.stage.model.save_pretrained(tmp_path / bound.name)
+        model = type(bound.stage.model).from_pretrained(tmp_path / bound.name, dtype=torch.float64)
+        objective = dataclasses.replace(bound.stage.objective, tokenizer=tokenizer)
+        data = datasets.Dataset.from_list(rows)
+        stages.append(dataclasses.replace(bound.stage, model=model, objective=objective, data=data))
+    loaded = Query.from_pretrained(folder, MultiStageInfluence(stages, progress=False))
+    np.testing.assert_allclose(loaded.score(CORPUS).influence(0), query.score(CORPUS).influence(0), rtol=1e-12)
+
+
+def test_a_stream_is_known_by_its_first_rows_and_files(models, tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(f"{row['text']}" for row in CORPUS * 300))
+
+    def streamed():
+        stage = Stage("pre", models[0], tiny.objective("masked"), path, curvature_samples=4, solver=solvers.Identity())
+        return MultiStageInfluence([stage], progress=False)
+
+    streamed().query(CORPUS[:1]).save_pretrained(tmp_path / "query")
+    Query.from_pretrained(tmp_path / "query", streamed())
+    path.write_text(path.read_text()[:-1] + "x")  # far behind the rows that are compared
+    with pytest.raises(InputError, match="the data differ"):
+        Query.from_pretrained(tmp_path / "query", streamed())
+
+
+# What its files hold -------------------------------------------------------------------------------------------------
+
+
+def edited(change):
+    def edit(folder):
+        state = json.loads((folder / "query.json").read_text())
+        change(state)
+        (folder / "query.json").write_text(json.dumps(state))
+
+    return edit
+
+
+def resaved(change):
+    """Tensors that were changed and written again, as a whole file."""
+
+    def edit(folder):
+        tensors, _ = load_tensors(folder / "query.safetensors")
+        save_tensors(change(tensors), folder / "query.safetensors")
+
+    return edit
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+CHANGED = "its checksum differs"
+FILES = {
+    "json: empty": (write("query.json", b""), "cannot be read"),
+    "json: not UTF-8": (write("query.json", b"\xff{}"), "cannot be read"),
+    "json: nested": (write("query.json", b"[" * 100_000), "cannot be read"),
+    "json: a list": (write("query.json", b"[]"), "does not say its format"),
+    "json: {}": (write("query.json", b"{}"), "does not say its format"),
+    "json: losses in words": (edited(lambda state: state.update(losses=["a", "b"])), CHANGED),
+    "json: no tests": (edited(lambda state: state.pop("tests")), CHANGED),
+    "json: a further key": (edited(lambda state: state["stages"]["pre"]["solve"].update(new=1)), CHANGED),
+    "json: another setting": (edited(lambda state: state["depends_on"]["pre"].update(alpha=2)), CHANGED),
+    "tensors: none": (lambda folder: (folder / "query.safetensors").unlink(), r"there is no query\.safetensors"),
+    "tensors: empty": (write("query.safetensors", b""), "cannot be read"),
+    "tensors: random": (write("query.safetensors", bytes(range(256)) * 4), "cannot be read"),
+    "tensors: twice as large": (resaved(lambda x: {k: 2 * t for k, t in x.items()}), "its values differ"),
+    "tensors: one less": (resaved(lambda x: dict(list(x.items())[1:])), "its values differ"),
+    "tensors: one column": (resaved(lambda x: {k: t[:1] for k, t in x.items()}), "its values differ"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_are_not_as_they_were_written(folder, query, case):
+    edit, message = FILES[case]
+    edit(folder)
+    with pytest.raises(InputError, match=rf"holds no whole query \(.*{message}.*query again"):
+        Query.from_pretrained(folder, query.chain)
+
+
+WRONG = {
+    "holds NaN or inf": lambda u: {k: t * torch.nan for k, t in u.items()},
+    "1 columns of stage 'pre' for 2 tests": lambda u: {k: t[:1] for k, t in u.items()},
+    "its trained parameters differ in": lambda u: dict(list(u.items())[1:]),
+    "has the shape": lambda u: {k: t[:, None] for k, t in u.items()},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_solution_that_is_none(query, tmp_path, message):
+    """Written whole, and wrong all the same."""
+    u = query.solutions["pre"]
+    wrong = dataclasses.replace(query, solutions={**query.solutions, "pre": copy.copy(u)})
+    wrong.solutions["pre"].u = WRONG[message](u.u)
+    wrong.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=message):
+        Query.from_pretrained(tmp_path, query.chain)
 
 
 def test_saving_that_fails_leaves_the_old_query(folder, query, monkeypatch, models):
