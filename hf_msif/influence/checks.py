@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..curvature.derivatives import Evaluation
-from ..curvature.padding import batch_effect, rounding
+from ..curvature.padding import batch_effect, rounding, without_tf32
 from ..errors import InputError, first_line
 from ..vectors import Block
 from .chain import BoundStage
@@ -139,18 +139,17 @@ def symmetry(bound: BoundStage) -> Finding:
     operator = differentiation.curvature(bound.compared_rows, ridge={})
     one, other = (_random_vector(bound, operator.parameters, seed) for seed in (1, 2))
     try:
-        product = operator.matvec(one)
-        left, size = float(vectors.dot(other, product)), float(vectors.norm(product))
-        product = operator.matvec(other)
-        right, size = float(vectors.dot(one, product)), max(size, float(vectors.norm(product)))
+        with without_tf32():
+            products = [operator.matvec(v) for v in (one, other)]
     except NotImplementedError as error:
         raise InputError(
             f"stage {bound.name!r}: {_class(bound)} has no derivative of the kind that curvature="
             f"{bound.stage.curvature_name!r} needs ({first_line(error)}); expected a model whose own functions define "
             "jvp, or curvature='hessian'."
         ) from error
-    gap = abs(left - right) / max(size, 1e-30)
-    if gap > 100 * rounding(_dtype(bound)):  # sums over all parameters
+    left, right = float(vectors.dot(other, products[0])), float(vectors.dot(one, products[1]))
+    gap = abs(left - right) / max(*(float(vectors.norm(product)) for product in products), 1e-30)
+    if gap > 10 * rounding(_dtype(bound)):  # sums over all parameters
         raise InputError(
             f"stage {bound.name!r}: the curvature product of {_class(bound)} is not symmetric (⟨w, C v⟩ and ⟨v, C w⟩ "
             f"differ by {gap:.1e} of ‖C v‖): a backward function in it is no derivative of its forward function, so "
