@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -42,6 +43,9 @@ class BoundStage:
     Raises:
         InputError: the model does not fit to the stage before (the message names the first tensor that differs), holds
             NaN or inf, or the loss depends on none of its trained parameters.
+
+    Warns:
+        UserWarning: `requires_grad` is False in tensors that `Stage.trainable` names; they count as held constant.
     """
 
     def __init__(self, stage: Stage, before: BoundStage | None, engine: Engine):
@@ -63,6 +67,7 @@ class BoundStage:
         self._leave_out_what_the_loss_ignores()
         self.differentiation: Differentiation = stage.differentiation(self)
         self._check_frozen()
+        self._warn_of_held()
 
     @property
     def name(self) -> str:
@@ -71,6 +76,16 @@ class BoundStage:
     @property
     def objective(self) -> Objective:
         return self.stage.objective
+
+    def _warn_of_held(self) -> None:
+        held = self.split.held
+        if held:
+            warnings.warn(
+                f"stage {self.name!r}: requires_grad is False in {len(held)} of the tensors that "
+                f"trainable={self.stage.trainable!r} names (first {held[0]!r}); they count as held constant. Call "
+                "requires_grad_(True) on those that the stage trained.",
+                stacklevel=5,
+            )
 
     def _check_finite(self) -> None:
         for name, parameter in self.model.parameters.items():
@@ -106,8 +121,9 @@ class BoundStage:
                 raise InputError(
                     f"stage {self.name!r}: {name!r} counts as frozen, but differs from stage {self.before.name!r} "
                     f"(relative difference {gap:.1e}): it was trained, or adapters were merged into it, or the "
-                    "checkpoint is another one. Use trainable='all' (or patterns) with alpha, give the model with its "
-                    "adapters unmerged, or pair it with the checkpoint that it was finetuned from."
+                    "checkpoint is another one. Use trainable='all' (or patterns) with alpha, call requires_grad_(True) "
+                    "on what was trained, give the model with its adapters unmerged, or pair it with the checkpoint "
+                    "that it was finetuned from."
                 )
 
     # --- rows
@@ -168,7 +184,7 @@ class BoundStage:
     def cache_key(self) -> str:
         """SHA-256 of everything on which the stage's pull-back depends, beside its adjoint."""
         stage = self.stage
-        settings = [stage.trainable, stage.weight_decay, stage.alpha, stage.link_name]
+        settings = [stage.trainable, self.split.held, stage.weight_decay, stage.alpha, stage.link_name]
         objective = objective_fingerprint(stage.objective)
         return digest([self.fingerprint, repr(settings), objective, self.differentiation.cache_key()])
 
