@@ -191,8 +191,8 @@ def split(
     if held and held == trained:
         raise InputError(
             f"stage {stage!r}: requires_grad is False in all {len(held)} tensors that trainable={trainable!r} names; "
-            "expected it to be True where the stage was trained: call model.requires_grad_(True) if the model was only "
-            "loaded for inference."
+            "expected it to be True where the stage was trained: call model.requires_grad_(True) if the model was "
+            "only loaded for inference."
         )
     trained = tuple(n for n in trained if n not in set(held))
     left_out |= {name: HELD for name in held if name not in inherited}

@@ -121,9 +121,9 @@ class BoundStage:
                 raise InputError(
                     f"stage {self.name!r}: {name!r} counts as frozen, but differs from stage {self.before.name!r} "
                     f"(relative difference {gap:.1e}): it was trained, or adapters were merged into it, or the "
-                    "checkpoint is another one. Use trainable='all' (or patterns) with alpha, call requires_grad_(True) "
-                    "on what was trained, give the model with its adapters unmerged, or pair it with the checkpoint "
-                    "that it was finetuned from."
+                    "checkpoint is another one. Use trainable='all' (or patterns) with alpha, call "
+                    "requires_grad_(True) on what was trained, give the model with its adapters unmerged, or pair "
+                    "it with the checkpoint that it was finetuned from."
                 )
 
     # --- rows

@@ -95,8 +95,9 @@ class MultiStageInfluence(Chain):
             UserWarning: a stage's system was not solved to its tolerance.
 
         Raises:
-            InputError: bad rows, a test loss that is not finite, a solve that met negative curvature, whose result
-                would mean nothing, or a run whose adjoint grew beyond `Stage.max_growth`.
+            InputError: bad rows, a test loss that is not finite, a solve whose result would mean nothing (it met
+                negative curvature, or its residual is not below 1, that of u = 0), or a run whose adjoint grew beyond
+                `Stage.max_growth`.
         """
         rows = as_rows(tests, "the test examples")
         adjoint, losses = self.measurement(rows, aggregate)
@@ -132,9 +133,24 @@ def _finished(bound: BoundStage, copy: Checkpoint | None) -> tuple[StageSolution
 
 
 def judge(stage: str, certificate: StageCertificate) -> None:
-    """Refuses a solution that met negative curvature; warns about one that is not solved to tolerance."""
-    # The status alone counts: MINRES sets the flag `negative_curvature` for an indefinite system that it has solved.
-    if "negative_curvature" in certificate.status:
-        raise InputError(f"stage {stage!r}: the inverse-curvature-vector product has no meaning. {certificate}")
+    """Refuses a solution that has no meaning (`flaw`); warns about one that is not solved to tolerance."""
+    reason = flaw(certificate)
+    if reason is not None:
+        raise InputError(f"stage {stage!r}: {reason}. {certificate}")
     if not all(certificate.converged):
         warnings.warn(f"stage {stage!r}: not solved to tolerance. {certificate}", stacklevel=3)
+
+
+def flaw(certificate: StageCertificate) -> str | None:
+    """Why a solution has no meaning; None where it has one, converged or not."""
+    # The status alone counts: MINRES sets the flag `negative_curvature` for an indefinite system that it has solved.
+    if "negative_curvature" in certificate.status:
+        return "the inverse-curvature-vector product has no meaning"
+    # Runs and formulas solve no system, and have no residual. NaN is not below 1 either.
+    too_large = [residual for residual in getattr(certificate, "residual", ()) if not residual < 1]
+    if too_large:
+        return (
+            f"the relative residual of the inverse-curvature-vector product is {too_large[0]:.2g}; expected below 1, "
+            "which u = 0 reaches without work: give the solver more damping or more iterations, or take another solver"
+        )
+    return None

@@ -149,7 +149,8 @@ def test_a_finished_training_may_have_needed_another_machine(copy):
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_warnings_are_one_line(copy, capsys):
     path = copy / "config.yaml"
-    assert msif("query", "--config", path, "--stages.pretraining.solver.max_iter", 1, "--json") == 0
+    solver = [f"{PRE}.solver.max_iter", 1, f"{PRE}.solver.damping", 10, f"{PRE}.solver.tol", 1e-6]
+    assert msif("query", "--config", path, *solver, "--json") == 0
     lines = [line for line in visible(capsys.readouterr().err) if "not solved to tolerance" in line]
     assert len(lines) == 1
     assert lines[0].startswith("warning: stage 'pretraining'")
@@ -270,6 +271,11 @@ BAD = {
     "too many tests to plan": (None, "plan --test.number 1000", ["test.number is 1000", "at most"]),
     "no such test": (None, "query --test.ids [1]", ["test.ids names [1]", "finetuning"]),
     "a test of the training side": (None, "query --test.ids [100,101,102,103]", ["test.ids names"]),
+    "a solve that is worse than none": (
+        None,
+        f"query {PRE}.solver.damping 1e-6 {PRE}.solver.max_iter 1",
+        ["stage 'pretraining': the relative residual", "expected below 1", "more iterations"],
+    ),
     "no damping to sweep": (None, f'sweep {PRE}.solver {{"name":"identity"}}', ["identity", "no damping"]),
     "no number of rows": (None, "top --run FOLDER/run -k 0", ["-k is 0", "at least 1"]),
     "no such order": (None, "top --run FOLDER/run --by size", ["by is 'size'", "absolute"]),
