@@ -23,6 +23,7 @@ from ..engine.hashing import digest, objective_fingerprint, tensors_fingerprint
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
+from ..training.objective import without_terms
 from ..vectors import Block
 from .differentiation import Differentiation
 from .stage import Stage
@@ -143,8 +144,15 @@ class BoundStage:
 
     @cached_property
     def count(self) -> float:
-        """N_k = Σ_i count_i over *all* of the stage's data. Removing an example has the effect −influence/N_k."""
-        return self._size[0]
+        """N_k = Σ_i count_i over *all* of the stage's data. Removing an example has the effect −influence/N_k.
+
+        Raises:
+            InputError: it is 0.
+        """
+        count, rows = self._size
+        if not count:
+            raise without_terms(self.name, rows)
+        return count
 
     @property
     def examples(self) -> int:
@@ -254,22 +262,25 @@ class Chain:
             a on the trained and the frozen names, tensors of shape (Q, *parameter.shape); the losses, one per row.
 
         Raises:
-            InputError: another `aggregate`, or a loss that is not finite.
+            InputError: another `aggregate`, a row without text or without a term to predict, or a loss that is not
+                finite.
         """
         if aggregate not in (None, "sum", "mean"):
             raise InputError(f"aggregate is {aggregate!r}; expected None, 'sum' or 'mean'.")
         last = self.stages[-1]
+        _check_texts(rows, last.objective.text_column)
         names = (*last.split.trained, *last.split.frozen)
         # One backward pass per example: it goes through the whole batch, so a batch of one example costs least.
         size = 1 if aggregate is None else last.stage.batch_size
         width = len(rows) if aggregate is None else 1
         like = {n: last.model.parameters[n].new_empty(1).expand(width, *last.model.parameters[n].shape) for n in names}
-        losses_by_index: list[tuple[int, float]] = []
+        losses_by_index: list[tuple[int, float, float]] = []
 
         def parts() -> Iterator[Block]:
             for indices, batch in self.engine.batches(rows, last.objective, size):
                 evaluation = Evaluation(last.model, last.objective, batch)
-                losses_by_index.extend(zip(indices, evaluation.losses({})[0].tolist(), strict=True))
+                sums, counts = evaluation.losses({})
+                losses_by_index.extend(zip(indices, sums.tolist(), counts.tolist(), strict=True))
                 slopes = gradient(evaluation, names)
                 if aggregate is None:
                     yield {n: _in_column(g, indices[0], width) for n, g in slopes.items()}
@@ -278,7 +289,14 @@ class Chain:
 
         with last.model.evaluating():
             adjoint = self.engine.sum(like, parts())
-        losses = [loss for _, loss in sorted(self.engine.gather(losses_by_index))]
+        measured = sorted(self.engine.gather(losses_by_index))
+        losses = [loss for _, loss, _ in measured]
+        silent = [rows[i]["example_id"] for i, _, count in measured if not count]
+        if silent:
+            raise InputError(
+                f"the test examples with example_id {silent[:5]} have no term to predict, so their loss says nothing; "
+                "leave them out, or raise max_length where it cut all of their words."
+            )
         not_finite = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         if not_finite:
             raise InputError(
@@ -286,6 +304,15 @@ class Chain:
                 "check the last stage's model."
             )
         return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), losses
+
+
+def _check_texts(rows: list[dict], column: str | None) -> None:
+    empty = [row["example_id"] for row in rows if isinstance(text := row.get(column), str) and not text.strip()]
+    if empty:
+        raise InputError(
+            f"the test examples with example_id {empty[:5]} have no text in {column!r}; expected a sentence: leave "
+            "them out."
+        )
 
 
 def _in_column(g: Tensor, index: int, width: int) -> Tensor:

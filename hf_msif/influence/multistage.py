@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..engine import Engine
@@ -110,7 +111,11 @@ class MultiStageInfluence(Chain):
             stage_checkpoint = stage_checkpoints[bound]
             finished = _finished(bound, stage_checkpoint)
             solution, inherited = finished or bound.differentiation.pull_back(adjoint, stage_checkpoint)
-            judge(bound.name, solution.certificate)
+            try:
+                judge(bound.name, solution.certificate)
+            except InputError:  # under the same settings it would be refused again
+                self._forget(stage_checkpoints.values(), checkpoints)
+                raise
             solutions[bound.name] = solution
             if bound.before is not None:
                 if stage_checkpoint is not None and finished is None:
@@ -118,9 +123,16 @@ class MultiStageInfluence(Chain):
                     stage_checkpoint.save(tensors, {"done": True, "certificate": solution.certificate.to_dict()})
                 adjoint = bound.carry(inherited)
         query = Query(solutions, rows, losses, aggregate, self)
-        for stage_checkpoint in filter(None, stage_checkpoints.values()):
-            stage_checkpoint.delete()
+        self._forget(stage_checkpoints.values())
         return query
+
+    def _forget(self, checkpoints: Iterable[Checkpoint | None], folder: str | os.PathLike | None = None) -> None:
+        """Deletes checkpoints, and their folder where it is given and nothing else is in it."""
+        for checkpoint in filter(None, checkpoints):
+            checkpoint.delete()
+        if folder is not None and self.engine.is_main:
+            with suppress(OSError):
+                os.rmdir(folder)
 
 
 def _finished(bound: BoundStage, copy: Checkpoint | None) -> tuple[StageSolution, Block] | None:

@@ -74,9 +74,7 @@ def damping_sweep(
         table.append(row)
         reason = flaw(certificate)
         if reason is not None:
-            warnings.warn(
-                f"stage {name!r}: no ranking at damping {damping:g}: {reason}. {certificate}", stacklevel=2
-            )
+            warnings.warn(f"stage {name!r}: no ranking at damping {damping:g}: {reason}. {certificate}", stacklevel=2)
             continue
         scores = Query({name: solution}, rows, losses, None, chain).score(corpus, stage=name)
         values = np.stack([scores.influence(q) for q in range(scores.columns)])

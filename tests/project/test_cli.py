@@ -273,7 +273,7 @@ BAD = {
     "a test of the training side": (None, "query --test.ids [100,101,102,103]", ["test.ids names"]),
     "a solve that is worse than none": (
         None,
-        f"query {PRE}.solver.damping 1e-6 {PRE}.solver.max_iter 1",
+        f"query --test.number 1 {PRE}.solver.damping 1e-6 {PRE}.solver.max_iter 1",
         ["stage 'pretraining': the relative residual", "expected below 1", "more iterations"],
     ),
     "no damping to sweep": (None, f'sweep {PRE}.solver {{"name":"identity"}}', ["identity", "no damping"]),
