@@ -43,7 +43,8 @@ class BoundStage:
 
     Raises:
         InputError: the model does not fit to the stage before (the message names the first tensor that differs), holds
-            NaN or inf, or the loss depends on none of its trained parameters.
+            NaN or inf, or cannot be one that the objective trained; or the loss depends on none of its trained
+            parameters.
 
     Warns:
         UserWarning: `requires_grad` is False in tensors that `Stage.trainable` names; they count as held constant.
@@ -65,6 +66,7 @@ class BoundStage:
         self.rows = corpus if isinstance(corpus, Stream) else as_rows(stage.data, what)
         self._check_finite()
         check_vocabulary(stage.name, stage.model, stage.objective)
+        stage.objective.check_model(stage.model)
         self._leave_out_what_the_loss_ignores()
         self.differentiation: Differentiation = stage.differentiation(self)
         self._check_frozen()

@@ -156,14 +156,15 @@ def load_model(config: Config, name: str, source: str | Path, **overrides: Any) 
     return model, sorted(report["missing_keys"])
 
 
-def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, classes: int | None) -> Any:
+def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, classes: list[str] | None) -> Any:
     """An untrained model: from `model.path`, else from `model.config` or on the encoder of the model before.
 
     Args:
         before: the model of the stage before, or None.
         seed: of the initial weights.
         adapter: the `LoraConfig` of its new adapters, or None.
-        classes: how many its head tells apart, or None.
+        classes: names of what its head tells apart, in the order of its logits, or None. The model's configuration has
+            them, so that another order is noticed later; one that `model.path` names keeps its own.
 
     Raises:
         InputError: it cannot be loaded or built.
@@ -174,14 +175,25 @@ def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, c
 
     stage = config.stages[name]
     transformers.set_seed(seed)
-    head = {} if classes is None else {"num_labels": classes}
+    head: dict[str, Any] = {} if classes is None else {"num_labels": len(classes)}
     if stage.model.path is not None:
         model = load_model(config, name, stage.model.path, **head)[0]
+        named = getattr(model.config, "id2label", None) or {}
+        if classes is not None and all(named.get(i) == f"LABEL_{i}" for i in range(len(classes))):
+            model.config.update(_names(classes))
     elif before is not None and stage.model.head == "feed_forward":
+        head |= _names(classes)
         model = FeedForwardClassifier.from_encoder(before.base_model, stage.model.hidden_size, **head)
     else:
-        model = _from_settings(config, name, before, head)
+        model = _from_settings(config, name, before, head | _names(classes))
     return _cast(stage, _adapted(name, model, adapter))
+
+
+def _names(classes: list[str] | None) -> dict[str, Any]:
+    """What a `PretrainedConfig` says of its classes; nothing where there are none."""
+    if classes is None:
+        return {}
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
 
 
 def inherits_head(config: Config, name: str, model: Any, before: Any) -> bool:
@@ -191,7 +203,7 @@ def inherits_head(config: Config, name: str, model: Any, before: Any) -> bool:
     return stage.model.path is None and type(model) is type(before) and task.inherits_head
 
 
-def _from_settings(config: Config, name: str, before: Any, head: dict[str, int]) -> Any:
+def _from_settings(config: Config, name: str, before: Any, head: dict[str, Any]) -> Any:
     stage = config.stages[name]
     configuration = new_config(config, name) if before is None else copy.deepcopy(before.base_model.config)
     if configuration is None:

@@ -167,6 +167,7 @@ class Run:
             self.objectives[name] = self.objectives[name].fitted(self.rows(name))
         objective = self.objectives[name]
         check_vocabulary(name, model, objective)
+        objective.check_model(model)
         if objective.tokenizer is None or "max_length" not in parameters(type(objective)):
             return objective
         limit = getattr(model.base_model.config, "max_position_embeddings", None)
@@ -244,11 +245,27 @@ class Run:
         return models
 
     def _made(self, name: str, before, seed: int):
-        classes = None
+        classes: list[str] | None = None
         if self.tasks[name].label_kind == "class":
             labels = self.objectives[name].labels
-            classes = len(labels) if labels else max(2, 1 + max(row["label"] for row in self.rows(name)))
+            classes = [str(label) for label in labels] if labels else self._unnamed_classes(name)
         return build.new_model(self.config, name, before, seed, self.adapters[name], classes)
+
+    def _unnamed_classes(self, name: str) -> list[str]:
+        """One class for every integer up to the largest label, named as transformers does where it knows no name.
+
+        Raises:
+            InputError: fewer than half of them occur: they are names, and no numbers of classes.
+        """
+        present = {row["label"] for row in self.rows(name)}
+        number = max(2, 1 + max(present))
+        if 2 * len(present) < number:
+            raise InputError(
+                f"the label column of stage {name!r} holds {sorted(present)[:10]}, so its head would have {number:,} "
+                f"classes, most of them without a row; expected integers from 0: list the classes in "
+                f"stages.{name}.objective.labels."
+            )
+        return [f"LABEL_{i}" for i in range(number)]
 
     # --- files of the run folder
 

@@ -178,6 +178,7 @@ def polish(
         raise InputError(f"stage {name!r}: method is {method!r}; expected 'newton' or 'sklearn'.")
     started = time.perf_counter()
     engine, objective = engine or Engine(progress=False), checked_objective(objective, f"stage {name!r}")
+    objective.check_model(model)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
     target = StageObjective(model, objective, rows, roles, engine, previous, weight_decay, alpha, omit, batch_size)

@@ -83,6 +83,7 @@ def record(
         DivergedError: a parameter stopped being finite.
     """
     engine, objective = Engine(progress=progress), checked_objective(objective, f"stage {name!r}")
+    objective.check_model(model)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
     functional = FunctionalModel(model, engine.device)

@@ -96,6 +96,7 @@ def train(
     """
     rows, objective = as_rows(data, f"the data of stage {name!r}"), checked_objective(objective, f"stage {name!r}")
     model = unwrap(model)  # the checkpoints of a PeftModel are its adapters alone
+    objective.check_model(model)
     roles = split(name, model, previous, trainable, resized)
     omit = checked_omission(omit, rows, name)
     arguments = _checked_arguments(arguments, objective, name)

@@ -181,6 +181,10 @@ def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def replaced(name, old, new):
+    return lambda folder: (folder / name).write_text((folder / name).read_text().replace(old, new))
+
+
 PRE, FINE = "--stages.pretraining", "--stages.finetuning"
 # What is done to the folder, command and flags, what the one sentence holds; FOLDER is the folder.
 # The schema or the parser alone decides these: no stage is trained.
@@ -237,14 +241,30 @@ BAD = {
     "no label column": (None, f"train --stage finetuning {FINE}.data.label_column x", ["label_column", "'x'"]),
     "labels not listed": (
         None,
-        f"train --stage finetuning {FINE}.objective.labels [Negative]",
-        ["stages.finetuning.objective.labels is ['Negative']", "['Positive']", "keep"],
+        f"train --stage finetuning {FINE}.objective.labels [Negative,Neutral]",
+        ["stages.finetuning.objective.labels is ['Negative', 'Neutral']", "['Positive']", "keep"],
     ),
     "no labels listed": (None, f"train --stage finetuning {FINE}.objective {{}}", ["labels is []", "Negative"]),
     "too few classes": (
+        replaced("tweets.csv", ",1\n", ",2\n"),
+        f"plan {FINE}.data.label_column stars {FINE}.objective.labels [one,two]",
+        ["stages.finetuning.objective.labels is ['one', 'two']", "['2']"],
+    ),
+    "one label": (None, f"plan {FINE}.objective.labels [Negative]", ["labels=('Negative',)", "at least 2"]),
+    "a label twice": (
         None,
-        f"plan {FINE}.data.label_column stars {FINE}.objective.labels [one]",
-        ["stages.finetuning.objective.labels is ['one']", "['1']"],
+        f"plan {FINE}.objective.labels [Negative,Positive,Negative]",
+        ["'Negative' twice", "expected each class once"],
+    ),
+    "more labels than the model has": (
+        None,
+        f"query {FINE}.objective.labels [Negative,Positive,Neutral]",
+        ["lists 3 classes", "the model has 2", "order of the model's"],
+    ),
+    "labels in another order": (
+        None,
+        f"query {FINE}.objective.labels [Positive,Negative]",
+        ["['Positive', 'Negative']", "id2label", "['Negative', 'Positive']"],
     ),
     "earlier stage not trained": (
         remove("pretraining"),

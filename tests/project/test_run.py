@@ -154,8 +154,29 @@ def test_integer_labels_say_how_many_classes_there_are(make_run):
     data = [("stages.finetuning.data.label_column", "stars"), ("stages.finetuning.data.keep", {})]
     run = make_run(*data, ("stages.finetuning.objective", {}), ("stages.finetuning.model.head", "auto"))
     for row in run.rows("finetuning"):
-        row["label"] += 3
-    assert run.new_model("finetuning").config.num_labels == 5
+        row["label"] += 1
+    assert run.new_model("finetuning").config.num_labels == 3
+    for row in run.rows("finetuning"):  # {0, 4}, as Sentiment140 has them
+        row["label"] = 4 * (row["label"] - 1)
+    with pytest.raises(
+        InputError, match=r"holds \[0, 4\], so its head would have 5 classes.*finetuning.objective.lab"
+    ):
+        run.new_model("finetuning")
+
+
+@pytest.mark.parametrize("head", ["auto", "feed_forward"])
+def test_a_saved_classifier_names_its_classes(make_run, tmp_path, head):
+    run = make_run(("stages.finetuning.model.head", head), ("stages.finetuning.training", {"max_steps": 1}))
+    train(run, "finetuning")
+    assert run.model("finetuning").config.id2label == {0: "Negative", 1: "Positive"}
+    for path in (None, str(run.folder / "finetuning")):  # taken from the run folder, and trained further
+        model = {"path": path} if path else {"head": head, "hidden_size": 4}
+        swapped = make_run(
+            ("stages.finetuning.objective.labels", ["Positive", "Negative"]), ("stages.finetuning.model", model)
+        )
+        model = swapped.new_model("finetuning") if path else swapped.model("finetuning")
+        with pytest.raises(InputError, match=r"\['Positive', 'Negative'\].*\['Negative', 'Positive'\]"):
+            swapped.objective("finetuning", model)
 
 
 def test_sentences_are_cut_at_what_the_model_takes(make_run, tmp_path):
