@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..errors import InputError
 from ._base import Batch, Objective, Rows, logits_of
 from .images import channels_first, decoded, shrunk
-from .tokens import texts_of, tokenize
+from .tokens import check_length, texts_of, tokenize
 
 
 class _Classification(Objective):
@@ -138,7 +138,8 @@ class SequenceClassification(_Classification):
 
     Raises:
         InputError: fewer than 2 `labels`, or one of them twice; a row without a text, or with a label that is neither
-            an integer nor one of `labels`; a model whose head has other classes.
+            an integer nor one of `labels`; a model whose head has other classes; a `max_length` (or limit of the
+            tokenizer) without room for an ordinary token.
     """
 
     tokenizer: Any = field()  # required, though `Objective` has a default
@@ -152,6 +153,7 @@ class SequenceClassification(_Classification):
 
     def __post_init__(self):
         self._check_labels()
+        check_length(self.tokenizer, self.max_length, "SequenceClassification")
 
     def collate(self, rows: Rows) -> Batch:
         labels = self._labels(rows)

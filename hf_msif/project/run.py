@@ -171,7 +171,8 @@ class Run:
         if objective.tokenizer is None or "max_length" not in parameters(type(objective)):
             return objective
         limit = getattr(model.base_model.config, "max_position_embeddings", None)
-        if limit is None or (objective.max_length or objective.tokenizer.model_max_length) <= limit:
+        length = objective.max_length
+        if limit is None or (objective.tokenizer.model_max_length if length is None else length) <= limit:
             return objective
         if objective.max_length is not None:
             raise InputError(

@@ -405,6 +405,40 @@ def test_what_is_no_objective_is_refused_where_it_comes_in(tmp_path, bert, objec
         training.evaluate(bert, objective, ROWS)
 
 
+# Lengths ------------------------------------------------------------------------------------------------------------
+
+UNIGRAMS = [1.0] * len(tiny.WORDS)
+LENGTHS = {
+    # What makes the objective, and the least length at which a text has something to predict.
+    "masked": (partial(tiny.objective, "masked"), 3),
+    "causal": (partial(tiny.objective, "causal"), 2),
+    "causal, with ends": (partial(objectives.CausalLM, tiny.tokenizer()), 3),
+    "bidirectional": (partial(tiny.objective, "bidirectional"), 3),
+    "classification": (partial(tiny.objective, "classification"), 3),
+    "classification, characters": (partial(tiny.objective, "characters"), 3),
+    "skip-gram": (partial(objectives.SkipGram, tiny.tokenizer(), UNIGRAMS), 4),
+}
+
+
+@pytest.mark.parametrize(("make", "least"), LENGTHS.values(), ids=LENGTHS)
+def test_a_length_without_room_for_a_term_is_refused(make, least):
+    for length in (-1, 0, 1, least - 1):
+        with pytest.raises(InputError, match=rf"max_length is {length}; expected at least {least} .*={least} or more"):
+            make(max_length=length)
+    objective = make(max_length=least)
+    batch = objective.collate([{**ROW, "text": "we vote no"}])
+    assert objective.counts(batch).item() > 0
+    assert batch["truncated"].item()
+
+
+def test_a_tokenizer_without_room_for_a_term_is_refused():
+    with pytest.raises(
+        InputError, match=r"MaskedLM: the tokenizer's model_max_length is 2; expected at least 3 tokens"
+    ):
+        objectives.MaskedLM(tiny.tokenizer(model_max_length=2))
+    assert objectives.MaskedLM(tiny.tokenizer(model_max_length=2), max_length=3).max_length == 3
+
+
 # Classes of the model and of the objective ---------------------------------------------------------------------------
 
 NAMES = {"id2label": {0: "left", 1: "right"}, "label2id": {"left": 0, "right": 1}}

@@ -228,6 +228,8 @@ BAD = {
     "bad training type": (None, f"score {PRE}.training.bf16 maybe", ["stages.pretraining.training.bf16 is maybe"]),
     "our training key": (None, f"plan {PRE}.training.output_dir x", ["stages.pretraining.training.output_dir"]),
     "bad objective": (None, f"plan {PRE}.objective.mask_probability 2", ["mask_probability=2.0", "(0, 1]"]),
+    "no room for a word": (None, f"plan {PRE}.objective.max_length 2", ["max_length is 2", "at least 3 tokens"]),
+    "a length of zero": (None, f"plan {FINE}.objective.max_length 0", ["max_length is 0", "give max_length=3"]),
     "setting of another solver": (
         None,
         f'plan {PRE}.solver {{"name":"minres","max_parameters":3}}',
