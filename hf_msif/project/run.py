@@ -372,9 +372,29 @@ class Run:
         return random.Random(settings.seed).sample(distinct, settings.number)
 
     def test_side(self) -> list[dict] | Stream:
-        """All test rows of the last stage; its training rows if no test rows are set aside."""
-        name = self.names[-1]
-        return self.rows(name, "test" if self.config.stages[name].data.has_test_side else None)
+        """All rows of the last stage that `test.split` names: those that are set aside, or its training rows.
+
+        Raises:
+            InputError: no rows are set aside from training, and `test.split` does not say that training rows are
+                meant.
+        """
+        return self.rows(self.names[-1], self.checked_test_part())
+
+    def checked_test_part(self) -> str | None:
+        """Which `data.part` of the last stage the test rows are; None for its own. Raises as `test_side` does, before
+        any row is loaded."""
+        name, split = self.names[-1], self.config.test.split
+        data = self.config.stages[name].data
+        if split == "train":
+            return None
+        if data.has_test_side and not data.trains_on_test_side:
+            return "test"
+        key = f"stages.{name}.data"
+        why = f"{key}.part is {data.part!r}" if data.has_test_side else f"{key} sets no rows aside"
+        raise InputError(
+            f"{why}, so the test rows would be rows that stage {name!r} is trained on; expected {key}.test_fraction "
+            f"or {key}.test_split (and part: train), or test.split: train where training rows are meant."
+        )
 
     def _misclassified(self, name: str, rows: list[dict] | Stream) -> list[dict]:
         """Those of the rows that the trained model of the stage classifies wrongly."""

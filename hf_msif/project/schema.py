@@ -65,6 +65,11 @@ class Data(Section):
     def has_test_side(self) -> bool:
         return self.test_fraction > 0 or self.test_split is not None
 
+    @property
+    def trains_on_test_side(self) -> bool:
+        """Whether `part` has the stage trained on rows of its own test side."""
+        return self.part == "test" or (self.part == "all" and self.test_fraction > 0)
+
 
 class Model(Section):
     """The model of a stage. Without path and config: a new head on the encoder of the stage before."""
@@ -174,6 +179,9 @@ class Tests(Section):
     """none: one column per test example; sum or mean: one column for all of them"""
     wrong: bool = False
     """only rows that the finetuned model classifies wrongly"""
+    split: Literal["train", "test"] | None = None
+    """which rows of the last stage: test, those that its data set aside; train, those that it is trained on, where
+    that is meant; null: test"""
 
 
 class Corpus(Section):
