@@ -19,6 +19,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Dotted = Annotated[str, Field(pattern=DOTTED)]
 RESERVED = ("query", "bank", "validation", "cleanse")
+# Builders of `datasets` that read files; without data_files they would read the folder in which the command runs.
+FILE_BUILDERS = ("text", "csv", "json", "parquet", "arrow", "pandas", "xml", "hdf5", "webdataset")
+FILE_BUILDERS += ("imagefolder", "audiofolder", "videofolder", "pdffolder")
 Scalar = str | int | float | bool | None
 
 
@@ -60,6 +63,12 @@ class Data(Section):
     model is given"""
     max_rows: Count | None = None
     """use the first N rows (of the side that is trained on, where there is a test_split)"""
+
+    @property
+    def files(self) -> list[str]:
+        """All names in `data_files`; an empty list in it counts as an empty name."""
+        groups = self.data_files.values() if isinstance(self.data_files, dict) else [self.data_files or []]
+        return [name for group in groups for name in ([group] if isinstance(group, str) else group or [""])]
 
     @property
     def has_test_side(self) -> bool:
@@ -286,6 +295,15 @@ class Config(Section):
             labelled = task.label_kind is not None
             if task.needs_tokenizer and self.tokenizer is None:
                 raise InputError(f"tokenizer is missing; {key} has the task {stage.task}, which reads texts.")
+            if stage.data.path in FILE_BUILDERS and stage.data.data_files is None:
+                raise InputError(
+                    f"{key}.data.data_files is missing; path {stage.data.path!r} reads files and expects their names."
+                )
+            if stage.data.data_files is not None and not all(stage.data.files or [""]):
+                raise InputError(
+                    f"{key}.data.data_files is {stage.data.data_files!r}, which names no file; expected the names of "
+                    "files, or null for a Hub dataset."
+                )
             if stage.data.streaming and (index or stage.curvature_samples is None or stage.data.has_test_side):
                 raise InputError(
                     f"{key}.data.streaming is for a first stage with curvature_samples and without test_split or "

@@ -197,6 +197,12 @@ BAD_ARGUMENTS = {
     "unknown stage": (None, "plan --stages.x.batch_size 1", ["no stage 'x'", "['pretraining', 'finetuning']"]),
     "a negative number": (None, f"plan {PRE}.solver.damping -1e-4", ["pretraining.solver.damping is -0.0001"]),
     "no tests": (None, "query --test.number 0", ["test.number is 0", "at least 1"]),
+    "a run_dir with NUL": (None, r'plan --run_dir "a\0b"', [r"run_dir is 'a\x00b'", "text without NUL"]),
+    "a value in itself": (
+        write("c.yaml", "test: &a {ids: [*a]}"),
+        "plan --config FOLDER/c.yaml",
+        ["test.ids.0 contains"],
+    ),
     "no such run": (None, "top --run FOLDER/nowhere", ["nowhere", "does not exist"]),
     "not a number of rows": (None, "top --run FOLDER/run -k x", ["-k", "'x'"]),
     "unknown flag": (None, "top --run FOLDER/run --bye absolute", ["'--bye'", "did you mean --by?"]),
