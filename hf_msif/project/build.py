@@ -28,18 +28,26 @@ def training_settings(config: Config, name: str) -> dict[str, Any]:
     """The settings of `TrainingArguments`."""
     from transformers import TrainingArguments
 
+    from ..training.settings import check_settings
+
     values, key = config.stages[name].training, f"stages.{name}.training"
-    return settings(TrainingArguments, values, key, without=["output_dir"])
+    checked = settings(TrainingArguments, values, key, without=["output_dir"])
+    check_settings(checked, f"{key}.")
+    return checked
 
 
 def polish_settings(config: Config, name: str) -> dict[str, Any] | None:
     """The settings of `training.polish`, or None where a stage is not polished."""
-    from ..training.polish import polish
+    from ..training.polish import check_limits, polish
 
     values = config.stages[name].polish
     without = ["model", "objective", "data", "previous", "trainable", "weight_decay", "alpha", "resized", "omit"]
     without += ["factorise", "preconditioner", "batch_size", "engine", "name"]  # of the stage, or of a retraining
-    return None if values is None else settings(polish, values, f"stages.{name}.polish", without=without)
+    if values is None:
+        return None
+    checked = settings(polish, values, f"stages.{name}.polish", without=without)
+    check_limits(checked, f"stages.{name}.polish.")
+    return checked
 
 
 def solver(config: Config, name: str) -> Solver:
@@ -97,6 +105,13 @@ def new_config(config: Config, name: str) -> Any:
         unknown = [k for k in values if k not in known]
         if unknown:
             raise InputError(unknown_key(f"{key}.{unknown[0]}", [f"{key}.{k}" for k in sorted(known)]))
+        for setting, value in values.items():
+            usual = getattr(default, setting, None)
+            if type(value) is type(usual) is int and value < 0 < usual:
+                raise InputError(
+                    f"{key}.{setting} is {value}; expected at least 0: {values['model_type']} has {usual} of them by "
+                    "default."
+                )
         return AutoConfig.for_model(**values)
     except InputError:
         raise

@@ -275,8 +275,8 @@ def _expected(kind: Any, rules: Sequence = ()) -> str:
         text = getattr(kind, "__name__", str(kind))
     if any(getattr(rule, "pattern", None) == DOTTED for rule in rules):
         return "module:Name of your own"
-    limits = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of length at least"}
-    bounds = [f"{word} {getattr(rule, r):g}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
+    limits = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "of length at least"}
+    bounds = [f"{word} {getattr(rule, r)}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
     return " ".join([text, " and ".join(bounds)]).strip()
 
 

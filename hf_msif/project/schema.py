@@ -15,6 +15,7 @@ from .tasks import TASKS, task_of
 
 RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, use_attribute_docstrings=True)
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # NumPy takes no others
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Dotted = Annotated[str, Field(pattern=DOTTED)]
@@ -268,7 +269,7 @@ class Config(Section):
     cleanse: Cleanse = Cleanse()
     dampings: Annotated[list[Positive], Field(min_length=1)] = [1e-3, 1e-2, 1e-1, 1.0]
     """values of λ that `msif sweep` compares, for the ranked stage"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of training and of the masks"""
     sharded: bool = False
     """each process holds a slice of the solver's vectors, so that their memory falls with the number of processes"""

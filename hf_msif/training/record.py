@@ -29,6 +29,7 @@ from . import optimisers
 from .optimisers import SGD, AdamW, Slots
 from .recording import Recording, Schedule, facts_of
 from .replay import Replay
+from .settings import check_arguments as check_settings_of
 
 
 def record(
@@ -219,6 +220,7 @@ def check_arguments(arguments: Any, name: str) -> SGD | AdamW:
     Raises:
         InputError: a setting under which a run cannot be replayed.
     """
+    check_settings_of(arguments, name)
     refused = {
         "bf16 or fp16": arguments.bf16 or arguments.fp16,
         f"{arguments.world_size} processes": arguments.world_size > 1,

@@ -209,6 +209,32 @@ BAD_ARGUMENTS = {
     "no run": (None, "top", ["--run"]),
     "unknown command": (None, "trian", ["'trian'", "train"]),
 }
+# A setting of a stage or of the run, its value, and what the one sentence holds beside both.
+SETTINGS = {
+    "no steps": (f"{PRE}.training.max_steps", 0, "at least 1, or -1 for num_train_epochs"),
+    "steps below zero": (f"{PRE}.training.max_steps", -2, "at least 1, or -1"),
+    "no epochs": (f"{PRE}.training", "{num_train_epochs: 0}", "num_train_epochs is 0", "or max_steps"),
+    "epochs below zero": (f"{PRE}.training", "{num_train_epochs: -1, max_steps: -1}", "epochs is -1", "positive"),
+    "no learning rate": (f"{FINE}.training.learning_rate", 0.0, "a positive number"),
+    "a rate below zero": (f"{FINE}.training.learning_rate", -0.1, "a positive number"),
+    "an infinite rate": (f"{FINE}.training.learning_rate", ".inf", "a number"),
+    "no rows per batch": (f"{PRE}.training.per_device_train_batch_size", 0, "at least 1"),
+    "no micro-batches": (f"{PRE}.training.gradient_accumulation_steps", 0, "at least 1"),
+    "workers below zero": (f"{PRE}.training.dataloader_num_workers", -1, "at least 0"),
+    "a seed below zero": (f"{PRE}.training.seed", -1, "from 0 to 4294967295"),
+    "a seed too large": (f"{PRE}.training.seed", 2**32, "from 0 to 4294967295"),
+    "an order's seed": (f"{PRE}.training.data_seed", -1, "from 0 to 4294967295"),
+    "the run's seed": ("--seed", -1, "at least 0 and at most 4294967295"),
+    "the run's seed, too large": ("--seed", 2**32, "at most 4294967295"),
+    "polish, no steps": (f"{PRE}.polish", "{max_iter: 0, lbfgs_iter: 0}", "max_iter is 0", "no step would be taken"),
+    "polish, steps below zero": (f"{PRE}.polish.max_iter", -1, "at least 0"),
+    "polish, L-BFGS": (f"{PRE}.polish.lbfgs_iter", -1, "at least 0"),
+    "polish, CG": (f"{PRE}.polish.cg_iter", -1, "at least 0"),
+    "polish, dense": (f"{PRE}.polish.dense_limit", -1, "at least 0"),
+    "polish, no tolerance": (f"{PRE}.polish.tol", 0.0, "a positive number"),
+    "layers below zero": (f"{PRE}.model.config.num_hidden_layers", -1, "at least 0: bert has 12 of them by default"),
+    "heads below zero": (f"{PRE}.model.config.num_attention_heads", -2, "at least 0"),
+}
 # These need a trained project.
 BAD = {
     "unknown stage to train": (None, "train --stage x", ["no stage 'x'", "['pretraining', 'finetuning']"]),
@@ -325,12 +351,19 @@ def test_a_bad_input_is_one_sentence_and_nothing_is_written(copy, capsys, monkey
     assert_refused(copy, capsys, monkeypatch, prepare, line, parts)
 
 
-def assert_refused(copy, capsys, monkeypatch, prepare, line, parts):
+@pytest.mark.parametrize(("key", "value", "parts"), [(k, v, p) for k, v, *p in SETTINGS.values()], ids=SETTINGS)
+def test_a_setting_that_does_nothing_is_refused_by_its_key(untrained, capsys, monkeypatch, key, value, parts):
+    named = [key.removeprefix("--"), *([f" is {value}; expected"] if "{" not in str(value) else [])]
+    line = f"plan --config FOLDER/config.yaml {key} VALUE"
+    assert_refused(untrained.parent, capsys, monkeypatch, None, line, [*named, *parts], VALUE=str(value))
+
+
+def assert_refused(copy, capsys, monkeypatch, prepare, line, parts, **words):
     # An absent Hub id is looked up; no test waits for a network.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if prepare:
         prepare(copy)
-    arguments = [word.replace("FOLDER", str(copy)) for word in line.split()]
+    arguments = [words.get(word, word.replace("FOLDER", str(copy))) for word in line.split()]
     if arguments[0] in COMMANDS and "--config" not in arguments and line != "plan":
         arguments += ["--config", copy / "config.yaml"]
     before = snapshot(copy)
