@@ -21,7 +21,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Dotted = Annotated[str, Field(pattern=DOTTED)]
 RESERVED = ("query", "bank", "validation", "cleanse")
 # Builders of `datasets` that read files; without data_files they would read the folder in which the command runs.
-FILE_BUILDERS = ("text", "csv", "json", "parquet", "arrow", "pandas", "xml", "hdf5", "webdataset")
+FILE_BUILDERS: tuple[str, ...] = ("text", "csv", "json", "parquet", "arrow", "pandas", "xml", "hdf5", "webdataset")
 FILE_BUILDERS += ("imagefolder", "audiofolder", "videofolder", "pdffolder")
 Scalar = str | int | float | bool | None
 
