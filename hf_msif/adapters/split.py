@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .peft import inspect_adapters, name_before_adapters, unwrap
+from .peft import has_adapters, inspect_adapters, name_before_adapters, unwrap
 
 # One of two otherwise equal base models may lack it: BertModel has a pooler, the base of BertForMaskedLM has none.
 OPTIONAL_MODULE = "pooler"
+HELD = "requires_grad is False: held constant"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Split:
         trained: tensors that the stage optimises.
         resized: inherited tensors with more rows than before: name → number of inherited (leading) rows.
         left_out: tensors that are neither inherited nor trained: name → reason.
+        held: tensors that `trainable` names, but whose requires_grad is False: they are frozen, or left out.
 
     >>> shapes = {"encoder.weight": torch.Size([2, 3]), "head.weight": torch.Size([4])}
     >>> roles = Split("finetuning", shapes, {"encoder.weight": "encoder.weight"}, ("head.weight",))
@@ -45,6 +47,7 @@ class Split:
     trained: tuple[str, ...]
     resized: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    held: tuple[str, ...] = ()
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -97,6 +100,8 @@ class Split:
             if name in self.resized:
                 fate = "trained" if name in self.trained else "held constant"
                 note = f"first {self.resized[name]} of {shape[0]} rows inherited, the others {fate}"
+            if name in self.held and name in self.inherited:
+                note = "; ".join(filter(None, [note, HELD]))
             rows.append(
                 {
                     "tensor": name,
@@ -118,6 +123,8 @@ class Split:
         lines = [f"stage {self.stage!r}: {self.count(tuple(self.shapes)):,} parameters in {len(self.shapes)} tensors"]
         lines += [f"  {label:34} {self.count(names):>13,} in {len(names)} tensors" for label, names in groups if names]
         lines += [f"    {name}: {why}" for name, why in self.left_out.items()]
+        if self.held:
+            lines.append(f"  {len(self.held)} of these tensors (first {self.held[0]!r}): {HELD}")
         return "\n".join(lines)
 
 
@@ -153,6 +160,9 @@ def split(
     the place of its original. Inactive adapters and originals that a copy replaces are left out, and with "head" also
     new weights under an adapter.
 
+    A parameter whose `requires_grad` is False was not trained, whatever `trainable` says: it is held constant. Models
+    with adapters are the exception, since PEFT sets `requires_grad` by rules of its own.
+
     Args:
         stage: the stage's name.
         model: the stage's model.
@@ -164,7 +174,8 @@ def split(
 
     Raises:
         InputError: the base models do not match (the first tensor that differs is named), a pattern matches nothing,
-            or nothing is left to train; an adapter is merged, or is a DoRA.
+            or nothing is left to train; `requires_grad` is False in all that would be trained; an adapter is merged,
+            or is a DoRA.
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     added, idle = inspect_adapters(model, stage)
@@ -176,7 +187,16 @@ def split(
     if trainable == "head" and added:  # a weight and its adapter trained together would have a flat direction
         under = {n: "held constant under its adapter" for n in trained if ".base_layer." in n}
         trained, left_out = tuple(n for n in trained if n not in under), under
-    return Split(stage, shapes, inherited, trained, resized_rows, {**left_out, **idle})
+    held = () if has_adapters(model) else tuple(n for n in trained if not model.get_parameter(n).requires_grad)
+    if held and held == trained:
+        raise InputError(
+            f"stage {stage!r}: requires_grad is False in all {len(held)} tensors that trainable={trainable!r} names; "
+            "expected it to be True where the stage was trained: call model.requires_grad_(True) if the model was "
+            "only loaded for inference."
+        )
+    trained = tuple(n for n in trained if n not in set(held))
+    left_out |= {name: HELD for name in held if name not in inherited}
+    return Split(stage, shapes, inherited, trained, resized_rows, {**left_out, **idle}, held)
 
 
 def _match(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from ..engine.hashing import digest, objective_identity, tensors_fingerprint
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
+from ..training.objective import without_terms
 from ..vectors import Block
 from .differentiation import Differentiation
 from .findings import Finding, check
@@ -49,7 +51,12 @@ class BoundStage:
 
     Raises:
         InputError: the model does not fit to the stage before (the message names the first tensor that differs), holds
-            NaN or inf, the loss depends on none of its trained parameters, or a check refuses the stage.
+            NaN or inf, or cannot be one that the objective trained; the loss depends on none of its trained
+            parameters; or a check refuses the stage.
+
+    Warns:
+        UserWarning: `requires_grad` is False in tensors that `Stage.trainable` names; they count as held constant. Or
+            padding reaches the loss.
     """
 
     def __init__(self, stage: Stage, before: BoundStage | None, engine: Engine):
@@ -69,14 +76,32 @@ class BoundStage:
         self.rows = corpus if isinstance(corpus, Stream) else as_rows(stage.data, what)
         self._check_finite()
         check_vocabulary(stage.name, stage.model, stage.objective)
+        self._check_model()
         self._leave_out_what_the_loss_ignores()
         self.differentiation: Differentiation = stage.differentiation(self)
         self._check_frozen()
+        self._warn_of_held()
         self.findings: list[Finding] = check(self)
 
     @property
     def name(self) -> str:
         return self.stage.name
+
+    def _warn_of_held(self) -> None:
+        held = self.split.held
+        if held:
+            warnings.warn(
+                f"stage {self.name!r}: requires_grad is False in {len(held)} of the tensors that "
+                f"trainable={self.stage.trainable!r} names (first {held[0]!r}); they count as held constant. Call "
+                "requires_grad_(True) on those that the stage trained.",
+                stacklevel=5,
+            )
+
+    def _check_model(self) -> None:
+        try:
+            self.objective.check_model(self.stage.model)
+        except InputError as error:
+            raise InputError(f"stage {self.name!r}: {error}") from error
 
     def _check_finite(self) -> None:
         for name, parameter in self.model.parameters.items():
@@ -112,8 +137,9 @@ class BoundStage:
                 raise InputError(
                     f"stage {self.name!r}: {name!r} counts as frozen, but differs from stage {self.before.name!r} "
                     f"(relative difference {gap:.1e}): it was trained, or adapters were merged into it, or the "
-                    "checkpoint is another one. Use trainable='all' (or patterns) with alpha, give the model with its "
-                    "adapters unmerged, or pair it with the checkpoint that it was finetuned from."
+                    "checkpoint is another one. Use trainable='all' (or patterns) with alpha, call "
+                    "requires_grad_(True) on what was trained, give the model with its adapters unmerged, or pair "
+                    "it with the checkpoint that it was finetuned from."
                 )
 
     # --- rows
@@ -141,8 +167,15 @@ class BoundStage:
 
     @cached_property
     def count(self) -> float:
-        """N_k = Σ_i count_i over *all* of the stage's data. Removing an example has the effect −influence/N_k."""
-        return self._size[0]
+        """N_k = Σ_i count_i over *all* of the stage's data. Removing an example has the effect −influence/N_k.
+
+        Raises:
+            InputError: it is 0.
+        """
+        count, rows = self._size
+        if not count:
+            raise without_terms(self.name, rows)
+        return count
 
     @property
     def examples(self) -> int:
@@ -184,6 +217,7 @@ class BoundStage:
             "the number of rows": None if isinstance(self.rows, Stream) else len(self.rows),
             "the data": self._rows_fingerprint(),
             **self.stage.settings,
+            "held constant by requires_grad": list(self.split.held),
             **objective_identity(self.objective),
             **self.differentiation.identity(),
         }
@@ -292,22 +326,25 @@ class Chain:
             a on the trained and the frozen names, tensors of shape (Q, *parameter.shape); the losses, one per row.
 
         Raises:
-            InputError: another `aggregate`, or a loss that is not finite.
+            InputError: another `aggregate`, a row without text or without a term to predict, or a loss that is not
+                finite.
         """
         if aggregate not in (None, "sum", "mean"):
             raise InputError(f"aggregate is {aggregate!r}; expected None, 'sum' or 'mean'.")
         last = self.stages[-1]
+        _check_texts(rows, last.objective.text_column)
         names = (*last.split.trained, *last.split.frozen)
         # One backward pass per example: it goes through the whole batch, so a batch of one example costs least.
         size = 1 if aggregate is None else last.stage.batch_size
         width = len(rows) if aggregate is None else 1
         like = {n: last.model.parameters[n].new_empty(1).expand(width, *last.model.parameters[n].shape) for n in names}
-        losses_by_index: list[tuple[int, float]] = []
+        losses_by_index: list[tuple[int, float, float]] = []
 
         def parts() -> Iterator[Block]:
             for indices, batch in self.engine.batches(rows, last.objective, size):
                 evaluation = Evaluation(last.model, last.objective, batch)
-                losses_by_index.extend(zip(indices, evaluation.losses({})[0].tolist(), strict=True))
+                sums, counts = evaluation.losses({})
+                losses_by_index.extend(zip(indices, sums.tolist(), counts.tolist(), strict=True))
                 slopes = gradient(evaluation, names)
                 if aggregate is None:
                     yield {n: _in_column(g, indices[0], width) for n, g in slopes.items()}
@@ -316,7 +353,14 @@ class Chain:
 
         with last.model.evaluating():
             adjoint = self.engine.sum(like, parts())
-        losses = [loss for _, loss in sorted(self.engine.gather(losses_by_index))]
+        measured = sorted(self.engine.gather(losses_by_index))
+        losses = [loss for _, loss, _ in measured]
+        silent = [rows[i]["example_id"] for i, _, count in measured if not count]
+        if silent:
+            raise InputError(
+                f"the test examples with example_id {silent[:5]} have no term to predict, so their loss says nothing; "
+                "leave them out, or raise max_length where it cut all of their words."
+            )
         not_finite = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         if not_finite:
             raise InputError(
@@ -324,6 +368,15 @@ class Chain:
                 "check the last stage's model."
             )
         return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), losses
+
+
+def _check_texts(rows: list[dict], column: str | None) -> None:
+    empty = [row["example_id"] for row in rows if isinstance(text := row.get(column), str) and not text.strip()]
+    if empty:
+        raise InputError(
+            f"the test examples with example_id {empty[:5]} have no text in {column!r}; expected a sentence: leave "
+            "them out."
+        )
 
 
 def _in_column(g: Tensor, index: int, width: int) -> Tensor:

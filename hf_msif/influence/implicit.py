@@ -32,7 +32,7 @@ from ..errors import InputError
 from ..objectives import Objective
 from ..scoring.scorer import RowInfluence
 from ..solvers import Certificate, Operator, Solution, Solver, solve
-from ..training.objective import QuadraticTerms, missing_alpha
+from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
@@ -42,6 +42,8 @@ from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
 PRODUCT_BLOCKS = 4
+# Share of the gradient that α̂ leaves, above which the proximal model does not fit.
+UNEXPLAINED = 0.9
 
 
 @dataclass(frozen=True)
@@ -180,20 +182,27 @@ class Implicit(Differentiation):
         """α of eq. (12): the number in `Stage.alpha`, or its estimate for "auto"; None where nothing is tied.
 
         Warns:
-            UserWarning: the estimate is not positive: no proximal term explains where training ended.
+            UserWarning: the estimate is not positive, or leaves more than `UNEXPLAINED` of the gradient: no proximal
+                term explains where training ended.
         """
         stage = self.bound.stage
         if not isinstance(stage.alpha, str):
             return stage.alpha
         if not self.bound.split.proximal:
             return None
-        if self.estimate.alpha <= 0:
+        estimate, reason = self.estimate, None
+        if estimate.alpha <= 0:
+            reason = "It is not positive"
+        elif estimate.remaining > UNEXPLAINED:
+            reason = "It explains almost nothing of the gradient"
+        if reason is not None:
             warnings.warn(
-                f"stage {stage.name!r}: {self.estimate}. It is not positive: no proximal term explains where "
-                "training ended. Use link='unrolled' with the recorded run, or give alpha as a number.",
+                f"stage {stage.name!r}: {estimate}. {reason}: no proximal term explains where training ended. Use "
+                "link='unrolled' with the recorded run, freeze the encoder (trainable='head'), or give alpha as a "
+                "number.",
                 stacklevel=2,
             )
-        return self.estimate.alpha
+        return estimate.alpha
 
     @cached_property
     def estimate(self) -> AlphaEstimate:
@@ -242,8 +251,13 @@ class Implicit(Differentiation):
         Returns:
             u_k as a `Direction`; b = ∂f/∂W_before on the inherited names: a − ∂/∂frozen ⟨∇F_k, u_k⟩ on frozen ones,
             2α u_k on proximal ones.
+
+        Raises:
+            InputError: no row of the curvature's has a term to predict.
         """
         split = self.bound.split
+        if not self.operator.count:
+            raise without_terms(self.bound.name, self.operator.examples)
         solution = self.solve(vectors.select(adjoint, split.trained), checkpoint)
         u = solution.value
         inherited: Block = {}

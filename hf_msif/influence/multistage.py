@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..engine import Engine
@@ -95,8 +96,9 @@ class MultiStageInfluence(Chain):
             UserWarning: a stage's system was not solved to its tolerance.
 
         Raises:
-            InputError: bad rows, a test loss that is not finite, a solve that met negative curvature, whose result
-                would mean nothing, or a run whose adjoint grew beyond `Stage.max_growth`.
+            InputError: bad rows, a test loss that is not finite, a solve whose result would mean nothing (it met
+                negative curvature, or its residual is not below 1, that of u = 0), or a run whose adjoint grew beyond
+                `Stage.max_growth`.
         """
         rows = as_rows(tests, "the test examples")
         adjoint, losses = self.measurement(rows, aggregate)
@@ -109,7 +111,11 @@ class MultiStageInfluence(Chain):
             stage_checkpoint = stage_checkpoints[bound]
             finished = _finished(bound, stage_checkpoint)
             solution, inherited = finished or bound.differentiation.pull_back(adjoint, stage_checkpoint)
-            judge(bound.name, solution.certificate)
+            try:
+                judge(bound.name, solution.certificate)
+            except InputError:  # under the same settings it would be refused again
+                self._forget(stage_checkpoints.values(), checkpoints)
+                raise
             solutions[bound.name] = solution
             if bound.before is not None:
                 if stage_checkpoint is not None and finished is None:
@@ -117,9 +123,16 @@ class MultiStageInfluence(Chain):
                     stage_checkpoint.save(tensors, {"done": True, "certificate": solution.certificate.to_dict()})
                 adjoint = bound.carry(inherited)
         query = Query(solutions, rows, losses, aggregate, self)
-        for stage_checkpoint in filter(None, stage_checkpoints.values()):
-            stage_checkpoint.delete()
+        self._forget(stage_checkpoints.values())
         return query
+
+    def _forget(self, checkpoints: Iterable[Checkpoint | None], folder: str | os.PathLike | None = None) -> None:
+        """Deletes checkpoints, and their folder where it is given and nothing else is in it."""
+        for checkpoint in filter(None, checkpoints):
+            checkpoint.delete()
+        if folder is not None and self.engine.is_main:
+            with suppress(OSError):
+                os.rmdir(folder)
 
 
 def _finished(bound: BoundStage, copy: Checkpoint | None) -> tuple[StageSolution, Block] | None:
@@ -132,9 +145,24 @@ def _finished(bound: BoundStage, copy: Checkpoint | None) -> tuple[StageSolution
 
 
 def judge(stage: str, certificate: StageCertificate) -> None:
-    """Refuses a solution that met negative curvature; warns about one that is not solved to tolerance."""
-    # The status alone counts: MINRES sets the flag `negative_curvature` for an indefinite system that it has solved.
-    if "negative_curvature" in certificate.status:
-        raise InputError(f"stage {stage!r}: the inverse-curvature-vector product has no meaning. {certificate}")
+    """Refuses a solution that has no meaning (`flaw`); warns about one that is not solved to tolerance."""
+    reason = flaw(certificate)
+    if reason is not None:
+        raise InputError(f"stage {stage!r}: {reason}. {certificate}")
     if not all(certificate.converged):
         warnings.warn(f"stage {stage!r}: not solved to tolerance. {certificate}", stacklevel=3)
+
+
+def flaw(certificate: StageCertificate) -> str | None:
+    """Why a solution has no meaning; None where it has one, converged or not."""
+    # The status alone counts: MINRES sets the flag `negative_curvature` for an indefinite system that it has solved.
+    if "negative_curvature" in certificate.status:
+        return "the inverse-curvature-vector product has no meaning"
+    # Runs and formulas solve no system, and have no residual. NaN is not below 1 either.
+    too_large = [residual for residual in getattr(certificate, "residual", ()) if not residual < 1]
+    if too_large:
+        return (
+            f"the relative residual of the inverse-curvature-vector product is {too_large[0]:.2g}; expected below 1, "
+            "which u = 0 reaches without work: give the solver more damping or more iterations, or take another solver"
+        )
+    return None

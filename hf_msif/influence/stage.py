@@ -37,8 +37,10 @@ class Stage:
             the curvature and for N.
         trainable: "all", "head" (everything not inherited) or a list of name patterns. What is inherited and not
             trained is frozen (Case 1); how what is inherited and trained depends on the stage before, `link` says
-            (Case 2). With LoRA, "head" is the adapters and everything new. PEFT alone trains no new tensors outside of
-            `modules_to_save` (such as BERT's pooler): for its models give `["*.lora_*", "*.modules_to_save.*"]`.
+            (Case 2). A parameter whose `requires_grad` is False was not trained and is held constant, whatever stands
+            here (but in a model with adapters, where PEFT sets `requires_grad` by rules of its own). With LoRA, "head"
+            is the adapters and everything new. PEFT alone trains no new tensors outside of `modules_to_save` (such as
+            BERT's pooler): for its models give `["*.lora_*", "*.modules_to_save.*"]`.
         weight_decay: factor of the quadratic penalty on all trained parameters but biases and normalisation layers,
             which are told apart by the rule of Hugging Face's `Trainer`. (Its own weight decay is AdamW's, and no term
             of an objective.)

@@ -13,7 +13,7 @@ from ..engine.corpus import as_rows
 from ..errors import InputError
 from ..solvers import Certificate
 from .chain import Chain
-from .multistage import judge
+from .multistage import flaw, judge
 from .query import Query
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def damping_sweep(
         `spread` (standard deviation of the influence, mean over query columns), and two that compare with the λ
         before and are NaN in the first row: `top_k_kept` (share of the top k by absolute influence that were in the
         top k before, mean over query columns) and `rank_correlation` (Spearman's ρ of the influences, mean over query
-        columns). A λ too small for the solver, which met negative curvature, has no ranking: NaN.
+        columns). A λ too small for the solver has no ranking: NaN. There it met negative curvature, or its residual
+        is not below 1, that of u = 0.
 
     Warns:
         UserWarning: a λ has no ranking.
@@ -71,8 +72,9 @@ def damping_sweep(
         row = {"damping": damping, "iterations": max(certificate.iterations), "residual": max(certificate.residual)}
         row |= dict.fromkeys(("spread", "top_k_kept", "rank_correlation"), math.nan)
         table.append(row)
-        if "negative_curvature" in certificate.status:
-            warnings.warn(f"stage {name!r}: no ranking at damping {damping:g}. {certificate}", stacklevel=2)
+        reason = flaw(certificate)
+        if reason is not None:
+            warnings.warn(f"stage {name!r}: no ranking at damping {damping:g}: {reason}. {certificate}", stacklevel=2)
             continue
         scores = Query({name: solution}, rows, losses, None, chain).score(corpus, stage=name)
         values = np.stack([scores.influence(q) for q in range(scores.columns)])

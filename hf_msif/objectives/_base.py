@@ -131,6 +131,16 @@ class Objective(ABC):
         """The objective with constants estimated from these rows. Defaults to itself."""
         return self
 
+    def check_model(self, model: Any) -> None:  # noqa: B027  (not abstract: most objectives take any model)
+        """Asked once, before a stage is trained or differentiated. Defaults to accepting every model.
+
+        Args:
+            model: a `PreTrainedModel`, also with PEFT adapters.
+
+        Raises:
+            InputError: the model cannot be one that this objective trained.
+        """
+
     auto_class: ClassVar[str | None] = None
     """Auto class of transformers whose models it takes, e.g. "AutoModelForMaskedLM"; only read for a configuration's
     `task: mypackage.mymodule:MyObjective`."""

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..errors import InputError
 from ._base import Batch, Objective, Rows, logits_of
 from .images import channels_first, decoded, shrunk
-from .tokens import texts_of, tokenize
+from .tokens import check_length, texts_of, tokenize
 
 
 class _Classification(Objective):
@@ -23,6 +23,63 @@ class _Classification(Objective):
     label_kind = "class"
     label_column: str
     inputs: tuple[str, ...]
+
+    def check_model(self, model: Any) -> None:
+        """Compares the head, as `model.config` describes it, with the classes of the objective.
+
+        Raises:
+            InputError: `problem_type` is that of another loss; the number of classes is not that of `labels`, or below
+                2; or `id2label` has the classes in another order. (Names such as LABEL_0 say nothing of the order.)
+        """
+        config, what = getattr(model, "config", None), type(self).__name__
+        problem = getattr(config, "problem_type", None)
+        if problem not in (None, "single_label_classification"):
+            raise InputError(
+                f"the model was made for problem_type={problem!r}; {what} expects 'single_label_classification', "
+                "whose loss is softmax cross-entropy: give a model with such a head, or an objective of your own with "
+                "the loss that trained this one."
+            )
+        classes, names = getattr(config, "num_labels", None), getattr(config, "id2label", None) or {}
+        if classes is not None:
+            self._check_classes(classes)
+        ours = [str(label) for label in self.labels or ()]
+        theirs = [str(names.get(i)) for i in range(len(ours))]
+        folded = [name.casefold() for name in theirs]
+        for i, label in enumerate(ours):
+            if label.casefold() in folded and folded[i] != label.casefold() and theirs[i] != f"LABEL_{i}":
+                raise InputError(
+                    f"labels lists the classes as {ours}, but the model's id2label has them as {theirs}; expected the "
+                    "order of the model's classes."
+                )
+
+    def _check_classes(self, classes: int) -> None:
+        """Raises where a head with as many classes cannot be that of `labels`."""
+        if classes < 2:
+            raise InputError(
+                f"the model has {classes} class, and the softmax over one class is always 1; {type(self).__name__} "
+                "expects at least 2: set num_labels when making the model."
+            )
+        if self.labels and len(self.labels) != classes:
+            raise InputError(
+                f"labels lists {len(self.labels)} classes, {list(self.labels)}, but the model has {classes}; expected "
+                "all classes in the order of the model's: list them, or set num_labels when making the model."
+            )
+
+    def _check_labels(self) -> None:
+        """Raises where `labels` cannot be a list of classes."""
+        labels, what = self.labels, type(self).__name__
+        if labels is None:
+            return
+        if isinstance(labels, str) or len(labels) < 2:
+            raise InputError(
+                f"{what} got labels={labels!r}; expected all classes, at least 2, in the order of the model's."
+            )
+        repeated = [label for i, label in enumerate(labels) if label in labels[:i]]
+        if repeated:
+            raise InputError(
+                f"{what} got labels={list(labels)}, which has {repeated[0]!r} twice; expected each class once, in the "
+                "order of the model's."
+            )
 
     def _labels(self, rows: Rows) -> Tensor:
         return torch.tensor([self._label(row) for row in rows])
@@ -54,6 +111,7 @@ class _Classification(Objective):
     def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self._run(call, batch)
         classes = logits.shape[1]
+        self._check_classes(classes)
         if batch["labels"].max() >= classes or batch["labels"].min() < 0:
             raise InputError(
                 f"labels run from {int(batch['labels'].min())} to {int(batch['labels'].max())}, but the model has "
@@ -79,7 +137,9 @@ class SequenceClassification(_Classification):
         text_column: where the text is.
 
     Raises:
-        InputError: a row without a text, or with a label that is neither an integer nor one of `labels`.
+        InputError: fewer than 2 `labels`, or one of them twice; a row without a text, or with a label that is neither
+            an integer nor one of `labels`; a model whose head has other classes; a `max_length` (or limit of the
+            tokenizer) without room for an ordinary token.
     """
 
     tokenizer: Any = field()  # required, though `Objective` has a default
@@ -90,6 +150,10 @@ class SequenceClassification(_Classification):
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     inputs = ("input_ids", "attention_mask", "token_type_ids")
+
+    def __post_init__(self):
+        self._check_labels()
+        check_length(self.tokenizer, self.max_length, "SequenceClassification")
 
     def collate(self, rows: Rows) -> Batch:
         labels = self._labels(rows)
@@ -119,8 +183,9 @@ class ImageClassification(_Classification):
         dtype: of the pixels, "float32" or "float64"; "float64" for a model in float64 that does not convert its input.
 
     Raises:
-        InputError: settings out of range, a row that holds no image, images of different sizes without a processor, or
-            a label that is neither an integer nor one of `labels`.
+        InputError: settings out of range, fewer than 2 `labels`, or one of them twice; a row that holds no image,
+            images of different sizes without a processor, or a label that is neither an integer nor one of `labels`;
+            a model whose head has other classes.
 
     >>> objective = ImageClassification(scale=0.5, mean=1.0, std=2.0)
     >>> batch = objective.collate([{"example_id": 0, "image": [[0, 2], [4, 6]], "label": 1}])
@@ -144,6 +209,7 @@ class ImageClassification(_Classification):
     inputs = ("pixel_values",)
 
     def __post_init__(self):
+        self._check_labels()
         if self.dtype not in ("float32", "float64"):
             raise InputError(f"ImageClassification(dtype={self.dtype!r}): expected 'float32' or 'float64'.")
         if self.shrink < 1 or (self.shrink > 1 and self.processor is not None):

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
 from ._base import Batch, Rows, SumOfTerms, logits_of
-from .tokens import ordinary_tokens, seeded, texts_of, tokenize
+from .tokens import check_length, ordinary_tokens, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class MaskedLM(SumOfTerms):
         text_column: where the sentence is.
 
     Raises:
-        InputError: a tokenizer without a mask token, or settings out of range.
+        InputError: a tokenizer without a mask token, or settings out of range, among them a `max_length` (or limit of
+            the tokenizer) without room for an ordinary token.
     """
 
     tokenizer: Any = field()  # required, though `Objective` has a default
@@ -64,6 +65,7 @@ class MaskedLM(SumOfTerms):
                 f"MaskedLM got mask_probability={self.mask_probability} and draws={self.draws}; expected a "
                 "probability in (0, 1] and at least one draw."
             )
+        check_length(self.tokenizer, self.max_length, "MaskedLM")
 
     def collate(self, rows: Rows) -> Batch:
         encoded, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
@@ -121,7 +123,8 @@ class CausalLM(SumOfTerms):
         text_column: where the text is.
 
     Raises:
-        InputError: an unknown `reduction`.
+        InputError: an unknown `reduction`, or a `max_length` (or limit of the tokenizer) without room for two tokens,
+            one of them an ordinary one.
     """
 
     tokenizer: Any = field()  # required, though `Objective` has a default
@@ -134,6 +137,7 @@ class CausalLM(SumOfTerms):
 
     def __post_init__(self):
         self._check_reduction()
+        check_length(self.tokenizer, self.max_length, "CausalLM", tokens=2)
 
     def collate(self, rows: Rows) -> Batch:
         batch, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
@@ -165,7 +169,8 @@ class BidirectionalLM(SumOfTerms):
         text_column: where the sentence is.
 
     Raises:
-        InputError: an unknown `reduction`, or a tokenizer without a vocabulary of words.
+        InputError: an unknown `reduction`, a tokenizer without a vocabulary of words, or a `max_length` (or limit of
+            the tokenizer) without room for a word.
     """
 
     tokenizer: Any = field()  # required, though `Objective` has a default
@@ -183,6 +188,7 @@ class BidirectionalLM(SumOfTerms):
                 "ElmoTokenizer with a vocabulary: build one with ElmoTokenizer.train, or `python -m "
                 "hf_msif.models.elmo.vocabulary`."
             )
+        check_length(self.tokenizer, self.max_length, "BidirectionalLM")
 
     def collate(self, rows: Rows) -> Batch:
         texts = texts_of(rows, self.text_column)

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from ..errors import InputError
 from ._base import Batch, Rows, SumOfTerms
-from .tokens import ordinary_tokens, seeded, texts_of, tokenize
+from .tokens import check_length, ordinary_tokens, seeded, texts_of, tokenize
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class SkipGram(SumOfTerms):
         text_column: where the sentence is.
 
     Raises:
-        InputError: an unknown `reduction`, settings below 1, or unigrams that are not the vocabulary's.
+        InputError: an unknown `reduction`, settings below 1, a `max_length` (or limit of the tokenizer) without room
+            for two words, or unigrams that are not the vocabulary's.
 
     >>> import transformers
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -81,6 +82,7 @@ class SkipGram(SumOfTerms):
         for name in ("window", "negatives", "draws"):
             if getattr(self, name) < 1:
                 raise InputError(f"SkipGram got {name}={getattr(self, name)}; expected at least 1.")
+        check_length(self.tokenizer, self.max_length, "SkipGram", ordinary=2)
         if self.unigrams is None:
             return
         counts = np.asarray(self.unigrams, dtype=np.float64)

@@ -31,13 +31,37 @@ def texts_of(rows: Rows, column: str | None) -> list[str]:
     return texts
 
 
+def check_length(tokenizer: Any, max_length: int | None, objective: str, ordinary: int = 1, tokens: int = 1) -> None:
+    """Checks that texts are not cut to nothing.
+
+    Args:
+        tokenizer: adds `num_special_tokens_to_add()` special tokens to a text, where it has this method.
+        max_length: tokens after which a text is cut; None: the tokenizer's own limit.
+        objective: name of the objective's class, for the message.
+        ordinary: least number of ordinary tokens that the objective needs beside the special ones.
+        tokens: least number of tokens in all.
+
+    Raises:
+        InputError: the limit leaves no room for them.
+    """
+    limit = getattr(tokenizer, "model_max_length", None) if max_length is None else max_length
+    special = tokenizer.num_special_tokens_to_add() if hasattr(tokenizer, "num_special_tokens_to_add") else 0
+    least = max(special + ordinary, tokens)
+    if limit is not None and limit < least:
+        what = "the tokenizer's model_max_length" if max_length is None else "max_length"
+        raise InputError(
+            f"{objective}: {what} is {limit}; expected at least {least} tokens, since the tokenizer adds {special} to "
+            f"a text: give max_length={least} or more."
+        )
+
+
 def tokenize(tokenizer, texts: list[str], max_length: int | None, **settings) -> tuple[Batch, Tensor]:
     """Right-padded token ids, (B, T), or (B, T, C) where a token is a list of C characters; and which rows were cut,
     (B,).
 
     Left padding would shift the absolute positions of a sentence by the length of its neighbours in the batch.
     """
-    limit = max_length or tokenizer.model_max_length
+    limit = tokenizer.model_max_length if max_length is None else max_length
     encoded = tokenizer(texts, truncation=False, padding=False, verbose=False, **settings)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     truncated = torch.from_numpy(lengths > limit)

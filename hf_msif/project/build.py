@@ -28,18 +28,26 @@ def training_settings(config: Config, name: str) -> dict[str, Any]:
     """The settings of `TrainingArguments`."""
     from transformers import TrainingArguments
 
+    from ..training.settings import check_settings
+
     values, key = config.stages[name].training, f"stages.{name}.training"
-    return settings(TrainingArguments, values, key, without=["output_dir"])
+    checked = settings(TrainingArguments, values, key, without=["output_dir"])
+    check_settings(checked, f"{key}.")
+    return checked
 
 
 def polish_settings(config: Config, name: str) -> dict[str, Any] | None:
     """The settings of `training.polish`, or None where a stage is not polished."""
-    from ..training.polish import polish
+    from ..training.polish import check_limits, polish
 
     values = config.stages[name].polish
     without = ["model", "objective", "data", "previous", "trainable", "weight_decay", "alpha", "resized", "omit"]
     without += ["factorise", "preconditioner", "batch_size", "engine", "name"]  # of the stage, or of a retraining
-    return None if values is None else settings(polish, values, f"stages.{name}.polish", without=without)
+    if values is None:
+        return None
+    checked = settings(polish, values, f"stages.{name}.polish", without=without)
+    check_limits(checked, f"stages.{name}.polish.")
+    return checked
 
 
 def solver(config: Config, name: str) -> Solver:
@@ -97,6 +105,13 @@ def new_config(config: Config, name: str) -> Any:
         unknown = [k for k in values if k not in known]
         if unknown:
             raise InputError(unknown_key(f"{key}.{unknown[0]}", [f"{key}.{k}" for k in sorted(known)]))
+        for setting, value in values.items():
+            usual = getattr(default, setting, None)
+            if type(value) is type(usual) is int and value < 0 < usual:
+                raise InputError(
+                    f"{key}.{setting} is {value}; expected at least 0: {values['model_type']} has {usual} of them by "
+                    "default."
+                )
         return AutoConfig.for_model(**values)
     except InputError:
         raise
@@ -156,14 +171,15 @@ def load_model(config: Config, name: str, source: str | Path, **overrides: Any) 
     return model, sorted(report["missing_keys"])
 
 
-def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, classes: int | None) -> Any:
+def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, classes: list[str] | None) -> Any:
     """An untrained model: from `model.path`, else from `model.config` or on the encoder of the model before.
 
     Args:
         before: the model of the stage before, or None.
         seed: of the initial weights.
         adapter: the `LoraConfig` of its new adapters, or None.
-        classes: how many its head tells apart, or None.
+        classes: names of what its head tells apart, in the order of its logits, or None. The model's configuration has
+            them, so that another order is noticed later; one that `model.path` names keeps its own.
 
     Raises:
         InputError: it cannot be loaded or built.
@@ -174,14 +190,25 @@ def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, c
 
     stage = config.stages[name]
     transformers.set_seed(seed)
-    head = {} if classes is None else {"num_labels": classes}
+    head: dict[str, Any] = {} if classes is None else {"num_labels": len(classes)}
     if stage.model.path is not None:
         model = load_model(config, name, stage.model.path, **head)[0]
+        named = getattr(model.config, "id2label", None) or {}
+        if classes is not None and all(named.get(i) == f"LABEL_{i}" for i in range(len(classes))):
+            model.config.update(_names(classes))
     elif before is not None and stage.model.head == "feed_forward":
+        head |= _names(classes)
         model = FeedForwardClassifier.from_encoder(before.base_model, stage.model.hidden_size, **head)
     else:
-        model = _from_settings(config, name, before, head)
+        model = _from_settings(config, name, before, head | _names(classes))
     return _cast(stage, _adapted(name, model, adapter))
+
+
+def _names(classes: list[str] | None) -> dict[str, Any]:
+    """What a `PretrainedConfig` says of its classes; nothing where there are none."""
+    if classes is None:
+        return {}
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
 
 
 def inherits_head(config: Config, name: str, model: Any, before: Any) -> bool:
@@ -191,7 +218,7 @@ def inherits_head(config: Config, name: str, model: Any, before: Any) -> bool:
     return stage.model.path is None and type(model) is type(before) and task.inherits_head
 
 
-def _from_settings(config: Config, name: str, before: Any, head: dict[str, int]) -> Any:
+def _from_settings(config: Config, name: str, before: Any, head: dict[str, Any]) -> Any:
     stage = config.stages[name]
     configuration = new_config(config, name) if before is None else copy.deepcopy(before.base_model.config)
     if configuration is None:

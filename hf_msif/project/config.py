@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from ..errors import InputError
 from .plugins import DOTTED, parameters
 from .schema import RULES, Config, Scalar, Section, StageConfig
+from .values import MOST_VALUES, check_values, shown_text, too_deep
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -56,9 +57,13 @@ def load(
     """
     values: dict[str, Any] = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        values = _laid_over(values, _read(path))
+        read = _read(path)
+        check_values(read)
+        values = _laid_over(values, read)
     for key, value in overrides:
-        _put(values, key, _value(value) if isinstance(value, str) else value)
+        value = _value(value) if isinstance(value, str) else value
+        check_values({key: value})
+        _put(values, key, value)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -117,6 +122,12 @@ class _Loader(yaml.SafeLoader):
                 names.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:  # merges of merges double with every line
+            problem = f"the merges (<<) make more than {MOST_VALUES:,} keys"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
 
 for _tag, _pattern, _first in (
     ("null", r"null|Null|NULL|~|", "nN~"),
@@ -136,6 +147,8 @@ def _read(path: str | os.PathLike) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read the configuration {str(path)!r} ({reason}); expected a YAML file.") from None
+    except RecursionError:
+        raise too_deep(f"the configuration {str(path)!r}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -151,6 +164,8 @@ def _value(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:  # *.csv and @name are words here
         return text
+    except RecursionError:
+        raise too_deep(f"the value {shown_text(text)}") from None
 
 
 def _laid_over(below: dict, above: dict) -> dict:
@@ -260,8 +275,8 @@ def _expected(kind: Any, rules: Sequence = ()) -> str:
         text = getattr(kind, "__name__", str(kind))
     if any(getattr(rule, "pattern", None) == DOTTED for rule in rules):
         return "module:Name of your own"
-    limits = {"ge": "at least", "gt": "above", "lt": "below", "min_length": "of length at least"}
-    bounds = [f"{word} {getattr(rule, r):g}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
+    limits = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "of length at least"}
+    bounds = [f"{word} {getattr(rule, r)}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
     return " ".join([text, " and ".join(bounds)]).strip()
 
 

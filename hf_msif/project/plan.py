@@ -30,6 +30,7 @@ def plan(run: Run, processes: int = 1) -> dict:
         beside the models; `free_bytes`.
     """
     models = {name: run.present_model(name) for name in run.names}
+    run.checked_test_part()
     columns = 1 if run.aggregate else len(run.tests())
     corpus = run.config.corpus.sample
     if not isinstance(run.rows(run.ranked), Stream):

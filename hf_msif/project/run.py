@@ -167,10 +167,12 @@ class Run:
             self.objectives[name] = self.objectives[name].fitted(self.rows(name))
         objective = self.objectives[name]
         check_vocabulary(name, model, objective)
+        objective.check_model(model)
         if objective.tokenizer is None or "max_length" not in parameters(type(objective)):
             return objective
         limit = getattr(model.base_model.config, "max_position_embeddings", None)
-        if limit is None or (objective.max_length or objective.tokenizer.model_max_length) <= limit:
+        length = objective.max_length
+        if limit is None or (objective.tokenizer.model_max_length if length is None else length) <= limit:
             return objective
         if objective.max_length is not None:
             raise InputError(
@@ -244,11 +246,27 @@ class Run:
         return models
 
     def _made(self, name: str, before, seed: int):
-        classes = None
+        classes: list[str] | None = None
         if self.tasks[name].label_kind == "class":
             labels = self.objectives[name].labels
-            classes = len(labels) if labels else max(2, 1 + max(row["label"] for row in self.rows(name)))
+            classes = [str(label) for label in labels] if labels else self._unnamed_classes(name)
         return build.new_model(self.config, name, before, seed, self.adapters[name], classes)
+
+    def _unnamed_classes(self, name: str) -> list[str]:
+        """One class for every integer up to the largest label, named as transformers does where it knows no name.
+
+        Raises:
+            InputError: fewer than half of them occur: they are names, and no numbers of classes.
+        """
+        present = {row["label"] for row in self.rows(name)}
+        number = max(2, 1 + max(present))
+        if 2 * len(present) < number:
+            raise InputError(
+                f"the label column of stage {name!r} holds {sorted(present)[:10]}, so its head would have {number:,} "
+                f"classes, most of them without a row; expected integers from 0: list the classes in "
+                f"stages.{name}.objective.labels."
+            )
+        return [f"LABEL_{i}" for i in range(number)]
 
     # --- files of the run folder
 
@@ -361,9 +379,29 @@ class Run:
         return random.Random(settings.seed).sample(distinct, settings.number)
 
     def test_side(self) -> list[dict] | Stream:
-        """All test rows of the last stage; its training rows if no test rows are set aside."""
-        name = self.names[-1]
-        return self.rows(name, "test" if self.config.stages[name].data.has_test_side else None)
+        """All rows of the last stage that `test.split` names: those that are set aside, or its training rows.
+
+        Raises:
+            InputError: no rows are set aside from training, and `test.split` does not say that training rows are
+                meant.
+        """
+        return self.rows(self.names[-1], self.checked_test_part())
+
+    def checked_test_part(self) -> str | None:
+        """Which `data.part` of the last stage the test rows are; None for its own. Raises as `test_side` does, before
+        any row is loaded."""
+        name, split = self.names[-1], self.config.test.split
+        data = self.config.stages[name].data
+        if split == "train":
+            return None
+        if data.has_test_side and not data.trains_on_test_side:
+            return "test"
+        key = f"stages.{name}.data"
+        why = f"{key}.part is {data.part!r}" if data.has_test_side else f"{key} sets no rows aside"
+        raise InputError(
+            f"{why}, so the test rows would be rows that stage {name!r} is trained on; expected {key}.test_fraction "
+            f"or {key}.test_split (and part: train), or test.split: train where training rows are meant."
+        )
 
     def _misclassified(self, name: str, rows: list[dict] | Stream) -> list[dict]:
         """Those of the rows that the trained model of the stage classifies wrongly."""

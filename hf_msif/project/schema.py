@@ -15,10 +15,14 @@ from .tasks import TASKS, task_of
 
 RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, use_attribute_docstrings=True)
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # NumPy takes no others
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Dotted = Annotated[str, Field(pattern=DOTTED)]
 RESERVED = ("query", "bank", "validation", "cleanse")
+# Builders of `datasets` that read files; without data_files they would read the folder in which the command runs.
+FILE_BUILDERS: tuple[str, ...] = ("text", "csv", "json", "parquet", "arrow", "pandas", "xml", "hdf5", "webdataset")
+FILE_BUILDERS += ("imagefolder", "audiofolder", "videofolder", "pdffolder")
 Scalar = str | int | float | bool | None
 
 
@@ -62,8 +66,19 @@ class Data(Section):
     """use the first N rows (of the side that is trained on, where there is a test_split)"""
 
     @property
+    def files(self) -> list[str]:
+        """All names in `data_files`; an empty list in it counts as an empty name."""
+        groups = self.data_files.values() if isinstance(self.data_files, dict) else [self.data_files or []]
+        return [name for group in groups for name in ([group] if isinstance(group, str) else group or [""])]
+
+    @property
     def has_test_side(self) -> bool:
         return self.test_fraction > 0 or self.test_split is not None
+
+    @property
+    def trains_on_test_side(self) -> bool:
+        """Whether `part` has the stage trained on rows of its own test side."""
+        return self.part == "test" or (self.part == "all" and self.test_fraction > 0)
 
 
 class Model(Section):
@@ -176,6 +191,9 @@ class Tests(Section):
     """none: one column per test example; sum or mean: one column for all of them"""
     wrong: bool = False
     """only rows that the finetuned model classifies wrongly"""
+    split: Literal["train", "test"] | None = None
+    """which rows of the last stage: test, those that its data set aside; train, those that it is trained on, where
+    that is meant; null: test"""
 
 
 class Corpus(Section):
@@ -253,7 +271,7 @@ class Config(Section):
     cleanse: Cleanse = Cleanse()
     dampings: Annotated[list[Positive], Field(min_length=1)] = [1e-3, 1e-2, 1e-1, 1.0]
     """values of λ that `msif sweep` compares, for the ranked stage"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of training and of the masks"""
     sharded: bool = False
     """each process holds a slice of the solver's vectors, so that their memory falls with the number of processes"""
@@ -280,6 +298,15 @@ class Config(Section):
             labelled = task.label_kind is not None
             if task.needs_tokenizer and self.tokenizer is None:
                 raise InputError(f"tokenizer is missing; {key} has the task {stage.task}, which reads texts.")
+            if stage.data.path in FILE_BUILDERS and stage.data.data_files is None:
+                raise InputError(
+                    f"{key}.data.data_files is missing; path {stage.data.path!r} reads files and expects their names."
+                )
+            if stage.data.data_files is not None and not all(stage.data.files or [""]):
+                raise InputError(
+                    f"{key}.data.data_files is {stage.data.data_files!r}, which names no file; expected the names of "
+                    "files, or null for a Hub dataset."
+                )
             if stage.data.streaming and (index or stage.curvature_samples is None or stage.data.has_test_side):
                 raise InputError(
                     f"{key}.data.streaming is for a first stage with curvature_samples and without test_split or "

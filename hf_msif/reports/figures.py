@@ -36,6 +36,23 @@ def figure(**settings):
     return Figure(**settings)
 
 
+def picture_format(path: str | os.PathLike, key: str) -> str:
+    """The format of a picture by the ending of its path, as matplotlib names it: "png", "pdf", ...
+
+    Args:
+        path: of the picture.
+        key: what holds the path, for the message.
+
+    Raises:
+        InputError: matplotlib is not installed, or writes no such format.
+    """
+    formats = sorted(figure().canvas.get_supported_filetypes())
+    ending = Path(path).suffix.removeprefix(".").lower()
+    if ending not in formats:
+        raise InputError(f"{key} is {str(path)!r}; expected a name with one of the endings {', '.join(formats)}.")
+    return ending
+
+
 def write_figure(path: str | os.PathLike, draw: Callable[[Path], object]) -> str | None:
     """Writes a figure, whole or not at all, where it can be drawn: a command does not fail for want of matplotlib.
 

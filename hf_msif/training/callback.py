@@ -122,7 +122,7 @@ class RecordCallback(TrainerCallback):
             raise InputError(
                 f"stage {self.name!r}: the Trainer does not optimise {constant[0]!r}, which "
                 f"trainable={self.trainable!r} includes; expected trainable to say what is trained ('head' where the "
-                "encoder requires no gradient)."
+                "optimiser has no tensor of the encoder)."
             )
         decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
         self.decayed = frozenset(n for n in self.trained if id(model.get_parameter(n)) in decayed)

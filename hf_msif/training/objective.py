@@ -188,7 +188,8 @@ class StageObjective:
         evaluations, products: how many passes for F and ∇F, and how many Hessian products there were.
 
     Raises:
-        InputError: inherited parameters are trained and alpha is not a number; ids in `omit` that no row has, or all.
+        InputError: inherited parameters are trained and alpha is not a number; ids in `omit` that no row has, or all;
+            rows without a single term.
     """
 
     def __init__(
@@ -219,6 +220,8 @@ class StageObjective:
         if omit:
             absent = [row for row in rows if row["example_id"] in omit]
             self.count += Hessian(self.model, objective, absent, names, engine, batch_size).count
+        if not self.count:
+            raise without_terms(roles.stage, len(rows))
         self.parameters = self.operator.parameters
         self.dtype = next(iter(self.parameters.values())).dtype
         self.quadratic = QuadraticTerms.of(model, roles, self.parameters, weight_decay, alpha, previous)
@@ -262,6 +265,14 @@ def missing_alpha(roles: Split) -> InputError:
     return InputError(
         f"stage {roles.stage!r} trains {len(roles.proximal)} inherited tensors (first {roles.proximal[0]!r}): "
         "give alpha, the α of eq. (12), or freeze them with trainable='head'."
+    )
+
+
+def without_terms(stage: str, rows: int) -> InputError:
+    """The refusal of rows on which the loss of a stage sums over nothing, N = 0."""
+    return InputError(
+        f"stage {stage!r}: none of its {rows:,} rows has a term to predict, so N = 0 and its loss says nothing; "
+        "expected rows with words: check the text column, max_length and the tokenizer."
     )
 
 

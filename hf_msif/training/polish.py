@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -160,9 +160,10 @@ def polish(
         UserWarning: the tolerance was not reached.
 
     Raises:
-        InputError: bad rows, nothing left after `omit`, ids in `omit` that no row has, inherited parameters that are
-            trained without α, or F not finite; with method="sklearn" also a head that is not linear, losses that are
-            not weighted softmax cross-entropies, or α.
+        InputError: a limit below 0, a `tol` that is not positive, no steps at all (`lbfgs_iter` and `max_iter` 0); bad
+            rows, nothing left after `omit`, ids in `omit` that no row has, inherited parameters that are trained
+            without α, or F not finite; with method="sklearn" also a head that is not linear, losses that are not
+            weighted softmax cross-entropies, or α.
 
     >>> from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
     >>> from hf_msif.objectives import ImageClassification
@@ -176,8 +177,11 @@ def polish(
     """
     if method not in ("newton", "sklearn"):
         raise InputError(f"stage {name!r}: method is {method!r}; expected 'newton' or 'sklearn'.")
+    limits = {"lbfgs_iter": lbfgs_iter, "max_iter": max_iter, "cg_iter": cg_iter, "dense_limit": dense_limit}
+    check_limits({"tol": tol, **limits}, f"stage {name!r}: ")
     started = time.perf_counter()
     engine, objective = engine or Engine(progress=False), checked_objective(objective, f"stage {name!r}")
+    objective.check_model(model)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
     target = StageObjective(model, objective, rows, roles, engine, previous, weight_decay, alpha, omit, batch_size)
@@ -227,3 +231,32 @@ def polish(
     if not report.reached:
         warnings.warn(f"not a stationary point. {report}", stacklevel=2)
     return report
+
+
+def check_limits(settings: Mapping[str, Any], prefix: str) -> None:
+    """Checks those settings of `polish` that are given.
+
+    Args:
+        settings: name → value.
+        prefix: what stands before a name in messages.
+
+    Raises:
+        InputError: a limit below 0, a tolerance that is not positive, or no steps at all.
+
+    >>> check_limits({"lbfgs_iter": 0, "max_iter": 0}, "polish.")
+    Traceback (most recent call last):
+        ...
+    hf_msif.errors.InputError: polish.max_iter is 0 and polish.lbfgs_iter is 0; expected at least 1 for one of them: \
+    no step would be taken.
+    """
+    for name in ("lbfgs_iter", "max_iter", "cg_iter", "dense_limit"):
+        if settings.get(name, 0) < 0:
+            raise InputError(f"{prefix}{name} is {settings[name]}; expected at least 0.")
+    tol = settings.get("tol")
+    if tol is not None and not 0 < tol < math.inf:
+        raise InputError(f"{prefix}tol is {tol}; expected a positive number, or None for the dtype's own.")
+    if settings.get("max_iter") == 0 and settings.get("lbfgs_iter") == 0:
+        raise InputError(
+            f"{prefix}max_iter is 0 and {prefix}lbfgs_iter is 0; expected at least 1 for one of them: no step "
+            "would be taken."
+        )

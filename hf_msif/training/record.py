@@ -29,6 +29,7 @@ from . import optimisers
 from .optimisers import SGD, AdamW, Slots
 from .recording import Recording, Schedule, facts_of
 from .replay import Replay
+from .settings import check_arguments as check_settings_of
 
 
 def record(
@@ -83,6 +84,7 @@ def record(
         DivergedError: a parameter stopped being finite.
     """
     engine, objective = Engine(progress=progress), checked_objective(objective, f"stage {name!r}")
+    objective.check_model(model)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)
     functional = FunctionalModel(model, engine.device)
@@ -218,6 +220,7 @@ def check_arguments(arguments: Any, name: str) -> SGD | AdamW:
     Raises:
         InputError: a setting under which a run cannot be replayed.
     """
+    check_settings_of(arguments, name)
     refused = {
         "bf16 or fp16": arguments.bf16 or arguments.fp16,
         f"{arguments.world_size} processes": arguments.world_size > 1,

@@ -26,6 +26,7 @@ from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import DivergedError, InputError
 from ..objectives import Objective, checked_objective
 from .objective import QuadraticTerms, data_term, example_weights
+from .settings import check_arguments as check_settings_of
 
 # Arguments that decide the final weights: a run is resumed from a checkpoint only where all of them agree.
 DECISIVE = (
@@ -96,6 +97,7 @@ def train(
     """
     rows, objective = as_rows(data, f"the data of stage {name!r}"), checked_objective(objective, f"stage {name!r}")
     model = unwrap(model)  # the checkpoints of a PeftModel are its adapters alone
+    objective.check_model(model)
     roles = split(name, model, previous, trainable, resized)
     omit = checked_omission(omit, rows, name)
     arguments = _checked_arguments(arguments, objective, name)
@@ -136,6 +138,7 @@ def train(
 
 def _checked_arguments(arguments: TrainingArguments, objective: Objective, name: str) -> TrainingArguments:
     """A copy of the arguments, set as our batches and bar need it; arguments that would change F are refused."""
+    check_settings_of(arguments, name)
     micro_batches = arguments.gradient_accumulation_steps * arguments.world_size
     refused = {
         "label_smoothing_factor": (arguments.label_smoothing_factor, "the loss is the objective's own"),

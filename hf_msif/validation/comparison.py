@@ -48,12 +48,13 @@ class Comparison:
         """Plain lists and numbers, ready for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "values"}
 
-    def plot(self, path: str | os.PathLike, names: tuple[str, str] = ("first", "second")) -> None:
+    def plot(self, path: str | os.PathLike, names: tuple[str, str] = ("first", "second"), format: str = "png") -> None:
         """Draws histograms of the rows' mean |influence|, on a logarithmic axis (the paper's Figures B and C).
 
         Args:
-            path: of the PNG.
+            path: of the picture.
             names: of the two sets of scores, in the legend.
+            format: of the picture, as matplotlib names it; `path` may have any ending.
 
         Raises:
             InputError: matplotlib is not installed.
@@ -69,7 +70,7 @@ class Comparison:
             axes.hist(strengths, bins=edges, alpha=0.55, label=f"{name}: mean {mean:.3g}")
         axes.set(xscale="log", xlabel="mean |influence| of a row", ylabel="rows")
         axes.legend(fontsize="small")
-        page.savefig(path, dpi=150, format="png")
+        page.savefig(path, dpi=150, format=format)
 
 
 def compare(

@@ -62,6 +62,7 @@ class _Retrainer:
                 "alpha": s.alpha,
                 "link": retraining.settings(),
             }
+            | ({"held": list(retraining.roles.held)} if retraining.roles.held else {})
             for s, retraining in zip(self.stages, self.retrainings, strict=True)
         ]
         shared = {"retraining": type(self).__name__, "tol": self.tol, "polish": self.polish_settings}
@@ -262,6 +263,7 @@ class FromScratch(_Retrainer):
         models, reports, noise = list(self.make(seed if seed >= 0 else self.start)), [], -seed
         seed = self.start if noise > 0 else seed
         for k, retraining in enumerate(self.retrainings):
+            _hold(models[k], self.roles[k].held)
             set_seed(seed)
             if noise > 0:
                 perturb(models[k], self.roles[k].trained, self.perturbation, noise + 1000 * k)
@@ -281,6 +283,12 @@ def _retraining(stage: Stage, before: Stage | None, engine: Engine) -> Retrainin
     if make is None:
         raise InputError(f"stage {stage.name!r}: link={stage.link_name!r} does not say how it is trained again.")
     return make(stage, before, engine)
+
+
+def _hold(model: nn.Module, names: Collection[str]) -> None:
+    """Sets `requires_grad` to False where the finished model has it so: fresh models do not know what was trained."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
 
 
 def perturb(model: nn.Module, names: Collection[str], size: float, seed: int) -> None:

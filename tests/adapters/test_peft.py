@@ -83,6 +83,7 @@ def test_roles(pair, wrapped):
     assert "original_module.bias: modules_to_save.default stands in its place" in str(found)
 
     everything = split("fine", model, before, "all")
+    assert not found.held + everything.held  # PEFT sets requires_grad by rules of its own
     assert set(everything.proximal) == set(found.frozen)
     assert set(everything.head) == set(found.head)
     patterns = split("fine", model, before, ["*.lora_*", "*.modules_to_save.*"])

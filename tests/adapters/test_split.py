@@ -108,6 +108,52 @@ def test_summary():
     assert "bert.pooler.dense.bias: matched by no pattern in trainable" in patterns
 
 
+# What was not trained ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trainable", "held"),
+    [
+        ("all", {"bert.embeddings.word_embeddings.weight", "classifier.bias"}),
+        ("head", {"classifier.bias"}),
+        (["classifier.*"], {"classifier.bias"}),
+    ],
+)
+def test_a_parameter_that_required_no_gradient_is_held_constant(trainable, held):
+    before, after = pair("bert")
+    after = copy.deepcopy(after)
+    for name in ("bert.embeddings.word_embeddings.weight", "classifier.bias"):
+        after.get_parameter(name).requires_grad_(False)
+    free, found = split("fine", pair("bert")[1], before, trainable), split("fine", after, before, trainable)
+    assert set(found.held) == held == set(free.trained) - set(found.trained)
+    assert "bert.embeddings.word_embeddings.weight" in found.frozen
+    assert "requires_grad is False" in found.left_out["classifier.bias"]
+    notes = {row["tensor"]: row["note"] for row in found.table()}
+    assert all("requires_grad is False: held constant" in notes[name] for name in held)
+    assert f"{len(held)} of these tensors (first {found.held[0]!r}): requires_grad is False" in str(found)
+
+
+def test_a_held_encoder_gives_the_scores_of_a_trainable_that_leaves_it_out():
+    model, rows = tiny.finetuned(pair("bert")[0], "bert"), tiny.rows(5)
+    model.bert.requires_grad_(False)
+
+    def scores(**settings):
+        stage = Stage("only", model, tiny.objective("classification"), rows, solver=tiny.solvers.CG(1.0), **settings)
+        return MultiStageInfluence([stage], progress=False).query(rows[:1]).score(rows).influence()
+
+    with pytest.warns(UserWarning, match=r"'only': requires_grad is False in \d+ of .* requires_grad_\(True\)"):
+        found = scores()
+    assert (found == scores(trainable=["classifier.*"])).all()
+
+
+def test_a_model_that_was_only_loaded_for_inference_is_refused():
+    before, after = pair("bert")
+    after = copy.deepcopy(after).requires_grad_(False)
+    for trainable in ("all", "head", ["classifier.*"]):
+        with pytest.raises(InputError, match=r"requires_grad is False in all \d+ .* model\.requires_grad_\(True\)"):
+            split("fine", after, before, trainable)
+
+
 # Errors ------------------------------------------------------------------------------------------------------------
 
 MISMATCHES = {

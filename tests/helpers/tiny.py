@@ -33,7 +33,7 @@ def tokenizer(side="right", template=True, words=WORDS, **settings):
         "mask_token": "[MASK]",
     }
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side=side, model_max_length=LENGTH, **{**names, **settings}
+        tokenizer_object=backend, padding_side=side, **{"model_max_length": LENGTH, **names, **settings}
     )
 
 

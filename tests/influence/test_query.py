@@ -360,7 +360,7 @@ def test_minres_on_an_indefinite_hessian_is_answered(models):
 
 
 UNFINISHED = {
-    "cg": {"solver": solvers.CG(damping=1e-4, max_iter=2, tol=1e-8)},
+    "cg": {"solver": solvers.CG(damping=1.0, max_iter=2, tol=1e-8)},
     # An unfinished MINRES iterate is the best of its Krylov space, also where curvature is negative.
     "minres, indefinite": {"curvature": "hessian", "solver": solvers.MinRes(max_iter=40, tol=1e-8)},
 }
@@ -374,6 +374,13 @@ def test_an_unfinished_solve_warns(models, settings):
     assert certificate.residual[0] > 1e-8
     if settings.get("curvature") == "hessian":
         assert certificate.negative_curvature == [True]
+
+
+def test_a_solution_that_is_worse_than_none_is_refused(models):
+    """The residual of u = 0 is 1: two steps of CG on so ill-conditioned a system end farther away."""
+    msif = only(models, solver=solvers.CG(damping=1e-4, max_iter=2, tol=1e-8))
+    with pytest.raises(InputError, match=r"stage 'pre': the relative residual .* is \d.*; expected below 1.*damping"):
+        msif.query(CORPUS[:1])
 
 
 def test_a_finished_solve_does_not_warn(models, recwarn):

@@ -12,10 +12,11 @@ from helpers.state import photograph
 from helpers.toy import ToyObjective, example_losses, minimise, toy, toy_rows
 from transformers import Trainer
 
-from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers, vectors
+from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers, training, vectors
 from hf_msif.adapters import decayed_names
 from hf_msif.engine.hashing import tensors_fingerprint
 from hf_msif.models import FeedForwardClassifier
+from hf_msif.validation.retraining import perturb
 
 CORPUS, TWEETS, TESTS = tiny.rows(6, seed=1), tiny.rows(5, seed=2), tiny.rows(2, seed=8)
 
@@ -380,6 +381,41 @@ def test_an_estimate_that_is_not_positive_is_warned_about():
     bound = automatic(before, model, rows).stage("two")
     with pytest.warns(UserWarning, match=r"stage 'two': alpha = -.* It is not positive: no proximal term explains"):
         assert bound.differentiation.alpha < 0
+
+
+def test_an_estimate_that_explains_almost_nothing_is_warned_about():
+    """The encoder moved across the slope of its loss."""
+    before, rows = toy(0), toy_rows(1, 8)
+    model = toy(1)
+    model.encoder.load_state_dict(before.encoder.state_dict())
+    perturb(model, [n for n, _ in model.named_parameters() if n.startswith("encoder.")], 0.05, seed=1)
+    implicit = automatic(before, model, rows).stage("two").differentiation
+    assert implicit.estimate.remaining > 0.9
+    with pytest.warns(UserWarning, match=r"'two': alpha = .*link='unrolled'.*trainable='head'.*alpha as a number"):
+        assert implicit.alpha == implicit.estimate.alpha
+
+
+# Rows without a term -------------------------------------------------------------------------------------------------
+
+SILENT = {
+    "a stage of empty texts": (["", " "], ["the wall"], r"stage 'pre': none of its 2 rows has a term.*N = 0"),
+    "an empty test": (["the wall"], ["", "a"], r"test examples with example_id \[0\] have no text in 'text'"),
+    "a blank test": (["the wall"], ["a", " \n"], r"test examples with example_id \[1\] have no text in 'text'"),
+    "a test of special tokens": (["the wall"], ["a", "[SEP]"], r"example_id \[1\] have no term to predict"),
+}
+
+
+@pytest.mark.parametrize("aggregate", [None, "mean"])
+@pytest.mark.parametrize(("data", "tests", "message"), SILENT.values(), ids=SILENT)
+def test_what_has_no_term_is_refused_before_any_solve(data, tests, message, aggregate):
+    stage = Stage("pre", tiny.model("bert", "masked"), tiny.objective("masked"), data, solver=solvers.CG(1.0))
+    with pytest.raises(InputError, match=message):
+        MultiStageInfluence([stage], progress=False).query(tests, aggregate)
+
+
+def test_rows_without_a_term_are_not_polished():
+    with pytest.raises(InputError, match=r"stage 'stage': none of its 2 rows has a term"):
+        training.polish(tiny.model("bert", "masked"), tiny.objective("masked"), ["", " "])
 
 
 def test_an_encoder_that_did_not_move_has_no_alpha():

@@ -107,7 +107,7 @@ def test_another_stage():
 
 def test_a_damping_too_small_has_no_ranking():
     msif = chain(solvers.CG(damping=1.0, tol=1e-9, max_iter=500), curvature="hessian")
-    with pytest.warns(UserWarning, match=r"stage 'pre': no ranking at damping 1e-05\. .*negative curvature"):
+    with pytest.warns(UserWarning, match=r"stage 'pre': no ranking at damping 1e-05: .*negative curvature"):
         table = damping_sweep(msif, TESTS, CORPUS, [1e-5, 6.0, 12.0])
     assert table.rank_correlation.notna().tolist() == [False, False, True]
     assert table.spread.notna().tolist() == [False, True, True]
@@ -159,6 +159,14 @@ class Scaled:
 def test_a_damped_solver_that_derives_from_nothing_is_swept():
     table = damping_sweep(chain(Scaled()), TESTS, CORPUS, [0.5, 1.0])
     np.testing.assert_allclose(table.spread[0], 2 * table.spread[1], rtol=1e-9)
+
+
+def test_a_solution_worse_than_none_is_no_row_of_the_ranking():
+    with pytest.warns(UserWarning, match=r"'pre': no ranking at damping 1e-06: the relative residual .* below 1"):
+        table = damping_sweep(chain(Scaled()), TESTS, CORPUS, [1e-6, 1.0, 2.0])
+    assert table.residual[0] >= 1
+    assert np.isnan(table.spread).tolist() == [True, False, False]
+    assert np.isnan(table.rank_correlation).tolist() == [True, True, False]
 
 
 def test_a_solver_without_damping():

@@ -1,13 +1,16 @@
 """Per-example losses against Hugging Face's own `labels=` losses; masks as a pure function of (seed, id, draw)."""
 
+import copy
 import re
+from functools import partial
 
+import peft
 import pytest
 import torch
 import transformers
 from helpers import tiny
 
-from hf_msif import InputError, Stage, objectives, training
+from hf_msif import InputError, MultiStageInfluence, Stage, objectives, training
 from hf_msif.adapters.functional import FunctionalModel
 
 ROWS = tiny.rows(6, seed=3, classes=3)
@@ -400,6 +403,127 @@ def test_what_is_no_objective_is_refused_where_it_comes_in(tmp_path, bert, objec
             enter()
     with pytest.raises(InputError, match=f"the objective of the evaluation is {what}"):
         training.evaluate(bert, objective, ROWS)
+
+
+# Lengths ------------------------------------------------------------------------------------------------------------
+
+UNIGRAMS = [1.0] * len(tiny.WORDS)
+LENGTHS = {
+    # What makes the objective, and the least length at which a text has something to predict.
+    "masked": (partial(tiny.objective, "masked"), 3),
+    "causal": (partial(tiny.objective, "causal"), 2),
+    "causal, with ends": (partial(objectives.CausalLM, tiny.tokenizer()), 3),
+    "bidirectional": (partial(tiny.objective, "bidirectional"), 3),
+    "classification": (partial(tiny.objective, "classification"), 3),
+    "classification, characters": (partial(tiny.objective, "characters"), 3),
+    "skip-gram": (partial(objectives.SkipGram, tiny.tokenizer(), UNIGRAMS), 4),
+}
+
+
+@pytest.mark.parametrize(("make", "least"), LENGTHS.values(), ids=LENGTHS)
+def test_a_length_without_room_for_a_term_is_refused(make, least):
+    for length in (-1, 0, 1, least - 1):
+        with pytest.raises(InputError, match=rf"max_length is {length}; expected at least {least} .*={least} or more"):
+            make(max_length=length)
+    objective = make(max_length=least)
+    batch = objective.collate([{**ROW, "text": "we vote no"}])
+    assert objective.counts(batch).item() > 0
+    assert batch["truncated"].item()
+
+
+def test_a_tokenizer_without_room_for_a_term_is_refused():
+    with pytest.raises(
+        InputError, match=r"MaskedLM: the tokenizer's model_max_length is 2; expected at least 3 tokens"
+    ):
+        objectives.MaskedLM(tiny.tokenizer(model_max_length=2))
+    assert objectives.MaskedLM(tiny.tokenizer(model_max_length=2), max_length=3).max_length == 3
+
+
+# Classes of the model and of the objective ---------------------------------------------------------------------------
+
+NAMES = {"id2label": {0: "left", 1: "right"}, "label2id": {"left": 0, "right": 1}}
+HEADS = {
+    # Labels of the objective, settings of the model, what the message must say; None: they fit.
+    "the same": (("left", "right"), NAMES, None),
+    "the same, other case": (("LEFT", "Right"), NAMES, None),
+    "other names": (("links", "rechts"), NAMES, None),
+    "no names": (("right", "left"), {}, None),
+    "default names": (("LABEL_1", "LABEL_0"), {}, None),
+    "no labels": (None, NAMES, None),
+    "single label": (None, {"problem_type": "single_label_classification"}, None),
+    "another order": (
+        ("Right", "Left"),
+        NAMES,
+        "['Right', 'Left'], but the model's id2label has them as ['left', 'rig",
+    ),
+    "numbers in another order": ((4, 0), {"id2label": {0: "0", 1: "4"}}, "['4', '0'], but the model's id2label"),
+    "too many": (
+        ("left", "middle", "right"),
+        NAMES,
+        "lists 3 classes, ['left', 'middle', 'right'], but the model has 2",
+    ),
+    "too few": (("a", "b"), {"num_labels": 3}, "lists 2 classes, ['a', 'b'], but the model has 3"),
+    "one class": (None, {"num_labels": 1}, "the model has 1 class, and the softmax over one class is always 1"),
+    "regression": (
+        None,
+        {"num_labels": 1, "problem_type": "regression"},
+        "problem_type='regression'; SequenceClassif",
+    ),
+    "multi-label": (None, {"problem_type": "multi_label_classification"}, "expects 'single_label_classification'"),
+}
+
+
+@pytest.mark.parametrize(("labels", "settings", "message"), HEADS.values(), ids=HEADS)
+def test_a_head_that_this_objective_did_not_train_is_refused(labels, settings, message):
+    model = tiny.model("bert", "classification", **settings)
+    objective = tiny.objective("classification", labels=labels)
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    for head in (model, adapted):
+        if message is None:
+            objective.check_model(head)
+        else:
+            with pytest.raises(InputError, match=re.escape(message)):
+                objective.check_model(head)
+
+
+def test_the_head_is_checked_wherever_a_model_comes_in(tmp_path):
+    model = tiny.model("bert", "classification", problem_type="regression")
+    objective, arguments = (
+        tiny.objective("classification"),
+        transformers.TrainingArguments(str(tmp_path), use_cpu=True),
+    )
+    for enter in (
+        lambda: MultiStageInfluence([Stage("stage", model, objective, ROWS)], progress=False),
+        lambda: training.train(model, objective, ROWS, arguments),
+        lambda: training.record(model, objective, ROWS, arguments, None, progress=False),
+        lambda: training.polish(model, objective, ROWS),
+    ):
+        with pytest.raises(InputError, match="problem_type='regression'"):
+            enter()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_logits_count_where_the_configuration_is_silent(classifier):
+    """A model of one's own may have a head of which its configuration knows nothing."""
+    objective = tiny.objective("classification", labels=("left", "right"))
+    with pytest.raises(InputError, match=r"lists 2 classes, \['left', 'right'\], but the model has 3"):
+        evaluate(classifier, objective, [{**ROW, "label": "left"}])
+
+
+@pytest.mark.parametrize("make", [partial(tiny.objective, "classification"), objectives.ImageClassification])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((), "at least 2, in the order"),
+        (("left",), "labels=('left',); expected all classes, at least 2"),
+        ("ab", "labels='ab'; expected all classes"),
+        (("left", "right", "left"), "'left' twice; expected each class once"),
+        ([4, 0, 4], "4 twice; expected each class once"),
+    ],
+)
+def test_labels_that_are_no_list_of_classes(make, labels, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        make(labels=labels)
 
 
 @pytest.mark.parametrize("make", [objectives.MaskedLM, objectives.CausalLM, objectives.SequenceClassification])

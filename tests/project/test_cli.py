@@ -149,7 +149,8 @@ def test_a_finished_training_may_have_needed_another_machine(copy):
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_warnings_are_one_line(copy, capsys):
     path = copy / "config.yaml"
-    assert msif("query", "--config", path, "--stages.pretraining.solver.max_iter", 1, "--json") == 0
+    solver = [f"{PRE}.solver.max_iter", 1, f"{PRE}.solver.damping", 10, f"{PRE}.solver.tol", 1e-6]
+    assert msif("query", "--config", path, *solver, "--json") == 0
     lines = [line for line in visible(capsys.readouterr().err) if "not solved to tolerance" in line]
     assert len(lines) == 1
     assert lines[0].startswith("warning: stage 'pretraining'")
@@ -180,6 +181,10 @@ def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def replaced(name, old, new):
+    return lambda folder: (folder / name).write_text((folder / name).read_text().replace(old, new))
+
+
 PRE, FINE = "--stages.pretraining", "--stages.finetuning"
 # What is done to the folder, command and flags, what the one sentence holds; FOLDER is the folder.
 # The schema or the parser alone decides these: no stage is trained.
@@ -192,11 +197,43 @@ BAD_ARGUMENTS = {
     "unknown stage": (None, "plan --stages.x.batch_size 1", ["no stage 'x'", "['pretraining', 'finetuning']"]),
     "a negative number": (None, f"plan {PRE}.solver.damping -1e-4", ["pretraining.solver.damping is -0.0001"]),
     "no tests": (None, "query --test.number 0", ["test.number is 0", "at least 1"]),
+    "a run_dir with NUL": (None, r'plan --run_dir "a\0b"', [r"run_dir is 'a\x00b'", "text without NUL"]),
+    "a value in itself": (
+        write("c.yaml", "test: &a {ids: [*a]}"),
+        "plan --config FOLDER/c.yaml",
+        ["test.ids.0 contains"],
+    ),
     "no such run": (None, "top --run FOLDER/nowhere", ["nowhere", "does not exist"]),
     "not a number of rows": (None, "top --run FOLDER/run -k x", ["-k", "'x'"]),
     "unknown flag": (None, "top --run FOLDER/run --bye absolute", ["'--bye'", "did you mean --by?"]),
     "no run": (None, "top", ["--run"]),
     "unknown command": (None, "trian", ["'trian'", "train"]),
+}
+# A setting of a stage or of the run, its value, and what the one sentence holds beside both.
+SETTINGS = {
+    "no steps": (f"{PRE}.training.max_steps", 0, "at least 1, or -1 for num_train_epochs"),
+    "steps below zero": (f"{PRE}.training.max_steps", -2, "at least 1, or -1"),
+    "no epochs": (f"{PRE}.training", "{num_train_epochs: 0}", "num_train_epochs is 0", "or max_steps"),
+    "epochs below zero": (f"{PRE}.training", "{num_train_epochs: -1, max_steps: -1}", "epochs is -1", "positive"),
+    "no learning rate": (f"{FINE}.training.learning_rate", 0.0, "a positive number"),
+    "a rate below zero": (f"{FINE}.training.learning_rate", -0.1, "a positive number"),
+    "an infinite rate": (f"{FINE}.training.learning_rate", ".inf", "a number"),
+    "no rows per batch": (f"{PRE}.training.per_device_train_batch_size", 0, "at least 1"),
+    "no micro-batches": (f"{PRE}.training.gradient_accumulation_steps", 0, "at least 1"),
+    "workers below zero": (f"{PRE}.training.dataloader_num_workers", -1, "at least 0"),
+    "a seed below zero": (f"{PRE}.training.seed", -1, "from 0 to 4294967295"),
+    "a seed too large": (f"{PRE}.training.seed", 2**32, "from 0 to 4294967295"),
+    "an order's seed": (f"{PRE}.training.data_seed", -1, "from 0 to 4294967295"),
+    "the run's seed": ("--seed", -1, "at least 0 and at most 4294967295"),
+    "the run's seed, too large": ("--seed", 2**32, "at most 4294967295"),
+    "polish, no steps": (f"{PRE}.polish", "{max_iter: 0, lbfgs_iter: 0}", "max_iter is 0", "no step would be taken"),
+    "polish, steps below zero": (f"{PRE}.polish.max_iter", -1, "at least 0"),
+    "polish, L-BFGS": (f"{PRE}.polish.lbfgs_iter", -1, "at least 0"),
+    "polish, CG": (f"{PRE}.polish.cg_iter", -1, "at least 0"),
+    "polish, dense": (f"{PRE}.polish.dense_limit", -1, "at least 0"),
+    "polish, no tolerance": (f"{PRE}.polish.tol", 0.0, "a positive number"),
+    "layers below zero": (f"{PRE}.model.config.num_hidden_layers", -1, "at least 0: bert has 12 of them by default"),
+    "heads below zero": (f"{PRE}.model.config.num_attention_heads", -2, "at least 0"),
 }
 # These need a trained project.
 BAD = {
@@ -223,6 +260,8 @@ BAD = {
     "bad training type": (None, f"score {PRE}.training.bf16 maybe", ["stages.pretraining.training.bf16 is maybe"]),
     "our training key": (None, f"plan {PRE}.training.output_dir x", ["stages.pretraining.training.output_dir"]),
     "bad objective": (None, f"plan {PRE}.objective.mask_probability 2", ["mask_probability=2.0", "(0, 1]"]),
+    "no room for a word": (None, f"plan {PRE}.objective.max_length 2", ["max_length is 2", "at least 3 tokens"]),
+    "a length of zero": (None, f"plan {FINE}.objective.max_length 0", ["max_length is 0", "give max_length=3"]),
     "setting of another solver": (
         None,
         f'plan {PRE}.solver {{"name":"minres","max_parameters":3}}',
@@ -236,14 +275,30 @@ BAD = {
     "no label column": (None, f"train --stage finetuning {FINE}.data.label_column x", ["label_column", "'x'"]),
     "labels not listed": (
         None,
-        f"train --stage finetuning {FINE}.objective.labels [Negative]",
-        ["stages.finetuning.objective.labels is ['Negative']", "['Positive']", "keep"],
+        f"train --stage finetuning {FINE}.objective.labels [Negative,Neutral]",
+        ["stages.finetuning.objective.labels is ['Negative', 'Neutral']", "['Positive']", "keep"],
     ),
     "no labels listed": (None, f"train --stage finetuning {FINE}.objective {{}}", ["labels is []", "Negative"]),
     "too few classes": (
+        replaced("tweets.csv", ",1\n", ",2\n"),
+        f"plan {FINE}.data.label_column stars {FINE}.objective.labels [one,two]",
+        ["stages.finetuning.objective.labels is ['one', 'two']", "['2']"],
+    ),
+    "one label": (None, f"plan {FINE}.objective.labels [Negative]", ["labels=('Negative',)", "at least 2"]),
+    "a label twice": (
         None,
-        f"plan {FINE}.data.label_column stars {FINE}.objective.labels [one]",
-        ["stages.finetuning.objective.labels is ['one']", "['1']"],
+        f"plan {FINE}.objective.labels [Negative,Positive,Negative]",
+        ["'Negative' twice", "expected each class once"],
+    ),
+    "more labels than the model has": (
+        None,
+        f"query {FINE}.objective.labels [Negative,Positive,Neutral]",
+        ["lists 3 classes", "the model has 2", "order of the model's"],
+    ),
+    "labels in another order": (
+        None,
+        f"query {FINE}.objective.labels [Positive,Negative]",
+        ["['Positive', 'Negative']", "id2label", "['Negative', 'Positive']"],
     ),
     "earlier stage not trained": (
         remove("pretraining"),
@@ -270,6 +325,11 @@ BAD = {
     "too many tests to plan": (None, "plan --test.number 1000", ["test.number is 1000", "at most"]),
     "no such test": (None, "query --test.ids [1]", ["test.ids names [1]", "finetuning"]),
     "a test of the training side": (None, "query --test.ids [100,101,102,103]", ["test.ids names"]),
+    "a solve that is worse than none": (
+        None,
+        f"query --test.number 1 {PRE}.solver.damping 1e-6 {PRE}.solver.max_iter 1",
+        ["stage 'pretraining': the relative residual", "expected below 1", "more iterations"],
+    ),
     "no damping to sweep": (None, f'sweep {PRE}.solver {{"name":"identity"}}', ["identity", "no damping"]),
     "no number of rows": (None, "top --run FOLDER/run -k 0", ["-k is 0", "at least 1"]),
     "no such order": (None, "top --run FOLDER/run --by size", ["by is 'size'", "absolute"]),
@@ -291,12 +351,19 @@ def test_a_bad_input_is_one_sentence_and_nothing_is_written(copy, capsys, monkey
     assert_refused(copy, capsys, monkeypatch, prepare, line, parts)
 
 
-def assert_refused(copy, capsys, monkeypatch, prepare, line, parts):
+@pytest.mark.parametrize(("key", "value", "parts"), [(k, v, p) for k, v, *p in SETTINGS.values()], ids=SETTINGS)
+def test_a_setting_that_does_nothing_is_refused_by_its_key(untrained, capsys, monkeypatch, key, value, parts):
+    named = [key.removeprefix("--"), *([f" is {value}; expected"] if "{" not in str(value) else [])]
+    line = f"plan --config FOLDER/config.yaml {key} VALUE"
+    assert_refused(untrained.parent, capsys, monkeypatch, None, line, [*named, *parts], VALUE=str(value))
+
+
+def assert_refused(copy, capsys, monkeypatch, prepare, line, parts, **words):
     # An absent Hub id is looked up; no test waits for a network.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if prepare:
         prepare(copy)
-    arguments = [word.replace("FOLDER", str(copy)) for word in line.split()]
+    arguments = [words.get(word, word.replace("FOLDER", str(copy))) for word in line.split()]
     if arguments[0] in COMMANDS and "--config" not in arguments and line != "plan":
         arguments += ["--config", copy / "config.yaml"]
     before = snapshot(copy)

@@ -197,6 +197,14 @@ def test_two_runs_are_compared(copied, tmp_path, capsys):
     assert report["spearman_r"] == pytest.approx(1)
     assert report["top_k_shared"] == 1
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert msif("compare", "--runs", run, run, "--output", tmp_path / "both.PDF", "--json") == 0
+    assert (tmp_path / "both.PDF").read_bytes().startswith(b"%PDF")
+    for name in ("both.xyz", "both", "both.part"):
+        assert msif("compare", "--runs", run, tmp_path / "nowhere", "--output", tmp_path / name) == 2
+        message = capsys.readouterr().err
+        assert f"--output is '{tmp_path / name}'; expected a name with one of the endings" in message
+        assert "pdf, " in message
+        assert not (tmp_path / name).exists()
     assert msif("compare", "--runs", run, tmp_path / "nowhere") == 2
     assert "does not exist" in capsys.readouterr().err
 

@@ -15,11 +15,11 @@ tokenizer: bert
 stages:
   pretraining:
     task: masked-lm
-    data: {path: text}
+    data: {path: text, data_files: a.txt}
     training: {learning_rate: 1e-4, warmup_steps: 5}
   finetuning:
     task: sequence-classification
-    data: {path: csv, label_column: sentiment}
+    data: {path: csv, data_files: a.csv, label_column: sentiment}
     trainable: head
 """
 
@@ -109,7 +109,9 @@ def test_later_files_are_laid_over_earlier_ones(path, tmp_path):
 
 def test_merge_keys_share_settings_between_stages(path):
     path.write_text(
-        FILE.replace("data: {path: text}", "data: &d {path: text}").replace("data: {path: csv,", "data: {<<: *d,")
+        FILE.replace("data: {path: text, data_files: a.txt}", "data: &d {path: text, data_files: a.txt}").replace(
+            "data: {path: csv,", "data: {<<: *d,"
+        )
     )
     assert config.load(path).stages["finetuning"].data.path == "text"
 
@@ -223,6 +225,38 @@ ERRORS = {
         ["--stages.pretraining.model.lora", "{r: 2}"],
         ["stages.pretraining.model.lora is for later stages"],
     ),
+    "files without names": (
+        ["--stages.pretraining.data.data_files", "null"],
+        ["stages.pretraining.data.data_files is missing; path 'text' reads files"],
+    ),
+    "an empty name of a file": (
+        ["--stages.pretraining.data.data_files", "''"],
+        ["stages.pretraining.data.data_files is ''", "names no file"],
+    ),
+    "no names of files": (["--stages.pretraining.data.data_files", "[]"], ["data_files is []", "names no file"]),
+    "no files of a split": (
+        ["--stages.finetuning.data.data_files", "{train: a.csv, test: []}"],
+        ["data_files is {'train': 'a.csv', 'test': []}", "names no file"],
+    ),
+    "NUL": (["--run_dir", r'"a\0b"'], [r"run_dir is 'a\x00b'; expected text without NUL"]),
+    "half of a surrogate pair": (
+        ["--stages.pretraining.model.config.id2label", r'{a: ["\uD800"]}'],
+        [r"stages.pretraining.model.config.id2label.a.0 is '\ud800'; expected text"],
+    ),
+    "what no UTF-8 holds": (["--run_dir", "a\udcff"], [r"run_dir is 'a\udcff'; expected text"]),
+    "a key with NUL": (
+        ["--stages.finetuning.objective", r'{"a\0": 1}'],
+        [r"the key stages.finetuning.objective.a\x00"],
+    ),
+    "a value in itself": (
+        ["--stages.pretraining.model.config", "&a {b: [*a]}"],
+        ["stages.pretraining.model.config.b.0 contains itself"],
+    ),
+    "too deep": (["--stages.pretraining.objective.labels", "[" * 101 + "]" * 101], ["nested deeper than 100 levels"]),
+    "far too deep": (
+        ["--stages.pretraining.objective", "{a: " * 2000 + "1" + "}" * 2000],
+        ["the value '{a: {a:", "deeper"],
+    ),
     "a module that is not there": (
         ["--stages.pretraining.task", "no_such_package.objectives:Mine"],
         [
@@ -267,6 +301,11 @@ def test_a_complaint_is_one_sentence_that_names_the_key(path, flags, parts):
     assert "pydantic" not in message
 
 
+def bomb(each):
+    """A file of ten lines that stands for 10^9 values."""
+    return "x0: &x0 {k: 1}\n" + "".join(f"x{i + 1}: &x{i + 1} {each.format(f'x{i}')}\n" for i in range(9))
+
+
 # contents → what the one sentence holds
 FILES = {
     "no mapping": ("- a\n- b\n", ["holds [a, b]", "run_dir"]),
@@ -279,8 +318,20 @@ FILES = {
     "empty": ("", ["run_dir is missing", "--config"]),
     "a stage named like a file": (FILE.replace("finetuning:", "query:"), ["stages.query", "other than 'query'"]),
     "a stage with a slash": (FILE.replace("finetuning:", "a/b:"), ["stages.a/b", "letters"]),
+    "far too deep": ("run_dir: " + "[" * 5000 + "]" * 5000, ["is nested deeper than 100 levels"]),
+    "a value in itself": (FILE + "test: &a {ids: [*a]}\n", ["test.ids.0 contains itself"]),
+    "a key with NUL": (FILE + '"a\\0b": 1\n', [r"the key a\x00b holds NUL"]),
+    "values that double": (
+        bomb("[*{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}]"),
+        ["more than 100,000 val"],
+    ),
+    # Newer versions of PyYAML keep each merged key once: then the keys are unknown, and no more than ten.
+    "merges that double": (bomb("{{<<: [*{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}, *{0}]}}"), []),
     "a number for a key": (FILE + "3: x\n", ["unknown key '3'"]),
-    "a number for a stage": (FILE.replace("finetuning:", "2:").replace("csv", "[1]"), ["stages.2.data.path is [1]"]),
+    "a number for a stage": (
+        FILE.replace("finetuning:", "2:").replace("path: csv", "path: [1]"),
+        ["stages.2.data.path is [1]"],
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from helpers.project import SIZES, snapshot, visible
 
 from hf_msif.errors import InputError
 from hf_msif.project import config
+from hf_msif.project.plan import plan
 from hf_msif.project.run import Run
 from hf_msif.project.train import stages_to_train, train
 from hf_msif.training import trainer
@@ -154,8 +155,56 @@ def test_integer_labels_say_how_many_classes_there_are(make_run):
     data = [("stages.finetuning.data.label_column", "stars"), ("stages.finetuning.data.keep", {})]
     run = make_run(*data, ("stages.finetuning.objective", {}), ("stages.finetuning.model.head", "auto"))
     for row in run.rows("finetuning"):
-        row["label"] += 3
-    assert run.new_model("finetuning").config.num_labels == 5
+        row["label"] += 1
+    assert run.new_model("finetuning").config.num_labels == 3
+    for row in run.rows("finetuning"):  # {0, 4}, as Sentiment140 has them
+        row["label"] = 4 * (row["label"] - 1)
+    with pytest.raises(
+        InputError, match=r"holds \[0, 4\], so its head would have 5 classes.*finetuning.objective.lab"
+    ):
+        run.new_model("finetuning")
+
+
+FRACTION = ("stages.finetuning.data.test_fraction", 0)
+PART = "stages.finetuning.data.part"
+ASIDE = {
+    # Overrides, and what the refusal says; a set: the parts that the test rows are of.
+    "a fraction": ([], {"test"}),
+    "a fraction, said": ([("test.split", "test")], {"test"}),
+    "training rows, said": ([FRACTION, ("test.split", "train")], {"train"}),
+    "training rows beside a fraction": ([("test.split", "train")], {"train"}),
+    "nothing set aside": ([FRACTION], "data sets no rows aside, so the test rows would be .* test.split: train"),
+    "nothing set aside, said": ([FRACTION, ("test.split", "test")], "data sets no rows aside"),
+    "trained on all": ([(PART, "all")], "finetuning.data.part is 'all', so the test rows would be rows that stage"),
+    "trained on the test side": ([(PART, "test")], "part is 'test', so the test rows would be .* part: train"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "expected"), ASIDE.values(), ids=ASIDE)
+def test_test_rows_are_no_training_rows_unless_that_is_meant(make_run, overrides, expected):
+    run = make_run(*overrides)
+    if isinstance(expected, str):
+        for command in (run.tests, run.test_side, lambda: plan(run)):
+            with pytest.raises(InputError, match=expected):
+                command()
+    else:
+        training = {row["example_id"] for row in run.rows("finetuning")}
+        assert {"train" if row["example_id"] in training else "test" for row in run.test_side()} == expected
+
+
+@pytest.mark.parametrize("head", ["auto", "feed_forward"])
+def test_a_saved_classifier_names_its_classes(make_run, tmp_path, head):
+    run = make_run(("stages.finetuning.model.head", head), ("stages.finetuning.training", {"max_steps": 1}))
+    train(run, "finetuning")
+    assert run.model("finetuning").config.id2label == {0: "Negative", 1: "Positive"}
+    for path in (None, str(run.folder / "finetuning")):  # taken from the run folder, and trained further
+        model = {"path": path} if path else {"head": head, "hidden_size": 4}
+        swapped = make_run(
+            ("stages.finetuning.objective.labels", ["Positive", "Negative"]), ("stages.finetuning.model", model)
+        )
+        model = swapped.new_model("finetuning") if path else swapped.model("finetuning")
+        with pytest.raises(InputError, match=r"\['Positive', 'Negative'\].*\['Negative', 'Positive'\]"):
+            swapped.objective("finetuning", model)
 
 
 def test_sentences_are_cut_at_what_the_model_takes(make_run, tmp_path):

@@ -55,7 +55,8 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("import nowhere_at_all")
 
     def load(*flags):
-        stages = {"one": {"task": "masked-lm", "data": {"path": "text", "label_column": "label"}}}
+        data = {"path": "text", "data_files": "a.txt", "label_column": "label"}
+        stages = {"one": {"task": "masked-lm", "data": data}}
         return config.load([], [("run_dir", "x"), ("tokenizer", "y"), ("stages", stages), *flags])
 
     return load

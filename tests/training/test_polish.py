@@ -313,3 +313,19 @@ def test_a_hessian_that_has_vanished_with_the_losses_is_written_out():
     )
     assert report.objective < 1e-6
     assert report.smallest_ritz is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_iter": -1}, "stage 'stage': max_iter is -1; expected at least 0"),
+        ({"lbfgs_iter": -1}, "lbfgs_iter is -1"),
+        ({"cg_iter": -1}, "cg_iter is -1"),
+        ({"dense_limit": -1}, "dense_limit is -1"),
+        ({"tol": 0.0}, "tol is 0.0; expected a positive number"),
+        ({"max_iter": 0, "lbfgs_iter": 0}, "max_iter is 0 and .*lbfgs_iter is 0; expected at least 1 for one of them"),
+    ],
+)
+def test_limits_under_which_nothing_is_polished(settings, message):
+    with pytest.raises(InputError, match=message):
+        training.polish(toy(0), ToyObjective(), ROWS, **settings)

@@ -13,9 +13,9 @@ from helpers import tiny
 from helpers.descent import RATE, arguments
 from helpers.state import same, weights
 from helpers.toy import ToyObjective, toy, toy_rows
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from hf_msif import InputError, objectives
+from hf_msif import InputError, objectives, training
 from hf_msif.training import evaluate, mistakes, save, train, trainer
 
 
@@ -579,3 +579,22 @@ def test_saving_that_fails_leaves_the_old_model(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save(tiny.model("bert", "masked", seed=1), Broken(), tmp_path / "model")
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+
+
+IDLE = {
+    "no epochs": ({"num_train_epochs": 0}, "num_train_epochs is 0, so no step is taken; .* or max_steps"),
+    "no epochs, unset steps": ({"num_train_epochs": 0, "max_steps": 0}, "num_train_epochs is 0, so no step is taken"),
+    "steps": ({"max_steps": -2}, "max_steps is -2; expected at least 1, or -1"),
+    "rate": ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a positive number"),
+    "batch": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected at least 1"),
+    "seed": ({"seed": -1}, "seed is -1; expected a whole number from 0 to 4294967295"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), IDLE.values(), ids=IDLE)
+def test_arguments_under_which_nothing_is_trained(settings, message, tmp_path):
+    given = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **settings)
+    for work in (training.train, lambda *stage, **more: training.record(*stage, None, **more)):
+        with pytest.raises(InputError, match=f"stage 'stage': TrainingArguments: {message}"):
+            work(toy(0), ToyObjective(), toy_rows(1, 4), given, progress=False)
+    assert not list(tmp_path.iterdir())

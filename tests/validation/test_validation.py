@@ -14,7 +14,7 @@ import torch
 from helpers import digits, tiny
 from helpers.chains import Chain
 from helpers.runs import MINIMUM, PATTERNS, RUN, Minimum, Mixed, Run
-from helpers.toy import example_losses, toy, toy_rows
+from helpers.toy import ToyObjective, example_losses, toy, toy_rows
 from sklearn.metrics import roc_auc_score
 from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -743,6 +743,23 @@ def test_from_scratch_wants_the_arguments_of_a_run_and_no_polish(tmp_path):
     stages = [bound.stage for bound in mixed.chain.stages]
     with pytest.raises(InputError, match="nothing would be trained"):
         FromScratch(stages, toy_rows(9, 2), lambda seed: [toy(0), toy(1)])
+
+
+def test_from_scratch_holds_what_was_held():
+    model, made = toy(3), []
+    model.head.bias.requires_grad_(False)
+
+    def make(seed):
+        made.append(toy(seed))
+        return made[-1:]
+
+    stage = Stage("only", model, ToyObjective(), toy_rows(5, 12), weight_decay=0.1)
+    retrain = FromScratch([stage], toy_rows(9, 2), make)
+    retrain(frozenset(), 8)
+    assert torch.equal(made[-1].head.bias, toy(8).head.bias)
+    assert not torch.equal(made[-1].head.weight, toy(8).head.weight)
+    model.head.bias.requires_grad_(True)
+    assert Bank(FromScratch([stage], toy_rows(9, 2), make)).fingerprint != Bank(retrain).fingerprint
 
 
 def test_settings_know_the_run(tmp_path):

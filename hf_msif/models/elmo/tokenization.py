@@ -126,6 +126,10 @@ class ElmoTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         return NAMES[index]
 
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """Two: the begin and the end of a sentence."""
+        return 2
+
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **_) -> list[str]:
         """Splits a text into its words."""
         return WORD.findall(text) if self.split_punctuation else text.split()
@@ -209,7 +213,7 @@ class ElmoTokenizer(PreTrainedTokenizer):
         texts: Sequence[str | Sequence[str]] = [text] if isinstance(text, str) else text
         sentences = [self.tokenize(t) if isinstance(t, str) else list(t) for t in texts]
         if limited := truncation not in (False, None, "do_not_truncate"):
-            limit = max_length or self.model_max_length
+            limit = self.model_max_length if max_length is None else max_length
             if limit < 3:
                 raise InputError(f"max_length is {limit}; expected at least 3: two tokens mark the sentence's ends.")
         encoding: dict[str, list] = {"input_ids": [], "attention_mask": [], "truncated": []}

@@ -157,9 +157,10 @@ def _held_out(project: Run, tests: list[dict]) -> list[dict]:
     last = project.names[-1]
     content = project.content(last)
     ranked_by = {digest(row[content]) for row in tests}
-    held_out = [row for row in project.test_side() if digest(row[content]) not in ranked_by]
-    held_out = held_out[: project.config.cleanse.held_out]
-    if not held_out or not project.config.stages[last].data.has_test_side:
+    data = project.config.stages[last].data
+    aside = project.rows(last, "test") if data.has_test_side and not data.trains_on_test_side else []
+    held_out = [row for row in aside if digest(row[content]) not in ranked_by][: project.config.cleanse.held_out]
+    if not held_out:
         raise InputError(
             f"stage {last!r} has no test rows beside those of `test`: give data.test_split or a larger test_fraction, "
             "or a smaller test.number."

@@ -24,22 +24,24 @@ def register(parser: argparse.ArgumentParser) -> None:
         help="the stages whose rankings are compared, one per run; defaults to those in scores.parquet",
     )
     parser.add_argument("-k", type=int, default=100, help="rows at the top of each ranking whose overlap is counted")
-    parser.add_argument("--output", metavar="FILE.png", help="draw both distributions")
+    parser.add_argument("--output", metavar="FILE.png", help="draw both distributions, in the format of the ending")
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """The figures of `validation.comparison.Comparison`; draws both distributions to `--output`."""
     from ...engine.files import write_atomically
+    from ...reports.figures import picture_format
     from ...validation.comparison import compare
     from ..saved_scores import saved_scores
 
     check_positive("-k", arguments.k)
+    picture = picture_format(arguments.output, "--output") if arguments.output else None
     stages = arguments.stages or [None, None]
     first, second = (saved_scores(folder, stage) for folder, stage in zip(arguments.runs, stages, strict=True))
     comparison = compare(first, second, k=arguments.k)
     report = {"runs": arguments.runs, "stages": arguments.stages, **comparison.to_dict()}
-    if arguments.output:
-        write_atomically(arguments.output, lambda path: comparison.plot(path, _names(report)))
+    if picture is not None:
+        write_atomically(arguments.output, lambda path: comparison.plot(path, _names(report), picture))
         report["figure"] = arguments.output
     return report
 
