@@ -82,14 +82,24 @@ def objective_fingerprint(objective: Preprocessing) -> str:
     parts: list[Any] = [describe(objective)]
     tokenizer, processor = objective.tokenizer, objective.processor
     if tokenizer is not None:
-        vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
-        parts += [type(tokenizer).__name__, repr(vocabulary), getattr(tokenizer, "model_max_length", None)]
-        parts.append(str(getattr(tokenizer, "special_tokens_map", "")))
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            rules = json.loads(backend.to_str())
-            # Truncation and padding are what the latest call asked for, not properties of the tokenizer.
-            parts.append(repr({key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}))
+        parts += _tokenizer_parts(tokenizer)
     if hasattr(processor, "to_dict"):
         parts.append(repr(processor.to_dict()))
     return digest(parts)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256, in hexadecimal, of a tokenizer: its class, vocabulary, special tokens and rules."""
+    return digest(_tokenizer_parts(tokenizer))
+
+
+def _tokenizer_parts(tokenizer: Any) -> list[Any]:
+    vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+    parts = [type(tokenizer).__name__, repr(vocabulary), getattr(tokenizer, "model_max_length", None)]
+    parts.append(str(getattr(tokenizer, "special_tokens_map", "")))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # Truncation and padding are what the latest call asked for, not properties of the tokenizer.
+        parts.append(repr({key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}))
+    return parts
