@@ -81,6 +81,13 @@ def write_marker(folder: Path, kind: str, names: Sequence[str], facts: Mapping[s
     write_json(folder / MARKER, state)
 
 
+def add_names(folder: Path, kind: str, names: Sequence[str]) -> None:
+    """Says of a folder that the library writes these names there, too; the folder is made if needed."""
+    marker = read_marker(folder) or Marker(kind, ())
+    if not set(names) <= set(marker.names):
+        write_marker(folder, marker.kind, [*dict.fromkeys([*marker.names, *names])], marker.facts)
+
+
 def check(folder: Path) -> None:
     """Refuses a folder in which the library is to write, unless it is ours, empty, or still to be made.
 

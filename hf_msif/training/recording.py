@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..engine.files import load_tensors, save_tensors, write_json
-from ..engine.folders import read_marker, write_marker
+from ..engine.folders import add_names
 from ..engine.hashing import describe, digest
 from ..errors import InputError
 from ..objectives import Objective
@@ -141,8 +141,7 @@ class Recording:
 
     def save(self) -> None:
         """Writes settings and schedule; states are written during the run (`write`)."""
-        if read_marker(self._folder) is None:
-            write_marker(self._folder, "recorded run", FILES)
+        add_names(self._folder, "recorded run", FILES)
         self.schedule.save(self._folder / "schedule.safetensors")
         write_json(self._folder / "run.json", self.settings)
 

@@ -168,7 +168,8 @@ def test_a_bad_setting_is_one_sentence(copied, capsys, arguments, message):
 @pytest.mark.parametrize("how", ["warm_start", "from_scratch"])
 def test_a_stage_taken_as_it_is_is_not_trained_again(copied, tmp_path, capsys, how):
     path, flag, folder = copied
-    finished = shutil.copytree(folder / "pretraining", tmp_path / "finished")
+    finished = shutil.move(folder / "pretraining", tmp_path / "finished")
+    shutil.rmtree(folder / "query")
     taken = {"model": f"{{path: {finished}}}", "training": "{}", "polish": "null"}
     settings = [word for key, value in taken.items() for word in (f"--stages.pretraining.{key}", value)]
     command = ("validate", "--config", path, flag, folder, *settings, "--validation.retrain", how)
