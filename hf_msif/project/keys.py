@@ -17,7 +17,7 @@ from .tasks import task_of
 # Keys below stages.NAME that do not change the trained model: how it is differentiated, how fast rows are read, what
 # is accepted. A key stands for all keys below it.
 NOT_OF_THE_MODEL = (
-    *("batch_size", "curvature", "curvature_samples", "solver", "max_growth", "run", "resized"),
+    *("batch_size", "curvature", "curvature_samples", "solver", "max_growth", "run", "resized", "skip_checks"),
     "data.streaming",
 )
 # Names below stages.NAME.training that do not change the weights.
@@ -32,7 +32,7 @@ NOT_OF_THE_QUERY = (
     *("run_dir", "threads", "sharded", "memory_check", "trackers"),
     *("dampings", "corpus", "validation", "cleanse"),
 )
-NOT_OF_THE_QUERY_BY_STAGE = ("batch_size", "max_growth")
+NOT_OF_THE_QUERY_BY_STAGE = ("batch_size", "max_growth", "skip_checks")
 
 MOST_VALUES = 10_000  # of a configuration; larger ones are not compared in full
 DEEPEST = 50

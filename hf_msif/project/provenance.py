@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..engine import folders
-from ..engine.hashing import digest, tensors_fingerprint, tokenizer_fingerprint
-from ..engine.stream import Stream
+from ..engine.hashing import tensors_fingerprint, tokenizer_fingerprint
 from ..errors import InputError
 from .keys import MISSING, default, model_settings, query_settings
 from .schema import Config
@@ -33,7 +32,7 @@ class Run(Protocol):
     tasks: dict[str, Task]
     tokenizer: Any
 
-    def rows(self, name: str) -> list[dict] | Stream: ...
+    def rows_digest(self, name: str) -> str | None: ...
 
     def fingerprint(self, name: str) -> str: ...
 
@@ -94,9 +93,9 @@ def _contents(run: Run, names: list[str]) -> dict[str, str]:
     """Digests of the stages' rows, and of the tokenizer where one of the stages reads texts."""
     contents = {}
     for name in names:
-        rows = run.rows(name)
-        if not isinstance(rows, Stream):
-            contents[f"stages.{name}.data"] = digest(rows)
+        rows = run.rows_digest(name)
+        if rows is not None:
+            contents[f"stages.{name}.data"] = rows
     if run.tokenizer is not None and any(run.tasks[name].needs_tokenizer for name in names):
         contents["tokenizer"] = tokenizer_fingerprint(run.tokenizer)
     return contents

@@ -55,6 +55,7 @@ class Run:
         self.names = list(config.stages)
         self._models: dict[str, Any] = {}
         self._fingerprints: dict[str, str] = {}
+        self._digests: dict[str, str | None] = {}
         self._rows: dict[tuple[str, str], list[dict] | Stream] = {}
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
@@ -141,6 +142,13 @@ class Run:
                 self._check_labels(name, rows)
                 self._rows[name, data.part] = rows
         return self._rows[name, data.part]
+
+    def rows_digest(self, name: str) -> str | None:
+        """SHA-256 of the stage's rows; None for a stream."""
+        if name not in self._digests:
+            rows = self.rows(name)
+            self._digests[name] = None if isinstance(rows, Stream) else digest(rows)
+        return self._digests[name]
 
     def content(self, name: str) -> str:
         """What a row of the stage holds: "text" or "image"."""

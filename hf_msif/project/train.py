@@ -16,6 +16,7 @@ from ..engine.files import write_json
 from ..errors import DivergedError, InputError
 from ..training.record import check_arguments
 from ..training.recording import FILES as FILES_OF_A_RUN
+from ..training.trainer import last_checkpoint
 from . import build, provenance
 
 # What Transformers' Trainer and the library write while a stage is trained.
@@ -91,10 +92,12 @@ def train(run: Run, name: str) -> dict:
 def _written(run: Run, name: str) -> dict[str, list[Path]]:
     """What training a stage writes, as `Outputs.check` takes it."""
     files, replaced, checkpoints = [run.folder / f"{name}.json"], [run.folder / name], run.checkpoints(name)
-    if not run.config.stages[name].recorded:
+    stage = run.config.stages[name]
+    # The checkpoints of a recorded run become the run; under a limit, Trainer deletes the older ones as they are.
+    if not stage.recorded and stage.training.get("save_total_limit") is None:
         return {"files": files, "into": [checkpoints], "replaced": replaced}
-    # The checkpoints of a recorded run become the run.
-    return {"files": files, "replaced": [*replaced, checkpoints, run.recording(name)]}
+    recording = [run.recording(name)] if stage.recorded else []
+    return {"files": files, "replaced": [*replaced, checkpoints, *recording]}
 
 
 def _train(run: Run, name: str, stage: StageConfig) -> dict:
@@ -204,9 +207,5 @@ def _objective_terms(run: Run, name: str, previous) -> dict[str, Any]:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint of a `Trainer`, or the newest state of a recorded run, in a folder."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if not folder.is_dir():
-        return None
     states = sorted(str(path) for path in folder.glob("state-*.safetensors"))
-    return states[-1] if states else get_last_checkpoint(str(folder))
+    return states[-1] if states else last_checkpoint(folder)
