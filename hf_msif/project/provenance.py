@@ -21,6 +21,7 @@ from .schema import Config
 from .tasks import Task
 
 SHOWN = 3  # differences in a message
+STAGE_BEFORE = "the stage before"  # the content of its weights
 
 
 class Run(Protocol):
@@ -79,8 +80,7 @@ def model_record(run: Run, name: str) -> Record:
     contents = _contents(run, [name])
     index = run.names.index(name)
     if index:
-        before = run.names[index - 1]
-        contents[f"stages.{before}"] = run.fingerprint(before)
+        contents[STAGE_BEFORE] = run.fingerprint(run.names[index - 1])
     return Record(model_settings(run.config, name), contents)
 
 
@@ -126,8 +126,10 @@ def changes(before: Record, now: Record, content_of: Callable[[str], str | None]
         explained.add(content)
         differences.append(Difference(key, old, new))
     for content in dict.fromkeys([*now.contents, *before.contents]):
-        both = content in now.contents and content in before.contents
-        if both and now.contents[content] != before.contents[content] and content not in explained:
+        digests = [record.contents.get(content) for record in (before, now)]
+        # The rows of a stream have none; that a stage had none before it is a difference.
+        known = None not in digests or content == STAGE_BEFORE
+        if known and digests[0] != digests[1] and content not in explained:
             differences.append(Difference(content, is_content=True))
     return differences
 
@@ -164,15 +166,16 @@ def check_model(run: Run, name: str) -> None:
     if settings:
         old, new = _lists(settings)
         raise InputError(f"{folder} was trained with {old}; the configuration says {new}: undo the change, {way_out}.")
-    if contents == ["tokenizer"]:
-        raise InputError(f"{folder} was trained with another tokenizer than {run.config.tokenizer} is now: {way_out}.")
     if f"stages.{name}.data" in contents:
         raise InputError(f"{folder} was trained on other rows than stages.{name}.data has now: {way_out}.")
+    if "tokenizer" in contents:
+        raise InputError(f"{folder} was trained with another tokenizer than {run.config.tokenizer} is now: {way_out}.")
     if contents:
-        stage_before = contents[0].removeprefix("stages.")
+        index = run.names.index(name)
+        present = f"the present one of {run.names[index - 1]!r}" if index else "none, as it is the first stage now"
         raise InputError(
-            f"{folder} was trained on another model of the stage {stage_before!r} than the present one, which was "
-            f"trained again or replaced: {way_out}."
+            f"{folder} was trained on another model of the stage before than {present} (trained again, or replaced, "
+            f"since): {way_out}."
         )
 
 

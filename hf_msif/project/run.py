@@ -243,12 +243,10 @@ class Run:
 
     def _is_named(self, name: str) -> bool:
         """Whether `model.path` names the stage's folder in the run folder, to be taken as it is."""
-        path = self.config.stages[name].model.path
-        return (
-            path is not None
-            and self.is_taken_as_it_is(name)
-            and os.path.realpath(os.path.expanduser(path)) == os.path.realpath(self.folder / name)
-        )
+        path, folder = self.config.stages[name].model.path, self.folder / name
+        if path is None or not self.is_taken_as_it_is(name):
+            return False
+        return os.path.abspath(os.path.expanduser(path)) == os.path.abspath(folder)
 
     def is_trained(self, name: str) -> bool:
         """Whether the stage has its final model: it was trained here, or its model is taken as it is."""

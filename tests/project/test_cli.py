@@ -371,6 +371,7 @@ def test_a_command_is_a_file_and_a_name_in_the_list():
         assert all(callable(getattr(command, name)) for name in ("register", "run", "render"))
         assert command.TAKES_CONFIGURATION or not (command.FLAGS or command.SHARES_WORK)
         assert command.HELP
+        assert isinstance(command.WRITES, bool)
 
 
 def test_help_lists_every_key_and_imports_nothing_heavy():

@@ -15,7 +15,7 @@ from hf_msif import training
 from hf_msif.engine import folders
 from hf_msif.errors import InputError
 from hf_msif.project import config, keys, provenance
-from hf_msif.project.provenance import Record, changes
+from hf_msif.project.provenance import STAGE_BEFORE, Record, changes
 from hf_msif.project.run import Run
 from hf_msif.project.schema import Config, Section, StageConfig
 
@@ -263,12 +263,25 @@ def test_an_interrupted_query_is_not_scored(copy, capsys):
 def test_a_stage_on_another_model_than_it_was_trained_on_is_refused(copy, capsys):
     assert msif("train", "--config", copy, "--stage", "pretraining", f"{PRE}.training.max_steps", 3) == 0
     sentence = refused(copy, capsys, "query", f"{PRE}.training.max_steps", 3)
-    assert "run/finetuning was trained on another model of the stage 'pretraining' than the present one" in sentence
+    assert (
+        "run/finetuning was trained on another model of the stage before than the present one of 'pretraining'"
+        in sentence
+    )
     assert "msif train --stage finetuning" in sentence
     sentence = refused(copy, capsys, "train", "--stage", "finetuning")  # what it builds on is checked
     assert "run/pretraining was trained with stages.pretraining.training.max_steps = 3; the configuration" in sentence
     assert msif("train", "--config", copy, f"{PRE}.training.max_steps", 3) == 0
     assert msif("query", "--config", copy, f"{PRE}.training.max_steps", 3) == 0
+
+
+def test_a_stage_without_the_one_before_is_another_and_a_renamed_one_is_the_same(copy):
+    settings = json.loads(copy.read_text())
+    first, last = settings["stages"].values()
+    alone = changes(Record({}, {STAGE_BEFORE: "weights"}), Record({}), lambda key: None)
+    assert [d.key for d in alone] == [STAGE_BEFORE]
+    renamed = {"renamed": {**first, "model": {"path": str(copy.parent / "run/pretraining")}, "training": {}}}
+    copy.write_text(json.dumps(settings | {"stages": {**renamed, "finetuning": last}}))
+    assert msif("plan", "--config", copy) == 0
 
 
 def test_other_contents_are_named(moved, capsys):
@@ -301,7 +314,7 @@ def test_other_weights_and_other_models_are_refused_but_may_be_taken_as_they_are
     )
     assert "run/pretraining holds " in refused(copy, capsys, "train")
     taken = (f"{PRE}.model.path", folder, f"{PRE}.training", "{}")
-    assert "trained on another model of the stage 'pretraining'" in refused(copy, capsys, "query", *taken)
+    assert "trained on another model of the stage before" in refused(copy, capsys, "query", *taken)
     before = snapshot(folder)
     assert msif("train", "--config", copy, *taken) == 0
     assert msif("query", "--config", copy, *taken) == 0
