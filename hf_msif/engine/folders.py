@@ -61,14 +61,20 @@ def read_marker(folder: Path) -> Marker | None:
     """The marker of a folder; None where it has none.
 
     Raises:
-        InputError: the marker cannot be read.
+        InputError: the marker cannot be read, or was written in another format.
     """
     path = folder / MARKER
     if not path.is_file():
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise InputError(
+                f"{path} was written in format {state['format']}; this version reads {FORMAT}: move {folder} away."
+            )
         return Marker(str(state["kind"]), tuple(map(str, state["names"])), dict(state["facts"]))
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"{path}, which says what msif wrote there, is damaged ({type(error).__name__}): move {folder} away."

@@ -27,6 +27,9 @@ def test_a_marker_says_what_was_written(ours):
     assert (marker.kind, marker.names, marker.facts) == ("checkpoints", NAMES, {"seed": 3})
     folders.add_names(ours, "another", ["run.json", "more"])
     assert folders.read_marker(ours) == folders.Marker("checkpoints", (*NAMES, "more"), {"seed": 3})
+    (ours / folders.MARKER).write_text('{"format": 0}')
+    with pytest.raises(InputError, match="format 0; this version reads 1"):
+        folders.read_marker(ours)
     (ours / folders.MARKER).write_text("{}")
     with pytest.raises(InputError, match=r"\.hf_msif\.json.*is damaged.*move .* away"):
         folders.read_marker(ours)
