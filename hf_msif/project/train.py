@@ -19,6 +19,11 @@ from ..training.recording import FILES as FILES_OF_A_RUN
 from ..training.trainer import last_checkpoint
 from . import build, provenance
 
+if TYPE_CHECKING:
+    from ..training.polish import PolishReport
+    from .run import Run
+    from .schema import StageConfig
+
 # What Transformers' Trainer and the library write while a stage is trained.
 FILES_OF_A_TRAINING = (
     *FILES_OF_A_RUN,
@@ -33,11 +38,6 @@ FILES_OF_A_TRAINING = (
     ),
     *("runs", "runs/*", "runs/*/events.out.tfevents.*"),
 )
-
-if TYPE_CHECKING:
-    from ..training.polish import PolishReport
-    from .run import Run
-    from .schema import StageConfig
 
 
 def stages_to_train(run: Run) -> list[str]:

@@ -44,9 +44,10 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
     if project.config.memory_check:
         memory.check(chain, 1 if project.aggregate else len(tests))
     is_main = chain.engine.is_main
-    if is_main:
-        names = [f"{name}.safetensors" for name in project.names]
-        folders.write_marker(checkpoints, "checkpoints of a query", names)
+    with chain.engine.raising_together():
+        if is_main:
+            names = [f"{name}.safetensors" for name in project.names]
+            folders.add_names(checkpoints, "checkpoints of a query", names)
     try:
         query = chain.query(tests, project.aggregate, checkpoints=checkpoints)
     except BaseException:
@@ -54,9 +55,10 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
             folders.remove_if_empty(checkpoints)
         raise
     query.save_pretrained(folder)  # its marker says nothing of settings: a crash here leaves a query that is refused
-    if is_main:
-        folders.write_marker(folder, "query", FILES, query_record(project).facts())
-        folders.remove(checkpoints)
+    with chain.engine.raising_together():
+        if is_main:
+            folders.write_marker(folder, "query", FILES, query_record(project).facts())
+            folders.remove(checkpoints)
     seconds = round(time.perf_counter() - started, 1)
     return {"seconds": seconds, "query": str(folder), **query.certificate()}
 
