@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+_watchers: list[Callable[[Path, Path], object]] = []
+
+
+@contextmanager
+def watched(watcher: Callable[[Path, Path], object]) -> Iterator[None]:
+    """Inside, `watcher(part, path)` is called before each complete file `part` is renamed to `path`, by any thread."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
@@ -29,6 +42,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
     try:
         write(part)
         _sync(part)
+        for watcher in _watchers:
+            watcher(part, path)
         os.replace(part, path)
         _sync(path.parent)
     finally:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..engine import folders
 from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError, first_line
@@ -20,6 +21,7 @@ from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 
 FORMAT = 4
+FILES = ("query.safetensors", "query.json")
 
 
 @dataclass
@@ -148,18 +150,29 @@ class Query:
         """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all.
 
         Of several processes, the main one writes.
+
+        Raises:
+            InputError: the folder has a file of such a name that this method did not write.
         """
         with self.chain.engine.raising_together():
             if self.chain.engine.is_main:
                 self._write(Path(folder))
 
     def _write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        marker = folders.read_marker(folder)
+        if marker is None:
+            for path in map(folder.joinpath, FILES):
+                if path.exists():
+                    raise InputError(f"{path} exists, and hf_msif did not write it: move it away, or save elsewhere.")
         # What can fail comes before the first file: the tensors of one query must not lie beside the text of another.
         tensors = flat_keys({stage: solution.tensors() for stage, solution in self.solutions.items()})
         state = {"format": FORMAT, "tests": self.plain_tests, **self.certificate(), "depends_on": self.identity}
         state = json.loads(json.dumps({**state, "tensors": tensors_fingerprint(tensors)}, default=str))
         text = json.dumps({**state, "sha256": digest(state)}, indent=2, ensure_ascii=False)
+        if marker is None or marker.kind == "query":
+            folders.write_marker(folder, "query", FILES)  # without the facts about an earlier query
+        else:
+            folders.add_names(folder, "query", FILES)
         save_tensors(tensors, folder / "query.safetensors")
         write_atomically(folder / "query.json", lambda part: part.write_text(text, encoding="utf-8"))
 

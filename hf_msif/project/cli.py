@@ -14,6 +14,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from .. import __version__
@@ -135,7 +136,8 @@ def _run(command: Command, parsed: argparse.Namespace, remaining: list[str]) -> 
             nearest = difflib.get_close_matches(remaining[0], [f"--{name}" for name in vars(parsed)], n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"see msif {parsed.command} -h."
             raise InputError(f"unknown argument {remaining[0]!r}; {hint}")
-        return command.run(parsed)
+        with _held(command, parsed):
+            return command.run(parsed)
     from .config import parse
 
     config = parse(remaining)  # before the heavy imports: an error in a setting is told at once
@@ -146,8 +148,22 @@ def _run(command: Command, parsed: argparse.Namespace, remaining: list[str]) -> 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     project = Run(config)
-    with _finishing(project):
+    with _held(command, parsed, project), _finishing(project):
         return command.run(parsed, project)
+
+
+def _held(
+    command: Command, parsed: argparse.Namespace, project: Run | None = None
+) -> contextlib.AbstractContextManager:
+    """Keeps other processes out of the run folder while a command writes to it."""
+    if not command.WRITES:
+        return contextlib.nullcontext()
+    from .lock import in_use
+
+    name = f"msif {parsed.command}"
+    if project is not None:
+        return in_use(project.folder, name)
+    return in_use(Path(parsed.output_dir), name, key="--output_dir")
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .. import validation
+from ..engine import folders
 from ..errors import InputError
 from . import build
+from .train import FILES_OF_A_TRAINING
 
 if TYPE_CHECKING:
     from ..influence.multistage import MultiStageInfluence
@@ -53,6 +56,26 @@ def retraining(
     return validation.FromScratch(
         stages, tests, run.new_models, arguments, polished, run.ranked, run.config.seed, **shared_settings
     )
+
+
+@contextmanager
+def checkpoint_folders(run: Run, how: str) -> Iterator[None]:
+    """Around retrainings "from_scratch", in which a `Trainer` makes the folders of its checkpoints, and may log there.
+
+    Raises:
+        InputError: such a folder holds files that the library did not write.
+    """
+    trained = [name for name, stage in run.config.stages.items() if how == "from_scratch" and stage.uses_trainer]
+    checkpoints = [run.checkpoints(name) for name in trained]
+    for folder in checkpoints:
+        folders.check(folder)
+    for folder in checkpoints:
+        folders.add_names(folder, "checkpoints of a training", FILES_OF_A_TRAINING)
+    try:
+        yield
+    finally:
+        for folder in checkpoints:
+            folders.remove_if_empty(folder)
 
 
 def _refuse_taken(run: Run, names: Sequence[str]) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.functional import check_vocabulary
+from ..engine import folders
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError, first_line
 from ..registry import DIFFERENTIATIONS, registered
-from . import build
+from . import build, provenance
 from .data import load_rows, stream_rows
+from .outputs import Outputs
 from .plugins import parameters
 from .schema import Config, StageConfig
 from .tasks import task_of
@@ -52,9 +54,12 @@ class Run:
         self.folder = Path(config.run_dir).expanduser()
         self.names = list(config.stages)
         self._models: dict[str, Any] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._digests: dict[str, str | None] = {}
         self._rows: dict[tuple[str, str], list[dict] | Stream] = {}
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
+        self.outputs = Outputs(self.folder)
         for name in self.names:
             build.training_settings(self.config, name)
             build.polish_settings(self.config, name)
@@ -138,6 +143,13 @@ class Run:
                 self._rows[name, data.part] = rows
         return self._rows[name, data.part]
 
+    def rows_digest(self, name: str) -> str | None:
+        """SHA-256 of the stage's rows; None for a stream."""
+        if name not in self._digests:
+            rows = self.rows(name)
+            self._digests[name] = None if isinstance(rows, Stream) else digest(rows)
+        return self._digests[name]
+
     def content(self, name: str) -> str:
         """What a row of the stage holds: "text" or "image"."""
         return self.tasks[name].content
@@ -186,10 +198,19 @@ class Run:
         return objective
 
     def model(self, name: str):
-        """The trained model of a stage: from `run_dir/<stage>`, else from `model.path`."""
+        """The trained model of a stage: from `run_dir/<stage>`, else from `model.path`.
+
+        Raises:
+            InputError: there is none, or the one in the run folder was not trained by this configuration, or its
+                weights are not those that were written.
+        """
         if name not in self._models:
             folder = self.folder / name
-            source = folder if folder.is_dir() else self.config.stages[name].model.path
+            folders.check_no_file(folder)
+            is_here, path = self._has_folder(name), self.config.stages[name].model.path
+            if is_here and not self._is_named(name):
+                provenance.check_model(self, name)
+            source = folder if is_here else path
             if source is None:
                 raise InputError(
                     f"stage {name!r} is not trained yet: {folder} does not exist; run msif train --stage {name}, or "
@@ -203,11 +224,35 @@ class Run:
                     f"{self.config.stages[name].task}; run msif train --stage {name}."
                 )
             self._models[name] = model
+            if is_here and not self._is_named(name):
+                try:
+                    provenance.check_weights(self, name)
+                except InputError:
+                    self.forget_model(name)
+                    raise
         return self._models[name]
+
+    def fingerprint(self, name: str) -> str:
+        """SHA-256 of the weights of a stage's trained model."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = provenance.weights_fingerprint(self.model(name))
+        return self._fingerprints[name]
+
+    def _has_folder(self, name: str) -> bool:
+        """Whether the run folder has a model of the stage."""
+        folder = self.folder / name
+        return folder.is_dir() and any(folder.iterdir())
+
+    def _is_named(self, name: str) -> bool:
+        """Whether `model.path` names the stage's folder in the run folder, to be taken as it is."""
+        path, folder = self.config.stages[name].model.path, self.folder / name
+        if path is None or not self.is_taken_as_it_is(name):
+            return False
+        return os.path.abspath(os.path.expanduser(path)) == os.path.abspath(folder)
 
     def is_trained(self, name: str) -> bool:
         """Whether the stage has its final model: it was trained here, or its model is taken as it is."""
-        return (self.folder / name).is_dir() or self.is_taken_as_it_is(name)
+        return self._has_folder(name) or self.is_taken_as_it_is(name)
 
     def is_taken_as_it_is(self, name: str) -> bool:
         """Whether the stage is not trained here: the configuration names a finished model (`model.path`), and either
@@ -220,6 +265,7 @@ class Run:
     def forget_model(self, name: str) -> None:
         """Loads the stage's model anew when it is next asked for."""
         self._models.pop(name, None)
+        self._fingerprints.pop(name, None)
 
     def present_model(self, name: str):
         """The trained model, or an untrained one if the stage is not trained yet."""

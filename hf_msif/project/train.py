@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import training
 from ..adapters.split import split
+from ..engine import folders
 from ..engine.accelerated import Engine
 from ..engine.files import write_json
 from ..errors import DivergedError, InputError
 from ..training.record import check_arguments
-from . import build
+from ..training.recording import FILES as FILES_OF_A_RUN
+from ..training.trainer import last_checkpoint
+from . import build, provenance
 
 if TYPE_CHECKING:
     from ..training.polish import PolishReport
     from .run import Run
     from .schema import StageConfig
 
+# What Transformers' Trainer and the library write while a stage is trained.
+FILES_OF_A_TRAINING = (
+    *FILES_OF_A_RUN,
+    "checkpoint-[0-9]*",
+    *(
+        f"checkpoint-[0-9]*/{name}"
+        for name in (
+            *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+            *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+            *("trainer_state.json", "training_args.bin"),
+        )
+    ),
+    *("runs", "runs/*", "runs/*/events.out.tfevents.*"),
+)
+
 
 def stages_to_train(run: Run) -> list[str]:
     """The stages that `msif train` trains, in order: all but those whose model is taken as it is, which are printed.
 
-    The training arguments of all of them are checked here, before the first one is trained for hours.
+    The training arguments of all of them, and the places of their files, are checked here, before the first one is
+    trained for hours.
 
     Raises:
-        InputError: training arguments that Transformers refuses, or that a recorded run cannot repeat.
+        InputError: training arguments that Transformers refuses, or that a recorded run cannot repeat; something in
+            the run folder that the library did not write.
     """
     names = []
     for name in run.names:
@@ -41,6 +60,7 @@ def stages_to_train(run: Run) -> list[str]:
         arguments = run.arguments(name)
         if run.config.stages[name].recorded:
             check_arguments(arguments, name)
+        run.outputs.check(**_written(run, name))
     return names
 
 
@@ -59,11 +79,28 @@ def train(run: Run, name: str) -> dict:
         under `train` and `test`.
 
     Raises:
-        InputError: a stage that cannot be trained here, or an inherited encoder that is trained without α.
+        InputError: a stage that cannot be trained here, an inherited encoder that is trained without α, or something
+            in the run folder that the library did not write.
         DivergedError: a loss that is not finite after training.
     """
     stage = run.stage_config(name)
     _refuse_given_model(name, stage)
+    with run.outputs.writing(**_written(run, name)):
+        return _train(run, name, stage)
+
+
+def _written(run: Run, name: str) -> dict[str, list[Path]]:
+    """What training a stage writes, as `Outputs.check` takes it."""
+    files, replaced, checkpoints = [run.folder / f"{name}.json"], [run.folder / name], run.checkpoints(name)
+    stage = run.config.stages[name]
+    # The checkpoints of a recorded run become the run; under a limit, Trainer deletes the older ones as they are.
+    if not stage.recorded and stage.training.get("save_total_limit") is None:
+        return {"files": files, "into": [checkpoints], "replaced": replaced}
+    recording = [run.recording(name)] if stage.recorded else []
+    return {"files": files, "replaced": [*replaced, checkpoints, *recording]}
+
+
+def _train(run: Run, name: str, stage: StageConfig) -> dict:
     arguments, index = run.arguments(name), run.names.index(name)
     previous = run.model(run.names[index - 1]) if index else None
     sides = {"train": run.rows(name)}
@@ -76,12 +113,14 @@ def train(run: Run, name: str) -> dict:
     last_checkpoint = _last_checkpoint(checkpoints)
     if last_checkpoint is not None and (is_recorded or arguments.save_strategy != "no"):
         print(f"{name}: an interrupted training left {last_checkpoint}, to go on from")
+    record = provenance.model_record(run, name)
     report: dict[str, Any] = {"stage": name}
     if "test" in sides and build.inherits_head(run.config, name, model, previous):
         report["test_before"] = training.evaluate(model, objective, sides["test"], stage.batch_size)
     started = time.perf_counter()
     # α is estimated from finished models, so that training itself is without it.
     terms = _objective_terms(run, name, previous) | {"alpha": None if stage.alpha == "auto" else stage.alpha}
+    folders.write_marker(checkpoints, "checkpoints of a training", FILES_OF_A_TRAINING)
     try:
         if is_recorded:
             training.record(model, objective, sides["train"], arguments, checkpoints, progress=run.progress, **terms)
@@ -103,14 +142,15 @@ def train(run: Run, name: str) -> dict:
                 )
     except BaseException as error:
         if isinstance(error, DivergedError) or _last_checkpoint(checkpoints) is None:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            folders.remove(checkpoints)
         raise
     if is_recorded:
-        shutil.rmtree(run.recording(name), ignore_errors=True)
+        folders.remove(run.recording(name))
         os.replace(checkpoints, run.recording(name))
-    training.save(model, run.tokenizer, run.folder / name)
+    facts = record.facts() | {"weights": provenance.weights_fingerprint(model)}
+    training.save(model, run.tokenizer, run.folder / name, facts)
     write_json(run.folder / f"{name}.json", report)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    folders.remove(checkpoints)
     run.forget_model(name)
     return report
 
@@ -167,9 +207,5 @@ def _objective_terms(run: Run, name: str, previous) -> dict[str, Any]:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint of a `Trainer`, or the newest state of a recorded run, in a folder."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if not folder.is_dir():
-        return None
     states = sorted(str(path) for path in folder.glob("state-*.safetensors"))
-    return states[-1] if states else get_last_checkpoint(str(folder))
+    return states[-1] if states else last_checkpoint(folder)

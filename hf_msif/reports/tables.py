@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.files import write_atomically
@@ -92,10 +93,16 @@ def _text_columns(table: pd.DataFrame) -> list[int]:
     return [n for n, name in enumerate(table) if table[name].map(lambda cell: isinstance(cell, str)).any()]
 
 
+def files_of_table(path: str | os.PathLike) -> list[Path]:
+    """The files that `write_table` writes."""
+    return [Path(f"{path}.md"), Path(f"{path}.parquet")]
+
+
 def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
     """Writes `path`.md and `path`.parquet, each whole or not at all."""
-    write_atomically(f"{path}.md", lambda part: part.write_text(markdown(table) + "\n", encoding="utf-8"))
-    write_atomically(f"{path}.parquet", lambda part: table.to_parquet(part, index=False))
+    text, parquet = files_of_table(path)
+    write_atomically(text, lambda part: part.write_text(markdown(table) + "\n", encoding="utf-8"))
+    write_atomically(parquet, lambda part: table.to_parquet(part, index=False))
 
 
 def training_line(report: dict) -> str:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..engine import folders
 from ..engine.files import write_json
 from ..engine.hashing import digest
 from ..errors import InputError
 from .scores import METADATA_KEY
 
 FORMAT = 1
+PART_NAMES = "part-" + 8 * "[0-9]" + ".parquet"
+FILES = ("manifest.json", "kept.parquet", PART_NAMES)
 
 
 class ScoringFolder:
@@ -37,17 +39,19 @@ class ScoringFolder:
 
     Raises:
         InputError: there is an unfinished scoring and `resume` is false, or its manifest differs (what differs is
-            named) or is damaged, or the disk is full.
+            named) or is damaged, or the folder holds files that the library did not write, or the disk is full.
     """
 
     def __init__(self, finished: Path, manifest: Mapping[str, Any], resume: bool):
         self.finished, self.path = finished, finished.with_suffix(".parts")
         manifest = {"format": FORMAT, **json.loads(json.dumps(manifest, default=str))}
+        folders.check(self.path)
         if (self.path / "manifest.json").is_file():
             self._check(manifest, resume)
         else:
-            shutil.rmtree(self.path, ignore_errors=True)
+            folders.remove(self.path)
             with self.full_disk_explained():
+                folders.write_marker(self.path, "unfinished scoring", FILES)
                 write_json(self.path / "manifest.json", manifest)
 
     def _check(self, manifest: dict, resume: bool) -> None:
@@ -88,7 +92,8 @@ class ScoringFolder:
             ) from error
 
     def remove(self) -> None:
-        shutil.rmtree(self.path)
+        """Deletes the folder, unless it holds files of the user's."""
+        folders.remove(self.path)
 
 
 def rows_digest(rows: Sequence[dict]) -> str:

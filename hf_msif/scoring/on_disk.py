@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engine.files import write_atomically
-from .folder import ScoringFolder, read_facts, read_facts_if_intact, rows_digest
+from ..engine.folders import unfinished_files
+from .folder import PART_NAMES, ScoringFolder, read_facts, read_facts_if_intact, rows_digest
 from .scores import DUPLICATES, METADATA_KEY, Scores, pack_metadata, write_frame
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class PartsOnDisk:
     def __init__(self, path: Path, manifest: Mapping[str, Any], resume: bool):
         self.folder = ScoringFolder(path, manifest, resume)
         self.digests: dict[int, str] = {}  # number of a finished part → digest of its rows
-        for leftover in self.folder.path.glob("*.part"):
+        for leftover in unfinished_files(self.folder.path):
             leftover.unlink()
-        for part in sorted(self.folder.path.glob("part-*.parquet")):
+        for part in sorted(self.folder.path.glob(PART_NAMES)):
             facts = read_facts_if_intact(part)
             if facts is None:
                 print(f"{part} is damaged: its rows are scored again")

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..engine.files import load_tensors, save_tensors, write_json
+from ..engine.folders import add_names
 from ..engine.hashing import describe, digest
 from ..errors import InputError
 from ..objectives import Objective
@@ -35,6 +36,7 @@ from . import optimisers
 from .optimisers import SGD, AdamW, Slots
 
 FORMAT = 1
+FILES = ("run.json", "schedule.safetensors", "state-" + 8 * "[0-9]" + ".safetensors")  # of a recorded run
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Recording:
 
     def save(self) -> None:
         """Writes settings and schedule; states are written during the run (`write`)."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        add_names(self._folder, "recorded run", FILES)
         self.schedule.save(self._folder / "schedule.safetensors")
         write_json(self._folder / "run.json", self.settings)
 

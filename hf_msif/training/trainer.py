@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapters.functional import forward
 from ..adapters.peft import unwrap
@@ -181,8 +180,10 @@ def _last_checkpoint(arguments: TrainingArguments, facts: Mapping[str, Any], nam
     assert arguments.output_dir is not None
     folder = Path(arguments.output_dir)
     file = folder / "run.json"
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = last_checkpoint(folder)
     if checkpoint is None:
+        if file.exists() and not _is_ours(file):
+            raise InputError(f"{file} exists, and hf_msif did not write it: move it away, or give another output_dir.")
         if arguments.process_index == 0:
             write_json(file, facts)
         return None
@@ -194,6 +195,22 @@ def _last_checkpoint(arguments: TrainingArguments, facts: Mapping[str, Any], nam
             f"{folder}, or choose another output_dir, to train anew."
         )
     return checkpoint
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file holds the facts of a run, as `train` writes them."""
+    try:
+        return "the initial weights" in json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        return False
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint of a `Trainer` in a folder. `trainer_state.json` is what it writes last."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    steps = {path.parent.name.removeprefix("checkpoint-"): path.parent for path in states}
+    newest = max((step for step in steps if step.isdecimal()), key=int, default=None)
+    return None if newest is None else str(steps[newest])
 
 
 @contextmanager

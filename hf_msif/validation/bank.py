@@ -16,6 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..engine.files import write_json
+from ..engine.folders import add_names
 from ..errors import InputError
 
 
@@ -82,7 +83,7 @@ class Bank:
         self.folder = None if folder is None else Path(folder)
         self._entries: dict[str, dict] = {}
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            add_names(self.folder, "retrainings", ("settings-*.json", 32 * "[0-9a-f]" + ".json"))
             write_json(self.folder / f"settings-{self.fingerprint[:12]}.json", self.settings, indent=None)
 
     def losses(self, omissions: Sequence[Collection], seed: int = 0) -> np.ndarray:

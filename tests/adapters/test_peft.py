@@ -592,8 +592,12 @@ def test_train_query_and_score(tmp_path, capsys):
     assert (tmp_path / "run" / "table1.md").exists()
     same(weights(run.new_models(3)[1]), weights(run.new_models(3)[1]))
 
-    # The finished model says what its adapters are, not the configuration.
-    again = Run(load(path, [("stages.finetuning.model.lora.lora_alpha", 400)]), progress=False).model("finetuning")
+    other = ("stages.finetuning.model.lora.lora_alpha", 400)
+    with pytest.raises(InputError, match=r"trained with stages\.finetuning\.model\.lora\.lora_alpha = 4; the config"):
+        Run(load(path, [other]), progress=False).model("finetuning")
+    # Where it is taken as it is, the finished model says what its adapters are, not the configuration.
+    taken = [("stages.finetuning.model.path", str(run.folder / "finetuning")), ("stages.finetuning.training", {})]
+    again = Run(load(path, [other, *taken]), progress=False).model("finetuning")
     layer = again.bert.encoder.layer[0].attention.self.query
     assert layer.scaling == {"default": 2.0}
 

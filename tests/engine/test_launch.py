@@ -95,6 +95,7 @@ def test_the_command_line_under_a_launcher(trained):
     for q in range(2):
         np.testing.assert_allclose(found.influence(q), expected.influence(q), rtol=1e-6)
     streamed = [*flags, "--stages.pretraining.data.streaming", "true", "--stages.pretraining.curvature_samples", "29"]
+    launch(2, "-m", "hf_msif", "query", *streamed)
     done = launch(2, "-m", "hf_msif", "score", *streamed, "--keep", "top=2")
     assert "29 rows scored (" in done.stdout
     kept = Scores.from_parquet(folder / "two" / "scores.parquet")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from helpers import tiny
+from hf_msif.engine import folders
 from hf_msif.project.cli import main
 
 SENTIMENTS = ("Negative", "Positive", "Neutral")
@@ -102,6 +103,18 @@ def copied(path: Path, folder: Path) -> Path:
 def snapshot(folder: Path) -> dict:
     """Every file below a folder with its content."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def listing(folder: Path) -> set[str]:
+    """The names in a folder, without the library's own hidden files."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".hf_msif")}
+
+
+def rerecord(folder: Path, key: str, value) -> None:
+    """Says in the marker of a model or a query that the setting `key` was `value`."""
+    marker = folders.read_marker(folder)
+    settings = {**marker.facts["settings"], key: value}
+    folders.write_marker(folder, marker.kind, marker.names, {**marker.facts, "settings": settings})
 
 
 def image_project(folder: Path) -> Path:

@@ -61,7 +61,17 @@ def test_a_loaded_query_scores_the_same(query, folder, models):
 
 
 def test_only_finished_files_are_left(folder):
-    assert sorted(p.name for p in folder.iterdir()) == ["query.json", "query.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [".hf_msif.json", "query.json", "query.safetensors"]
+
+
+def test_a_file_of_the_users_is_not_replaced(query, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    query.save_pretrained(tmp_path)
+    query.save_pretrained(tmp_path)
+    (tmp_path / ".hf_msif.json").unlink()
+    with pytest.raises(InputError, match=r"query\.safetensors exists, and hf_msif did not write it: move it away"):
+        query.save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_losses_are_those_of_the_tests(query, models):

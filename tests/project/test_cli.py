@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from helpers.project import copied, msif, project, snapshot, visible
+from helpers.project import copied, listing, msif, project, rerecord, snapshot, visible
 
 from hf_msif import Scores
 from hf_msif.project import cli, commands
@@ -57,7 +57,7 @@ def test_from_plan_to_sweep(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "pretraining: trained in" in said
     assert "test loss" in said
-    assert {p.name for p in run.iterdir()} == {"pretraining", "pretraining.json", "finetuning", "finetuning.json"}
+    assert listing(run) == {"pretraining", "pretraining.json", "finetuning", "finetuning.json"}
 
     assert msif("plan", "--config", path) == 0
     assert "not trained yet" not in capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_from_plan_to_sweep(tmp_path, capsys):
     assert msif("query", "--config", path) == 0
     said = capsys.readouterr().out
     assert "converged" in said
-    assert {p.name for p in (run / "query").iterdir()} == {"query.json", "query.safetensors"}
+    assert listing(run / "query") == {"query.json", "query.safetensors"}
 
     assert msif("score", "--config", path) == 0
     said = capsys.readouterr().out
@@ -141,6 +141,8 @@ def test_score_of_the_last_stage_and_of_a_group(copy):
 
 def test_a_finished_training_may_have_needed_another_machine(copy):
     options = ("--config", copy / "config.yaml", "--stages.pretraining.training.bf16", "true", "--json")
+    for folder in ("pretraining", "query"):
+        rerecord(copy / "run" / folder, "stages.pretraining.training.bf16", True)
     assert msif("score", *options) == 0
     if not torch.cuda.is_available():
         assert msif("train", *options) == 2
@@ -311,6 +313,11 @@ BAD = {
     "another model than the query's": (
         remove("pretraining"),
         f"score {PRE}.model.path FOLDER/other {PRE}.training {{}}",
+        ["stages.pretraining.model.path was null", "query again (msif query)"],
+    ),
+    "no such model": (
+        remove("pretraining"),
+        f"query {PRE}.model.path FOLDER/other {PRE}.training {{}}",
         ["cannot load the model", "other"],
     ),
     "diverged": (None, f"train --stage pretraining {PRE}.training.learning_rate 1e10", ["loss", "learning rate"]),
@@ -319,7 +326,7 @@ BAD = {
         f"train {PRE}.training.learning_rate 1e10 {PRE}.training.save_strategy steps {PRE}.training.save_steps 2",
         ["loss", "learning rate"],
     ),
-    "NaN in a checkpoint": (nan, "query", ["stage 'pretraining'", "NaN", "damaged"]),
+    "NaN in a checkpoint": (nan, "query", ["run/pretraining holds other weights", "train --stage pretraining"]),
     "a damaged checkpoint": (cut, "query", ["stage 'pretraining': cannot load the model", "pretraining"]),
     "too many tests": (None, "query --test.number 1000", ["test.number is 1000", "at most"]),
     "too many tests to plan": (None, "plan --test.number 1000", ["test.number is 1000", "at most"]),
@@ -431,6 +438,7 @@ def test_a_command_is_a_file_and_a_name_in_the_list():
         assert all(callable(getattr(command, name)) for name in ("register", "run", "render"))
         assert command.TAKES_CONFIGURATION or not (command.FLAGS or command.SHARES_WORK)
         assert command.HELP
+        assert isinstance(command.WRITES, bool)
 
 
 def test_help_lists_every_key_and_imports_nothing_heavy():

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.project import msif, snapshot, unrolled_project, visible
+from helpers.project import listing, msif, snapshot, unrolled_project, visible
 
 from hf_msif import Scores
 from hf_msif.engine.files import load_tensors
@@ -49,9 +49,7 @@ def test_from_plan_to_scores(tmp_path, capsys):
 
     assert msif("train", "--config", path) == 0
     assert "pretraining: trained in" in capsys.readouterr().out
-    assert {p.name for p in run.iterdir()} == {
-        f"{name}{end}" for name in ("pretraining", "finetuning") for end in ("", ".json", ".run")
-    }
+    assert listing(run) == {f"{name}{end}" for name in ("pretraining", "finetuning") for end in ("", ".json", ".run")}
     after = answer(capsys, "plan", "--config", path)
     assert "not trained yet" not in after["text"]
     for name in ("pretraining", "finetuning"):
@@ -164,7 +162,12 @@ def test_there_is_no_damping_to_sweep(copied, capsys):
 
 
 def test_alpha_is_estimated(copied, capsys):
-    report = answer(capsys, "query", "--config", copied, f"{FINE}.link", "implicit", f"{FINE}.alpha", "auto")
+    options = ["--config", copied, f"{FINE}.link", "implicit", f"{FINE}.alpha", "auto"]
+    assert msif("query", *options) == 2
+    error = visible(capsys.readouterr().err)[-1]
+    assert "run/finetuning was trained with stages.finetuning.link = unrolled; the configuration says impl" in error
+    taken = [f"{FINE}.model.path", copied.parent / "run" / "finetuning", f"{FINE}.training", "{}"]
+    report = answer(capsys, "query", *options, *taken)
     stage = report["stages"]["finetuning"]
     assert stage["alpha"] == stage["alpha_estimate"]["alpha"]
     assert "estimated from the checkpoints" in stage["text"]

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.project import image_project, msif, project
+from helpers.project import image_project, listing, msif, project
 
 from hf_msif.errors import InputError
 from hf_msif.project import config
@@ -71,7 +71,7 @@ def test_leave_one_out_agrees_with_retraining_and_is_kept(copied, capsys):
     assert set(report["accuracy"]) == {"pretraining", "finetuning", "finetuning, test"}
     assert report["retrainings"] == 2 * (1 + 6)
     folder = where[1] / "validation"
-    assert sorted(p.name for p in folder.iterdir()) == [f"leave_one_out.{e}" for e in ("json", "parquet", "png")]
+    assert listing(folder) == {f"leave_one_out.{end}" for end in ("json", "parquet", "png")}
     removals = pd.read_parquet(folder / "leave_one_out.parquet")
     assert np.corrcoef(removals.measured, removals.influence)[0, 1] == pytest.approx(report["pearson_r"])
     again = answer(capsys, *arguments, "--validation.baselines", "[random]")
@@ -168,7 +168,8 @@ def test_a_bad_setting_is_one_sentence(copied, capsys, arguments, message):
 @pytest.mark.parametrize("how", ["warm_start", "from_scratch"])
 def test_a_stage_taken_as_it_is_is_not_trained_again(copied, tmp_path, capsys, how):
     path, flag, folder = copied
-    finished = shutil.copytree(folder / "pretraining", tmp_path / "finished")
+    finished = shutil.move(folder / "pretraining", tmp_path / "finished")
+    shutil.rmtree(folder / "query")
     taken = {"model": f"{{path: {finished}}}", "training": "{}", "polish": "null"}
     settings = [word for key, value in taken.items() for word in (f"--stages.pretraining.{key}", value)]
     command = ("validate", "--config", path, flag, folder, *settings, "--validation.retrain", how)

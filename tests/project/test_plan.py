@@ -124,8 +124,9 @@ def test_sizes_are_readable(size, text):
     assert cost.size_text(size) == text
 
 
-def test_what_each_of_several_processes_holds(path, run, capsys):
+def test_what_each_of_several_processes_holds(path, run, capsys, tmp_path):
     flags = ["--config", path, "--stages.finetuning.trainable", "all", "--stages.finetuning.alpha", "1.0"]
+    flags += ["--run_dir", tmp_path]
     assert msif("plan", *flags, "--sharded", "true", "--processes", "4") == 0
     assert "memory on each of 4 process(es)" in capsys.readouterr().out
     one = run(("sharded", True))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers.project import SIZES, snapshot, visible
+from helpers.project import SIZES, listing, snapshot, visible
 
 from hf_msif.errors import InputError
 from hf_msif.project import config
@@ -51,12 +51,7 @@ def test_a_finished_training_leaves_no_checkpoints_and_starts_anew(make_run, cap
     before = weights(same)
     report = train(same, "pretraining")
     assert report["train"]["loss"] > 0
-    assert sorted(p.name for p in same.folder.iterdir()) == [
-        "finetuning",
-        "finetuning.json",
-        "pretraining",
-        "pretraining.json",
-    ]
+    assert listing(same.folder) == {"finetuning", "finetuning.json", "pretraining", "pretraining.json"}
     assert json.loads((same.folder / "pretraining.json").read_text()) == report
     after = weights(same)
     assert all(torch.equal(after[name], before[name]) for name in before)

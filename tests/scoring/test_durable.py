@@ -113,7 +113,7 @@ def test_a_full_disk_loses_nothing(query, expected, tmp_path, monkeypatch):
             InputError, match=r"No space left on device; the parts that were finished are whole.*resume"
         ):
             query.score(CORPUS, output_dir=tmp_path, part_rows=5, batch_size=1)
-    assert sorted(p.name for p in (tmp_path / "scores.parts").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "scores.parts").glob("[!.]*")) == [
         "manifest.json", "part-00000000.parquet", "part-00000001.parquet"]  # fmt: skip
     same(query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=5), expected)
 
@@ -124,7 +124,7 @@ def test_killed_while_the_parts_are_put_together(query, expected, tmp_path, monk
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder.shutil, "rmtree", killed)
+        patch.setattr(folder.folders, "remove", killed)
         with pytest.raises(Killed):
             query.score(CORPUS, output_dir=tmp_path, part_rows=5)
     assert (tmp_path / "scores.parquet").exists()

@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     killed = Linear(c, dies_after=6)
     with pytest.raises(KeyboardInterrupt):
         Bank(killed, tmp_path, progress=False).effects(sets)
-    files = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    files = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("[!.]*")}
     assert len(files) == 6 + 1
     assert not [name for name in files if name.endswith(".part")]
     again = Linear(c)
@@ -151,7 +151,7 @@ def test_effects_are_differences_under_one_seed_averaged_over_seeds():
 def test_a_record_says_what_it_is(tmp_path):
     bank = Bank(lambda omit, seed: Retrained([1.5], False, {"gradient_norm": 1.0}), tmp_path, {}, progress=False)
     bank.losses([["b", "a"]], seed=4)
-    (path,) = [p for p in tmp_path.iterdir() if "settings" not in p.name]
+    (path,) = [p for p in tmp_path.glob("[!.]*") if "settings" not in p.name]
     record = json.loads(path.read_text())
     assert record.pop("seconds") >= 0
     expected = {"omitted": ["a", "b"], "seed": 4, "losses": [1.5], "reached": False, "notes": {"gradient_norm": 1.0}}

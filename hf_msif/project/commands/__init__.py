@@ -19,6 +19,8 @@ class Command(Protocol):
     Attributes:
         HELP: one line for `msif --help`.
         TAKES_CONFIGURATION: whether it takes `--config FILE.yaml` and `--section.key VALUE`.
+        WRITES: whether it writes to the run folder, so that no other command may write there meanwhile. A command
+            without configuration names the folder by its flag `--output_dir`.
         SHARES_WORK: whether the processes of a launch share its work; a launcher is refused otherwise.
         FLAGS: its own flags as its usage line shows them, if it takes a configuration; argparse writes the usage
             line of the other commands.
@@ -28,6 +30,7 @@ class Command(Protocol):
 
     HELP: str
     TAKES_CONFIGURATION: bool
+    WRITES: bool
     SHARES_WORK: bool
     FLAGS: str
     run: Callable[..., dict]

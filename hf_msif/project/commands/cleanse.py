@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import pandas as pd
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 HELP = "write the ranked stage's rows without the most harmful ones; train again without them if asked to"
 TAKES_CONFIGURATION = True
+WRITES = True
 SHARES_WORK = False
 FLAGS = ""
 
@@ -33,15 +36,27 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     The ranking is by influence on the mean loss of the rows of `test`; what is measured are other rows of the test
     side. Each repetition has its own initial weights, test rows, ranking and random rows.
     """
-    import pandas as pd
-
-    from ...engine.files import write_json
-    from ..retraining import refuse_streams
+    from ..retraining import checkpoint_folders, refuse_streams
 
     refuse_streams(project, "cleanse")
     settings = project.config.cleanse
     if settings.retrain == "no" and settings.seeds > 1:
         raise InputError("cleanse.seeds are repetitions of a retraining; set cleanse.retrain, or leave seeds out.")
+    into = [project.folder / "cleanse", project.folder / "bank"]
+    with project.outputs.writing(_files(project), into), checkpoint_folders(project, settings.retrain):
+        return _run(project)
+
+
+def _files(project: Run) -> list[Path]:
+    return [project.output(f"cleanse/{name}") for name in ("kept.parquet", "random.parquet", "gains.json")]
+
+
+def _run(project: Run) -> dict:
+    import pandas as pd
+
+    from ...engine.files import write_json
+
+    settings = project.config.cleanse
     started = time.perf_counter()
     repetitions = [
         _cleanse(_repetition(project, number) if number else project, write=not number)
@@ -74,6 +89,7 @@ def render(report: dict) -> None:
 
 def _repetition(project: Run, number: int) -> Run:
     """The configuration with its seeds raised by `number`, trained in a folder of its own."""
+    from ..provenance import is_outdated
     from ..run import Run
     from ..train import train
 
@@ -86,7 +102,8 @@ def _repetition(project: Run, number: int) -> Run:
     repetition = Run(config.model_copy(update=update), project.progress)
     repetition.borrow_rows(project)
     for name in repetition.names:
-        if not repetition.is_trained(name):
+        is_here = repetition.is_trained(name)
+        if not is_here or (not repetition.is_taken_as_it_is(name) and is_outdated(repetition, name)):
             train(repetition, name)
     return repetition
 
@@ -95,6 +112,7 @@ def _cleanse(project: Run, write: bool) -> dict:
     """One repetition: ranks the rows, writes those that are kept if told to, and retrains if the configuration says
     so. Returns one row of the report's table."""
     from ...engine.corpus import Stream
+    from ...engine.folders import add_names
 
     settings = project.config.cleanse
     tests, chain, rows = project.tests(), project.chain(), project.rows(project.ranked)
@@ -102,6 +120,8 @@ def _cleanse(project: Run, write: bool) -> dict:
     influence = chain.query(tests, "mean").score(rows, stage=project.ranked).influence()
     removed = _removed(influence, settings.fraction, project.config.seed)
     if write:
+        names = [path.name for path in _files(project)]
+        add_names(project.folder / "cleanse", "cleansed rows", [*names, "seed-[0-9]*"])
         for name, file in (("harmful", "kept"), ("random", "random")):
             _write_kept(project.output(f"cleanse/{file}.parquet"), rows, removed[name])
     report: dict[str, Any] = {"removed": len(removed["harmful"])}

@@ -9,6 +9,7 @@ from . import check_positive
 
 HELP = "absolute influences of two runs side by side: two tasks, two models"
 TAKES_CONFIGURATION = False
+WRITES = False
 SHARES_WORK = False
 FLAGS = ""
 

@@ -6,6 +6,7 @@ import argparse
 
 HELP = "embedded data, no network: trains, explains three tweets, retrains to check"
 TAKES_CONFIGURATION = False
+WRITES = True
 SHARES_WORK = False
 FLAGS = ""
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 HELP = "small checks on your own models and data: what would make a score meaningless, and what to do about it"
 TAKES_CONFIGURATION = True
+WRITES = False
 SHARES_WORK = True
 FLAGS = ""
 

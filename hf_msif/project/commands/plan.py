@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 HELP = "what a run will cost: parameters in each role, memory, passes, time; nothing is written"
 TAKES_CONFIGURATION = True
+WRITES = False
 SHARES_WORK = False
 FLAGS = "[--processes N]"
 

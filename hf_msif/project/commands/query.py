@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..run import Run
 
 HELP = "pull the test tweets' losses back through the stages: one inverse-curvature product per stage"
 TAKES_CONFIGURATION = True
+WRITES = True
 SHARES_WORK = True
 FLAGS = ""
 
@@ -23,18 +25,40 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Asks about the test rows; writes `run_dir/query`. Long solves write checkpoints to
     `run_dir/query.checkpoints`, from which the next call goes on when this one is interrupted."""
+    from ...influence.query import FILES
+
+    folder, checkpoints = project.folder / "query", project.folder / "query.checkpoints"
+    with project.outputs.writing([folder / name for name in FILES], into=[folder, checkpoints]):
+        return _query(project, folder, checkpoints)
+
+
+def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
+    from ...engine import folders
+    from ...influence.query import FILES
     from .. import memory
+    from ..provenance import query_record
 
     started = time.perf_counter()
     models, tests = project.models(), project.tests()
     chain = project.chain(models)
-    folder, checkpoints = project.folder / "query", project.folder / "query.checkpoints"
     if project.config.memory_check:
         memory.check(chain, 1 if project.aggregate else len(tests))
-    query = chain.query(tests, project.aggregate, checkpoints=checkpoints)
-    query.save_pretrained(folder)
-    if chain.engine.is_main:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    is_main = chain.engine.is_main
+    with chain.engine.raising_together():
+        if is_main:
+            names = [f"{name}.safetensors" for name in project.names]
+            folders.add_names(checkpoints, "checkpoints of a query", names)
+    try:
+        query = chain.query(tests, project.aggregate, checkpoints=checkpoints)
+    except BaseException:
+        if is_main:
+            folders.remove_if_empty(checkpoints)
+        raise
+    query.save_pretrained(folder)  # its marker says nothing of settings: a crash here leaves a query that is refused
+    with chain.engine.raising_together():
+        if is_main:
+            folders.write_marker(folder, "query", FILES, query_record(project).facts())
+            folders.remove(checkpoints)
     seconds = round(time.perf_counter() - started, 1)
     return {"seconds": seconds, "query": str(folder), **query.certificate()}
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HELP = "rank the corpus for the query, and write the paper's Table 1"
 TAKES_CONFIGURATION = True
+WRITES = True
 SHARES_WORK = True
 FLAGS = "[--resume] [--keep top=K]"
 
@@ -34,21 +35,34 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     Finished parts lie in `run_dir/scores.parts` until all are there, and `--resume` goes on from them. With
     `--keep top=K` only the K most extreme rows of each order are written.
     """
+    from ...reports.tables import files_of_table
+
+    keep, folder = _rows_to_keep(arguments.keep), project.folder / "query"
+    if not (folder / "query.json").is_file():
+        raise InputError(f"there is no query in {project.folder} yet; run msif query with the same --config first.")
+    path, table_path = project.output("scores.parquet"), project.output("table1")
+    files = [path, *files_of_table(table_path)]
+    if _has_figure(project):
+        files.append(project.output("figure3.png"))
+    with project.outputs.writing(files, into=[path.with_suffix(".parts")]):
+        return _score(project, arguments.resume, keep)
+
+
+def _score(project: Run, resume: bool, keep: int | None) -> dict:
     from ...engine.corpus import Stream
     from ...influence.query import Query
     from ...reports.tables import table_one, write_table
+    from ..provenance import check_query
 
-    keep = _rows_to_keep(arguments.keep)
     folder, settings = project.folder / "query", project.config.corpus
-    if not (folder / "query.json").is_file():
-        raise InputError(f"there is no query in {project.folder} yet; run msif query with the same --config first.")
+    check_query(project, folder)
     query, corpus = Query.from_pretrained(folder, project.chain()), project.corpus()
     started = time.perf_counter()
     scores = query.score(
         corpus,
         stage=settings.stage,
         output_dir=project.folder,
-        resume=arguments.resume,
+        resume=resume,
         keep=keep,
         dtype=settings.dtype,
         part_rows=settings.part_rows,
@@ -63,7 +77,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
         report["table"] = table_one(scores)
         if query.chain.engine.is_main:
             write_table(report["table"], table_path)
-            if project.content(project.ranked) == project.content(project.names[-1]) == "image":
+            if _has_figure(project):
                 assert not isinstance(corpus, Stream)  # streams are of texts
                 report["figure"] = _write_figure(project, query, scores, corpus)
     return report
@@ -90,6 +104,10 @@ def _rows_to_keep(text: str | None) -> int | None:
     if match is None:
         raise InputError(f"--keep is {text!r}; expected top=K, for example --keep top=1000.")
     return int(match[1])
+
+
+def _has_figure(project: Run) -> bool:
+    return project.content(project.ranked) == project.content(project.names[-1]) == "image"
 
 
 def _write_figure(project: Run, query: Query, scores: Scores, corpus: Sequence[dict]) -> str | None:

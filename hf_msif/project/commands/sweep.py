@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 HELP = "how the ranking moves with the damping"
 TAKES_CONFIGURATION = True
+WRITES = True
 SHARES_WORK = True
 FLAGS = ""
 
@@ -24,17 +25,28 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Ranks the corpus with each of the configuration's `dampings` of the ranked stage; writes
     `run_dir/sweep.parquet` and `.md`."""
-    from ...influence.sweep import damping_sweep
-    from ...reports.tables import write_table
+    from ...reports.tables import files_of_table
+    from ..provenance import check_query
 
     if not getattr(project.solvers[project.ranked], "damped", False):
         name = project.config.stages[project.ranked].solver.name
         raise InputError(f"stages.{project.ranked}.solver.name is {name}, which has no damping; expected another.")
+    with project.outputs.writing(files_of_table(project.output("sweep"))):
+        check_query(project, project.folder / "query", needed=False)
+        return _sweep(project)
+
+
+def _sweep(project: Run) -> dict:
+    from ...influence.sweep import damping_sweep
+    from ...reports.tables import write_table
+
     started = time.perf_counter()
     models, tests, corpus = project.models(), project.tests(), project.corpus()
     chain = project.chain(models)
     table = damping_sweep(chain, tests, corpus, project.config.dampings, project.config.corpus.stage)
-    write_table(table, project.output("sweep"))
+    with chain.engine.raising_together():
+        if chain.engine.is_main:
+            write_table(table, project.output("sweep"))
     seconds = round(time.perf_counter() - started, 1)
     return {"seconds": seconds, "sweep": str(project.output("sweep.parquet")), "table": table}
 

@@ -8,6 +8,7 @@ from . import check_positive
 
 HELP = "the most influential rows of a finished run"
 TAKES_CONFIGURATION = False
+WRITES = False
 SHARES_WORK = False
 FLAGS = ""
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 HELP = "train a stage (--stage NAME) or all of them, first to last"
 TAKES_CONFIGURATION = True
+WRITES = True
 SHARES_WORK = False
 FLAGS = "[--stage NAME]"
 

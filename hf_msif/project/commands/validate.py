@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ...scoring.scores import Scores
     from ...validation import Bank
     from ...validation.experiments import Validation
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
 
 HELP = "remove rows, train all stages again, and compare with the prediction"
 TAKES_CONFIGURATION = True
+WRITES = True
 SHARES_WORK = False
 FLAGS = ""
+ENDINGS = (".json", ".parquet", ".png")  # of the files of an experiment
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +31,26 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Runs the configuration's experiment; writes `run_dir/validation`. Retrainings are kept in `run_dir/bank`, where
     the next call finds them."""
-    from ... import validation
-    from ...engine.files import write_atomically, write_json
-    from ...reports.figures import write_figure
-    from ..retraining import refuse_streams, retraining
+    from ..provenance import check_query
+    from ..retraining import checkpoint_folders, refuse_streams
 
     refuse_streams(project, "validate")
+    path = project.output(f"validation/{project.config.validation.experiment}")
+    files = [path.with_name(f"{path.name}{end}") for end in ENDINGS]
+    into = [path.parent, project.folder / "bank"]
+    with project.outputs.writing(files, into):
+        check_query(project, project.folder / "query", needed=False)
+        with checkpoint_folders(project, project.config.validation.retrain):
+            return _validate(project, path, files)
+
+
+def _validate(project: Run, path: Path, files: list[Path]) -> dict:
+    from ... import validation
+    from ...engine.files import write_atomically, write_json
+    from ...engine.folders import add_names
+    from ...reports.figures import write_figure
+    from ..retraining import retraining
+
     settings, stage = project.config.validation, project.ranked
     methods = _baselines(settings.baselines)
     started = time.perf_counter()
@@ -49,7 +67,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     baselines = validation.baselines(chain, tests, corpus, stage, methods, project.config.seed)
     bank = validation.Bank(retrain, project.folder / "bank", progress=project.progress)
     result = _experiment(project, bank, scores, groups, baselines)
-    path = project.output(f"validation/{settings.experiment}")
+    add_names(path.parent, "validation", [file.name for file in files])
     report = {**result.to_dict(), "seconds": round(time.perf_counter() - started, 1)}
     report |= {"retrainings": bank.computed, "accuracy": _accuracies(project, models)}
     write_json(f"{path}.json", report)

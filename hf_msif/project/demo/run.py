@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +15,13 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, TrainingArguments, set_seed
 
 from ... import MultiStageInfluence, Scores, Stage, objectives, solvers, training
+from ...engine import folders
 from ...engine.files import write_json
+from ...influence.query import FILES as FILES_OF_A_QUERY
 from ...influence.sweep import damping_sweep
 from ...models import FeedForwardClassifier
-from ...reports.tables import plain, table_one, training_line, write_table
+from ...reports.tables import files_of_table, plain, table_one, training_line, write_table
+from ..outputs import Outputs
 from .grammar import World, vocabulary, world
 
 TOP = 10  # sentences per tweet whose kind is counted
@@ -52,18 +54,28 @@ def demo(
     Returns:
         What `demo.json` holds: `training` (per stage), `hits` (per method, one per tweet), `table` (Table 1),
         `damping`, `removal` with `check`, and `seconds`.
+
+    Raises:
+        InputError: `output_dir` has something in a place of these files that no demo wrote.
     """
     say = (lambda *words: None) if quiet else print
-    folder, started, data = Path(output_dir), time.perf_counter(), world(seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small models are faster on one thread, and the figures are the same on every machine
-    try:
-        report = _demo(folder, seed, data, say, not quiet, steps, check)
-    finally:
-        torch.set_num_threads(threads)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # Trainer makes it even if it saves nothing
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(folder / "demo.json", report)
+    folder, started = Path(output_dir), time.perf_counter()
+    files = [folder / name for name in ("demo.json", "scores.parquet")]
+    files += [folder / "query" / name for name in FILES_OF_A_QUERY]
+    files += [file for table in ("table1", "sweep") for file in files_of_table(folder / table)]
+    models = [folder / name for name in ("pretraining", "finetuning")]
+    with Outputs(folder, "output_dir").writing(files, [folder / "query", folder / "checkpoints"], models):
+        # Trainer makes the folder even if it saves nothing.
+        folders.write_marker(folder / "checkpoints", "checkpoints of a training", ())
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # small models are faster on one thread, and all machines get the same figures
+        try:
+            report = _demo(folder, seed, world(seed), say, not quiet, steps, check)
+        finally:
+            torch.set_num_threads(threads)
+            folders.remove_if_empty(folder / "checkpoints")
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(folder / "demo.json", report)
     say(f"\nDone in {report['seconds']:.0f} s; models, scores and tables are in {folder}.")
     return report
 
