@@ -177,13 +177,11 @@ class Query:
         write_atomically(folder / "query.json", lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, chain: Chain) -> Query:
-        """Loads a saved query for the chain it was made with.
+    def check(cls, folder: str | os.PathLike, chain: Chain) -> dict[str, Any]:
+        """What the `query.json` in a folder holds, after checking that it could be made with `chain` today.
 
         Raises:
-            InputError: nothing is saved there; the files are damaged, or were changed since they were written; or
-                something that the query depends on has changed since (it is named): a stage's model, data, objective,
-                tokenizer or settings.
+            InputError: as `from_pretrained`, but for the tensors, which are not read.
         """
         folder = Path(folder)
         state = _read(folder)
@@ -194,6 +192,19 @@ class Query:
             )
         for bound in chain.stages:
             _check_unchanged(bound, state["depends_on"][bound.name], folder)
+        return state
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, chain: Chain) -> Query:
+        """Loads a saved query for the chain it was made with.
+
+        Raises:
+            InputError: nothing is saved there; the files are damaged, or were changed since they were written; or
+                something that the query depends on has changed since (it is named): a stage's model, data, objective,
+                tokenizer or settings.
+        """
+        folder = Path(folder)
+        state = cls.check(folder, chain)
         by_stage = _read_tensors(folder, state, chain)
         solutions, facts = {}, {}
         for bound in chain.stages:

@@ -29,8 +29,8 @@ def plan(run: Run, processes: int = 1) -> dict:
         `score_seconds` of the whole corpus; `disk_bytes`; `memory_bytes` that are needed at a time on each process
         beside the models; `free_bytes`.
     """
-    models = {name: run.present_model(name) for name in run.names}
     run.checked_test_part()
+    models = {name: run.present_model(name) for name in run.names}
     columns = 1 if run.aggregate else len(run.tests())
     corpus = run.config.corpus.sample
     if not isinstance(run.rows(run.ranked), Stream):

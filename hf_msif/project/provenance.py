@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..engine import folders
 from ..engine.hashing import tensors_fingerprint, tokenizer_fingerprint
@@ -19,6 +19,9 @@ from ..errors import InputError
 from .keys import MISSING, default, model_settings, query_settings
 from .schema import Config
 from .tasks import Task
+
+if TYPE_CHECKING:
+    from ..influence.chain import Chain
 
 SHOWN = 3  # differences in a message
 STAGE_BEFORE = "the stage before"  # the content of its weights
@@ -248,6 +251,21 @@ def check_query(run: Run, folder: Path, needed: bool = True) -> None:
         )
         more = f" (and {len(differences) - SHOWN} more settings changed)" if len(differences) > SHOWN else ""
         raise InputError(f"{each}{more}: query again (msif query), or undo the change.")
+
+
+def check_query_content(run: Run, chain: Chain) -> None:
+    """Refuses to go on beside a query in the run folder that was made with other models, rows or tokenizers.
+
+    `check_query` compares settings by their keys, before anything is loaded; this compares everything by content.
+
+    Raises:
+        InputError: names what changed.
+    """
+    from ..influence.query import Query
+
+    folder = run.folder / "query"
+    if (folder / "query.json").is_file():
+        Query.check(folder, chain)
 
 
 def _lists(differences: list[Difference]) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from ..engine import folders
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError, first_line
-from ..registry import DIFFERENTIATIONS, registered
+from ..registry import CHECKS, DIFFERENTIATIONS, registered
 from . import build, provenance
 from .data import load_rows, stream_rows
 from .outputs import Outputs
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..influence.chain import BoundStage
     from ..influence.differentiation import Differentiation
     from ..influence.multistage import MultiStageInfluence
+    from ..influence.stage import Stage
     from ..objectives import Objective
 
 
@@ -343,24 +344,44 @@ class Run:
             planned: stages whose training run is still to be recorded count as implicit ones.
             settings: of every `Stage`, in the place of the configuration's.
         """
-        from .. import MultiStageInfluence, Stage
+        from .. import MultiStageInfluence
 
         models = models or self.models()
-        shared = ("trainable", "weight_decay", "alpha", "curvature_samples", "batch_size", "resized", "skip_checks")
-        stages = [
-            Stage(
-                name,
-                models[name],
-                self.objective(name, models[name]),
-                self.rows(name),
-                curvature=self.curvatures[name],
-                solver=self.solvers[name],
-                seed=self.config.seed,
-                **{**{key: getattr(stage, key) for key in shared}, **self._link(name, planned), **settings},
-            )
-            for name, stage in self.config.stages.items()
-        ]
+        stages = [self._stage(name, models[name], **{**self._link(name, planned), **settings}) for name in self.names]
         return MultiStageInfluence(stages, self.accelerator, self.progress, self.config.sharded)
+
+    def _stage(self, name: str, model: Any, **settings: Any) -> Stage:
+        from .. import Stage
+
+        shared = ("trainable", "weight_decay", "alpha", "curvature_samples", "batch_size", "resized", "skip_checks")
+        return Stage(
+            name,
+            model,
+            self.objective(name, model),
+            self.rows(name),
+            curvature=self.curvatures[name],
+            solver=self.solvers[name],
+            seed=self.config.seed,
+            **{**{key: getattr(self.config.stages[name], key) for key in shared}, **settings},
+        )
+
+    def check_untrained(self, name: str, model: Any) -> None:
+        """Binds a stage as it is before its training, as an implicit one: what its checks will refuse of the trained
+        model (a masked model under a causal task, say) is refused before hours are spent.
+
+        Raises:
+            InputError: see `influence.chain.BoundStage`.
+        """
+        from ..engine.accelerated import Engine
+        from ..influence.chain import BoundStage
+
+        engine, implicit = Engine(progress=False), {"link": "implicit", "run": None, "alpha": 1.0}
+        index, before = self.names.index(name), None
+        if index:
+            previous = self.names[index - 1]
+            stage = self._stage(previous, self.model(previous), **{**implicit, "skip_checks": list(CHECKS)})
+            before = BoundStage(stage, None, engine)
+        BoundStage(self._stage(name, model, **implicit), before, engine)
 
     @cached_property
     def accelerator(self) -> Accelerator:

@@ -109,6 +109,7 @@ def _train(run: Run, name: str, stage: StageConfig) -> dict:
     model = run.new_model(name)
     objective = run.objective(name, model)
     _require_alpha(name, stage, model, previous)
+    run.check_untrained(name, model)
     checkpoints, is_recorded = run.checkpoints(name), stage.recorded
     last_checkpoint = _last_checkpoint(checkpoints)
     if last_checkpoint is not None and (is_recorded or arguments.save_strategy != "no"):

@@ -106,7 +106,7 @@ def test_the_command_line_under_a_launcher(trained):
     assert "corpus.stage is 'nowhere'" in done.stderr
     done = launch(2, "-m", "hf_msif", "train", *flags, check=False)
     assert done.returncode
-    assert "started as 2 processes, but only query, score, sweep share their work" in done.stderr
+    assert "started as 2 processes, but only diagnose, query, score, sweep share their work" in done.stderr
 
 
 @pytest.mark.launch

@@ -295,12 +295,17 @@ BAD = {
     "more labels than the model has": (
         None,
         f"query {FINE}.objective.labels [Negative,Positive,Neutral]",
-        ["lists 3 classes", "the model has 2", "order of the model's"],
+        [
+            "was trained with",
+            f'{FINE[2:]}.objective.labels = ["Negative", "Positive"]',
+            "Neutral",
+            "train the stage again",
+        ],
     ),
     "labels in another order": (
         None,
         f"query {FINE}.objective.labels [Positive,Negative]",
-        ["['Positive', 'Negative']", "id2label", "['Negative', 'Positive']"],
+        ["was trained with", f'{FINE[2:]}.objective.labels = ["Negative", "Positive"]', '["Positive", "Negative"]'],
     ),
     "earlier stage not trained": (
         remove("pretraining"),

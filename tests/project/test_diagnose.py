@@ -38,6 +38,12 @@ def test_plan_refuses_what_diagnose_refuses(path, capsys):
     assert "the loss would see its own targets; expected a causal model" in capsys.readouterr().err
 
 
+def test_train_refuses_before_it_trains(path, capsys):
+    assert msif("train", "--config", path, *MADE_CAUSAL) == 2
+    assert "the loss would see its own targets; expected a causal model" in capsys.readouterr().err
+    assert not (path.parent / "run" / "pretraining").exists()
+
+
 def test_a_skipped_check_is_skipped(path, capsys):
     assert msif("diagnose", "--config", path, *MADE_CAUSAL, "--stages.pretraining.skip_checks", "[causality]") == 0
     shown = capsys.readouterr().out

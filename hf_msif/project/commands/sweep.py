@@ -39,10 +39,12 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
 def _sweep(project: Run) -> dict:
     from ...influence.sweep import damping_sweep
     from ...reports.tables import write_table
+    from ..provenance import check_query_content
 
     started = time.perf_counter()
     models, tests, corpus = project.models(), project.tests(), project.corpus()
     chain = project.chain(models)
+    check_query_content(project, chain)
     table = damping_sweep(chain, tests, corpus, project.config.dampings, project.config.corpus.stage)
     with chain.engine.raising_together():
         if chain.engine.is_main:

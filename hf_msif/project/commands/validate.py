@@ -49,6 +49,7 @@ def _validate(project: Run, path: Path, files: list[Path]) -> dict:
     from ...engine.files import write_atomically, write_json
     from ...engine.folders import add_names
     from ...reports.figures import write_figure
+    from ..provenance import check_query_content
     from ..retraining import retraining
 
     settings, stage = project.config.validation, project.ranked
@@ -56,6 +57,7 @@ def _validate(project: Run, path: Path, files: list[Path]) -> dict:
     started = time.perf_counter()
     models, tests = project.models(), project.tests()
     chain = project.chain(models)
+    check_query_content(project, chain)
     # The random subsets of a datamodelling score are drawn from all rows that the stage was trained on.
     whole = settings.experiment == "datamodelling_score"
     corpus = project.rows(stage) if whole else project.corpus()
