@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,18 +23,19 @@ from .derivatives import Evaluation
 ROUNDING = {torch.float64: 1e-6}
 ROUNDING_OF_OTHERS = 1e-4
 COMPARED_PARAMETERS = 2**22
-SEARCHED_ROWS = 1000  # among which a short and a long one are searched
+SEARCHED_ROWS = 1000  # among which rows of different length are searched
+COMPARED_ROWS = 8  # a model may select tokens, and a single pair of rows show nothing of it
 
 
 @dataclass(frozen=True)
 class BatchEffect:
-    """How far the loss of a row and its gradient move with the rows beside it, relative to their norms.
+    """How far the losses of rows and their gradients move with the rows beside them, relative to their sizes.
 
     Attributes:
-        beside_others: the larger one of a short and a long row, alone and together.
-        beside_equals: the same of rows of equal length, alone and beside themselves; 0.0 where `beside_others` is
-            rounding, and nothing was measured.
-        padded: whether one row was padded beside the other one.
+        beside_others: of rows of different length, alone and together.
+        beside_equals: of rows alone and beside themselves; 0.0 where `beside_others` is rounding, and nothing was
+            measured.
+        padded: whether rows were padded beside the others.
         rounding: up to where a difference counts as rounding.
     """
 
@@ -72,11 +75,16 @@ def without_tf32() -> Iterator[None]:
             kernel.fp32_precision = precision
 
 
-def short_and_long(rows: Sequence[dict], objective: Objective) -> tuple[dict, dict] | None:
-    """The rows of least and of largest length that have a term; None if fewer than two rows have."""
-    order = sorted(range(len(rows)), key=lambda i: row_cost(rows[i], objective))
-    short, long = (next((i for i in some if _has_terms(rows[i], objective)), None) for some in (order, order[::-1]))
-    return None if short is None or long is None or short == long else (rows[short], rows[long])
+def rows_of_all_lengths(rows: Sequence[dict], objective: Objective) -> list[dict]:
+    """Up to `COMPARED_ROWS` of the rows that have a term, from the shortest to the longest one, evenly spread."""
+    ascending = sorted(rows, key=lambda row: row_cost(row, objective))
+    longest = next((row for row in reversed(ascending) if _has_terms(row, objective)), None)
+    compared: list[dict] = []
+    for n in range(COMPARED_ROWS - 1):
+        start, end = (k * (len(ascending) - 1) // (COMPARED_ROWS - 1) for k in (n, n + 1))
+        found = next((row for row in ascending[start:end] if row is not longest and _has_terms(row, objective)), None)
+        compared += [] if found is None else [found]
+    return compared + ([] if longest is None else [longest])
 
 
 def _has_terms(row: dict, objective: Objective) -> bool:
@@ -84,17 +92,20 @@ def _has_terms(row: dict, objective: Objective) -> bool:
 
 
 def batch_effect(
-    model: FunctionalModel, objective: Objective, short: dict, long: dict, names: Iterable[str]
+    model: FunctionalModel, objective: Objective, rows: Sequence[dict], names: Iterable[str]
 ) -> BatchEffect:
-    """Compares the losses and gradients of two rows alone and together, in at most eight gradients of one or two rows.
+    """Compares the losses and gradients of n rows alone and together, in n + 1 gradients, and n more of twice the same
+    row where they differ.
 
-    Only as many of the parameters `names` as have 4 million entries take part, the smallest tensors first (in most
-    models biases and normalisations of all layers): the comparison then needs no memory beside the activations.
+    Losses are `tempered`. Gradients are compared as Σ_i g_i / ‖g_i‖, g_i being those of the rows alone: one backward
+    pass for all rows of a batch. Only as many of the parameters `names` as have 4 million entries take part, the
+    smallest tensors first (in most models biases and normalisations of all layers): the comparison needs little memory
+    beside the activations.
 
     Args:
         model: at the parameters at which the losses are differentiated.
         objective: makes batches of rows and losses of the model's outputs.
-        short, long: two rows of different length.
+        rows: rows of different length.
         names: parameters on which the losses depend.
     """
     compared: list[str] = []
@@ -104,50 +115,90 @@ def batch_effect(
         if compared and total > COMPARED_PARAMETERS:
             break
         compared.append(name)
+    limit, beside_equals = rounding(next(iter(model.parameters.values())).dtype), 0.0
     with model.evaluating(), without_tf32():
-        alone = [_measured(model, objective, [row], compared)[0] for row in (short, long)]
-        together = _measured(model, objective, [short, long], compared)
-        beside_others = max(_difference(*pair) for pair in zip(alone, together, strict=True))
-        limit, beside_equals = rounding(next(iter(model.parameters.values())).dtype), 0.0
+        measure = partial(_measured, model, tempered(objective, model, rows), compared)
+        alone = [measure([row]) for row in rows]
+        weights = [1 / norm if (norm := float(gradient.norm())) else 0.0 for _, gradient in alone]
+        losses = torch.cat([loss for loss, _ in alone])
+        gradient = torch.stack([weight * g for weight, (_, g) in zip(weights, alone, strict=True)]).sum(0)
+        beside_others = _difference((losses, gradient), measure(rows, weights))
         if beside_others > limit:
-            for row, expected in zip((short, long), alone, strict=True):
-                for value in _measured(model, objective, [row, row], compared):
-                    beside_equals = max(beside_equals, _difference(expected, value))
-    padded = row_shape(short, objective) != row_shape(long, objective)
-    return BatchEffect(beside_others, beside_equals, padded, limit)
+            for row, weight, (loss, g) in zip(rows, weights, alone, strict=True):
+                twice = measure([row, row], [weight / 2, weight / 2])
+                beside_equals = max(beside_equals, _difference((loss.repeat(2), weight * g), twice))
+    shapes = {row_shape(row, objective) for row in rows}
+    return BatchEffect(beside_others, beside_equals, len(shapes) > 1, limit)
 
 
 def without_padding(
     model: FunctionalModel, objective: Objective, rows: Sequence[dict], names: Sequence[str]
 ) -> Objective:
     """The objective, `unpadded()` where padding reaches the model's losses and batches of equal length keep it out."""
-    pair = short_and_long(rows[:SEARCHED_ROWS], objective) if objective.pads else None
-    if pair is None or row_shape(pair[0], objective) == row_shape(pair[1], objective):
+    compared = rows_of_all_lengths(rows[:SEARCHED_ROWS], objective) if objective.pads else []
+    if len({row_shape(row, objective) for row in compared}) < 2:
         return objective
-    effect = batch_effect(model, objective, *pair, names)
+    effect = batch_effect(model, objective, compared, names)
     return objective.unpadded() if effect.reaches_loss and effect.equal_lengths_help else objective
 
 
+def tempered(objective: Objective, model: FunctionalModel, rows: Sequence[dict]) -> Objective:
+    """The objective, which reads the model's outputs divided by their largest entry for these rows.
+
+    The loss of a row that the model has learned by heart, and its derivatives, are differences of nearly equal
+    numbers, whose rounding would look like an error. At such outputs they are not, and read the same numbers.
+    """
+    largest = [0.0]
+
+    def noted(output: Any) -> Any:
+        values = [output] if isinstance(output, Tensor) else output.values()
+        largest.extend(float(t.abs().max()) for t in values if isinstance(t, Tensor) and t.is_floating_point())
+        return output
+
+    with torch.no_grad(), model.evaluating():
+        for row in rows:
+            objective.losses(_then(noted, model.bind({})), _batch(model, objective, [row]))
+    scale = max(largest) or 1.0
+
+    def divided(output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output / scale
+        for key, value in list(output.items()):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                output[key] = value / scale
+        return output
+
+    changed = copy.copy(objective)
+    object.__setattr__(changed, "losses", lambda call, batch: objective.losses(_then(divided, call), batch))
+    return changed
+
+
+def _then(change: Callable, call: Callable) -> Callable:
+    return lambda **inputs: change(call(**inputs))
+
+
+def _batch(model: FunctionalModel, objective: Objective, rows: Sequence[dict]) -> dict[str, Any]:
+    return to_device(objective.collate(rows), next(iter(model.parameters.values())).device)
+
+
 def _measured(
-    model: FunctionalModel, objective: Objective, rows: list[dict], names: list[str]
-) -> list[tuple[Tensor, Tensor]]:
-    """Loss and gradient (flat) of every row of one batch."""
-    device = next(iter(model.parameters.values())).device
-    evaluation = Evaluation(model, objective, to_device(objective.collate(rows), device))
+    model: FunctionalModel,
+    objective: Objective,
+    names: list[str],
+    rows: Sequence[dict],
+    weights: Sequence[float] = (1.0,),
+) -> tuple[Tensor, Tensor]:
+    """The losses of the rows of a batch, and the gradient of their weighted sum, flat; both in float64."""
+    evaluation = Evaluation(model, objective, _batch(model, objective, rows))
     leaves = evaluation.leaves(names)
     sums, _ = evaluation.losses(leaves)
-    results = []
-    for i, loss in enumerate(sums):
-        gradients = torch.autograd.grad(
-            loss, list(leaves.values()), retain_graph=i + 1 < len(sums), allow_unused=True, materialize_grads=True
-        )
-        results.append((loss.detach().double(), torch.cat([g.reshape(-1).double() for g in gradients])))
-    return results
+    total = (sums * torch.tensor(weights, dtype=sums.dtype, device=sums.device)).sum()
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return sums.detach().double(), torch.cat([g.reshape(-1).double() for g in gradients])
 
 
 def _difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """The larger one of the relative differences of two losses and of two gradients."""
-    return max(
-        float((x - y).norm() / torch.maximum(x.norm(), y.norm()).clamp(min=1e-30))
-        for x, y in zip(one, other, strict=True)
-    )
+    """The larger one of the largest relative difference of a loss (of at least 1), and of the norm of the difference
+    of the gradients, which are sums of vectors of norm 1."""
+    losses = (one[0] - other[0]).abs() / torch.maximum(one[0].abs(), other[0].abs()).clamp(min=1.0)
+    return max(float(losses.max()), float((one[1] - other[1]).norm()))

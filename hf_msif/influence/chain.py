@@ -19,7 +19,7 @@ from ..adapters.functional import FunctionalModel, check_vocabulary
 from ..adapters.split import Split, split
 from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation, gradient, parameters_in_use
-from ..curvature.padding import SEARCHED_ROWS, short_and_long
+from ..curvature.padding import SEARCHED_ROWS, rows_of_all_lengths
 from ..engine import Engine
 from ..engine.corpus import as_corpus, as_rows, first_rows
 from ..engine.hashing import digest, objective_identity, tensors_fingerprint
@@ -159,11 +159,12 @@ class BoundStage:
 
     @cached_property
     def compared_rows(self) -> list[dict]:
-        """A short and a long row of the stage, which the checks compare; one row where no second one has a term."""
+        """Rows of the stage from a short to a long one, which the checks compare; its first row where none has a
+        term."""
         rows = first_rows(self.rows, SEARCHED_ROWS_OF_STREAM if isinstance(self.rows, Stream) else SEARCHED_ROWS)
         with self.engine.raising_together():
-            pair = short_and_long(rows, self.objective)
-        return rows[:1] if pair is None else list(pair)
+            compared = rows_of_all_lengths(rows, self.objective)
+        return compared or rows[:1]
 
     @cached_property
     def count(self) -> float:

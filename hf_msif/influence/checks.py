@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..curvature.derivatives import Evaluation
-from ..curvature.padding import batch_effect, rounding, without_tf32
+from ..curvature.padding import batch_effect, rounding, tempered, without_tf32
 from ..errors import InputError, first_line
 from ..vectors import Block
 from .chain import BoundStage
@@ -51,7 +51,7 @@ def determinism(bound: BoundStage) -> Finding:
 
 
 def padding(bound: BoundStage) -> Finding:
-    """A short and a long row have the same losses and gradients alone and together.
+    """Rows from short to long have the same losses and gradients alone and together.
 
     Where they have not, and batches of rows of equal length help, the bound stage uses such batches from then on: its
     scores are then those of one row at a time.
@@ -68,13 +68,14 @@ def padding(bound: BoundStage) -> Finding:
     engine, objective = bound.engine, bound.objective
     with engine.raising_together():
         try:
-            effect = batch_effect(bound.model, objective, rows[0], rows[1], bound.split.trained)
+            effect = batch_effect(bound.model, objective, rows, bound.split.trained)
         except (ValueError, RuntimeError, IndexError) as error:
             raise _no_batches(bound, error) from error
     effect = engine.broadcast_object(effect)
     if not effect.reaches_loss:
-        alike = "a short and a long row" if effect.padded else "two rows"
-        return Finding("padding", f"{alike} have the same loss alone and together", effect.beside_others)
+        kind = " from short to long" if effect.padded else ""
+        text = f"{len(rows)} rows{kind} have the same losses alone and together"
+        return Finding("padding", text, effect.beside_others)
     if not effect.equal_lengths_help:
         beside = "rows of equal length" if effect.padded else "another row"
         raise InputError(
@@ -86,7 +87,7 @@ def padding(bound: BoundStage) -> Finding:
     text = "padding reaches the loss: batches of rows of equal length are used, whose scores are those of single rows"
     if engine.is_main:
         warnings.warn(
-            f"stage {bound.name!r}: {text} (a gradient moved by {effect.beside_others:.1e} beside a longer row in "
+            f"stage {bound.name!r}: {text} (a gradient moved by {effect.beside_others:.1e} beside longer rows in "
             f"{_class(bound)}).{_pad_ids(bound)}",
             stacklevel=2,
         )
@@ -123,7 +124,8 @@ def causality(bound: BoundStage) -> Finding:
 
 
 def symmetry(bound: BoundStage) -> Finding:
-    """Of an implicit stage: ⟨w, C v⟩ = ⟨v, C w⟩ for random vectors v and w and the curvature C of two rows.
+    """Of an implicit stage: ⟨w, C v⟩ = ⟨v, C w⟩ for random vectors v and w and the curvature C of two rows, whose
+    losses are `tempered`.
 
     The difference is relative to ‖C v‖, which is about the Frobenius norm of C: E⟨w, C v⟩² = ‖C‖². Entries of rows at
     `padding_idx` of an embedding are zero in v and w: PyTorch gives those rows no gradient.
@@ -136,7 +138,11 @@ def symmetry(bound: BoundStage) -> Finding:
         return Finding("symmetry", "the stage has no curvature")
     if not differentiation.solver.products(1, 1):
         return Finding("symmetry", f"{type(differentiation.solver).__name__} uses no curvature")
-    operator = differentiation.curvature(bound.compared_rows, ridge={})
+    rows, stage = bound.compared_rows, bound.stage
+    rows = [rows[0], rows[-1]] if len(rows) > 1 else rows
+    with bound.engine.raising_together():
+        objective = tempered(bound.objective, bound.model, rows)
+    operator = stage.curvature_class(bound.model, objective, rows, bound.split.trained, bound.engine, stage.batch_size)
     one, other = (_random_vector(bound, operator.parameters, seed) for seed in (1, 2))
     try:
         with without_tf32():
@@ -170,7 +176,8 @@ def _dtype(bound: BoundStage) -> torch.dtype:
 
 
 def _relative(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / torch.maximum(one.norm(), other.norm()).clamp(min=1e-30))
+    """The difference, relative to the larger one; absolute where both are small, as of rows learned by heart."""
+    return float((one - other).norm() / torch.maximum(one.norm(), other.norm()).clamp(min=1.0))
 
 
 def _vocabulary(bound: BoundStage, ids: Tensor) -> int:
@@ -222,6 +229,6 @@ def _no_batches(bound: BoundStage, error: Exception) -> Exception:
     except Exception:
         return error
     return InputError(
-        f"stage {bound.name!r}: {_class(bound)} takes single rows, but not a short and a long one in a batch "
+        f"stage {bound.name!r}: {_class(bound)} takes single rows, but not several of different length in a batch "
         f"({first_line(error)}); expected a model that takes padded batches.{_pad_ids(bound)}"
     )

@@ -7,22 +7,28 @@ import numpy as np
 import pytest
 import torch
 import transformers as T
-from helpers import tiny
+from helpers import digits, tiny
 from helpers.toy import ToyObjective, toy, toy_rows
 
 from hf_msif import MultiStageInfluence, Stage, objectives, solvers, training
 from hf_msif.influence.findings import findings
+from hf_msif.models import ConvNetConfig, ConvNetForImageClassification
 from hf_msif.registry import CHECKS
 
 BERT = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 BERT |= {"num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
 LLAMA = {**BERT, "num_key_value_heads": 1, "bos_token_id": 2, "eos_token_id": 3}
+AXK2 = {**LLAMA, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "moe_intermediate_size": 8}
+AXK2 |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8, "n_routed_experts": 4}
+AXK2 |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "index_topk": 4}
+AXK2 |= {"index_n_heads": 2, "index_head_dim": 16, "experts_implementation": "eager"}
 FNET = {key: value for key, value in BERT.items() if key != "num_attention_heads"}
 SENTENCES = tiny.rows(9, seed=3, longest=14, shortest=3)
 LONG_SENTENCES = tiny.rows(8, seed=3, longest=18, shortest=16)
 
 # Padding reaches the loss of each of them. (FNet has no attention mask; MobileBERT and ConvBERT convolve over padding;
-# Nystromformer does too; BigBird attends in blocks; the Llama takes its last token for padding.)
+# Nystromformer does too; BigBird attends in blocks; AXK2 attends to a few tokens that it selects; the Llama takes its
+# last token for padding.)
 REACHED = {
     "fnet": lambda: T.FNetForMaskedLM(T.FNetConfig(**FNET)),
     "mobilebert": lambda: T.MobileBertForMaskedLM(
@@ -37,6 +43,7 @@ REACHED = {
     "big_bird": lambda: T.BigBirdForMaskedLM(
         T.BigBirdConfig(**BERT, block_size=2, num_random_blocks=1, attention_type="block_sparse", sep_token_id=3)
     ),
+    "axk2": lambda: T.AXK2ForCausalLM(T.AXK2Config(**AXK2)),
     "llama": lambda: T.LlamaForSequenceClassification(
         T.LlamaConfig(**{**LLAMA, "pad_token_id": 3, "eos_token_id": 3}, num_labels=2)
     ),
@@ -89,7 +96,7 @@ def test_where_padding_reaches_the_loss_scores_are_those_of_single_rows(name):
         chain = bound(model, rows, batch_size=4)
     query = chain.query(rows[:1])
     expected = np.array(one_row_at_a_time(query, model, objective_of(model), rows))
-    limit = 1e-7 if name == "llama" else 1e-12  # Llama normalises in float32
+    limit = 1e-7 if name in ("llama", "axk2") else 1e-12  # they normalise in float32
     for size in (1, 3, 8):
         np.testing.assert_allclose(
             query.score(rows, batch_size=size).influence(), expected, rtol=0, atol=limit * np.abs(expected).max()
@@ -123,6 +130,29 @@ def test_other_models_keep_their_batches():
     assert all(f.value is None or f.value < 1e-9 for f in found.values())
 
 
+@pytest.mark.parametrize("task", ["images", "texts"])
+def test_rows_learned_by_heart_pass(task):
+    """Their losses are differences of nearly equal numbers, all rounding in float32."""
+    if task == "images":
+        config = ConvNetConfig(image_size=8, channels=[4], kernel_size=3, dense=[], num_labels=4)
+        model, objective = ConvNetForImageClassification(config), objectives.ImageClassification(scale=0.0625)
+        rows = digits.rows(range(4), 8, seed=0)
+    else:
+        model = T.BertForSequenceClassification(T.BertConfig(**BERT, num_labels=2))
+        objective, rows = objectives.SequenceClassification(tiny.tokenizer()), SENTENCES
+    perturbed(lambda: model, torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.startswith("classifier"):
+                p.mul_(100)
+    labels = model.eval()(**{k: v for k, v in objective.collate(rows).items() if k in objective.inputs}).logits.argmax(
+        1
+    )
+    rows = [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
+    chain = MultiStageInfluence([Stage("only", model, objective, rows)], progress=False)
+    assert chain.stages[0].objective.pads
+
+
 def test_polishing_minimises_the_loss_of_single_rows():
     """The F that is polished is the F that is differentiated: without padding."""
     model = perturbed(REACHED["llama"])
@@ -149,7 +179,7 @@ REFUSED = {
     ),
     "a classifier without a pad id": (
         lambda: T.LlamaForSequenceClassification(T.LlamaConfig(**{**LLAMA, "pad_token_id": None}, num_labels=2)),
-        r"takes single rows, but not a short and a long one .* set model.config.pad_token_id = 0",
+        r"takes single rows, but not several of different length .* set model.config.pad_token_id = 0",
     ),
 }
 
@@ -250,4 +280,4 @@ def test_one_row_has_nothing_to_be_compared_with():
 def test_texts_of_one_padded_length_pass():
     model = perturbed(lambda: T.LlamaForCausalLM(T.LlamaConfig(**LLAMA)))
     chain = MultiStageInfluence([Stage("only", model, Fixed(tiny.tokenizer()), SENTENCES)], progress=False)
-    assert "two rows have the same loss" in next(f.text for f in chain.stages[0].findings if f.check == "padding")
+    assert "8 rows have the same losses" in next(f.text for f in chain.stages[0].findings if f.check == "padding")
