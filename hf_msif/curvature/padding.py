@@ -152,7 +152,8 @@ def tempered(objective: Objective, model: FunctionalModel, rows: Sequence[dict])
 
     def noted(output: Any) -> Any:
         values = [output] if isinstance(output, Tensor) else output.values()
-        largest.extend(float(t.abs().max()) for t in values if isinstance(t, Tensor) and t.is_floating_point())
+        floats = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
+        largest.extend(float(t.abs().max()) for t in floats if t.numel())
         return output
 
     with torch.no_grad(), model.evaluating():

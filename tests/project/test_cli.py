@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
+from helpers import tiny
 from helpers.project import copied, listing, msif, project, rerecord, snapshot, visible
 
 from hf_msif import Scores
+from hf_msif.engine.files import load_tensors, save_tensors
 from hf_msif.project import cli, commands
 from hf_msif.project.commands import query
 
@@ -353,6 +355,140 @@ BAD = {
 }
 
 
+def at_home(folder):
+    """Says that the run was made where it lies, not where it was copied from."""
+    files = {"pretraining": "corpus.txt", "finetuning": "tweets.csv"}
+    for part in (*files, "query"):
+        rerecord(folder / "run" / part, "tokenizer", str(folder / "tokenizer"))
+        for stage, name in files.items():
+            if part in (stage, "query"):
+                rerecord(folder / "run" / part, f"stages.{stage}.data.data_files", str(folder / name))
+
+
+def edited(folder):
+    at_home(folder)
+    replaced("corpus.txt", (folder / "corpus.txt").read_text().split()[0], "wall")(folder)
+
+
+def permuted(folder):
+    """The tokenizer's words with other ids."""
+    at_home(folder)
+    special, words = tiny.SPECIAL, tiny.WORDS[len(tiny.SPECIAL) :]
+    tiny.tokenizer(words=[*special, *reversed(words)]).save_pretrained(folder / "tokenizer")
+
+
+def tensors(change):
+    """Changes the tensors of the query, and writes them as a whole file."""
+
+    def prepare(folder):
+        path = folder / "run" / "query" / "query.safetensors"
+        found, _ = load_tensors(path)
+        save_tensors(change(found), path)
+
+    return prepare
+
+
+def instead(name, content=None):
+    """A file of the user's, or a folder with one, in the place of something of ours."""
+
+    def prepare(folder):
+        path = folder / "run" / name
+        if path.exists():
+            remove(name)(folder)
+        if content is None:
+            path.mkdir()
+            path = path / "notes.txt"
+        path.write_text(content or "mine")
+
+    return prepare
+
+
+ID2LABEL = "stages:\n pretraining:\n  model:\n   config:\n    id2label:\n"
+BOMB = (
+    ID2LABEL
+    + "     a0: &a0 [x]\n"
+    + "".join(f"     a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]\n" for i in range(1, 9))
+)
+ITSELF = "stages: {pretraining: {model: {config: {id2label: &a {x: *a}}}}}"
+ANOTHER = ["is not as it was when the query in", "query again, or undo the change"]
+NO_QUERY = ["holds no whole query", "query again"]
+# What was accepted without a word, and gave something else than was asked.
+SILENT = {
+    "values without an end": (
+        write("c.yaml", BOMB),
+        "plan --config FOLDER/config.yaml --config FOLDER/c.yaml",
+        ["id2label"],
+    ),
+    "a model's setting in itself": (
+        write("c.yaml", ITSELF),
+        "plan --config FOLDER/config.yaml --config FOLDER/c.yaml",
+        ["stages.pretraining.model.config.id2label"],
+    ),
+    "half a character": (None, "plan --run_dir HALF", ["run_dir"]),
+    "NUL in a path": (None, r'query --stages.pretraining.model.path "a\0b"', ["stages.pretraining.model.path", "NUL"]),
+    "a model elsewhere": (None, f"query {PRE}.model.path FOLDER/other", ["model.path = null", "FOLDER/other"]),
+    "a picture of no kind": (None, "compare --runs FOLDER/run FOLDER/run --output FOLDER/x.xyz", ["xyz", "png"]),
+    "a class of number a million": (
+        replaced("tweets.csv", ",1\n", ",1000000\n"),
+        f"train --stage finetuning {FINE}.data.label_column stars {FINE}.objective {{}} {FINE}.data.keep {{}}",
+        ["[0, 1000000]", "1,000,001 classes", "stages.finetuning.objective.labels"],
+    ),
+    "another task": (None, f"query {PRE}.task causal-lm", ["stages.pretraining.task", "causal-lm"]),
+    "an edited text": (
+        edited,
+        "score",
+        ["trained on other rows than stages.pretraining.data", "train the stage again"],
+    ),
+    "permuted tokens": (permuted, "score", ["trained with another tokenizer"]),
+    "a file in the place of a model": (instead("pretraining", "mine"), "train", ["run/pretraining is a file", "move"]),
+    "a folder in the place of parts": (instead("scores.parts"), "score", ["scores.parts holds notes.txt", "move"]),
+    "a folder in the place of checkpoints": (
+        instead("pretraining.checkpoints"),
+        "train",
+        ["pretraining.checkpoints holds notes.txt", "move"],
+    ),
+    "a folder in the place of a query's checkpoints": (
+        instead("query.checkpoints"),
+        "query",
+        ["query.checkpoints holds notes.txt", "move"],
+    ),
+    "a file beside a model": (write("run/pretraining/notes.txt", "mine"), "train", ["pretraining holds notes.txt"]),
+    "losses in words": (replaced("run/query/query.json", '"losses": [', '"losses": ["a", '), "score", NO_QUERY),
+    "a query's tensor missing": (tensors(lambda x: dict(list(x.items())[1:])), "score", NO_QUERY),
+    "a query's column missing": (tensors(lambda x: {k: t[:1] for k, t in x.items()}), "score", NO_QUERY),
+    "a query's values doubled": (tensors(lambda x: {k: 2 * t for k, t in x.items()}), "score", NO_QUERY),
+    "other masks": (None, f"score {PRE}.objective.mask_probability 0.3", ["objective.mask_probability", "0.3"]),
+    "another length": (None, f"score {PRE}.objective.max_length 8", ["stages.pretraining.objective.max_length", "8"]),
+    "another size": (None, f"query {PRE}.model.config.hidden_size 12", ["model.config.hidden_size = 8", "12"]),
+    "another size before": (
+        None,
+        f"train --stage finetuning {PRE}.model.config.hidden_size 12",
+        ["model.config.hidden_size = 8", "12", "run_dir"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("prepare", "line", "parts"), SILENT.values(), ids=SILENT)
+def test_what_is_not_what_was_asked_is_refused(copy, capsys, monkeypatch, prepare, line, parts):
+    parts = [part.replace("FOLDER", str(copy)) for part in parts]
+    assert_refused(copy, capsys, monkeypatch, prepare, line, parts, HALF="a\ud800")
+
+
+@pytest.mark.parametrize("command", ["score", "sweep", "validate"])
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([f"{PRE}.objective.mask_probability", "0.3"], "stages.pretraining.objective.mask_probability"),
+        ([f"{FINE}.objective.max_length", "8"], "stages.finetuning.objective.max_length"),
+        ([f"{PRE}.solver.tol", "0.5"], "stages.pretraining.solver.tol"),
+        (["--test.number", "1"], "test.number"),
+    ],
+)
+def test_every_command_that_follows_a_query_names_what_changed(copy, capsys, command, flags, named):
+    assert msif(command, "--config", copy / "config.yaml", *flags) == 2
+    assert named in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("prepare", "line", "parts"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments_are_one_sentence_and_nothing_is_written(untrained, capsys, monkeypatch, prepare, line, parts):
     assert_refused(untrained.parent, capsys, monkeypatch, prepare, line, parts)
@@ -378,7 +514,7 @@ def assert_refused(copy, capsys, monkeypatch, prepare, line, parts, **words):
     arguments = [words.get(word, word.replace("FOLDER", str(copy))) for word in line.split()]
     if arguments[0] in COMMANDS and "--config" not in arguments and line != "plan":
         arguments += ["--config", copy / "config.yaml"]
-    before = snapshot(copy)
+    before, folders_before = snapshot(copy), {path for path in copy.rglob("*") if path.is_dir()}
 
     assert msif(*arguments) == 2
     (message,) = visible(capsys.readouterr().err)
@@ -392,8 +528,7 @@ def assert_refused(copy, capsys, monkeypatch, prepare, line, parts, **words):
     assert said.out == ""
     assert visible(said.err)[-1] == message
     assert snapshot(copy) == before
-    assert not list(copy.rglob("*.part"))
-    assert not list(copy.rglob("*.checkpoints"))
+    assert {path for path in copy.rglob("*") if path.is_dir()} <= folders_before
 
 
 @pytest.mark.parametrize("command", COMMANDS)
