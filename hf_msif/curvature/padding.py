@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.functional import FunctionalModel
-from ..engine.accelerated import to_device
+from ..engine.accelerated import Engine, to_device
 from ..engine.batching import row_cost, row_shape
 from ..objectives import Objective
-from .derivatives import Evaluation
+from .derivatives import Evaluation, parameters_in_use
 
 # Relative differences of equal gradients. (BERT-base in float32: up to 1e-5 between a row alone and a row in a batch.
 # Some models compute parts in float32, whatever their parameters are.)
@@ -132,13 +132,28 @@ def batch_effect(
 
 
 def without_padding(
-    model: FunctionalModel, objective: Objective, rows: Sequence[dict], names: Sequence[str]
+    model: FunctionalModel,
+    objective: Objective,
+    rows: Sequence[dict],
+    engine: Engine,
+    names: Sequence[str] | None = None,
 ) -> Objective:
-    """The objective, `unpadded()` where padding reaches the model's losses and batches of equal length keep it out."""
+    """The objective, `unpadded()` where padding reaches the model's losses and batches of equal length keep it out.
+
+    Args:
+        model: at its present parameters.
+        objective: reads the rows.
+        rows: some of them are compared.
+        engine: tells all processes what the main one found.
+        names: parameters on which the losses depend; defaults to all such parameters.
+    """
     compared = rows_of_all_lengths(rows[:SEARCHED_ROWS], objective) if objective.pads else []
     if len({row_shape(row, objective) for row in compared}) < 2:
         return objective
-    effect = batch_effect(model, objective, compared, names)
+    with engine.raising_together():
+        names = parameters_in_use(model, objective, compared, model.parameters) if names is None else names
+        effect = batch_effect(model, objective, compared, names)
+    effect = engine.broadcast_object(effect)
     return objective.unpadded() if effect.reaches_loss and effect.equal_lengths_help else objective
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapters.functional import FunctionalModel
 from ..curvature.derivatives import Evaluation
+from ..curvature.padding import without_padding
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
 from ..errors import InputError
@@ -19,6 +20,8 @@ def evaluate(
     model: nn.Module, objective: Objective, data: Any, batch_size: int = 64, engine: Engine | None = None
 ) -> dict[str, float]:
     """Σ ℓ / Σ counts over `data` without dropout, and the accuracy where the objective predicts classes.
+
+    Where padding reaches the loss, batches of rows of equal length are used.
 
     Args:
         model: evaluated at its present parameters; not changed.
@@ -36,6 +39,7 @@ def evaluate(
     engine, objective = engine or Engine(progress=False), checked_objective(objective, "the evaluation")
     rows = as_rows(data, "the evaluation data")
     functional = FunctionalModel(model, engine.device)
+    objective = without_padding(functional, objective, rows, engine)
     parts = []
     with torch.no_grad(), functional.evaluating():
         for _, batch in engine.batches(rows, objective, batch_size):
@@ -63,6 +67,8 @@ def mistakes(
         raise InputError(f"{type(objective).__name__} predicts no classes; expected an objective with `predictions`.")
     rows = as_rows(data, "the evaluation data")
     functional, mistaken = FunctionalModel(model, engine.device), []
+    objective = without_padding(functional, objective, rows, engine)
+    assert objective.predictions is not None  # as above
     with torch.no_grad(), functional.evaluating():
         for indices, batch in engine.batches(rows, objective, batch_size):
             wrong = objective.predictions(functional.bind({}), batch) != batch["labels"]

@@ -211,7 +211,7 @@ class StageObjective:
         self.model = FunctionalModel(model, engine.device)
         self.model.parameters |= {name: self.model.parameters[name].clone() for name in roles.trained}
         names = parameters_in_use(self.model, objective, rows, roles.trained)
-        objective = without_padding(self.model, objective, rows, names)
+        objective = without_padding(self.model, objective, rows, engine, names)
 
         # A pass leaves out the rows with the weight zero; they count in N alone.
         present = [row for row in rows if row["example_id"] not in omit]

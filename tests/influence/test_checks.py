@@ -162,6 +162,19 @@ def test_polishing_minimises_the_loss_of_single_rows():
     assert chain.stages[0].differentiation.gradient_norm < 1e-8
 
 
+def test_evaluation_reads_single_rows_too():
+    """The Llama that takes its last token for padding: accuracy and mistakes are those of rows alone."""
+    model, objective = perturbed(REACHED["llama"]), objectives.SequenceClassification(tiny.tokenizer())
+    labels = [int(model.eval()(**of_row(objective, row)).logits.argmax()) for row in SENTENCES]
+    rows = [{**row, "label": label} for row, label in zip(SENTENCES, labels, strict=True)]
+    assert training.evaluate(model, objective, rows)["accuracy"] == 1
+    assert training.mistakes(model, objective, rows) == []
+
+
+def of_row(objective, row):
+    return {key: t for key, t in objective.collate([row]).items() if key in objective.inputs}
+
+
 REFUSED = {
     "a masked model as a causal one": (
         lambda: T.BertLMHeadModel(T.BertConfig(**BERT)),
