@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch import nn
 from ..adapters import Split
 from ..adapters.functional import FunctionalModel
 from ..curvature.derivatives import Evaluation
+from ..curvature.padding import without_padding
 from ..engine import Engine
 from ..engine.corpus import as_rows
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError
 from ..influence.differentiation import Retraining
 from ..influence.stage import Stage
+from ..objectives import Objective
 from ..training.polish import PolishReport, polish
 from .bank import Retrained
 
@@ -47,6 +49,14 @@ class _Retrainer:
             _retraining(s, before[k], self.engine) for k, s in enumerate(self.stages)
         ]
         self.roles: list[Split] = [retraining.roles for retraining in self.retrainings]
+
+    @cached_property
+    def test_objective(self) -> Objective:
+        """The objective of the last stage, which reads the tests without padding where that reaches the loss."""
+        last = self.stages[-1]
+        return without_padding(
+            FunctionalModel(last.model, self.engine.device), last.objective, self.tests, self.engine
+        )
 
     @property
     def settings(self) -> dict:
@@ -91,13 +101,13 @@ class _Retrainer:
     def measured(self, model: nn.Module, reports: Sequence[PolishReport]) -> Retrained:
         """The loss (a sum over its terms) of every test example of the last stage; how every stage was polished, and
         the accuracy on the tests where the objective predicts classes, in the notes."""
-        s = self.stages[-1]
+        objective, size = self.test_objective, self.stages[-1].batch_size if self.test_objective.pads else 1
         functional, losses, right = FunctionalModel(model, self.engine.device), [], 0
-        predictions = s.objective.predictions
+        predictions = objective.predictions
         with torch.no_grad(), functional.evaluating():
-            for start in range(0, len(self.tests), s.batch_size):
-                batch = self.engine.to_device(s.objective.collate(self.tests[start : start + s.batch_size]))
-                losses += Evaluation(functional, s.objective, batch).losses({})[0].double().tolist()
+            for start in range(0, len(self.tests), size):
+                batch = self.engine.to_device(objective.collate(self.tests[start : start + size]))
+                losses += Evaluation(functional, objective, batch).losses({})[0].double().tolist()
                 if predictions is not None:
                     predicted = predictions(functional.bind({}), batch)
                     right += int((predicted == batch["labels"]).sum())
