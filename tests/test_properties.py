@@ -12,11 +12,13 @@ from cases import CASES, CHAINS, CURVATURES, DIFFERENTIATIONS, SIZE, SOLVERS, im
 from helpers import tiny
 from helpers.runs import TESTS, Mixed, rows_of
 
-from hf_msif import InputError, Query, vectors
+from hf_msif import InputError, MultiStageInfluence, Query, Stage, vectors
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.curvature import derivatives
 from hf_msif.curvature.derivatives import Evaluation
 from hf_msif.engine import Engine
+from hf_msif.engine.batching import row_shape
+from hf_msif.registry import CHECKS
 
 
 def near(found, expected, tolerance=1e-10):
@@ -100,6 +102,27 @@ def test_a_row_alone_has_the_loss_that_it_has_among_others(batch):
     together = batch.losses()
     near(torch.cat([batch.losses([row]) for row in batch.rows]), together)
     near(batch.losses(batch.rows[::-1]), together.flip(0))
+
+
+def test_a_batch_of_equal_lengths_has_no_padding(batch):
+    rows, objective, seen = batch.case.rows(9, seed=5), batch.objective.unpadded(), []
+    for indices, _ in Engine(progress=False).batches(rows, objective, 4):
+        assert len({row_shape(rows[i], objective) for i in indices}) == 1
+        assert row_shape(rows[indices[0]], objective) == shape(objective.collate([rows[i] for i in indices]))
+        seen += indices
+    assert sorted(seen) == list(range(9))
+
+
+def shape(made):
+    return tuple((key, tuple(t.shape[1:])) for key, t in sorted(made.items()) if getattr(t, "ndim", 0) > 1)
+
+
+def test_the_checks_of_a_stage_pass(batch):
+    stage = Stage("only", batch.case.model(), batch.case.objective(), batch.case.rows(9, seed=5))
+    (bound,) = MultiStageInfluence([stage], progress=False).stages
+    assert bound.objective.pads
+    assert [finding.check for finding in bound.findings] == list(CHECKS)
+    assert all(finding.value is None or finding.value < 1e-6 for finding in bound.findings)
 
 
 # Curvatures ---------------------------------------------------------------------------------------------------------
