@@ -26,6 +26,7 @@ from ..engine.hashing import digest, objective_identity, tensors_fingerprint
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
+from ..registry import CHECKS
 from ..training.objective import without_terms
 from ..vectors import Block
 from .differentiation import Differentiation
@@ -77,11 +78,14 @@ class BoundStage:
         self._check_finite()
         check_vocabulary(stage.name, stage.model, stage.objective)
         self._check_model()
+        # Before any other pass, which a model that keeps a state would remember.
+        first, *others = CHECKS
+        self.findings: list[Finding] = check(self, [first])
         self._leave_out_what_the_loss_ignores()
         self.differentiation: Differentiation = stage.differentiation(self)
         self._check_frozen()
         self._warn_of_held()
-        self.findings: list[Finding] = check(self)
+        self.findings += check(self, others)
 
     @property
     def name(self) -> str:

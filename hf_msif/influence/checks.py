@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..curvature.derivatives import Evaluation
-from ..curvature.padding import batch_effect, rounding, tempered, without_tf32
+from ..curvature.padding import ROUNDING, ROUNDING_OF_OTHERS, batch_effect, tempered, without_tf32
 from ..errors import InputError, first_line
 from ..vectors import Block
 from .chain import BoundStage
 from .findings import Finding
 from .implicit import Implicit
+
+ASYMMETRY = 100  # times rounding, in sums over all parameters
 
 
 def determinism(bound: BoundStage) -> Finding:
@@ -39,8 +41,15 @@ def determinism(bound: BoundStage) -> Finding:
                     f"row ({key!r} differs); expected a function of the rows alone, with random numbers that depend "
                     "on the row's example_id."
                 )
+        for row, loss in ((rows[-1], losses[0]), (rows[0], losses[1])):
+            if not loss.isfinite().all():
+                raise InputError(
+                    f"stage {bound.name!r}: the loss of its row {row['example_id']!r} is not finite; expected a "
+                    "number: leave the row out, check the model's weights, or take float32 where the model masks by the "
+                    "smallest number of its dtype."
+                )
         gap = _relative(losses[0], losses[2])
-        if gap > rounding(_dtype(bound)):
+        if not gap <= _rounding(bound):
             raise InputError(
                 f"stage {bound.name!r}: the loss of the same row is {float(losses[0].sum()):.6g}, and "
                 f"{float(losses[2].sum()):.6g} after another row was read: {_class(bound)} draws random numbers or "
@@ -76,8 +85,8 @@ def padding(bound: BoundStage) -> Finding:
         kind = " from short to long" if effect.padded else ""
         text = f"{len(rows)} rows{kind} have the same losses alone and together"
         return Finding("padding", text, effect.beside_others)
-    if not effect.equal_lengths_help:
-        beside = "rows of equal length" if effect.padded else "another row"
+    if effect.mixes:
+        beside = "rows of equal length" if effect.padded else "other rows"
         raise InputError(
             f"stage {bound.name!r}: the loss of a row changes beside {beside} in the same batch (its gradient by "
             f"{max(effect.beside_others, effect.beside_equals):.1e}): {_class(bound)} or "
@@ -95,32 +104,40 @@ def padding(bound: BoundStage) -> Finding:
 
 
 def causality(bound: BoundStage) -> Finding:
-    """Of a causal objective: another last token moves no logit before it.
+    """Of a causal objective: another token moves no logit before it. Tried are the first and the last tokens of a long
+    row, and some between them.
 
     Raises:
-        InputError: it does: the loss of every token sees the token itself.
+        InputError: one does: the loss of every token sees the token itself.
     """
     objective = bound.objective
     if not objective.causal:
         return Finding("causality", f"{type(objective).__name__} is not causal")
     with bound.engine.raising_together(), torch.no_grad(), bound.model.evaluating():
         batch = bound.collate([bound.compared_rows[-1]])
-        ids = batch["input_ids"]
-        if ids.shape[1] < 2:
+        length = batch["input_ids"].shape[1]
+        if length < 2:
             return Finding("causality", "no row has two tokens")
-        changed = ids.clone()
-        changed[:, -1] = torch.where(ids[:, -1] == ids[:, 0], (ids[:, 0] + 1) % _vocabulary(bound, ids), ids[:, 0])
-        before, after = (_logits(bound, {**batch, "input_ids": tokens}) for tokens in (ids, changed))
-        moved = (after - before).abs().amax((0, 2)).double()
-        effect = float(moved[:-1].max() / moved.max().clamp(min=1e-30))
-        if effect > rounding(_dtype(bound)):
+        places = _places(length)
+        rows = {
+            key: t.repeat_interleave(len(places) + 1, 0) if isinstance(t, Tensor) else t for key, t in batch.items()
+        }
+        ids, vocabulary = rows["input_ids"], _vocabulary(bound, rows["input_ids"])
+        for k, place in enumerate(places, 1):
+            ids[k, place] = ids[k, 0] if ids[k, place] != ids[k, 0] else (ids[k, 0] + 1) % vocabulary
+        logits = _logits(bound, rows).double()
+        moved = (logits[1:] - logits[:1]).abs().amax(2)
+        before = torch.stack([row[:place].max() for row, place in zip(moved, places, strict=True)])
+        effect = float(before.max() / moved.max().clamp(min=1e-30))
+        if not effect <= _rounding(bound):
+            place = places[int(before.argmax())]
             raise InputError(
                 f"stage {bound.name!r}: {type(objective).__name__} predicts each token from those before it, but in "
-                f"{_class(bound)} another last token moves the logits before it by {float(moved[:-1].max()):.2g}: the "
-                "loss would see its own targets; expected a causal model (of BERT's kind: one that was trained with "
-                "config.is_decoder=True), or the objective that this model was trained with."
+                f"{_class(bound)} another token {place + 1} moves the logits before it by {float(before.max()):.2g}: "
+                "the loss would see its own targets; expected a causal model (of BERT's kind: one that was trained "
+                "with config.is_decoder=True), or the objective that this model was trained with."
             )
-    return Finding("causality", "another last token moves no logit before it", effect)
+    return Finding("causality", "another token moves no logit before it", effect)
 
 
 def symmetry(bound: BoundStage) -> Finding:
@@ -155,7 +172,7 @@ def symmetry(bound: BoundStage) -> Finding:
         ) from error
     left, right = float(vectors.dot(other, products[0])), float(vectors.dot(one, products[1]))
     gap = abs(left - right) / max(*(float(vectors.norm(product)) for product in products), 1e-30)
-    if gap > 10 * rounding(_dtype(bound)):  # sums over all parameters
+    if not gap <= ASYMMETRY * _rounding(bound):
         raise InputError(
             f"stage {bound.name!r}: the curvature product of {_class(bound)} is not symmetric (⟨w, C v⟩ and ⟨v, C w⟩ "
             f"differ by {gap:.1e} of ‖C v‖): a backward function in it is no derivative of its forward function, so "
@@ -171,8 +188,15 @@ def _class(bound: BoundStage) -> str:
     return type(bound.stage.model).__name__
 
 
-def _dtype(bound: BoundStage) -> torch.dtype:
-    return next(iter(bound.model.parameters.values())).dtype
+def _rounding(bound: BoundStage) -> float:
+    """The relative difference up to which two numbers that should be equal may differ."""
+    return ROUNDING.get(next(iter(bound.model.parameters.values())).dtype, ROUNDING_OF_OTHERS)
+
+
+def _places(length: int) -> list[int]:
+    """Numbers of tokens after the first: the next four, the last three, and some between them."""
+    between = range(5, length - 3, max(1, (length - 8) // 6))
+    return sorted({place for place in (1, 2, 3, 4, *between, *range(length - 3, length)) if 0 < place < length})
 
 
 def _relative(one: Tensor, other: Tensor) -> float:

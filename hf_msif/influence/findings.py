@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,8 +37,12 @@ class Finding:
         return f"{self.check}: {'REFUSED. ' if self.refused else ''}{self.text}{measured}"
 
 
-def check(bound: Any) -> list[Finding]:
+def check(bound: Any, names: Collection[str] = tuple(CHECKS)) -> list[Finding]:
     """The findings about a stage that no check refuses.
+
+    Args:
+        bound: the stage, a `chain.BoundStage` (whose module imports this one).
+        names: of the checks; defaults to all.
 
     Warns:
         UserWarning: padding reaches the loss, so that batches of rows of equal length are used.
@@ -47,20 +51,21 @@ def check(bound: Any) -> list[Finding]:
         InputError: a check refuses the stage.
     """
     results = []
-    for finding in findings(bound):
+    for finding in findings(bound, names):
         if finding.refused:
             raise InputError(finding.text)
         results.append(finding)
     return results
 
 
-def findings(bound: Any) -> Iterator[Finding]:
+def findings(bound: Any, names: Collection[str] = tuple(CHECKS)) -> Iterator[Finding]:
     """Runs the checks that a bound stage does not skip, by all processes together; all get what the main one found.
 
     Args:
-        bound: the stage, a `chain.BoundStage` (whose module imports this one).
+        bound: the stage.
+        names: of the checks; defaults to all.
     """
-    for name in CHECKS:
+    for name in names:
         if name in bound.stage.skip_checks:
             yield Finding(name, "skipped")
             continue
