@@ -143,6 +143,14 @@ def has_adapters(model: nn.Module) -> bool:
     return any(True for _ in _adapted(model))
 
 
+def adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """What of a model's adapters is no tensor: path of a layer → scaling, active adapters, whether disabled."""
+    return {
+        path: [getattr(layer, "scaling", {}), list(layer.active_adapters), bool(layer.disable_adapters)]
+        for path, layer in _adapted(model)
+    }
+
+
 def save(model: nn.Module, folder: str | os.PathLike) -> None:
     """Writes a model with one adapter, all tensors included, to a folder that `load` reads.
 

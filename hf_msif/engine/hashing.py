@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -27,10 +30,14 @@ def digest(value: Any) -> str:
 
 def _update(sha: hashlib._Hash, value: Any) -> None:
     """Feeds a value to the hash; separators mark keys and the lengths of lists."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):
             sha.update(f"\x1e{key}\x1f".encode())
             _update(sha, value[key])
+    elif isinstance(value, Tensor):
+        sha.update(tensors_fingerprint({"": value}).encode())
     elif isinstance(value, Sequence) and not _is_plain(value):
         sha.update(f"\x1d{len(value)}".encode())
         for item in value:
@@ -39,6 +46,8 @@ def _update(sha: hashlib._Hash, value: Any) -> None:
         shape = getattr(value, "shape", None) or (getattr(value, "size", None), getattr(value, "mode", None))
         sha.update(f"{shape}{getattr(value, 'dtype', '')}".encode())
         sha.update(np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else value.tobytes())
+        if getattr(value, "mode", None) == "P":  # an image whose bytes are numbers of colours
+            sha.update(repr(value.getpalette()).encode())
     elif isinstance(value, bytes):
         sha.update(value)
     else:
@@ -50,6 +59,61 @@ def _is_plain(value: Sequence) -> bool:
     if isinstance(value, (str, bytes)):
         return True
     return isinstance(value, (list, tuple)) and all(isinstance(x, (int, float, str)) for x in value)
+
+
+def contents(value: Any) -> Any:
+    """A value of any kind as plain values, by which it can be compared: what it holds, not where it lies.
+
+    Arrays and tensors become their SHA-256, objects their class and fields. A class is known by its name, a function
+    by its name and code.
+
+    >>> contents({"b": (1, 2.0), "a": {3, 4}})
+    {'a': ['set', 3, 4], 'b': [1, 2.0]}
+    """
+    return _contents(value, ())
+
+
+def _contents(value: Any, above: tuple[int, ...]) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum)):
+        return value
+    if id(value) in above:
+        return "itself"
+    above = (*above, id(value))
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, enum.Enum):
+        return f"{kind}.{value.name}"
+    if isinstance(value, Mapping):
+        return {str(key): _contents(value[key], above) for key in sorted(value, key=str)}
+    if isinstance(value, (set, frozenset)):
+        return [type(value).__name__, *sorted((_contents(item, above) for item in value), key=repr)]
+    if isinstance(value, (list, tuple)):
+        return [_contents(item, above) for item in value]
+    if isinstance(value, Tensor):
+        return tensors_fingerprint({"": value})
+    if isinstance(value, torch.nn.Module):
+        return [kind, tensors_fingerprint(value.state_dict())]
+    if isinstance(value, (np.ndarray, bytes)):
+        return digest([value])
+    if hasattr(value, "get_vocab"):
+        return tokenizer_fingerprint(value)
+    if isinstance(value, functools.partial):
+        return [_contents(part, above) for part in (value.func, value.args, value.keywords)]
+    if callable(value) and hasattr(value, "__qualname__"):
+        code = getattr(value, "__code__", None)  # lambdas have one name
+        return [f"{value.__module__}.{value.__qualname__}", "" if code is None else code.co_code.hex()]
+    return [kind, _contents(fields_of(value), above)]
+
+
+def fields_of(value: object) -> dict[str, Any]:
+    """The fields of an object by name: those of a dataclass that count in its equality, else all but cached ones."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.compare}
+        # What was set beside the fields, as by `Objective.unpadded`.
+        return fields | {k: v for k, v in getattr(value, "__dict__", {}).items() if k == "pads"}
+    own = getattr(value, "__dict__", {})
+    return {k: v for k, v in own.items() if not isinstance(getattr(type(value), k, None), functools.cached_property)}
 
 
 def describe(settings: object) -> dict[str, Any]:
@@ -89,14 +153,16 @@ def objective_identity(objective: Preprocessing) -> dict[str, Any]:
 
     Its class and settings, by name; its tokenizer and image processor, by content.
     """
-    settings = describe(objective)
-    identity = {"objective": settings.pop("class"), **{f"objective.{key}": value for key, value in settings.items()}}
+    settings = {name: value for name, value in fields_of(objective).items() if name not in ("tokenizer", "processor")}
+    identity = {"objective": type(objective).__name__}
+    identity |= {f"objective.{name}": contents(value) for name, value in settings.items()}
     if objective.tokenizer is not None:
         identity["the tokenizer"] = tokenizer_fingerprint(objective.tokenizer)
     if objective.processor is not None:
         processor = objective.processor
-        settings = processor.to_dict() if hasattr(processor, "to_dict") else describe(processor)
-        identity["the image processor"] = digest(repr(settings))
+        known = processor.to_dict() if hasattr(processor, "to_dict") else fields_of(processor)
+        # As it is after it was saved: an enumeration is a number, a tuple a list.
+        identity["the image processor"] = digest(json.dumps(known, sort_keys=True, default=str))
     return identity
 
 
@@ -105,13 +171,13 @@ def objective_fingerprint(objective: Preprocessing) -> str:
     return digest(objective_identity(objective))
 
 
-# What a tokenizer makes of it tells rules that it states nowhere: case, accents, white space, numbers.
+# What a tokenizer makes of it tells rules that it states nowhere: case, accents, white space, numbers, special tokens.
 PROBE = "Hello  hello, WORLD! Naïve café 12345 don't #tag @name http://x.y\tübung 中文 🗳"
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256, in hexadecimal, of a tokenizer's class, vocabulary, limit, special tokens and rules, and of what it
-    makes of a text."""
+    makes of a text, whole and cut."""
     vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
     parts: list[Any] = [type(tokenizer).__name__, repr(vocabulary), getattr(tokenizer, "model_max_length", None)]
     parts.append(str(getattr(tokenizer, "special_tokens_map", "")))
@@ -121,5 +187,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         # Truncation and padding are what the latest call asked for, not properties of the tokenizer.
         parts.append(repr({key: rule for key, rule in rules.items() if key not in ("truncation", "padding")}))
     if callable(tokenizer):
-        parts.append(repr(tokenizer([PROBE])["input_ids"]))
+        text = " ".join([PROBE, *map(str, getattr(tokenizer, "all_special_tokens", []))])
+        parts.append(repr(tokenizer([text])["input_ids"]))
+        parts.append(repr(tokenizer([text], truncation=True, max_length=8)["input_ids"]))
     return digest(parts)

@@ -12,9 +12,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import vectors
+from ..adapters.fingerprint import model_identity
 from ..adapters.functional import FunctionalModel, check_vocabulary
 from ..adapters.split import Split, split
 from ..curvature.base import _counts
@@ -22,7 +23,7 @@ from ..curvature.derivatives import Evaluation, gradient, parameters_in_use
 from ..curvature.padding import SEARCHED_ROWS, rows_of_all_lengths
 from ..engine import Engine
 from ..engine.corpus import as_corpus, as_rows, first_rows
-from ..engine.hashing import digest, objective_identity, tensors_fingerprint
+from ..engine.hashing import digest, objective_identity
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
@@ -215,10 +216,8 @@ class BoundStage:
     def identity(self) -> dict[str, Any]:
         """Everything that the stage's pull-back depends on, beside its adjoint: name for people → plain value, or
         SHA-256 of weights, rows and tokenizer. A saved query is refused by the name of what has changed."""
-        buffers = {name: self.model.buffers[name] for name in self.model.buffers if name in self._persistent}
         identity = {
-            "the model": tensors_fingerprint({**self.model.parameters, **buffers}),
-            **_configuration(self.stage.model),
+            **model_identity(self.stage.model),
             "the number of rows": None if isinstance(self.rows, Stream) else len(self.rows),
             "the data": self._rows_fingerprint(),
             **self.stage.settings,
@@ -227,11 +226,6 @@ class BoundStage:
             **self.differentiation.identity(),
         }
         return json.loads(json.dumps(identity, default=repr))  # as it is after it was saved
-
-    @property
-    def _persistent(self) -> set[str]:
-        """Names of what a checkpoint of the model holds."""
-        return set(self.stage.model.state_dict())
 
     def _rows_fingerprint(self) -> str:
         if not isinstance(self.rows, Stream):
@@ -266,26 +260,6 @@ class BoundStage:
             source = self.split.inherited[name]
             carried[source] += self.leading(name, value, axis=1).to(carried[source])
         return carried
-
-
-# Entries of a model's configuration that name, describe or speed up, and change no output.
-UNREAD = {
-    "architectures",
-    "transformers_version",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "problem_type",
-}
-UNREAD |= {"id2label", "label2id", "num_labels", "_attn_implementation", "attn_implementation", "_commit_hash"}
-
-
-def _configuration(model: nn.Module) -> dict[str, Any]:
-    """What a model's configuration sets otherwise than its class does; {} where the model has none."""
-    config: Any = getattr(model, "config", None)
-    settings = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
-    return {f"model.config.{key}": value for key, value in settings.items() if key not in UNREAD}
 
 
 class Chain:

@@ -45,7 +45,7 @@ def determinism(bound: BoundStage) -> Finding:
             if not loss.isfinite().all():
                 raise InputError(
                     f"stage {bound.name!r}: the loss of its row {row['example_id']!r} is not finite; expected a "
-                    "number: leave the row out, check the model's weights, or take float32 where the model masks by the "
+                    "number: leave the row out, check the weights, or take float32 where the model masks by the "
                     "smallest number of its dtype."
                 )
         gap = _relative(losses[0], losses[2])
@@ -160,6 +160,8 @@ def symmetry(bound: BoundStage) -> Finding:
     with bound.engine.raising_together():
         objective = tempered(bound.objective, bound.model, rows)
     operator = stage.curvature_class(bound.model, objective, rows, bound.split.trained, bound.engine, stage.batch_size)
+    if not operator.count:
+        return Finding("symmetry", "none of the compared rows has a term")
     one, other = (_random_vector(bound, operator.parameters, seed) for seed in (1, 2))
     try:
         with without_tf32():
@@ -171,7 +173,8 @@ def symmetry(bound: BoundStage) -> Finding:
             "jvp, or curvature='hessian'."
         ) from error
     left, right = float(vectors.dot(other, products[0])), float(vectors.dot(one, products[1]))
-    gap = abs(left - right) / max(*(float(vectors.norm(product)) for product in products), 1e-30)
+    least = 1e-2 * _rounding(bound)  # of a product that is zero only rounding is left
+    gap = abs(left - right) / max(*(float(vectors.norm(product)) for product in products), least)
     if not gap <= ASYMMETRY * _rounding(bound):
         raise InputError(
             f"stage {bound.name!r}: the curvature product of {_class(bound)} is not symmetric (⟨w, C v⟩ and ⟨v, C w⟩ "

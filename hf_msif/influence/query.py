@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,9 +65,8 @@ class Query:
 
     @property
     def plain_tests(self) -> list[dict]:
-        """The test rows as they are saved: texts and numbers, without pixels."""
-        plain = (str, int, float, bool, type(None))
-        return [{key: value for key, value in row.items() if isinstance(value, plain)} for row in self.tests]
+        """The test rows as they are saved."""
+        return plain_rows(self.tests)
 
     def score(self, corpus, stage: str | None = None, batch_size: int | None = None, **settings) -> Scores:
         """Influence of every row of `corpus`, as an example of `stage`, on the test loss.
@@ -177,11 +177,18 @@ class Query:
         write_atomically(folder / "query.json", lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
-    def check(cls, folder: str | os.PathLike, chain: Chain) -> dict[str, Any]:
+    def check(
+        cls, folder: str | os.PathLike, chain: Chain, tests: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Any]:
         """What the `query.json` in a folder holds, after checking that it could be made with `chain` today.
 
+        Args:
+            folder: where it was saved.
+            chain: the stages as they are now.
+            tests: the test rows that it should ask about; None: any.
+
         Raises:
-            InputError: as `from_pretrained`, but for the tensors, which are not read.
+            InputError: as `from_pretrained`, but for the tensors, which are not read; or other test rows.
         """
         folder = Path(folder)
         state = _read(folder)
@@ -192,6 +199,10 @@ class Query:
             )
         for bound in chain.stages:
             _check_unchanged(bound, state["depends_on"][bound.name], folder)
+        if tests is not None and json.loads(json.dumps(plain_rows(tests))) != state["tests"]:
+            raise InputError(
+                f"the test rows are not those that the query in {folder} asks about: query again, or undo the change."
+            )
         return state
 
     @classmethod
@@ -216,6 +227,12 @@ class Query:
             bound.remember_size(saved["N"], saved["examples"])
             facts[bound.name] = {key: value for key, value in saved.items() if key not in ("solve", "text")}
         return cls(solutions, state["tests"], state["losses"], state["aggregate"], chain, facts, state["depends_on"])
+
+
+def plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what JSON does not hold: texts and numbers, no pixels."""
+    plain = (str, int, float, bool, type(None))
+    return [{key: value for key, value in row.items() if isinstance(value, plain)} for row in rows]
 
 
 def _damaged(folder: Path, why: str) -> InputError:

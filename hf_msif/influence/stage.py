@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..curvature import Curvature
-from ..engine.hashing import describe
+from ..engine.hashing import contents, fields_of
 from ..errors import InputError
 from ..objectives import Objective, checked_objective
 from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, registered
@@ -146,9 +146,9 @@ class Stage:
         content, a recorded run by its differentiation; `batch_size` changes no result.)"""
         apart = ("name", "model", "objective", "data", "run", "batch_size", "skip_checks")
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
-        solver = describe(settings.pop("solver"))
-        settings |= {"link": self.link_name, "curvature": self.curvature_name, "solver": solver.pop("class")}
-        return settings | {f"solver.{key}": value for key, value in solver.items()}
+        solver = settings.pop("solver")
+        settings |= {"link": self.link_name, "curvature": self.curvature_name, "solver": type(solver).__name__}
+        return settings | {f"solver.{key}": contents(value) for key, value in fields_of(solver).items()}
 
     @property
     def curvature_class(self) -> type[Curvature]:

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..adapters.fingerprint import model_fingerprint
 from ..engine import folders
-from ..engine.hashing import tensors_fingerprint, tokenizer_fingerprint
+from ..engine.hashing import tokenizer_fingerprint
 from ..errors import InputError
 from .keys import MISSING, default, model_settings, query_settings
 from .schema import Config
@@ -105,8 +106,8 @@ def _contents(run: Run, names: list[str]) -> dict[str, str]:
 
 
 def weights_fingerprint(model: Any) -> str:
-    """SHA-256 of a model's parameters."""
-    return tensors_fingerprint(dict(model.named_parameters()))
+    """SHA-256 of all that a model computes: parameters, buffers, configuration, adapters."""
+    return model_fingerprint(model)
 
 
 def changes(before: Record, now: Record, content_of: Callable[[str], str | None]) -> list[Difference]:
@@ -210,8 +211,9 @@ def check_weights(run: Run, name: str) -> None:
     marker = folders.read_marker(folder)
     if marker is not None and marker.facts.get("weights") != run.fingerprint(name):
         raise InputError(
-            f"{folder} holds other weights than msif train wrote: put these back, train the stage again (msif train "
-            f"--stage {name}), or give stages.{name}.model.path: {folder} to take the model as it is."
+            f"{folder} holds another model (weights or config.json) than msif train wrote: put it back, "
+            f"train the stage again (msif train --stage {name}), or give stages.{name}.model.path: {folder} to take "
+            "the model as it is."
         )
 
 
@@ -253,8 +255,8 @@ def check_query(run: Run, folder: Path, needed: bool = True) -> None:
         raise InputError(f"{each}{more}: query again (msif query), or undo the change.")
 
 
-def check_query_content(run: Run, chain: Chain) -> None:
-    """Refuses to go on beside a query in the run folder that was made with other models, rows or tokenizers.
+def check_query_content(run: Run, chain: Chain, tests: list[dict]) -> None:
+    """Refuses to go on beside a query in the run folder about other tests, or made with other models or rows.
 
     `check_query` compares settings by their keys, before anything is loaded; this compares everything by content.
 
@@ -265,7 +267,7 @@ def check_query_content(run: Run, chain: Chain) -> None:
 
     folder = run.folder / "query"
     if (folder / "query.json").is_file():
-        Query.check(folder, chain)
+        Query.check(folder, chain, tests)
 
 
 def _lists(differences: list[Difference]) -> tuple[str, str]:

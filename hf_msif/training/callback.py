@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..adapters.fingerprint import model_fingerprint
 from ..adapters.functional import FunctionalModel, has_dropout
 from ..adapters.split import split
 from ..curvature.derivatives import parameters_in_use
 from ..engine.corpus import as_rows
-from ..engine.hashing import tensors_fingerprint
 from ..errors import InputError
 from ..objectives import Objective, checked_objective
 from . import optimisers
@@ -112,7 +112,7 @@ class RecordCallback(TrainerCallback):
         train_dataloader.batch_sampler.sampler = _OrderRecorder(sampler, self.orders)
         self.drop_last = train_dataloader.batch_sampler.drop_last
         functional = FunctionalModel(model)
-        self.initial = tensors_fingerprint(functional.parameters)
+        self.initial = model_fingerprint(functional.model)
         roles = split(self.name, model, self.previous, self.trainable, self.resized)
         self.trained = parameters_in_use(functional, self.objective, self.rows, roles.trained)
         check_precision(model, self.trained, self.name)

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..adapters.fingerprint import model_fingerprint
 from ..adapters.functional import FunctionalModel
 from ..adapters.split import Split, decayed_names, split, write
 from ..curvature.derivatives import parameters_in_use
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
-from ..engine.hashing import tensors_fingerprint
 from ..errors import DivergedError, InputError
 from ..objectives import Objective, checked_objective
 from . import optimisers
@@ -176,7 +176,7 @@ def compose(
         dropout,
         arguments.seed,
         schedule(arguments, len(rows)),
-        facts_of(rows, tensors_fingerprint(model.parameters), objective, omit),
+        facts_of(rows, model_fingerprint(model.model), objective, omit),
     )
 
 

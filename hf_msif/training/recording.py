@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import vectors
 from ..engine.files import load_tensors, save_tensors, write_json
 from ..engine.folders import add_names
-from ..engine.hashing import describe, digest
+from ..engine.hashing import contents, digest, objective_identity
 from ..errors import InputError
 from ..objectives import Objective
 from . import optimisers
@@ -230,6 +230,6 @@ def facts_of(rows: list[dict], initial: str, objective: Objective, omit: Collect
     return {
         "rows": digest(rows),
         "initial": initial,
-        "objective": describe(objective),
+        "objective": contents(objective_identity(objective)),
         "omit": sorted(map(repr, omit)),
     }

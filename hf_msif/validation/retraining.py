@@ -16,7 +16,7 @@ from ..curvature.derivatives import Evaluation
 from ..curvature.padding import without_padding
 from ..engine import Engine
 from ..engine.corpus import as_rows
-from ..engine.hashing import describe, digest, tensors_fingerprint
+from ..engine.hashing import digest, objective_identity, tensors_fingerprint
 from ..errors import InputError
 from ..influence.differentiation import Retraining
 from ..influence.stage import Stage
@@ -65,7 +65,7 @@ class _Retrainer:
             {
                 "name": s.name,
                 "model": tensors_fingerprint(dict(s.model.named_parameters())),
-                "objective": describe(s.objective),
+                "objective": objective_identity(s.objective),
                 "data": digest(as_rows(s.data, f"the data of stage {s.name!r}")),
                 "trainable": s.trainable if isinstance(s.trainable, str) else list(s.trainable),
                 "weight_decay": s.weight_decay,

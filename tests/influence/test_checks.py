@@ -2,13 +2,14 @@
 
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers as T
 from helpers import digits, tiny
-from helpers.toy import ToyObjective, toy, toy_rows
+from helpers.toy import ToyModel, ToyObjective, toy, toy_rows
 
 from hf_msif import MultiStageInfluence, Stage, objectives, solvers, training
 from hf_msif.influence.findings import findings
@@ -211,6 +212,101 @@ def test_a_backward_that_is_no_derivative_is_refused(curvature):
     text = {"hessian": "is not symmetric", "gauss_newton": "has no derivative of the kind"}[curvature]
     with pytest.raises(ValueError, match=text), pytest.warns(UserWarning, match="padding reaches"):
         bound(model, curvature=curvature)
+
+
+class PrefixLlama(T.LlamaForCausalLM):
+    """The first four tokens see each other."""
+
+    def forward(self, input_ids=None, attention_mask=None, **inputs):
+        length = input_ids.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        seen[:4, :4] = True
+        seen = seen[None, None] & attention_mask[:, None, None].bool()
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
+        return super().forward(input_ids=input_ids, attention_mask=mask, **inputs)
+
+
+class GlancingLlama(T.LlamaForCausalLM):
+    """Each logit sees the next token, but not the last one."""
+
+    def forward(self, input_ids=None, **inputs):
+        output = super().forward(input_ids=input_ids, **inputs)
+        ahead = torch.nn.functional.pad(self.model.embed_tokens(input_ids)[:, 1:-1], (0, 0, 0, 2))
+        output.logits = output.logits + self.lm_head(ahead)
+        return output
+
+
+@pytest.mark.filterwarnings("ignore:stage .only.. padding")
+@pytest.mark.parametrize("kind", [PrefixLlama, GlancingLlama])
+def test_a_model_that_sees_some_tokens_ahead_is_refused(kind):
+    with pytest.raises(ValueError, match=f"in {kind.__name__} another token .* moves the logits before it"):
+        bound(perturbed(lambda: kind(T.LlamaConfig(**LLAMA))))
+
+
+class MaskedVocabulary(T.FNetForMaskedLM):
+    """Never predicts [PAD]: its logit is the smallest number."""
+
+    smallest = torch.finfo(torch.float64).min
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = output.logits.clone()
+        output.logits[..., 0] = self.smallest
+        return output
+
+
+def test_a_masked_vocabulary_hides_nothing():
+    with pytest.warns(UserWarning, match="padding reaches the loss"):
+        assert not bound(perturbed(lambda: MaskedVocabulary(T.FNetConfig(**FNET)))).stages[0].objective.pads
+
+
+def test_a_row_whose_loss_is_not_finite_is_refused():
+    class Undefined(ToyObjective):
+        def losses(self, call, batch):
+            sums, counts = super().losses(call, batch)
+            return sums * torch.nan, counts
+
+    with pytest.raises(ValueError, match=r"stage 'only': the loss of its row .* is not finite"):
+        MultiStageInfluence([Stage("only", toy(0), Undefined(), toy_rows(0, 6))], progress=False)
+
+
+class Logits(ToyModel):
+    """Returns a tuple, as a model of one's own may."""
+
+    def forward(self, x):
+        return (super().forward(x).logits,)
+
+
+class OfTuples(ToyObjective):
+    def losses(self, call, batch):
+        return super().losses(lambda **inputs: SimpleNamespace(logits=call(**inputs)[0]), batch)
+
+
+def test_models_may_return_a_tuple():
+    stage = Stage("only", toy(0, Logits), OfTuples(), toy_rows(0, 6), solver=solvers.Identity())
+    MultiStageInfluence([stage], progress=False)
+
+
+def test_a_trained_model_with_parts_in_float32_passes_in_float64():
+    """The rounding of RMSNorm and rotary positions is larger than that of float64."""
+    torch.manual_seed(0)
+    model, objective = T.LlamaForCausalLM(T.LlamaConfig(**LLAMA)), objectives.CausalLM(tiny.tokenizer())
+    optimiser, batch = torch.optim.Adam(model.parameters(), lr=1e-2), objective.collate(SENTENCES)
+    for _ in range(100):
+        optimiser.zero_grad()
+        sums, counts = objective.losses(model, batch)
+        (sums.sum() / counts.sum()).backward()
+        optimiser.step()
+    assert bound(model.double()).stages[0].objective.pads
+
+
+def test_a_gradient_that_is_zero_is_no_effect():
+    """The softmax of attention does not see what the bias of its keys adds to all of them."""
+    assert (
+        bound(perturbed(lambda: T.BertForMaskedLM(T.BertConfig(**BERT))), trainable=["*key.bias"])
+        .stages[0]
+        .objective.pads
+    )
 
 
 def test_causal_models_pass():

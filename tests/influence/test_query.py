@@ -2,20 +2,25 @@
 
 import copy
 import dataclasses
+import enum
 import json
 import re
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from helpers import tiny
+from helpers.toy import ToyObjective
+from PIL import Image
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers
+from hf_msif.adapters.fingerprint import model_fingerprint
 from hf_msif.engine.files import load_tensors, save_tensors
-from hf_msif.engine.hashing import objective_identity
+from hf_msif.engine.hashing import digest, objective_identity, tokenizer_fingerprint
 
 CORPUS = tiny.rows(6, seed=1)
 TWEETS = tiny.rows(5, seed=2)
@@ -197,6 +202,77 @@ CONTENT = {
         bound.stage, "model", with_config(bound.stage.model, layer_norm_eps=0.1)
     ),
 }
+
+
+class Kind(enum.Enum):
+    ONE, TWO = 1, 2
+
+
+def twice(x):
+    return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (np.zeros(3000), np.eye(1, 3000, 1500)[0]),
+        (torch.zeros(3000), torch.eye(3000)[1500]),
+        ({"a": 1}, {"a": 2}),
+        (frozenset({1}), frozenset({2})),
+        (Kind.ONE, Kind.TWO),
+        (np.float32(1), np.float32(2)),
+        (objectives.MaskedLM(tiny.tokenizer()), objectives.MaskedLM(tiny.tokenizer(), seed=9)),
+        (twice, abs),
+        (lambda x: x, lambda x: 2 * x),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("slots", [False, True])
+def test_fields_of_any_kind_are_compared_by_content(before, after, slots):
+    kind = dataclasses.make_dataclass("Own", [("weight", object)], bases=(ToyObjective,), frozen=True, slots=slots)
+    identities = [objective_identity(kind(value)) for value in (before, copy.copy(before), after)]
+    assert identities[0] == identities[1]
+    assert {key for key in identities[0] if identities[0][key] != identities[2][key]} == {"objective.weight"}
+
+
+def adapted(model, **settings):
+    config = peft.LoraConfig(r=2, target_modules=["query"], **{"lora_alpha": 4, **settings})
+    torch.manual_seed(0)
+    return peft.get_peft_model(copy.deepcopy(model), config)
+
+
+def test_what_a_model_computes_is_compared(models):
+    """Adapters' scaling, buffers, and the class, beside parameters and configuration."""
+    model = models[0]
+    buffered, other = copy.deepcopy(model), copy.deepcopy(model)
+    buffered.register_buffer("shift", torch.ones(2), persistent=False)
+    other.__class__ = type("Other", (type(model),), {})
+    found = [model_fingerprint(m) for m in (model, copy.deepcopy(model), buffered, other)]
+    found += [model_fingerprint(adapted(model, lora_alpha=alpha)) for alpha in (4, 4, 32)]
+    assert found[0] == found[1]
+    assert found[4] == found[5]
+    assert len(set(found)) == 5
+
+
+@pytest.mark.parametrize("setting", [{"truncation_side": "left"}, {"split_special_tokens": True}])
+def test_how_a_tokenizer_cuts_and_splits_is_compared(setting):
+    name, value = next(iter(setting.items()))
+    changed = tiny.tokenizer()
+    setattr(changed, name, value)
+    assert tokenizer_fingerprint(tiny.tokenizer()) == tokenizer_fingerprint(tiny.tokenizer())
+    assert tokenizer_fingerprint(changed) != tokenizer_fingerprint(tiny.tokenizer())
+
+
+def test_rows_are_compared_by_all_of_their_values():
+    long = torch.zeros(3000)
+    changed = long.clone()
+    changed[1500] = 1
+    picture = Image.new("P", (2, 2))
+    recoloured = picture.copy()
+    recoloured.putpalette([9] * 768)
+    for before, after in ((long, changed), (picture, recoloured)):
+        assert digest([{"x": before}]) != digest([{"x": after}])
+    assert digest([{"label": np.int64(1)}]) == digest([{"label": 1}])
 
 
 def with_config(model, **settings):

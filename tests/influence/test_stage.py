@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers, training, vectors
 from hf_msif.adapters import decayed_names
-from hf_msif.engine.hashing import tensors_fingerprint
+from hf_msif.adapters.fingerprint import model_identity
 from hf_msif.models import FeedForwardClassifier
 from hf_msif.validation.retraining import perturb
 
@@ -188,8 +188,8 @@ def test_a_query_measures_its_facts_once(tmp_path, monkeypatch):
     """A loaded one not at all: scoring needs neither curvature nor another hash of the weights."""
     before = tiny.model("bert", "masked")
     models = before, tiny.finetuned(before, "bert")
-    hashed, original = [], tensors_fingerprint
-    monkeypatch.setattr("hf_msif.influence.chain.tensors_fingerprint", lambda x: hashed.append(len(x)) or original(x))
+    hashed, original = [], model_identity
+    monkeypatch.setattr("hf_msif.influence.chain.model_identity", lambda m: hashed.append(m) or original(m))
     msif = tiny.chain(*models, data=(CORPUS, TWEETS))
     query = msif.query(TESTS)
     query.save_pretrained(tmp_path)

@@ -333,7 +333,7 @@ BAD = {
         f"train {PRE}.training.learning_rate 1e10 {PRE}.training.save_strategy steps {PRE}.training.save_steps 2",
         ["loss", "learning rate"],
     ),
-    "NaN in a checkpoint": (nan, "query", ["run/pretraining holds other weights", "train --stage pretraining"]),
+    "NaN in a checkpoint": (nan, "query", ["run/pretraining holds another model", "train --stage pretraining"]),
     "a damaged checkpoint": (cut, "query", ["stage 'pretraining': cannot load the model", "pretraining"]),
     "too many tests": (None, "query --test.number 1000", ["test.number is 1000", "at most"]),
     "too many tests to plan": (None, "plan --test.number 1000", ["test.number is 1000", "at most"]),

@@ -305,7 +305,9 @@ def test_other_weights_and_other_models_are_refused_but_may_be_taken_as_they_are
     path = folder / "model.safetensors"
     tensors = {name: 2 * t for name, t in safetensors.torch.load_file(path).items()}
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
-    assert "run/pretraining holds other weights than msif train wrote" in refused(copy, capsys, "query")
+    assert "run/pretraining holds another model (weights or config.json) than msif train wrote" in refused(
+        copy, capsys, "query"
+    )
     (folder / folders.MARKER).unlink()
     sentence = refused(copy, capsys, "query")
     assert (
@@ -333,7 +335,7 @@ def test_a_failed_check_of_the_weights_is_repeated(copy):
     marker = folders.read_marker(run.folder / "pretraining")
     folders.write_marker(run.folder / "pretraining", marker.kind, marker.names, {**marker.facts, "weights": "others"})
     for _ in range(2):
-        with pytest.raises(InputError, match="holds other weights"):
+        with pytest.raises(InputError, match="holds another model"):
             run.model("pretraining")
 
 

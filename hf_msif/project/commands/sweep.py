@@ -44,7 +44,7 @@ def _sweep(project: Run) -> dict:
     started = time.perf_counter()
     models, tests, corpus = project.models(), project.tests(), project.corpus()
     chain = project.chain(models)
-    check_query_content(project, chain)
+    check_query_content(project, chain, tests)
     table = damping_sweep(chain, tests, corpus, project.config.dampings, project.config.corpus.stage)
     with chain.engine.raising_together():
         if chain.engine.is_main:

@@ -57,7 +57,7 @@ def _validate(project: Run, path: Path, files: list[Path]) -> dict:
     started = time.perf_counter()
     models, tests = project.models(), project.tests()
     chain = project.chain(models)
-    check_query_content(project, chain)
+    check_query_content(project, chain, tests)
     # The random subsets of a datamodelling score are drawn from all rows that the stage was trained on.
     whole = settings.experiment == "datamodelling_score"
     corpus = project.rows(stage) if whole else project.corpus()
