@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -77,8 +78,21 @@ class Data(Section):
 
     @property
     def trains_on_test_side(self) -> bool:
-        """Whether `part` has the stage trained on rows of its own test side."""
-        return self.part == "test" or (self.part == "all" and self.test_fraction > 0)
+        """Whether the stage is trained on rows of its own test side."""
+        return self.part == "test" or (self.part == "all" and self.test_fraction > 0) or self._tests_are_training_rows
+
+    @property
+    def _tests_are_training_rows(self) -> bool:
+        """Whether `test_split` names the rows of `split`: by the same name, or by the same file."""
+        if self.test_split is None or self.test_split == self.split:
+            return self.test_split is not None
+        files = self.data_files if isinstance(self.data_files, dict) else {}
+        sides = [files.get(side) or [] for side in (self.split, self.test_split)]
+        training, tests = (
+            {os.path.abspath(os.path.expanduser(file)) for file in ([side] if isinstance(side, str) else side)}
+            for side in sides
+        )
+        return bool(training & tests)
 
 
 class Model(Section):
