@@ -145,10 +145,13 @@ class Run:
         return self._rows[name, data.part]
 
     def rows_digest(self, name: str) -> str | None:
-        """SHA-256 of the stage's rows; None for a stream."""
+        """SHA-256 of the stage's rows; of a stream that of its files, marked as such, or None where it has none."""
         if name not in self._digests:
             rows = self.rows(name)
-            self._digests[name] = None if isinstance(rows, Stream) else digest(rows)
+            if isinstance(rows, Stream):
+                self._digests[name] = provenance.STREAMED + rows.fingerprint() if rows.files else None
+            else:
+                self._digests[name] = digest(rows)
         return self._digests[name]
 
     def content(self, name: str) -> str:
