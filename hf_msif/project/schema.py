@@ -236,7 +236,7 @@ class Validation(Section):
     retrain: Literal["warm_start", "from_scratch"] = "warm_start"
     """warm_start polishes the trained stages again, or repeats the runs of unrolled stages; from_scratch repeats
     `training` and `polish` from new weights"""
-    examples: Count = 100
+    examples: Annotated[int, Field(ge=3)] = 100
     """leave_one_out: number of rows"""
     groups: Annotated[int, Field(ge=3)] = 20
     """remove_groups: number of groups, evenly spread from the most helpful rows to the most harmful rows"""
@@ -315,6 +315,11 @@ class Config(Section):
             if stage.data.path in FILE_BUILDERS and stage.data.data_files is None:
                 raise InputError(
                     f"{key}.data.data_files is missing; path {stage.data.path!r} reads files and expects their names."
+                )
+            if stage.data.path in FILE_BUILDERS and stage.data.name is not None:
+                raise InputError(
+                    f"{key}.data.name is {stage.data.name!r}, which is for Hub datasets; path {stage.data.path!r} "
+                    "reads files: leave it out."
                 )
             if stage.data.data_files is not None and not all(stage.data.files or [""]):
                 raise InputError(

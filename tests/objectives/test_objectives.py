@@ -4,8 +4,8 @@ import copy
 import re
 from functools import partial
 
-import peft
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
