@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,26 @@ from ..errors import InputError
 from ._base import Batch, Objective, Rows, logits_of
 from .images import channels_first, decoded, shrunk
 from .tokens import check_length, texts_of, tokenize
+
+
+def class_of(value: Any, labels: Sequence[str | int] | None) -> int | None:
+    """The number of the class that a value of the label column names; None where it names none.
+
+    A value is a listed label if both read the same: 0 is "0". Other integers are numbers of classes, unless a listed
+    label reads as an integer: then the labels say which there are.
+
+    >>> class_of(0, ("1", "0")), class_of(1, ("Negative", "Positive")), class_of(0, ("1", "2"))
+    (1, 1, None)
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    names = [str(label) for label in labels or ()]
+    if str(value) in names:
+        return names.index(str(value))
+    if isinstance(value, bool):
+        return None
+    if value in (labels or ()):  # 1.0 is 1
+        return list(labels or ()).index(value)
+    return value if isinstance(value, int) and not any(re.fullmatch(r"[+-]?\d+", name) for name in names) else None
 
 
 class _Classification(Objective):
@@ -74,7 +95,8 @@ class _Classification(Objective):
             raise InputError(
                 f"{what} got labels={labels!r}; expected all classes, at least 2, in the order of the model's."
             )
-        repeated = [label for i, label in enumerate(labels) if label in labels[:i]]
+        names = [str(label) for label in labels]  # a row's 0 is "0"
+        repeated = [label for i, label in enumerate(labels) if names[i] in names[:i]]
         if repeated:
             raise InputError(
                 f"{what} got labels={list(labels)}, which has {repeated[0]!r} twice; expected each class once, in the "
@@ -90,12 +112,9 @@ class _Classification(Objective):
                 f"the rows have no label column {self.label_column!r}; they have {sorted(row)}: pass label_column=."
             )
         value = row[self.label_column]
-        value = value.item() if isinstance(value, np.generic) else value
-        if not isinstance(value, bool):
-            if self.labels and value in self.labels:
-                return list(self.labels).index(value)
-            if isinstance(value, int) and not any(isinstance(label, int) for label in self.labels or ()):
-                return value
+        number = class_of(value, self.labels)
+        if number is not None:
+            return number
         raise InputError(
             f"row {row.get('example_id')!r} has the label {value!r}; expected an integer or one of "
             f"{list(self.labels or [])}: pass labels=[...] in the order of the model's classes."

@@ -28,11 +28,12 @@ def training_settings(config: Config, name: str) -> dict[str, Any]:
     """The settings of `TrainingArguments`."""
     from transformers import TrainingArguments
 
-    from ..training.settings import check_settings
+    from ..training.settings import check_effects, check_settings
 
     values, key = config.stages[name].training, f"stages.{name}.training"
     checked = settings(TrainingArguments, values, key, without=["output_dir"])
     check_settings(checked, f"{key}.")
+    check_effects(checked, f"{key}.")
     return checked
 
 

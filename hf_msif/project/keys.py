@@ -6,11 +6,11 @@ All keys are read off the schema, so that a new setting counts unless it is name
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from pydantic import BaseModel
 
+from ..training.settings import decides_weights
 from .schema import Config, Section, StageConfig
 from .tasks import task_of
 
@@ -19,13 +19,6 @@ from .tasks import task_of
 NOT_OF_THE_MODEL = (
     *("batch_size", "curvature", "curvature_samples", "solver", "max_growth", "run", "resized", "skip_checks"),
     "data.streaming",
-)
-# Names below stages.NAME.training that do not change the weights.
-NOT_OF_THE_WEIGHTS = (
-    *("logging_*", "log_*", "save_*", "eval_*", "hub_*", "push_to_hub", "trackio_*", "project"),
-    *("report_to", "run_name", "disable_tqdm", "per_device_eval_batch_size", "skip_memory_metrics"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
-    "dataloader_prefetch_factor",
 )
 # Keys on which a query does not depend: where and how fast it is computed, what is done with it later.
 NOT_OF_THE_QUERY = (
@@ -98,7 +91,7 @@ def _is_below(key: str, names: tuple[str, ...]) -> bool:
 def _is_passing_argument(key: str) -> bool:
     """Whether the key below a stage is a training argument that does not change the weights."""
     section, _, name = key.partition(".")
-    return section == "training" and any(fnmatchcase(name.partition(".")[0], known) for known in NOT_OF_THE_WEIGHTS)
+    return section == "training" and not decides_weights(name.partition(".")[0])
 
 
 def model_settings(config: Config, name: str) -> dict[str, Any]:

@@ -49,10 +49,12 @@ class Outputs:
         for file in files:
             if file.is_dir():
                 raise InputError(f"{file} is a folder, but msif writes a file of that name: {way_out}.")
-            if not file.exists() and not file.is_symlink():
+            if file.is_symlink():
+                raise InputError(f"{file} is a symbolic link, and msif did not write it: {way_out}.")
+            if not file.exists():
                 continue
             known = entries.get(self._name(file))
-            if known is None or not file.exists():
+            if known is None:
                 raise InputError(f"{file} exists, and msif did not write it: {way_out}.")
             if not _is_one_of(file, known):
                 raise InputError(f"{file} was changed since msif wrote it: {way_out}.")

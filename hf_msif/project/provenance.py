@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # differences in a message
 STAGE_BEFORE = "the stage before"  # the content of its weights
+STREAMED = "stream "  # begins the digest of a stream, which that of rows in memory cannot be compared with
 
 
 class Run(Protocol):
@@ -40,6 +41,8 @@ class Run(Protocol):
     def rows_digest(self, name: str) -> str | None: ...
 
     def fingerprint(self, name: str) -> str: ...
+
+    def new_model(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,10 @@ def changes(before: Record, now: Record, content_of: Callable[[str], str | None]
         differences.append(Difference(key, old, new))
     for content in dict.fromkeys([*now.contents, *before.contents]):
         digests = [record.contents.get(content) for record in (before, now)]
-        # The rows of a stream have none; that a stage had none before it is a difference.
-        known = None not in digests or content == STAGE_BEFORE
+        # Some streams have none; that a stage had none before it is a difference.
+        known = content == STAGE_BEFORE or None not in digests
+        if known and len({digest.startswith(STREAMED) for digest in digests if digest is not None}) > 1:
+            known = False
         if known and digests[0] != digests[1] and content not in explained:
             differences.append(Difference(content, is_content=True))
     return differences
@@ -217,6 +222,21 @@ def check_weights(run: Run, name: str) -> None:
         )
 
 
+def check_initial_weights(run: Run, name: str) -> None:
+    """Refuses to train a stage from scratch again where `model.path` holds other weights than it was trained from.
+
+    Raises:
+        InputError: names the folder or Hub id.
+    """
+    path, marker = run.config.stages[name].model.path, folders.read_marker(run.folder / name)
+    before = None if marker is None else marker.facts.get("initial")
+    if path is not None and before is not None and weights_fingerprint(run.new_model(name)) != before:
+        raise InputError(
+            f"stages.{name}.model.path is {path!r}, which holds other weights now than those from which "
+            f"{run.folder / name} was trained: put these back, or train the stage again (msif train --stage {name})."
+        )
+
+
 def check_query(run: Run, folder: Path, needed: bool = True) -> None:
     """Refuses a query that was made by another configuration.
 
@@ -234,7 +254,7 @@ def check_query(run: Run, folder: Path, needed: bool = True) -> None:
         if needed:
             raise InputError(
                 f"{folder} does not say by which settings it was made: msif query did not write it, or was "
-                "interrupted; query again (msif query), or give another run_dir."
+                f"interrupted; move {folder} away and query again (msif query)."
             )
         return
 
@@ -244,8 +264,10 @@ def check_query(run: Run, folder: Path, needed: bool = True) -> None:
             return place[1]
         return "tokenizer" if key == "tokenizer" else None
 
-    # Contents as such are compared by `Query.from_pretrained`.
-    differences = [d for d in changes(before, query_record(run), content_of) if not d.is_content]
+    # Contents as such, and models wherever they lie, are compared by `Query.from_pretrained`.
+    differences = [
+        d for d in changes(before, query_record(run), content_of) if not d.is_content and not _is_moved_model(d)
+    ]
     if differences:
         first = differences[:SHOWN]
         each = "; ".join(
@@ -253,6 +275,14 @@ def check_query(run: Run, folder: Path, needed: bool = True) -> None:
         )
         more = f" (and {len(differences) - SHOWN} more settings changed)" if len(differences) > SHOWN else ""
         raise InputError(f"{each}{more}: query again (msif query), or undo the change.")
+
+
+def _is_moved_model(difference: Difference) -> bool:
+    """Whether a difference is only another place of a model."""
+    places = (difference.before, difference.now)
+    return bool(re.fullmatch(r"stages\.[^.]+\.model\.path", difference.key)) and all(
+        isinstance(place, str) for place in places
+    )
 
 
 def check_query_content(run: Run, chain: Chain, tests: list[dict]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import validation
 from ..engine import folders
 from ..errors import InputError
-from . import build
+from . import build, provenance
 from .train import FILES_OF_A_TRAINING
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def retraining(
             )
         return warm_start
     _refuse_taken(run, run.names)
+    for name in run.names:
+        provenance.check_initial_weights(run, name)
     arguments = [
         run.arguments(name, save_strategy="no") if stage.uses_trainer else None
         for name, stage in run.config.stages.items()

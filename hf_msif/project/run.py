@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import os
 import random
-from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from ..engine import folders
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError, first_line
+from ..objectives.classification import class_of
 from ..registry import CHECKS, DIFFERENTIATIONS, registered
 from . import build, provenance
 from .data import load_rows, stream_rows
@@ -145,10 +145,13 @@ class Run:
         return self._rows[name, data.part]
 
     def rows_digest(self, name: str) -> str | None:
-        """SHA-256 of the stage's rows; None for a stream."""
+        """SHA-256 of the stage's rows; of a stream that of its files, marked as such, or None where it has none."""
         if name not in self._digests:
             rows = self.rows(name)
-            self._digests[name] = None if isinstance(rows, Stream) else digest(rows)
+            if isinstance(rows, Stream):
+                self._digests[name] = provenance.STREAMED + rows.fingerprint() if rows.files else None
+            else:
+                self._digests[name] = digest(rows)
         return self._digests[name]
 
     def content(self, name: str) -> str:
@@ -159,14 +162,8 @@ class Run:
         if self.tasks[name].label_kind is None:
             return
         labels = self.objectives[name].labels or ()
-        numbers: Collection[int] = range(len(labels)) if labels else range(2**31)
-        if any(isinstance(label, int) for label in labels):  # they say which numbers there are
-            numbers = ()
-
-        def is_class(label) -> bool:
-            return label in labels or (isinstance(label, int) and not isinstance(label, bool) and label in numbers)
-
-        unknown = {label for label in {row["label"] for row in rows} if not is_class(label)}
+        numbers = range(len(labels)) if labels else range(2**31)
+        unknown = {label for label in {row["label"] for row in rows} if class_of(label, labels) not in numbers}
         if unknown:
             raise InputError(
                 f"stages.{name}.objective.labels is {list(labels)}, but the label column holds "
@@ -464,7 +461,11 @@ class Run:
         if data.has_test_side and not data.trains_on_test_side:
             return "test"
         key = f"stages.{name}.data"
-        why = f"{key}.part is {data.part!r}" if data.has_test_side else f"{key} sets no rows aside"
+        why = f"{key} sets no rows aside"
+        if data.has_test_side:
+            why = f"{key}.part is {data.part!r}"
+            if data.part == "train":
+                why = f"{key}.test_split names the rows of {key}.split"
         raise InputError(
             f"{why}, so the test rows would be rows that stage {name!r} is trained on; expected {key}.test_fraction "
             f"or {key}.test_split (and part: train), or test.split: train where training rows are meant."

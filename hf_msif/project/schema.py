@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -77,8 +78,21 @@ class Data(Section):
 
     @property
     def trains_on_test_side(self) -> bool:
-        """Whether `part` has the stage trained on rows of its own test side."""
-        return self.part == "test" or (self.part == "all" and self.test_fraction > 0)
+        """Whether the stage is trained on rows of its own test side."""
+        return self.part == "test" or (self.part == "all" and self.test_fraction > 0) or self._tests_are_training_rows
+
+    @property
+    def _tests_are_training_rows(self) -> bool:
+        """Whether `test_split` names the rows of `split`: by the same name, or by the same file."""
+        if self.test_split is None or self.test_split == self.split:
+            return self.test_split is not None
+        files = self.data_files if isinstance(self.data_files, dict) else {}
+        sides = [files.get(side) or [] for side in (self.split, self.test_split)]
+        training, tests = (
+            {os.path.abspath(os.path.expanduser(file)) for file in ([side] if isinstance(side, str) else side)}
+            for side in sides
+        )
+        return bool(training & tests)
 
 
 class Model(Section):
@@ -222,7 +236,7 @@ class Validation(Section):
     retrain: Literal["warm_start", "from_scratch"] = "warm_start"
     """warm_start polishes the trained stages again, or repeats the runs of unrolled stages; from_scratch repeats
     `training` and `polish` from new weights"""
-    examples: Count = 100
+    examples: Annotated[int, Field(ge=3)] = 100
     """leave_one_out: number of rows"""
     groups: Annotated[int, Field(ge=3)] = 20
     """remove_groups: number of groups, evenly spread from the most helpful rows to the most harmful rows"""
@@ -301,6 +315,11 @@ class Config(Section):
             if stage.data.path in FILE_BUILDERS and stage.data.data_files is None:
                 raise InputError(
                     f"{key}.data.data_files is missing; path {stage.data.path!r} reads files and expects their names."
+                )
+            if stage.data.path in FILE_BUILDERS and stage.data.name is not None:
+                raise InputError(
+                    f"{key}.data.name is {stage.data.name!r}, which is for Hub datasets; path {stage.data.path!r} "
+                    "reads files: leave it out."
                 )
             if stage.data.data_files is not None and not all(stage.data.files or [""]):
                 raise InputError(

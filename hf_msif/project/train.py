@@ -14,6 +14,7 @@ from ..engine import folders
 from ..engine.accelerated import Engine
 from ..engine.files import write_json
 from ..errors import DivergedError, InputError
+from ..objectives.classification import class_of
 from ..training.record import check_arguments
 from ..training.recording import FILES as FILES_OF_A_RUN
 from ..training.trainer import last_checkpoint
@@ -104,9 +105,11 @@ def _train(run: Run, name: str, stage: StageConfig) -> dict:
     arguments, index = run.arguments(name), run.names.index(name)
     previous = run.model(run.names[index - 1]) if index else None
     sides = {"train": run.rows(name)}
+    _require_classes(run, name)
     if stage.data.has_test_side:
         sides["test"] = run.rows(name, "test")
     model = run.new_model(name)
+    initial = provenance.weights_fingerprint(model)
     objective = run.objective(name, model)
     _require_alpha(name, stage, model, previous)
     run.check_untrained(name, model)
@@ -148,7 +151,7 @@ def _train(run: Run, name: str, stage: StageConfig) -> dict:
     if is_recorded:
         folders.remove(run.recording(name))
         os.replace(checkpoints, run.recording(name))
-    facts = record.facts() | {"weights": provenance.weights_fingerprint(model)}
+    facts = record.facts() | {"weights": provenance.weights_fingerprint(model), "initial": initial}
     training.save(model, run.tokenizer, run.folder / name, facts)
     write_json(run.folder / f"{name}.json", report)
     folders.remove(checkpoints)
@@ -186,6 +189,20 @@ def _refuse_given_model(name: str, stage: StageConfig) -> None:
         raise InputError(
             f"stages.{name}.data.streaming is for a stage whose model is given (model.path); expected streaming: "
             "false to train it here."
+        )
+
+
+def _require_classes(run: Run, name: str) -> None:
+    """Refuses to train a classifier on rows of one class: the best model would read none of them."""
+    if run.tasks[name].label_kind != "class":
+        return
+    values = {row["label"] for row in run.rows(name)}
+    classes = {class_of(value, run.objectives[name].labels) for value in values}
+    if len(classes) == 1:
+        raise InputError(
+            f"stages.{name}.data.label_column: all training rows have the label {min(values, key=str)!r}; expected "
+            f"rows of at least two classes: check {run.config.stages[name].data.label_column!r}, "
+            f"stages.{name}.data.keep and max_rows."
         )
 
 

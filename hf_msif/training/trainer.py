@@ -16,24 +16,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..adapters.fingerprint import model_identity
 from ..adapters.functional import forward
 from ..adapters.peft import unwrap
 from ..adapters.split import Split, split
 from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
-from ..engine.hashing import describe, digest, tensors_fingerprint
+from ..engine.hashing import contents, digest, objective_fingerprint, tensors_fingerprint
 from ..errors import DivergedError, InputError
 from ..objectives import Objective, checked_objective
 from .objective import QuadraticTerms, data_term, example_weights
 from .settings import check_arguments as check_settings_of
+from .settings import decisive_arguments
 
-# Arguments that decide the final weights: a run is resumed from a checkpoint only where all of them agree.
-DECISIVE = (
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("world_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("max_grad_norm", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("seed", "data_seed", "bf16", "fp16"),
-)
+# What a checkpoint holds beside the weights; without it a run would go on otherwise than it began.
+NEEDED = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
 
 # What Trainer and Accelerate leave on modules. A `forward` that autocasts would be differentiated later.
 TOUCHED = (
@@ -86,7 +83,8 @@ def train(
         The mean of F over the steps of this call.
 
     A run whose `save_strategy` writes checkpoints is resumed from the last one when it is called again with the same
-    arguments, and ends at the weights of a run that was not interrupted.
+    arguments, and ends at the weights of a run that was not interrupted. (Checkpoints that `save_only_model` wrote do
+    not count: the run starts anew.)
 
     Raises:
         InputError: bad rows, ids to omit that no row has, arguments under which another F would be minimised, or
@@ -100,15 +98,18 @@ def train(
     roles = split(name, model, previous, trainable, resized)
     omit = checked_omission(omit, rows, name)
     arguments = _checked_arguments(arguments, objective, name)
+    identity = model_identity(model)
+    del identity["the model"]  # its weights, which have an entry of their own
     facts = {
-        "the objective": str(describe(objective)),
+        "the objective": objective_fingerprint(objective),
+        "the model's configuration": digest(contents(identity)),
         "trainable": list(roles.trained),
         "the stage's weight_decay": weight_decay,
         "alpha": alpha,
         "omit": sorted(map(repr, omit)),
         "the rows": digest(rows),
         "the initial weights": tensors_fingerprint(dict(model.named_parameters())),
-        **{key: str(getattr(arguments, key)) for key in DECISIVE},
+        **decisive_arguments(arguments),
     }
     checkpoint = _last_checkpoint(arguments, facts, name)
     collator = _Collator(objective, omit)
@@ -187,28 +188,44 @@ def _last_checkpoint(arguments: TrainingArguments, facts: Mapping[str, Any], nam
         if arguments.process_index == 0:
             write_json(file, facts)
         return None
-    before = json.loads(file.read_text()) if file.exists() else {}
-    differences = [key for key, value in facts.items() if before.get(key) != value]
+    way_out = f"delete {folder}, or give another output_dir (on the command line: run_dir), to train anew"
+    state = Path(checkpoint) / "trainer_state.json"
+    for written, key in ((file, "the initial weights"), (state, "global_step")):
+        if written.exists() and key not in _content(written):
+            raise InputError(
+                f"stage {name!r}: {written} is damaged; expected what the interrupted training wrote: {way_out}."
+            )
+    before = _content(file)
+    differences = [key for key in {**facts, **before} if before.get(key) != facts.get(key)]
     if differences:
         raise InputError(
-            f"stage {name!r}: {checkpoint} is a checkpoint of a run that differs in {', '.join(differences)}: delete "
-            f"{folder}, or choose another output_dir, to train anew."
+            f"stage {name!r}: {checkpoint} is a checkpoint of a run that differs in {', '.join(differences)}: "
+            f"{way_out}."
         )
     return checkpoint
 
 
 def _is_ours(file: Path) -> bool:
     """Whether a file holds the facts of a run, as `train` writes them."""
+    return "the initial weights" in _content(file)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; nothing where it holds none."""
     try:
-        return "the initial weights" in json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):
-        return False
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint of a `Trainer` in a folder. `trainer_state.json` is what it writes last."""
-    states = folder.glob("checkpoint-*/trainer_state.json")
-    steps = {path.parent.name.removeprefix("checkpoint-"): path.parent for path in states}
+    """The newest complete checkpoint of a `Trainer` in a folder, with all that a run needs to go on from it.
+
+    Under `save_only_model` no checkpoint has that.
+    """
+    complete = (path for path in folder.glob("checkpoint-*") if all(any(path.glob(name)) for name in NEEDED))
+    steps = {path.name.removeprefix("checkpoint-"): path for path in complete}
     newest = max((step for step in steps if step.isdecimal()), key=int, default=None)
     return None if newest is None else str(steps[newest])
 

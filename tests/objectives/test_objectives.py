@@ -4,6 +4,7 @@ import copy
 import re
 from functools import partial
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -264,6 +265,21 @@ def test_labels_by_name(classifier):
     torch.testing.assert_close(evaluate(classifier, columns, other)[0], found[0])
 
 
+@pytest.mark.parametrize(
+    ("labels", "values", "classes"),
+    [
+        (("1", "0"), [0, 1, "0", np.int64(1)], [1, 0, 1, 0]),
+        ((4, 0), [0, 4, "4", 4.0], [1, 0, 0, 0]),
+        (("Negative", "Positive"), [0, 1, "Positive"], [0, 1, 1]),
+        (None, [0, 3], [0, 3]),
+        (("False", "True"), [True, False], [1, 0]),
+    ],
+)
+def test_a_value_is_the_label_that_reads_the_same(labels, values, classes):
+    rows = [{"example_id": i, "text": "vote", "label": value} for i, value in enumerate(values)]
+    assert tiny.objective("classification", labels=labels).collate(rows)["labels"].tolist() == classes
+
+
 ROW = {"example_id": 7, "text": "vote", "label": 0}
 MESSAGES = {
     # What is done, with which rows, and what the message must say.
@@ -290,6 +306,12 @@ MESSAGES = {
         {"labels": ("a", "b")},
         [{**ROW, "label": "c"}],
         "row 7 has the label 'c'; expected",
+    ),
+    "number beside labels that are numbers": (
+        "classification",
+        {"labels": ("1", "2")},
+        [ROW],
+        "row 7 has the label 0; expected",
     ),
     "label of another kind": (
         "classification",
@@ -519,6 +541,7 @@ def test_the_logits_count_where_the_configuration_is_silent(classifier):
         ("ab", "labels='ab'; expected all classes"),
         (("left", "right", "left"), "'left' twice; expected each class once"),
         ([4, 0, 4], "4 twice; expected each class once"),
+        ([0, 1, "0"], "'0' twice; expected each class once"),
     ],
 )
 def test_labels_that_are_no_list_of_classes(make, labels, message):

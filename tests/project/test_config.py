@@ -229,6 +229,11 @@ ERRORS = {
         ["--stages.pretraining.data.data_files", "null"],
         ["stages.pretraining.data.data_files is missing; path 'text' reads files"],
     ),
+    "a configuration of files": (
+        ["--stages.finetuning.data.name", "en"],
+        ["stages.finetuning.data.name is 'en', which is for Hub datasets", "leave it out"],
+    ),
+    "too few rows to compare": (["--validation.examples", "2"], ["validation.examples is 2", "at least 3"]),
     "an empty name of a file": (
         ["--stages.pretraining.data.data_files", "''"],
         ["stages.pretraining.data.data_files is ''", "names no file"],

@@ -149,3 +149,18 @@ def test_a_test_split_is_the_test_side_whole(tmp_path):
     assert [row["text"] for row in sides["test"]] == [f"test {i}" for i in range(5)]
     with pytest.raises(InputError, match=r"stages.pre.data.data_files.test: the file .* does not exist"):
         load_rows(Data(**{**settings, "data_files": {**files, "test": "nowhere.txt"}}), "pre")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"test_split": "train"}, True),
+        ({"test_split": "test"}, False),
+        ({"test_split": "test", "part": "test"}, True),
+        ({"test_split": "test", "data_files": {"train": "a.csv", "test": "b.csv"}}, False),
+        ({"test_split": "test", "data_files": {"train": "a.csv", "test": ["./a.csv", "b.csv"]}}, True),
+        ({"split": "train[:80%]", "test_split": "train[80%:]"}, False),
+    ],
+)
+def test_tests_that_are_training_rows_are_noticed(settings, expected):
+    assert Data(path="csv", **settings).trains_on_test_side is expected

@@ -33,22 +33,28 @@ def test_our_own_file_is_replaced_as_often_as_one_likes(outputs):
     Outputs(outputs.folder).check([outputs.folder / "a.json"])
 
 
-@pytest.mark.parametrize("owner", ["never ours", "changed since", "as long as ours", "a folder", "a dead link"])
+@pytest.mark.parametrize(
+    "owner", ["never ours", "changed since", "as long as ours", "a folder", "a dead link", "a link"]
+)
 def test_a_file_of_the_users_is_refused_and_stays(outputs, owner):
     path = outputs.folder / "a.json"
-    if owner in ("changed since", "as long as ours"):
+    if owner in ("changed since", "as long as ours", "a link"):
         write(outputs, "our")
     path.parent.mkdir(exist_ok=True)
     if owner == "a folder":
         path.mkdir()
     elif owner == "a dead link":
         path.symlink_to("nowhere")
+    elif owner == "a link":  # to what was ours
+        path.rename(path.with_name("b.json"))
+        path.symlink_to("b.json")
     else:
         path.write_text('"his"' if owner == "as long as ours" else "mine")
         os.utime(path, (1, 1))
     before = snapshot(outputs.folder)
     words = {"changed since": "was changed since msif wrote it", "as long as ours": "was changed since"}
     words["a folder"] = "is a folder, but msif writes a file"
+    words["a link"] = words["a dead link"] = "is a symbolic link, and msif did not"
     with pytest.raises(InputError, match=rf"a\.json {words.get(owner, 'exists, and msif did not')}.*another run_dir"):
         write(outputs, "new")
     assert snapshot(outputs.folder) == before

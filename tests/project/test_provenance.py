@@ -166,6 +166,9 @@ def test_a_place_counts_only_if_the_content_does():
     assert told({"data": "other"}) == told({}) == ["data.path"]
     (difference,) = changes(before, Record(before.settings, {"data": "other"}), lambda key: None)
     assert difference.is_content
+    streamed = Record(before.settings, {"data": f"{provenance.STREAMED}other"})
+    assert changes(before, streamed, lambda key: None) == []
+    assert changes(streamed, Record(before.settings, {"data": f"{provenance.STREAMED}x"}), lambda key: None)
 
 
 # On the command line -------------------------------------------------------------------------------------------------
@@ -257,7 +260,10 @@ def test_a_moved_project_goes_on_and_what_is_not_of_the_query_may_change(moved):
 def test_an_interrupted_query_is_not_scored(copy, capsys):
     marker = folders.read_marker(copy.parent / "run" / "query")
     folders.write_marker(copy.parent / "run" / "query", marker.kind, marker.names)
-    assert "run/query does not say by which settings it was made" in refused(copy, capsys, "score")
+    folder = copy.parent / "run" / "query"
+    sentence = refused(copy, capsys, "score")
+    assert f"{folder} does not say by which settings it was made" in sentence
+    assert f"move {folder} away and query again" in sentence
 
 
 def test_a_stage_on_another_model_than_it_was_trained_on_is_refused(copy, capsys):
@@ -368,3 +374,49 @@ def test_a_record_of_another_value_is_what_is_compared(copy, capsys):
     assert "test.seed was 5 when" in refused(copy, capsys, "score")
     shutil.rmtree(copy.parent / "run" / "query")
     assert msif("sweep", "--config", copy) == 0
+
+
+def test_a_streamed_corpus_and_a_given_model_may_move(tmp_path, capsys):
+    path = project(tmp_path / "before")
+    assert msif("train", "--config", path, "--json") == 0
+    folder = tmp_path / "before" / "run" / "pretraining"
+    given = shutil.copytree(folder, tmp_path / "given", ignore=shutil.ignore_patterns(folders.MARKER))
+    shutil.rmtree(tmp_path / "before" / "run")
+    settings = json.loads(path.read_text())
+    first = settings["stages"]["pretraining"]
+    first |= {"training": {}, "curvature_samples": 5, "model": {"path": str(given)}}
+    first["data"]["streaming"] = True
+    path.write_text(json.dumps(settings))
+    for command in ("train", "query"):
+        assert msif(command, "--config", path, "--json") == 0
+    path = copied(path, tmp_path / "after")
+    there = given.rename(tmp_path / "there")
+    assert msif("score", "--config", path, f"{PRE}.model.path", there) == 0
+
+    other = {name: 2 * t for name, t in safetensors.torch.load_file(there / "model.safetensors").items()}
+    safetensors.torch.save_file(other, there / "model.safetensors", {"format": "pt"})
+    assert "another model of the stage before" in refused(path, capsys, "score", f"{PRE}.model.path", there)
+    corpus = tmp_path / "after" / "corpus.txt"
+    corpus.write_text(corpus.read_text() + "another one\n")
+    assert "data_files was" in refused(path, capsys, "score", f"{PRE}.model.path", there)
+
+
+def test_a_training_from_other_initial_weights_is_not_repeated(tmp_path, capsys):
+    path = project(tmp_path)
+    start = tmp_path / "start"
+    run = Run(config.load(path), progress=False)
+    training.save(run.new_model("pretraining"), run.tokenizer, start)
+    settings = json.loads(path.read_text())
+    settings["stages"]["pretraining"]["model"] = {"path": str(start)}
+    path.write_text(json.dumps(settings))
+    assert msif("train", "--config", path, "--json") == 0
+    run = Run(config.load(path), progress=False)
+    for name in run.names:
+        provenance.check_initial_weights(run, name)
+    other = {name: 2 * t for name, t in safetensors.torch.load_file(start / "model.safetensors").items()}
+    safetensors.torch.save_file(other, start / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    few = ("--validation.examples", 3, "--validation.retrain", "from_scratch", "--validation.ceiling_seeds", "[]")
+    assert msif("validate", "--config", path, *few, "--validation.baselines", "[]") == 2
+    sentence = visible(capsys.readouterr().err)[-1]
+    assert f"stages.pretraining.model.path is '{start}', which holds other weights now than those" in sentence

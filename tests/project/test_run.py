@@ -171,6 +171,10 @@ ASIDE = {
     "nothing set aside": ([FRACTION], "data sets no rows aside, so the test rows would be .* test.split: train"),
     "nothing set aside, said": ([FRACTION, ("test.split", "test")], "data sets no rows aside"),
     "trained on all": ([(PART, "all")], "finetuning.data.part is 'all', so the test rows would be rows that stage"),
+    "a test split that is the split": (
+        [FRACTION, ("stages.finetuning.data.test_split", "train")],
+        "finetuning.data.test_split names the rows of stages.finetuning.data.split, so the test rows would be rows",
+    ),
     "trained on the test side": ([(PART, "test")], "part is 'test', so the test rows would be .* part: train"),
 }
 

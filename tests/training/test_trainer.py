@@ -343,6 +343,14 @@ OTHER_RUNS = {
     "the rows": {"rows": tiny.rows(10, seed=4)},
     "trainable": {"trainable": ["cls.*"]},
     "max_steps": {"max_steps": 9},
+    "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
+    "dataloader_drop_last": {"dataloader_drop_last": True},
+    "train_sampling_strategy": {"train_sampling_strategy": "sequential"},
+    "the model's configuration": {"model": tiny.model("bert", "masked", dtype=torch.float32, hidden_act="relu")},
+    "the model's configuration ": {
+        "model": tiny.model("bert", "masked", dtype=torch.float32, hidden_dropout_prob=0.5)
+    },
+    "the objective ": {"objective": tiny.objective("masked", max_length=5)},
 }
 
 
@@ -355,7 +363,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize(("key", "change"), OTHER_RUNS.items(), ids=OTHER_RUNS)
 def test_checkpoints_of_another_run_are_refused(finished, key, change):
-    with pytest.raises(InputError, match=f"checkpoint-2 is a checkpoint of a run that differs in {key}: delete"):
+    with pytest.raises(InputError, match=f"checkpoint-2 is a checkpoint of a run that differs in {key.strip()}: del"):
         run(finished, **{"max_steps": 2, "save_strategy": "steps", "save_steps": 2, **change})
 
 
@@ -363,6 +371,23 @@ def test_checkpoints_of_an_unknown_run_are_refused(finished, tmp_path):
     shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
     with pytest.raises(InputError, match=r"checkpoint-2 is a checkpoint of a run .*the initial weights"):
         run(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null"])
+@pytest.mark.parametrize("name", ["run.json", "checkpoint-2/trainer_state.json"])
+def test_a_damaged_file_is_named(finished, tmp_path, name, content):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name} is damaged; expected .*: delete .*run_dir\), to train anew\.$"):
+        run(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_an_incomplete_checkpoint_does_not_count(finished, tmp_path, name):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    assert trainer.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / name).unlink()
+    assert trainer.last_checkpoint(tmp_path) is None
 
 
 def test_without_saving_old_checkpoints_are_not_looked_at(finished, undisturbed):
