@@ -54,7 +54,8 @@ class BatchEffect:
     def reaches_loss(self) -> bool:
         """Whether the loss of a row depends on other rows in its batch. (What rows of equal length differ by, computed
         by the same kernels, is rounding unless it is large.)"""
-        return self.mixes or self.beside_others > max(self.rounding, 10 * self.beside_equals)
+        padding_reaches = self.padded and self.beside_others > max(self.rounding, 10 * self.beside_equals)
+        return padding_reaches or self.mixes
 
     @property
     def mixes(self) -> bool:

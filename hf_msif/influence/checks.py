@@ -1,4 +1,4 @@
-"""Checks of a stage when it is bound: would its scores mean what they say? Each costs a few passes of two rows.
+"""Checks of a stage when it is bound: would its scores mean what they say? Each costs a few passes of a few rows.
 
 A check takes a `BoundStage` and returns a `Finding`, or refuses the stage by an `InputError`. A new one is a function
 here, or anywhere, and a line in `registry.CHECKS`.
