@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/msif demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 fast: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not launch"
