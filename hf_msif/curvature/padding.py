@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -71,24 +70,19 @@ def rounding(model: FunctionalModel, objective: Objective, row: dict) -> float:
     A loss that is computed in float64 throughout is smooth: of its values at θ, θ (1 + h), θ (1 + 2h) the second
     difference vanishes for h = 1e-10. Where parts are computed in float32, it is their rounding.
     """
-    limit = rounding_of_dtype(model)
-    if limit == ROUNDING_OF_OTHERS:
-        return limit
+    dtype = next(iter(model.parameters.values())).dtype
+    if dtype != torch.float64:
+        return ROUNDING_OF_OTHERS
     batch = _batch(model, objective, [row])
-
-    def losses_at(k: int) -> Tensor:
-        moved = {name: p * (1 + k * 1e-10) for name, p in model.parameters.items()}
-        return Evaluation(model, objective, batch).losses(moved)[0]
-
     with torch.no_grad(), model.evaluating():
-        first, second, third = map(losses_at, range(3))
+        first, second, third = (
+            Evaluation(model, objective, batch).losses({n: p * (1 + k * 1e-10) for n, p in model.parameters.items()})[
+                0
+            ]
+            for k in range(3)
+        )
     bend = (first - 2 * second + third).abs() / first.abs().clamp(min=1.0)
-    return ROUNDING_IN_PARTS if float(bend.max()) > 1e-12 else limit
-
-
-def rounding_of_dtype(model: FunctionalModel) -> float:
-    """The relative difference up to which two computations in the dtype of the parameters agree."""
-    return ROUNDING.get(next(iter(model.parameters.values())).dtype, ROUNDING_OF_OTHERS)
+    return ROUNDING_IN_PARTS if float(bend.max()) > 1e-12 else ROUNDING[dtype]
 
 
 @contextmanager
@@ -118,8 +112,8 @@ def rows_of_all_lengths(rows: Sequence[dict], objective: Objective) -> list[dict
     compared: list[dict] = []
     for n in range(COMPARED_ROWS - 1):
         start, end = (k * (len(ascending) - 1) // (COMPARED_ROWS - 1) for k in (n, n + 1))
-        others = (row for row in ascending[start:end] if row is not longest and _has_terms(row, objective))
-        compared += itertools.islice(others, 1)
+        found = next((row for row in ascending[start:end] if row is not longest and _has_terms(row, objective)), None)
+        compared += [] if found is None else [found]
     compared.append(longest)
     if len({row_shape(row, objective) for row in compared}) == 1:
         compared = [*_shorter(longest, objective), *compared[-2:]]

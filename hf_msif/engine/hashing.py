@@ -109,10 +109,11 @@ def _contents(value: Any, above: tuple[int, ...]) -> Any:
 def fields_of(value: object) -> dict[str, Any]:
     """The fields of an object by name: those of a dataclass that count in its equality, else all but cached ones."""
     if dataclasses.is_dataclass(value):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.compare}
-    attributes = getattr(value, "__dict__", {})
-    kind = type(value)
-    return {k: v for k, v in attributes.items() if not isinstance(getattr(kind, k, None), functools.cached_property)}
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.compare}
+        # What was set beside the fields, as by `Objective.unpadded`.
+        return fields | {k: v for k, v in getattr(value, "__dict__", {}).items() if k == "pads"}
+    own = getattr(value, "__dict__", {})
+    return {k: v for k, v in own.items() if not isinstance(getattr(type(value), k, None), functools.cached_property)}
 
 
 def describe(settings: object) -> dict[str, Any]:
@@ -146,9 +147,6 @@ class Preprocessing(Protocol):
     @property
     def processor(self) -> Any: ...
 
-    @property
-    def pads(self) -> bool: ...
-
 
 def objective_identity(objective: Preprocessing) -> dict[str, Any]:
     """Everything that an objective's losses depend on beside the model: name for people → plain value or SHA-256.
@@ -156,10 +154,8 @@ def objective_identity(objective: Preprocessing) -> dict[str, Any]:
     Its class and settings, by name; its tokenizer and image processor, by content.
     """
     settings = {name: value for name, value in fields_of(objective).items() if name not in ("tokenizer", "processor")}
-    identity: dict[str, Any] = {"objective": type(objective).__name__}
+    identity = {"objective": type(objective).__name__}
     identity |= {f"objective.{name}": contents(value) for name, value in settings.items()}
-    if not objective.pads:
-        identity["objective.pads"] = False
     if objective.tokenizer is not None:
         identity["the tokenizer"] = tokenizer_fingerprint(objective.tokenizer)
     if objective.processor is not None:

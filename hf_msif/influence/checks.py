@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..curvature.derivatives import Evaluation
-from ..curvature.padding import batch_effect, rounding_of_dtype, tempered, without_tf32
+from ..curvature.padding import ROUNDING, ROUNDING_OF_OTHERS, batch_effect, tempered, without_tf32
 from ..errors import InputError, first_line
 from ..vectors import Block
 from .chain import BoundStage
@@ -49,7 +49,7 @@ def determinism(bound: BoundStage) -> Finding:
                     "smallest number of its dtype."
                 )
         gap = _relative(losses[0], losses[2])
-        if not gap <= rounding_of_dtype(bound.model):
+        if not gap <= _rounding(bound):
             raise InputError(
                 f"stage {bound.name!r}: the loss of the same row is {float(losses[0].sum()):.6g}, and "
                 f"{float(losses[2].sum()):.6g} after another row was read: {_class(bound)} draws random numbers or "
@@ -129,7 +129,7 @@ def causality(bound: BoundStage) -> Finding:
         moved = (logits[1:] - logits[:1]).abs().amax(2)
         before = torch.stack([row[:place].max() for row, place in zip(moved, places, strict=True)])
         effect = float(before.max() / moved.max().clamp(min=1e-30))
-        if not effect <= rounding_of_dtype(bound.model):
+        if not effect <= _rounding(bound):
             place = places[int(before.argmax())]
             raise InputError(
                 f"stage {bound.name!r}: {type(objective).__name__} predicts each token from those before it, but in "
@@ -173,9 +173,9 @@ def symmetry(bound: BoundStage) -> Finding:
             "jvp, or curvature='hessian'."
         ) from error
     left, right = float(vectors.dot(other, products[0])), float(vectors.dot(one, products[1]))
-    least = 1e-2 * rounding_of_dtype(bound.model)  # of a product that is zero only rounding is left
+    least = 1e-2 * _rounding(bound)  # of a product that is zero only rounding is left
     gap = abs(left - right) / max(*(float(vectors.norm(product)) for product in products), least)
-    if not gap <= ASYMMETRY * rounding_of_dtype(bound.model):
+    if not gap <= ASYMMETRY * _rounding(bound):
         raise InputError(
             f"stage {bound.name!r}: the curvature product of {_class(bound)} is not symmetric (⟨w, C v⟩ and ⟨v, C w⟩ "
             f"differ by {gap:.1e} of ‖C v‖): a backward function in it is no derivative of its forward function, so "
@@ -189,6 +189,11 @@ def symmetry(bound: BoundStage) -> Finding:
 
 def _class(bound: BoundStage) -> str:
     return type(bound.stage.model).__name__
+
+
+def _rounding(bound: BoundStage) -> float:
+    """The relative difference up to which two numbers that should be equal may differ."""
+    return ROUNDING.get(next(iter(bound.model.parameters.values())).dtype, ROUNDING_OF_OTHERS)
 
 
 def _places(length: int) -> list[int]:

@@ -294,9 +294,9 @@ def _check_unchanged(bound: BoundStage, saved: dict[str, Any], folder: Path) -> 
     if not names:
         return
     changes = [_change(name, saved.get(name), present.get(name)) for name in names[:3]]
-    unnamed = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
     raise InputError(
-        f"stage {bound.name!r} is not as it was when the query in {folder} was made ({'; '.join(changes)}{unnamed}): "
+        f"stage {bound.name!r} is not as it was when the query in {folder} was made ({'; '.join(changes)}{more}): "
         "query again, or undo the change."
     )
 

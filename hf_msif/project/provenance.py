@@ -108,6 +108,11 @@ def _contents(run: Run, names: list[str]) -> dict[str, str]:
     return contents
 
 
+def weights_fingerprint(model: Any) -> str:
+    """SHA-256 of all that a model computes: parameters, buffers, configuration, adapters."""
+    return model_fingerprint(model)
+
+
 def changes(before: Record, now: Record, content_of: Callable[[str], str | None]) -> list[Difference]:
     """What differs between two records.
 
@@ -225,7 +230,7 @@ def check_initial_weights(run: Run, name: str) -> None:
     """
     path, marker = run.config.stages[name].model.path, folders.read_marker(run.folder / name)
     before = None if marker is None else marker.facts.get("initial")
-    if path is not None and before is not None and model_fingerprint(run.new_model(name)) != before:
+    if path is not None and before is not None and weights_fingerprint(run.new_model(name)) != before:
         raise InputError(
             f"stages.{name}.model.path is {path!r}, which holds other weights now than those from which "
             f"{run.folder / name} was trained: put these back, or train the stage again (msif train --stage {name})."

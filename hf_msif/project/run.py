@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.fingerprint import model_fingerprint
 from ..adapters.functional import check_vocabulary
 from ..engine import folders
 from ..engine.hashing import digest
@@ -234,7 +233,7 @@ class Run:
     def fingerprint(self, name: str) -> str:
         """SHA-256 of the weights of a stage's trained model."""
         if name not in self._fingerprints:
-            self._fingerprints[name] = model_fingerprint(self.model(name))
+            self._fingerprints[name] = provenance.weights_fingerprint(self.model(name))
         return self._fingerprints[name]
 
     def _has_folder(self, name: str) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import training
-from ..adapters.fingerprint import model_fingerprint
 from ..adapters.split import split
 from ..engine import folders
 from ..engine.accelerated import Engine
@@ -110,7 +109,7 @@ def _train(run: Run, name: str, stage: StageConfig) -> dict:
     if stage.data.has_test_side:
         sides["test"] = run.rows(name, "test")
     model = run.new_model(name)
-    initial = model_fingerprint(model)
+    initial = provenance.weights_fingerprint(model)
     objective = run.objective(name, model)
     _require_alpha(name, stage, model, previous)
     run.check_untrained(name, model)
@@ -152,7 +151,7 @@ def _train(run: Run, name: str, stage: StageConfig) -> dict:
     if is_recorded:
         folders.remove(run.recording(name))
         os.replace(checkpoints, run.recording(name))
-    facts = record.facts() | {"weights": model_fingerprint(model), "initial": initial}
+    facts = record.facts() | {"weights": provenance.weights_fingerprint(model), "initial": initial}
     training.save(model, run.tokenizer, run.folder / name, facts)
     write_json(run.folder / f"{name}.json", report)
     folders.remove(checkpoints)

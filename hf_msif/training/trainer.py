@@ -22,7 +22,7 @@ from ..adapters.peft import unwrap
 from ..adapters.split import Split, split
 from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
-from ..engine.hashing import contents, digest, objective_fingerprint
+from ..engine.hashing import contents, digest, objective_fingerprint, tensors_fingerprint
 from ..errors import DivergedError, InputError
 from ..objectives import Objective, checked_objective
 from .objective import QuadraticTerms, data_term, example_weights
@@ -99,7 +99,7 @@ def train(
     omit = checked_omission(omit, rows, name)
     arguments = _checked_arguments(arguments, objective, name)
     identity = model_identity(model)
-    initial_weights = identity.pop("the model")
+    del identity["the model"]  # its weights, which have an entry of their own
     facts = {
         "the objective": objective_fingerprint(objective),
         "the model's configuration": digest(contents(identity)),
@@ -108,7 +108,7 @@ def train(
         "alpha": alpha,
         "omit": sorted(map(repr, omit)),
         "the rows": digest(rows),
-        "the initial weights": initial_weights,
+        "the initial weights": tensors_fingerprint(dict(model.named_parameters())),
         **decisive_arguments(arguments),
     }
     checkpoint = _last_checkpoint(arguments, facts, name)

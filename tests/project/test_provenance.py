@@ -12,7 +12,6 @@ from helpers import tiny
 from helpers.project import copied, msif, project, rerecord, snapshot, visible
 
 from hf_msif import training
-from hf_msif.adapters.fingerprint import model_fingerprint
 from hf_msif.engine import folders
 from hf_msif.errors import InputError
 from hf_msif.project import config, keys, provenance
@@ -350,7 +349,7 @@ def test_the_fingerprint_in_memory_is_that_of_the_saved_model(trained_project):
     run = Run(config.load(trained_project), progress=False)
     for name in run.names:
         marker = folders.read_marker(run.folder / name)
-        assert marker.facts["weights"] == model_fingerprint(run.model(name))
+        assert marker.facts["weights"] == provenance.weights_fingerprint(run.model(name))
 
 
 def test_saving_never_replaces_a_folder_of_the_users(tmp_path):
