@@ -1,234 +1,32 @@
-"""What goes into every layer of a batch and what gradient comes out: the per-example gradients are made of both.
+"""What goes into every layer of a batch and what gradient comes out: `LayerMap` finds the layers and runs them.
 
-One forward and one backward pass to the layers' outputs, no matter how many examples: for a layer whose rows (tokens)
-n have the inputs a_n and the gradients g_n = ∂ℓ/∂(output row n), example i has the gradient Σ_{n ∈ i} g_n ⊗ a_n in the
-weight and Σ_{n ∈ i} g_n in the bias (Goodfellow, 2015). Scoring takes inner products of it with the queries, EK-FAC
-its second moments.
+How per-example gradients are made of both, `layer_rules` says for each kind of layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from .. import vectors
 from ..adapters.functional import FunctionalModel
 from ..engine.accelerated import to_device
 from ..errors import InputError
 from ..objectives import Objective
-from ..vectors import Block
 from .derivatives import Evaluation
+from .layer_rules import RULES, Call, Embedding, Grouping, Layer
 
+# A gradient that a layer does not make is wrong by its whole size. Rounding is smaller, also of models that compute
+# parts in float32 whatever their parameters are.
+TOLERANCE = 1e-3
 SAMPLE_ROWS = (3, 2, 4, 5)  # sizes of the batch on which layers are looked at; the first that is told from other sizes
-
-
-class Grouping:
-    """Which example each of n rows belongs to.
-
-    Attributes:
-        examples: B.
-        index: (n,) the example of each row; None: n/B consecutive rows per example.
-    """
-
-    def __init__(self, examples: int, index: Tensor | None = None):
-        self.examples, self.index = examples, index
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sums over the rows of each example: (n, …) → (B, …)."""
-        if self.index is None:
-            return x.reshape(self.examples, -1, *x.shape[1:]).sum(1)
-        return x.new_zeros(self.examples, *x.shape[1:]).index_add_(0, self.index, x)
-
-    def padded(self, x: Tensor) -> Tensor:
-        """(n, d) → (B, T, d), T the largest number of rows of an example; zero where an example has fewer."""
-        if self.index is None:
-            return x.reshape(self.examples, -1, *x.shape[1:])
-        slots, width = self._slots
-        return x.new_zeros(self.examples, width, *x.shape[1:]).index_put_((self.index, slots), x)
-
-    @cached_property
-    def _slots(self) -> tuple[Tensor, int]:
-        """The place of each row among those of its example, and the number of places."""
-        assert self.index is not None
-        counts = torch.bincount(self.index, minlength=self.examples)
-        order = self.index.argsort(stable=True)
-        starts = counts.cumsum(0) - counts
-        slots = torch.empty_like(order)
-        slots[order] = torch.arange(len(order), device=order.device) - starts[self.index[order]]
-        return slots, int(counts.max())
-
-
-@dataclass
-class Call:
-    """One call of a layer in a pass: n rows of inputs and of gradients.
-
-    Attributes:
-        a: inputs, one row per token: (n, d_in); token ids (n,) of an embedding.
-        g: (n, d_out) the gradient of the summed losses in the layer's output.
-        grouping: the example of each row.
-    """
-
-    a: Tensor
-    g: Tensor
-    grouping: Grouping
-
-
-class Layer:
-    """A module with parameters of its own; a subclass is a rule for one kind of module.
-
-    Attributes:
-        module: the module.
-        names: its own parameters: name in the module → name in the model.
-        kind: how its rows belong to examples, a name in `Pass.groupings`; found by `layers_of`.
-    """
-
-    def __init__(self, module: nn.Module, names: dict[str, str]):
-        self.module, self.names, self.kind = module, names, ""
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        raise NotImplementedError
-
-    def lead(self, output: Tensor) -> tuple[int, ...]:
-        """The axes of an output that count rows."""
-        return tuple(output.shape[:-1])
-
-    def inputs(self, args: tuple, kwargs: dict) -> Tensor:
-        """What `rows` needs of a call's arguments."""
-        return args[0] if args else next(iter(kwargs.values()))
-
-    def rows(self, x: Tensor, g: Tensor, flat: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """(a, g) of a `Call`; `flat` makes one axis of the axes of `lead`."""
-        return flat(x), flat(g)
-
-    def gradients(self, call: Call) -> Block:
-        """∇ℓ_i in the layer's parameters, one column per example, by names of the model. For a few examples."""
-        raise NotImplementedError
-
-
-class Linear(Layer):
-    """out = a Wᵀ + b."""
-
-    transposed = False  # W is stored as (d_in, d_out)
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return type(module).forward is nn.Linear.forward
-
-    def matrix(self, v: Tensor) -> Tensor:
-        """Columns of the weight, (Q, *weight.shape), as (Q, d_out, d_in); no copy."""
-        return v.transpose(1, 2) if self.transposed else v
-
-    def stored(self, matrices: Tensor) -> Tensor:
-        """Inverse of `matrix`."""
-        return matrices.transpose(1, 2) if self.transposed else matrices
-
-    def gradients(self, call: Call) -> Block:
-        made = {}
-        if "weight" in self.names:
-            a, g = call.grouping.padded(call.a), call.grouping.padded(call.g)
-            made[self.names["weight"]] = self.stored(g.transpose(1, 2) @ a)
-        if "bias" in self.names:
-            made[self.names["bias"]] = call.grouping.sum(call.g)
-        return made
-
-
-class TransposedLinear(Linear):
-    """GPT-2's `Conv1D`: a linear layer whose weight is stored as (d_in, d_out)."""
-
-    transposed = True
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return type(module).forward is Conv1D.forward
-
-
-class Convolution(Linear):
-    """`Conv1d` and `Conv2d` without groups: a linear layer on the patches that the kernel sees."""
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        plain = type(module) in (nn.Conv1d, nn.Conv2d)
-        return plain and module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-
-    def lead(self, output: Tensor) -> tuple[int, ...]:
-        return (output.shape[0], *output.shape[2:])
-
-    def matrix(self, v: Tensor) -> Tensor:
-        return v.flatten(2)
-
-    def stored(self, matrices: Tensor) -> Tensor:
-        return matrices.reshape(len(matrices), *self.module.weight.shape)
-
-    def rows(self, x: Tensor, g: Tensor, flat: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        module: Any = self.module
-        settings = module.kernel_size, module.dilation, module.padding, module.stride
-        if x.dim() == 3:  # one axis: a picture one pixel high
-            x, g = x.unsqueeze(2), g.unsqueeze(2)
-            settings = tuple((first, *s) for first, s in zip((1, 1, 0, 1), settings, strict=True))
-        kernel, dilation, padding, stride = settings
-        patches = nn.functional.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
-        return patches.flatten(0, 1), g.flatten(2).transpose(1, 2).flatten(0, 1)
-
-
-class Embedding(Layer):
-    """A linear layer whose inputs are token ids: rows of the identity matrix."""
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        plain = type(module).forward is nn.Embedding.forward
-        return plain and module.max_norm is None and not module.scale_grad_by_freq
-
-    def gradients(self, call: Call) -> Block:
-        table = self.module.weight
-        made = call.g.new_zeros(call.grouping.examples, *table.shape)
-        index = call.grouping.index
-        if index is None:
-            index = torch.arange(call.grouping.examples, device=call.g.device)
-            index = index.repeat_interleave(len(call.g) // call.grouping.examples)
-        return {self.names["weight"]: made.index_put_((index, call.a), call.g, accumulate=True)}
-
-
-class Elementwise(Layer):
-    """A module in whose output each element depends on one element of each parameter, linearly: every norm.
-
-    ∂out/∂w is the module's own tangent along w = 1, so that LayerNorm, RMSNorm and their variants share this rule.
-    """
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        own = list(module.parameters(recurse=False))
-        vectors_alone = bool(own) and all(p.dim() == 1 and p.shape == own[0].shape for p in own)
-        return vectors_alone and not list(module.children()) and "norm" in type(module).__name__.lower()
-
-    def rows(self, x: Tensor, g: Tensor, flat: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        return flat(self._slopes(x)), flat(g)
-
-    def _slopes(self, x: Tensor) -> Tensor:
-        """∂out/∂weight of each element."""
-        module: Any = self.module
-        if isinstance(module, nn.LayerNorm):
-            return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-        values = {name: p.detach() for name, p in module.named_parameters()}
-        with torch.no_grad(), forward_ad.dual_level():
-            values["weight"] = forward_ad.make_dual(values["weight"], torch.ones_like(values["weight"]))
-            output = torch.func.functional_call(module, values, (x,))
-            return forward_ad.unpack_dual(output).tangent
-
-    def gradients(self, call: Call) -> Block:
-        made = {self.names["weight"]: call.grouping.sum(call.a * call.g)} if "weight" in self.names else {}
-        if "bias" in self.names:
-            made[self.names["bias"]] = call.grouping.sum(call.g)
-        return made
-
-
-RULES: tuple[type[Layer], ...] = (Linear, TransposedLinear, Convolution, Embedding, Elementwise)
 
 
 @dataclass
@@ -306,20 +104,22 @@ class LayerMap:
 
     def __init__(self, model: FunctionalModel, objective: Objective, names: Iterable[str], rows: list[dict]):
         self.model, self.objective = model, objective
-        wanted = tuple(names)
+        self.wanted = wanted = tuple(names)
         canonical = {id(p): name for name, p in model.model.named_parameters()}
         self.layers: list[Layer] = []
-        owners: dict[str, str] = {}
         for module in model.model.modules():
             own = {local: canonical[id(p)] for local, p in module._parameters.items() if p is not None}
-            own = {local: name for local, name in own.items() if name in wanted}
-            owners |= {name: type(module).__name__ for name in own.values()}
-            rule = next((rule for rule in RULES if own and rule.fits(module)), None)
-            if rule is not None:
-                self.layers.append(rule(module, own))
-        made = {name for layer in self.layers for name in layer.names.values()}
-        # Some owners do not use their parameter, but a layer inside them that is tied to it does.
-        self.rest = {name: f"no rule for {owners.get(name, 'it')}" for name in wanted if name not in made}
+            inside = {id(p) for child in module.children() for p in child.parameters()}
+            own = {
+                # What a module inside has, too, is used there.
+                local: name
+                for local, name in own.items()
+                if name in wanted and id(module._parameters[local]) not in inside
+            }
+            if own:
+                rule = next(rule for rule in RULES if rule.fits(module))
+                self.layers.append(rule(module, own, model))
+        self.rest: dict[str, str] = {}
         with model.evaluating():
             self._look(rows)
         self.covered = tuple(name for name in wanted if name not in self.rest)
@@ -339,16 +139,20 @@ class LayerMap:
             run.losses()
             if not run.ambiguous:
                 break
-        for layer in self.layers:
-            kinds = run.kinds.get(layer, {"probed"})
-            layer.kind = kinds.pop() if len(kinds) == 1 else "probed"
-        for _ in range(2):  # once more with the rows of the layers that are wrong taken for unordered
-            wrong = self._wrong(evaluation, size)
+        for layer in list(self.layers):
+            kinds = run.kinds.get(layer)
+            if kinds is None:  # not called; or called by another module, in whose gradient it is
+                self.layers.remove(layer)
+            else:
+                layer.kind = kinds.pop() if len(kinds) == 1 else "probed"
+        made = {name for layer in self.layers for name in layer.names.values()}
+        self.rest = {name: "no module that is called has it" for name in self.wanted if name not in made}
+        wrong = self._wrong(evaluation, size)
+        if wrong:  # once more, with the order of their rows taken for unknown
             for layer in self.layers:
-                if wrong & set(layer.names.values()):
-                    layer.kind = "probed"
-        reason = "its gradient is not that of its layers"
-        self.rest |= {name: reason for name in wrong}
+                layer.kind = "probed" if wrong & set(layer.names.values()) else layer.kind
+            wrong = self._wrong(evaluation, size)
+        self.rest |= dict.fromkeys(wrong, "its gradient is not made by the modules that have it")
         for layer in list(self.layers):  # a tied parameter is made by all of its layers, or by none
             layer.names = {local: name for local, name in layer.names.items() if name not in self.rest}
             if not layer.names:
@@ -359,25 +163,29 @@ class LayerMap:
         names = [*dict.fromkeys(name for layer in self.layers for name in layer.names.values())]
         if not names:
             return set()
-        made = [dict[str, Tensor]() for _ in range(examples)]
+        # Their products with random vectors of ±1 are compared: gradients of all examples would need much memory.
+        signs = {
+            name: vectors.rademacher({name: self.model.parameters[name]}, 1, seed)[name]
+            for seed, name in enumerate(names)
+        }
+        made = torch.zeros(len(names), examples, dtype=torch.float64)
+        place = {name: i for i, name in enumerate(names)}
 
         def receive(layer: Layer, call: Call) -> None:
             for name, columns in layer.gradients(call).items():
-                for row, column in zip(made, columns, strict=True):
-                    row[name] = row[name] + column if name in row else column
+                made[place[name]] += _products(columns, signs[name]).cpu()
 
-        mixed = self._mixed(evaluation, examples, receive)
+        wrong = self._mixed(evaluation, examples, receive)
         leaves = evaluation.leaves(names)
         sums, _ = evaluation.losses(leaves)
-        wrong, tolerance = mixed, 1e4 * torch.finfo(sums.dtype).eps
-        for i, row in enumerate(made):
+        for i in range(examples):
             true = torch.autograd.grad(
                 sums[i], list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
             )
             norms = [float(t.norm()) for t in true]
             for name, t, norm in zip(names, true, norms, strict=True):
-                gap = float((row[name] - t).norm()) if name in row else norm
-                if not gap <= tolerance * (norm + 1e-3 * max(norms)):
+                gap = abs(float(made[place[name], i]) - float(_products(t.unsqueeze(0), signs[name])))
+                if not gap <= TOLERANCE * (norm + 1e-3 * max(norms)):
                     wrong.add(name)
         return wrong
 
@@ -463,6 +271,8 @@ class _Run:
         return self.evaluation.model.bind({})(positions=positions, **inputs)
 
     def _find(self, layer: Layer, _module, _args, _kwargs, output) -> None:
+        if not isinstance(output, Tensor):
+            return
         kind = self.at.kind(layer.lead(output), isinstance(layer, Embedding))
         self.kinds.setdefault(layer, set()).add(kind)
 
@@ -472,6 +282,8 @@ class _Run:
             raise _not_told_apart(layer, self.examples)
         if layer.kind == "broadcast":
             x, output = (t.expand(at.inputs, *t.shape[1:]) for t in (x, output))
+            lead = layer.lead(output)
+        x = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, x)
         if not output.requires_grad:
             leaf = output.detach().requires_grad_()
             self.leaves.append(leaf)
@@ -479,26 +291,28 @@ class _Run:
         first: list[Tensor] = []
 
         def received(g: Tensor) -> None:
-            with torch.no_grad():
+            # Autocast is the forward pass's; what is made of gradients has their type.
+            with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
                 if layer.kind != "probed":
-                    self._deliver(layer, x, g, len(lead), at.grouping(layer.kind))
+                    if self.weights is None:
+                        self._deliver(layer, x, g, lead, at.grouping(layer.kind))
                 elif self.weights is None:
                     first.append(g.clone())
                 else:
-                    self._probed(layer, x, first.pop(), g, len(lead))
+                    self._probed(layer, x, first.pop(), g, lead)
 
         output.register_hook(received)
         return output
 
-    def _deliver(self, layer: Layer, x: Tensor, g: Tensor, axes: int, grouping: Grouping) -> None:
+    def _deliver(self, layer: Layer, x: Any, g: Tensor, lead: tuple[int, ...], grouping: Grouping) -> None:
         assert self.receive is not None
-        a, g = layer.rows(x.detach(), g, lambda t: t.flatten(0, axes - 1))
+        a, g = layer.rows(x, g, lambda t: t.reshape(math.prod(lead), *t.shape[len(lead) :]))
         self.receive(layer, Call(a, g, grouping))
 
-    def _probed(self, layer: Layer, x: Tensor, g: Tensor, weighted: Tensor, axes: int) -> None:
+    def _probed(self, layer: Layer, x: Any, g: Tensor, weighted: Tensor, lead: tuple[int, ...]) -> None:
         """Delivers rows whose examples are told by the growth of their gradients."""
         assert self.weights is not None
-        rows, weighted_rows = (t.flatten(0, axes - 1).flatten(1).double() for t in (g, weighted))
+        rows, weighted_rows = (t.reshape(math.prod(lead), -1).double() for t in (g, weighted))
         squares = rows.square().sum(1)
         growth = (rows * weighted_rows).sum(1) / squares.clamp(min=torch.finfo(torch.float64).tiny)
         index = growth.round().long().clamp(1, self.examples)
@@ -509,7 +323,12 @@ class _Run:
                 raise _not_told_apart(layer, self.examples)
             self.mixing(layer)
             return
-        self._deliver(layer, x, g, axes, Grouping(self.examples, index - 1))
+        self._deliver(layer, x, g, lead, Grouping(self.examples, index - 1))
+
+
+def _products(columns: Tensor, signs: Tensor) -> Tensor:
+    """Inner products of columns with a vector, in float64."""
+    return (columns.double() * signs).flatten(1).sum(1) if columns.dim() > 1 else columns.double() * signs[0]
 
 
 def _not_told_apart(layer: Layer, examples: int) -> InputError:

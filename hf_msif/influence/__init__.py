@@ -2,7 +2,7 @@
 
 from .cost import Cost
 from .differentiation import Differentiation, DirectCertificate, Retraining, StageSolution
-from .implicit import Direction
+from .direction import Direction
 from .multistage import MultiStageInfluence
 from .query import Query
 from .stage import Stage

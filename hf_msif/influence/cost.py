@@ -21,7 +21,7 @@ class Cost:
 
     Attributes:
         solve_seconds: time of the pull-back; an upper bound.
-        score_seconds_per_row: time of scoring one row for one column.
+        score_seconds_per_row: time of scoring one row for all columns.
         memory_bytes: bytes held at a time beside the model.
         model_bytes: bytes of the model's parameters.
         vector_bytes: bytes of the stage's solution in a saved query.

@@ -19,25 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from .. import training, vectors
-from ..adapters.functional import FunctionalModel, memo_bytes
+from ..adapters.functional import memo_bytes
 from ..curvature import Curvature
 from ..curvature.base import MEMO_BYTES
-from ..curvature.derivatives import Evaluation, directional_derivatives
+from ..curvature.derivatives import Evaluation
 from ..curvature.sharded import Sharded
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.corpus import first_rows
 from ..engine.stream import Stream
 from ..errors import InputError
-from ..objectives import Objective
-from ..scoring.scorer import RowInfluence
 from ..solvers import Certificate, Operator, Solution, Solver, solve
 from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
 from .cost import Cost, activation_bytes, attended, best_seconds, size_text, time_text
-from .differentiation import Differentiation, Retraining, StageCertificate
+from .differentiation import Differentiation, DirectCertificate, Retraining, StageCertificate
+from .direction import Direction
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -68,48 +67,6 @@ class AlphaEstimate:
             f"alpha = {self.alpha:.4g} estimated from the checkpoints, at ‖W − W_before‖ = {self.distance:.3g}: it "
             f"leaves {self.remaining:.0%} of the gradient {self.gradient_norm:.2g} (0 % at a proximal optimum)"
         )
-
-
-@dataclass
-class Direction:
-    """u_k of one stage: the influence of a row is the derivative of its loss along −u_k, eq. (6).
-
-    Attributes:
-        model: has the parameters at which the losses are differentiated.
-        objective: the objective of the stage.
-        u: u_k on the trained names, tensors of shape (Q, *parameter.shape).
-        certificate: how well u_k was solved for.
-    """
-
-    model: FunctionalModel
-    objective: Objective
-    u: Block
-    certificate: StageCertificate
-
-    @property
-    def columns(self) -> int:
-        return vectors.columns(self.u)
-
-    def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
-        """I(x) = −⟨u_k, ∇ℓ_x⟩ of each row, by one forward-mode pass per column; it costs about three forward passes.
-
-        Args:
-            batch: B rows as the objective collates them, on the model's device.
-            rows: the rows themselves; not used.
-
-        Returns:
-            influence, (B, Q) in float64, positive where more of the row raises the test loss; losses, (B,), sums over
-            terms; counts, (B,).
-        """
-        evaluation = Evaluation(self.model, self.objective, batch)
-        values = []
-        for q in range(self.columns):
-            slopes, losses, counts = directional_derivatives(evaluation, vectors.column(self.u, q))
-            values.append(-slopes.double())
-        return RowInfluence(torch.stack(values, dim=1), losses, counts)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.u
 
 
 class Implicit(Differentiation):
@@ -265,7 +222,11 @@ class Implicit(Differentiation):
             mixed = self.operator.mixed(u, split.frozen)
             inherited |= {name: adjoint[name] - mixed[name] for name in split.frozen}
         inherited |= {name: self.quadratic.tie[name] * u[name] for name in split.proximal}
-        return Direction(self.bound.model, self.bound.objective, u, solution.certificate), inherited
+        return self._direction(u, solution.certificate), inherited
+
+    def _direction(self, u: Block, certificate: StageCertificate) -> Direction:
+        bound = self.bound
+        return Direction(bound.model, bound.objective, u, certificate, lambda: bound.compared_rows)
 
     def solve(self, b: Block, checkpoint: Checkpoint | None = None) -> Solution:
         """Solves the solver's system, with the stage's curvature, for the right-hand sides b.
@@ -323,7 +284,7 @@ class Implicit(Differentiation):
                     f"the saved u of stage {self.bound.name!r} has the shape {tuple(shape)} at {name!r}; expected "
                     f"(columns, *{tuple(parameter.shape)}), the parameter's: query again."
                 )
-        return Direction(self.bound.model, self.bound.objective, tensors, Certificate.from_dict(certificate))
+        return self._direction(tensors, Certificate.from_dict(certificate))
 
     def identity(self) -> dict[str, Any]:
         return {}
@@ -411,7 +372,9 @@ class Implicit(Differentiation):
             batch_seconds = best_seconds(evaluation.losses, {})
             pass_seconds = sum(best_seconds(replace(evaluation, batch=batch).losses, {}) for _, batch in batches)
             pass_seconds *= examples / len(rows)
-            scored = best_seconds(directional_derivatives, evaluation, vectors.column(v, 0)) / batch_seconds
+            scorer = self._direction(v, DirectCertificate("random", columns))
+            scorer.influence(batch, [rows[i] for i in indices])
+            scored = best_seconds(scorer.influence, batch, [rows[i] for i in indices]) / batch_seconds
             score_seconds = scored * pass_seconds / examples
         first = best_seconds(operator.matvec, v, once=True)
         memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
@@ -434,6 +397,7 @@ class Implicit(Differentiation):
             f"one pass of {examples:,} rows: {time_text(pass_seconds)} forward, {time_text(product_seconds)} per "
             f"curvature product with {columns} column(s)",
             f"solve: at most {products:,} products, {time_text(solve_seconds)}",
+            f"scoring: {scored:.1f} forward passes per row with {columns} column(s), by {scorer.how}",
             f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
             f"{size_text(model_bytes)}, a batch's activations {size_text(activations)}"
             + (f", outputs of the frozen encoder {size_text(held_memo)}" if held_memo else ""),

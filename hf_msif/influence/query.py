@@ -20,6 +20,7 @@ from ..scoring.scores import Scores
 from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
+from .direction import Direction
 
 FORMAT = 4
 FILES = ("query.safetensors", "query.json")
@@ -68,7 +69,9 @@ class Query:
         """The test rows as they are saved."""
         return plain_rows(self.tests)
 
-    def score(self, corpus, stage: str | None = None, batch_size: int | None = None, **settings) -> Scores:
+    def score(
+        self, corpus, stage: str | None = None, batch_size: int | None = None, method: str = "auto", **settings
+    ) -> Scores:
         """Influence of every row of `corpus`, as an example of `stage`, on the test loss.
 
         Args:
@@ -76,6 +79,8 @@ class Query:
                 in the stage's data (it seeds a sentence's mask); rows without one are numbered.
             stage: name of the stage whose examples the rows are; defaults to the first.
             batch_size: rows per batch; defaults to that of the stage. It does not change a score.
+            method: how the rows of an implicit stage are scored, see `Direction`: "auto", "forward" or "layerwise".
+                Both are exact.
             output_dir: folder for the finished file, scores.parquet (scores-STAGE.parquet for another stage than the
                 first), and meanwhile for parts that survive the process.
             resume: continue an interrupted scoring in `output_dir`, on any number of processes. A query, model,
@@ -96,10 +101,17 @@ class Query:
             InputError: there is no such stage, a setting out of range, bad rows, or an interrupted scoring that does
                 not fit.
         """
-        return score(self._scorable(self.chain.stage(stage)), corpus, batch_size, **settings)
+        return score(self._scorable(self.chain.stage(stage), method), corpus, batch_size, **settings)
 
-    def _scorable(self, bound: BoundStage) -> Scorable:
+    def _scorable(self, bound: BoundStage, method: str) -> Scorable:
         solution, count = self.solutions[bound.name], self.facts[bound.name]["N"]
+        if isinstance(solution, Direction):
+            solution = solution.by(method)
+        elif method != "auto":
+            raise InputError(
+                f"method is {method!r}, but stage {bound.name!r} is differentiated by "
+                f"link={bound.stage.link_name!r}, whose rows are not scored by derivatives; expected 'auto'."
+            )
         first = bound is self.chain.stages[0]
         objective = bound.objective
         return Scorable(

@@ -281,7 +281,7 @@ class Unrolled(Differentiation):
         )
         return Cost(
             solve_seconds=solve_seconds,
-            score_seconds_per_row=forward / step_rows / 3 / columns,
+            score_seconds_per_row=forward / step_rows / 3,
             memory_bytes=held,
             model_bytes=vectors.nbytes(parameters),
             vector_bytes=8 * columns * len(self.rows),

@@ -45,7 +45,7 @@ def plan(run: Run, processes: int = 1) -> dict:
         lines += [f"  {line}" for line in cost.text]
         lines += [f"  {line}" for line in _checks(bound, cost.solve_seconds)]
     rows, counted = corpus or 1000, f"{corpus:,} rows" if corpus else "1,000 rows of the stream"
-    seconds = costs[run.ranked].score_seconds_per_row * columns / processes * rows
+    seconds = costs[run.ranked].score_seconds_per_row / processes * rows
     disk = sum(cost.vector_bytes + cost.disk_bytes for cost in costs.values())
     lines += [
         f"scoring {counted} for {columns} column(s): {time_text(seconds)}",

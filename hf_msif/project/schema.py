@@ -222,6 +222,9 @@ class Corpus(Section):
     dtype: Literal["float32", "tf32", "bfloat16"] | None = None
     """precision of scoring; null: the model's own. tf32 (matrix products on a GPU) and bfloat16 are compared with the
     model's own on a few rows, and the error is printed"""
+    method: Literal["auto", "forward", "layerwise"] = "auto"
+    """how rows are scored, exact in any case: forward mode per column, or the gradients of rows layer by layer for all
+    columns at once; auto: the latter from two columns on"""
     part_rows: Count = 4096
     """rows per part while scoring is under way; an interruption loses the rows in hand: sixteen batches per process,
     or one part"""

@@ -64,6 +64,7 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
         output_dir=project.folder,
         resume=resume,
         keep=keep,
+        method=settings.method,
         dtype=settings.dtype,
         part_rows=settings.part_rows,
     )

@@ -1,0 +1,103 @@
+"""`Direction`: what a query holds of an implicit stage, u_k, and how it scores rows: I(x) = −⟨u_k, ∇ℓ_x⟩, eq. (6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..adapters.functional import FunctionalModel
+from ..curvature.derivatives import Evaluation, directional_derivatives
+from ..errors import InputError
+from ..objectives import Objective
+from ..scoring.layerwise import Layerwise
+from ..scoring.scorer import RowInfluence
+from ..vectors import Block
+from .differentiation import StageCertificate
+
+METHODS = ("auto", "forward", "layerwise")
+
+
+@dataclass
+class Direction:
+    """u_k of one stage: the influence of a row is the derivative of its loss along −u_k, eq. (6).
+
+    Attributes:
+        model: has the parameters at which the losses are differentiated.
+        objective: the objective of the stage.
+        u: u_k on the trained names, tensors of shape (Q, *parameter.shape).
+        certificate: how well u_k was solved for.
+        sample: returns a few rows of the stage, on which layer-wise scoring is compared with plain gradients first.
+        method: how rows are scored; both are exact. "forward": by forward mode, about 3 forward passes per column, no
+            gradient is stored. "layerwise": by the gradients of examples a layer at a time, 3 to 4 forward passes and
+            about 0.1 more per column. "auto": layer by layer from two columns on, if each parameter has a layer that
+            makes its gradient.
+    """
+
+    model: FunctionalModel
+    objective: Objective
+    u: Block
+    certificate: StageCertificate
+    sample: Callable[[], list[dict]]
+    method: str = "auto"
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise InputError(f"method is {self.method!r}; expected one of {list(METHODS)}.")
+
+    @property
+    def columns(self) -> int:
+        return vectors.columns(self.u)
+
+    def by(self, method: str) -> Direction:
+        """The same direction, which scores by another method."""
+        return replace(self, method=method)
+
+    def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
+        """I(x) = −⟨u_k, ∇ℓ_x⟩ of each row, for all columns.
+
+        Args:
+            batch: B rows as the objective collates them, on the model's device.
+            rows: the rows themselves.
+
+        Returns:
+            influence, (B, Q) in float64, positive where more of the row raises the test loss; losses, (B,), sums over
+            terms; counts, (B,).
+        """
+        if self._layerwise is not None:
+            slopes, losses, counts = self._layerwise.slopes(batch, len(rows))
+            return RowInfluence(-slopes.double(), losses, counts)
+        evaluation = Evaluation(self.model, self.objective, batch)
+        values = []
+        for q in range(self.columns):
+            column, losses, counts = directional_derivatives(evaluation, vectors.column(self.u, q))
+            values.append(-column.double())
+        return RowInfluence(torch.stack(values, dim=1), losses, counts)
+
+    @cached_property
+    def _layerwise(self) -> Layerwise | None:
+        """None: forward mode."""
+        if self.method == "forward" or (self.method == "auto" and self.columns == 1):
+            return None
+        layerwise = Layerwise(self.model, self.objective, self.u, self.sample())
+        # The rest takes forward mode over the whole model, which has all parameters for the same price.
+        wasteful = layerwise.rest or (layerwise.layers.probes and self.columns == 2)
+        return None if self.method == "auto" and wasteful else layerwise
+
+    @property
+    def how(self) -> str:
+        """The method in words, with what layer-wise scoring leaves to forward mode."""
+        layerwise = self._layerwise
+        if layerwise is None:
+            return "forward mode"
+        rest = list(layerwise.rest)
+        without = f", and by forward mode for {len(rest)} tensors (first {rest[0]!r})" if rest else ""
+        return f"the gradients of examples, layer by layer{without}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.u
