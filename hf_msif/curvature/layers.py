@@ -120,7 +120,7 @@ class LayerMap:
                 rule = next(rule for rule in RULES if rule.fits(module))
                 self.layers.append(rule(module, own, model))
         self.rest: dict[str, str] = {}
-        with model.evaluating():
+        with model.evaluating(), torch.enable_grad():
             self._look(rows)
         self.covered = tuple(name for name in wanted if name not in self.rest)
 

@@ -32,7 +32,8 @@ class Direction:
         objective: the objective of the stage.
         u: u_k on the trained names, tensors of shape (Q, *parameter.shape).
         certificate: how well u_k was solved for.
-        sample: returns a few rows of the stage, on which layer-wise scoring is compared with plain gradients first.
+        sample: returns a few rows of the stage, on which layer-wise scoring is compared with plain gradients first;
+            without it, rows are scored by forward mode.
         method: how rows are scored; both are exact. "forward": by forward mode, about 3 forward passes per column, no
             gradient is stored. "layerwise": by the gradients of examples a layer at a time, 3 to 4 forward passes and
             about 0.1 more per column. "auto": layer by layer from two columns on, if each parameter has a layer that
@@ -43,7 +44,7 @@ class Direction:
     objective: Objective
     u: Block
     certificate: StageCertificate
-    sample: Callable[[], list[dict]]
+    sample: Callable[[], list[dict]] | None = None
     method: str = "auto"
 
     def __post_init__(self):
@@ -56,7 +57,7 @@ class Direction:
 
     def by(self, method: str) -> Direction:
         """The same direction, which scores by another method."""
-        return replace(self, method=method)
+        return self if method == self.method else replace(self, method=method)
 
     def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
         """I(x) = −⟨u_k, ∇ℓ_x⟩ of each row, for all columns.
@@ -82,12 +83,20 @@ class Direction:
     @cached_property
     def _layerwise(self) -> Layerwise | None:
         """None: forward mode."""
-        if self.method == "forward" or (self.method == "auto" and self.columns == 1):
+        if self.method == "forward" or (self.method == "auto" and (self.columns == 1 or self.sample is None)):
             return None
+        if self.sample is None:
+            raise InputError(
+                "method is 'layerwise', but this Direction has no sample of rows; expected Direction(sample=...)."
+            )
         layerwise = Layerwise(self.model, self.objective, self.u, self.sample())
         # The rest takes forward mode over the whole model, which has all parameters for the same price.
         wasteful = layerwise.rest or (layerwise.layers.probes and self.columns == 2)
         return None if self.method == "auto" and wasteful else layerwise
+
+    def prepare(self) -> None:
+        """What all processes must do together before they score: choosing the method."""
+        _ = self._layerwise
 
     @property
     def how(self) -> str:

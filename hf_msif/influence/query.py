@@ -107,6 +107,7 @@ class Query:
         solution, count = self.solutions[bound.name], self.facts[bound.name]["N"]
         if isinstance(solution, Direction):
             solution = solution.by(method)
+            solution.prepare()
         elif method != "auto":
             raise InputError(
                 f"method is {method!r}, but stage {bound.name!r} is differentiated by "

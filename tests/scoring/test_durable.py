@@ -13,7 +13,7 @@ from helpers import distributed, tiny
 
 from hf_msif import InputError, Query, Scores, solvers
 from hf_msif.engine import checkpoints
-from hf_msif.influence import implicit  # which calls `directional_derivatives`
+from hf_msif.influence import direction  # which calls `directional_derivatives`
 from hf_msif.scoring import extremes, folder, on_disk
 from hf_msif.scoring.scores import METADATA_KEY
 from hf_msif.scoring.summary import EDGES
@@ -71,9 +71,9 @@ def test_an_interrupted_scoring_is_resumed(query, expected, tmp_path, monkeypatc
     interrupted(query, tmp_path, monkeypatch, after)
     assert not (tmp_path / "scores.parquet").exists()
     assert len(list((tmp_path / "scores.parts").glob("part-*.parquet"))) == after
-    passed, real = [], implicit.directional_derivatives
-    monkeypatch.setattr(implicit, "directional_derivatives", lambda *args: passed.append(1) or real(*args))
-    same(query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=5, batch_size=4), expected)
+    passed, real = [], direction.directional_derivatives
+    monkeypatch.setattr(direction, "directional_derivatives", lambda *args: passed.append(1) or real(*args))
+    same(query.score(CORPUS, output_dir=tmp_path, resume=True, part_rows=5, batch_size=4, method="forward"), expected)
     assert len(passed) == 3 * -(-(24 - 5 * after) // 4)  # the rows of finished parts are not scored again
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
 
@@ -220,7 +220,7 @@ def test_kept_extremes_are_resumed(query, expected, tmp_path, monkeypatch, after
 
 def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypatch):
     """Writing the first round waits until derivatives of the second are computed."""
-    under_way, inside, add = threading.Event(), implicit.directional_derivatives, on_disk.PartsOnDisk.add
+    under_way, inside, add = threading.Event(), direction.directional_derivatives, on_disk.PartsOnDisk.add
     rounds = []
 
     def directional(*args):
@@ -233,14 +233,14 @@ def test_the_next_round_is_scored_while_one_is_written(query, tmp_path, monkeypa
         assert len(rounds) > 1 or under_way.wait(timeout=60)
         return add(self, *args)
 
-    monkeypatch.setattr(implicit, "directional_derivatives", directional)
+    monkeypatch.setattr(direction, "directional_derivatives", directional)
     monkeypatch.setattr(on_disk.PartsOnDisk, "add", slow)
-    query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1)
+    query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1, method="forward")
     assert len(rounds) == 2
 
 
 def test_a_write_that_failed_is_reported_whatever_else_fails(query, tmp_path, monkeypatch):
-    calls, inside, second, failed = [], implicit.directional_derivatives, threading.Event(), threading.Event()
+    calls, inside, second, failed = [], direction.directional_derivatives, threading.Event(), threading.Event()
 
     def full(self, *args):
         second.wait(timeout=60)
@@ -256,9 +256,9 @@ def test_a_write_that_failed_is_reported_whatever_else_fails(query, tmp_path, mo
         return inside(*args)
 
     monkeypatch.setattr(on_disk.PartsOnDisk, "add", full)
-    monkeypatch.setattr(implicit, "directional_derivatives", directional)
+    monkeypatch.setattr(direction, "directional_derivatives", directional)
     with pytest.raises(MemoryError, match="of the device") as raised:
-        query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1)
+        query.score(CORPUS, output_dir=tmp_path, part_rows=16, batch_size=1, method="forward")
     assert raised.value.__notes__ == ["Writing the scores of earlier rows failed as well: no room"]
 
 
@@ -283,12 +283,12 @@ def test_the_error_of_bfloat16_is_measured(expected, capsys):
 
 
 def test_tf32_is_asked_for_while_scoring_alone(query, monkeypatch):
-    products, inside = torch.backends.cuda.matmul, implicit.directional_derivatives
+    products, inside = torch.backends.cuda.matmul, direction.directional_derivatives
     precisions, before = [], products.fp32_precision
     monkeypatch.setattr(
-        implicit, "directional_derivatives", lambda *args: precisions.append(products.fp32_precision) or inside(*args)
+        direction, "directional_derivatives", lambda *args: precisions.append(products.fp32_precision) or inside(*args)
     )
-    scores = query.score(CORPUS, dtype="tf32")
+    scores = query.score(CORPUS, dtype="tf32", method="forward")
     assert set(precisions) == {"tf32", before}  # the rows that are compared are scored in both
     assert products.fp32_precision == before != "tf32"
     assert scores.metadata["dtype_error"]["dtype"] == "tf32"
