@@ -69,9 +69,14 @@ def parameters_in_use(
 
 def gradient(evaluation: Evaluation, names: Iterable[str]) -> dict[str, Tensor]:
     """Σ_i ∇ℓ_i with respect to `names`, as a plain vector (no axis of columns). Costs 3 F."""
+    return gradient_and_losses(evaluation, names)[0]
+
+
+def gradient_and_losses(evaluation: Evaluation, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """(`gradient`, sums, counts): the gradient, and what `Evaluation.losses` returns, from one forward pass."""
     leaves = evaluation.leaves(names)
-    sums, _ = evaluation.losses(leaves)
-    return _grad(sums.sum(), leaves)
+    sums, counts = evaluation.losses(leaves)
+    return _grad(sums.sum(), leaves), sums.detach(), counts
 
 
 def example_gradients(evaluation: Evaluation, names: Iterable[str]) -> Block:
@@ -81,8 +86,7 @@ def example_gradients(evaluation: Evaluation, names: Iterable[str]) -> Block:
     """
     leaves = evaluation.leaves(names)
     sums, _ = evaluation.losses(leaves)
-    rows = [_grad(s, leaves, retain_graph=True) for s in sums]
-    return {name: torch.stack([row[name] for row in rows]) for name in leaves}
+    return _block(leaves, len(sums), (_grad(s, leaves, retain_graph=True) for s in sums))
 
 
 def directional_derivatives(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,8 +131,9 @@ def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> B
     if not curved:  # the loss is linear in these parameters
         return {name: leaf.new_zeros(columns(v), *leaf.shape) for name, leaf in outer.items()}
     inner_gradients, last = [g for g, _ in curved], columns(v) - 1
-    rows = [_grad(inner_gradients, outer, [t[q] for _, t in curved], retain_graph=q < last) for q in range(columns(v))]
-    return {name: torch.stack([row[name] for row in rows]) for name in outer}
+    tangents = ([t[q] for _, t in curved] for q in range(last + 1))
+    rows = (_grad(inner_gradients, outer, ts, retain_graph=q < last) for q, ts in enumerate(tangents))
+    return _block(outer, columns(v), rows)
 
 
 def gauss_newton_product(evaluation: Evaluation, v: Block) -> Block:
@@ -182,6 +187,15 @@ class _CutOutputs:
                     self.outputs.append((primal, tangent.detach(), leaf))
                 output[key] = leaf
         return output
+
+
+def _block(like: Mapping[str, Tensor], number: int, rows: Iterable[Mapping[str, Tensor]]) -> Block:
+    """A block of plain vectors, each written as soon as it is made: a list of them would hold the block twice."""
+    block = {name: t.new_empty(number, *t.shape) for name, t in like.items()}
+    for q, row in enumerate(rows):
+        for name, t in row.items():
+            block[name][q] = t
+    return block
 
 
 def _grad(

@@ -263,7 +263,7 @@ class Implicit(Differentiation):
         inherited: Block = {}
         if split.frozen:
             mixed = self.operator.mixed(u, split.frozen)
-            inherited |= {name: adjoint[name] - mixed[name] for name in split.frozen}
+            inherited |= {name: mixed[name].neg_().add_(adjoint[name]) for name in split.frozen}
         inherited |= {name: self.quadratic.tie[name] * u[name] for name in split.proximal}
         return Direction(self.bound.model, self.bound.objective, u, solution.certificate), inherited
 
