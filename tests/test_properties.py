@@ -98,6 +98,16 @@ def test_a_hessian_product_is_the_central_difference_of_the_gradient(batch):
         near(products[q], batch.along(vectors.column(v, q), batch.flat_gradient), 1e-6)
 
 
+def test_a_gauss_newton_product_has_the_columns_that_each_has_alone(batch):
+    v = batch.direction(6, columns=3)
+    with batch.model.evaluating():
+        together = derivatives.gauss_newton_product(batch.evaluation, v)
+        for q in range(3):
+            alone = derivatives.gauss_newton_product(batch.evaluation, vectors.take(v, torch.tensor([q])))
+            near(vectors.flatten(together)[q], vectors.flatten(alone)[0], 1e-12)
+    assert batch.evaluation.linear_backward  # no column was computed like the first one
+
+
 def test_a_row_alone_has_the_loss_that_it_has_among_others(batch):
     together = batch.losses()
     near(torch.cat([batch.losses([row]) for row in batch.rows]), together)

@@ -84,9 +84,9 @@ class Curvature:
         """
         with self.model.evaluating():
             total = self.engine.sum(v, self.products(v))
-        product = {name: t / self.count for name, t in total.items()}
+        product = self._divided(total)
         for name, strength in self.ridge.items():
-            product[name] = product[name] + strength * v[name]
+            product[name] += strength * v[name]
         return product
 
     def mixed(self, v: Block, names: tuple[str, ...]) -> Block:
@@ -99,7 +99,7 @@ class Curvature:
         passing = self.engine.bar(self._passing(), total=len(self.evaluations), desc="mixed derivative")
         with self.model.evaluating():
             total = self.engine.sum(like, (hessian_product(e, v, names) for e in passing))
-        return {name: t / self.count for name, t in total.items()}
+        return self._divided(total)
 
     def gradient(self) -> Block:
         """(1/N) Σ_i ∇ℓ_i on the trained parameters, a block of one column, without the quadratic terms of F."""
@@ -107,7 +107,12 @@ class Curvature:
         with self.model.evaluating():
             parts = (vectors.stack([gradient(e, self.parameters)]) for e in self._passing())
             total = self.engine.sum(like, parts)
-        return vectors.scale(total, 1 / self.count)
+        return self._divided(total)
+
+    def _divided(self, total: Block) -> Block:
+        for t in total.values():  # in place: a block of many columns is large
+            t /= self.count
+        return total
 
     @cached_property
     def _trace(self) -> float:

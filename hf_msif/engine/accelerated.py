@@ -147,6 +147,33 @@ class Engine:
             raise failure
         return {name: t.to(like[name].dtype) for name, t in total.items()}
 
+    def columns(
+        self, like: Mapping[str, Tensor], number: int, columns: Iterable[tuple[int, Mapping[str, Tensor]]]
+    ) -> Block:
+        """A block whose columns the processes make, each of them by one process; the block is on every process.
+
+        A column has the same bits on any number of processes: nothing but zeros is added to it. A process holds the
+        block and one column more.
+
+        Args:
+            like: plain tensors with the names, shapes, dtypes and device of a column.
+            number: Q, the number of columns.
+            columns: (index, column) for each of this process's columns.
+
+        Raises:
+            Exception: what `columns` raised; in the other processes an `InputError` or a `ProcessError` of its text.
+        """
+        make = torch.empty if self.processes == 1 else torch.zeros  # zeros would be written for nothing
+        block = {n: make((number, *t.shape), dtype=t.dtype, device=t.device) for n, t in like.items()}
+        with self.raising_together():
+            for index, column in columns:
+                for name, t in column.items():
+                    block[name][index] = t
+        if self.processes > 1:
+            for t in block.values():
+                distributed.all_reduce(t)
+        return block
+
     def sum_sharded(self, like: Mapping[str, Tensor], parts: Iterable[Block]) -> Tensor:
         """This process's shard of `sum(like, parts)`, shape (Q, ⌈P/processes⌉) in float64."""
         columns = next(iter(like.values())).shape[0]

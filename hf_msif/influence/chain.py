@@ -19,7 +19,7 @@ from ..adapters.fingerprint import model_identity
 from ..adapters.functional import FunctionalModel, check_vocabulary
 from ..adapters.split import Split, split
 from ..curvature.base import _counts
-from ..curvature.derivatives import Evaluation, gradient, parameters_in_use
+from ..curvature.derivatives import Evaluation, gradient_and_losses, parameters_in_use
 from ..curvature.padding import SEARCHED_ROWS, rows_of_all_lengths
 from ..engine import Engine
 from ..engine.corpus import as_corpus, as_rows, first_rows
@@ -251,15 +251,17 @@ class BoundStage:
 
         Returns:
             a of the stage before, tensors of shape (Q, *parameter.shape), parameter being that of the stage before.
+            They share memory with `b` where nothing changes.
         """
         assert self.before is not None
         before = self.before.model.parameters
-        width = vectors.columns(b)
-        carried = {name: p.new_zeros(width, *p.shape) for name, p in before.items()}
+        carried: Block = {}
         for name, value in b.items():
             source = self.split.inherited[name]
-            carried[source] += self.leading(name, value, axis=1).to(carried[source])
-        return carried
+            value = self.leading(name, value, axis=1).to(before[source]).contiguous()
+            carried[source] = carried[source] + value if source in carried else value
+        width = vectors.columns(b)
+        return {n: carried[n] if n in carried else p.new_zeros(width, *p.shape) for n, p in before.items()}
 
 
 class Chain:
@@ -315,23 +317,21 @@ class Chain:
         names = (*last.split.trained, *last.split.frozen)
         # One backward pass per example: it goes through the whole batch, so a batch of one example costs least.
         size = 1 if aggregate is None else last.stage.batch_size
-        width = len(rows) if aggregate is None else 1
-        like = {n: last.model.parameters[n].new_empty(1).expand(width, *last.model.parameters[n].shape) for n in names}
+        like = vectors.select(last.model.parameters, names)
         losses_by_index: list[tuple[int, float, float]] = []
 
-        def parts() -> Iterator[Block]:
+        def gradients() -> Iterator[tuple[int, dict[str, Tensor]]]:
             for indices, batch in self.engine.batches(rows, last.objective, size):
                 evaluation = Evaluation(last.model, last.objective, batch)
-                sums, counts = evaluation.losses({})
+                slopes, sums, counts = gradient_and_losses(evaluation, names)
                 losses_by_index.extend(zip(indices, sums.tolist(), counts.tolist(), strict=True))
-                slopes = gradient(evaluation, names)
-                if aggregate is None:
-                    yield {n: _in_column(g, indices[0], width) for n, g in slopes.items()}
-                else:
-                    yield {n: g.unsqueeze(0) for n, g in slopes.items()}
+                yield indices[0], slopes
 
         with last.model.evaluating():
-            adjoint = self.engine.sum(like, parts())
+            if aggregate is None:
+                adjoint = self.engine.columns(like, len(rows), gradients())
+            else:
+                adjoint = self.engine.sum(vectors.stack([like]), (vectors.stack([g]) for _, g in gradients()))
         measured = sorted(self.engine.gather(losses_by_index))
         losses = [loss for _, loss, _ in measured]
         silent = [rows[i]["example_id"] for i, _, count in measured if not count]
@@ -356,8 +356,3 @@ def _check_texts(rows: list[dict], column: str | None) -> None:
             f"the test examples with example_id {empty[:5]} have no text in {column!r}; expected a sentence: leave "
             "them out."
         )
-
-
-def _in_column(g: Tensor, index: int, width: int) -> Tensor:
-    """A tensor of shape (width, *g.shape): g in the column `index`, zero elsewhere."""
-    return g.new_zeros(width, *g.shape).index_copy_(0, torch.tensor([index], device=g.device), g.unsqueeze(0))

@@ -220,7 +220,7 @@ class Implicit(Differentiation):
         inherited: Block = {}
         if split.frozen:
             mixed = self.operator.mixed(u, split.frozen)
-            inherited |= {name: adjoint[name] - mixed[name] for name in split.frozen}
+            inherited |= {name: mixed[name].neg_().add_(adjoint[name]) for name in split.frozen}
         inherited |= {name: self.quadratic.tie[name] * u[name] for name in split.proximal}
         return self._direction(u, solution.certificate), inherited
 
@@ -343,7 +343,7 @@ class Implicit(Differentiation):
     def memory(self, columns: int, free: int, processes: int) -> dict[str, int]:
         vectors_held = self.solver_bytes(columns, processes)
         # They are measured only where the vectors leave room for it.
-        active = activation_bytes(self.operator) if vectors_held < free else 0
+        active = activation_bytes(self.operator, columns) if vectors_held < free else 0
         return {"the solver's vectors": vectors_held, "a batch's activations": active}
 
     def cost(self, columns: int, processes: int = 1) -> Cost:
@@ -389,7 +389,7 @@ class Implicit(Differentiation):
             seconds / processes for seconds in (pass_seconds, first_seconds, product_seconds, mixed_seconds)
         )
         solver_bytes = self.solver_bytes(columns, processes)
-        activations = activation_bytes(self.curvature([rows[i] for i in widest]))
+        activations = activation_bytes(self.curvature([rows[i] for i in widest]), columns)
         held_memo, model_bytes = int(memo_share * memo) if products else 0, vectors.nbytes(bound.model.parameters)
         first_extra = first_seconds - product_seconds if products else 0.0
         solve_seconds = products * product_seconds + first_extra + mixed_seconds

@@ -167,6 +167,109 @@ def test_columns_together_equal_one_at_a_time(masked, product):
         tiny.close(single, {n: t[q : q + 1] for n, t in together.items()}, 1e-12)
 
 
+class Calls:
+    """Counts the runs of a module."""
+
+    def __init__(self, module):
+        self.number = 0
+        module.register_forward_hook(self)
+
+    def __call__(self, *_):
+        self.number += 1
+
+
+def test_all_columns_of_a_gauss_newton_product_share_one_run_of_the_model(masked):
+    run = Calls(masked.user)
+    masked.run(derivatives.gauss_newton_product, masked.direction(columns=4, seed=8))
+    assert run.number == 1
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """x², with a forward-mode derivative and a backward pass that cannot be differentiated."""
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 2 * ctx.saved_tensors[0] * t
+
+
+class Hiding(OnceDifferentiable):
+    """The same with a backward pass that autograd takes for a constant."""
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g.detach()
+
+
+class PlainSquare:
+    apply = staticmethod(torch.square)
+
+
+@pytest.mark.parametrize("hidden", [OnceDifferentiable, Hiding])
+@pytest.mark.parametrize("position", ["everywhere", "beside another path"])
+def test_a_backward_pass_that_cannot_be_differentiated_costs_time_alone(hidden, position):
+    """No column is wrong, and the second product does not try again."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, square):
+            super().__init__()
+            self.square, self.first, self.second = square, torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            hidden = self.first(x)
+            squared = self.square.apply(hidden)
+            return {"logits": self.second(squared if position == "everywhere" else squared + hidden)}
+
+    class Squares:
+        def losses(self, call, batch):
+            sums = (call(x=batch["x"])["logits"] ** 4).sum(1)
+            return sums, torch.ones_like(sums)
+
+    batch = {"x": torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+    products, runs = [], []
+    for square in (PlainSquare, hidden):
+        torch.manual_seed(0)
+        model = Model(square).double()
+        functional, run = FunctionalModel(model), Calls(model)
+        evaluation = Evaluation(functional, Squares(), batch)
+        v = tiny.block(functional.parameters, 3, seed=1)
+        for _ in range(2):
+            with functional.evaluating():
+                products.append(derivatives.gauss_newton_product(evaluation, v))
+            runs.append(run.number)
+        assert evaluation.linear_backward is (square is PlainSquare)
+    assert runs == [1, 2, 4, 7]
+    for product in products[1:]:
+        tiny.close(product, products[0], 1e-12)
+
+
+def test_a_loss_that_is_linear_in_the_outputs_has_no_gauss_newton_matrix():
+    class Linear:
+        def losses(self, call, batch):
+            logits = call(**batch).logits
+            return logits.sum(1), torch.ones(len(logits))
+
+    case = Case("classification")
+    inputs = {k: case.batch[k] for k in ("input_ids", "attention_mask")}
+    v = case.direction(columns=2)
+    product = case.run(derivatives.gauss_newton_product, v, evaluation=Evaluation(case.model, Linear(), inputs))
+    assert {n: t.shape for n, t in product.items()} == {n: t.shape for n, t in v.items()}
+    assert not any(t.any() for t in product.values())
+
+
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_an_empty_sentence_adds_nothing(masked, product):
     """Its row has no masked token, and in a batch with others is nearly all padding."""
@@ -178,17 +281,6 @@ def test_an_empty_sentence_adds_nothing(masked, product):
         for rows in ([*full, {"example_id": 9, "text": ""}], full)
     )
     tiny.close(masked.run(product, v, evaluation=with_it), masked.run(product, v, evaluation=without), 1e-11)
-
-
-class Calls:
-    """Counts the runs of a module."""
-
-    def __init__(self, module):
-        self.number = 0
-        module.register_forward_hook(self)
-
-    def __call__(self, *_):
-        self.number += 1
 
 
 # task, what is trained, what must run once, what must run again.

@@ -182,8 +182,8 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     assert bound.differentiation.solver_bytes(2, 1) == (5 + 4) * 2 * size
     chain.engine.sharded = True
     assert bound.differentiation.solver_bytes(2, 4) == -(-5 * 2 * size // 4) + 4 * 2 * size
-    active = activation_bytes(bound.differentiation.operator)
-    few = activation_bytes(bound.differentiation.curvature(tiny.rows(1, seed=1)))
+    active = activation_bytes(bound.differentiation.operator, 2)
+    few = activation_bytes(bound.differentiation.curvature(tiny.rows(1, seed=1)), 2)
     assert 0 < few < active
     assert memory.available_bytes(torch.device("cpu")) > 2**20
     memory.check(chain, 2)

@@ -113,6 +113,34 @@ def sharded(folder, world):
     tiny.close(operator.join(product), operator.operator.matvec(v), 1e-12)
 
 
+def columns(folder, world):
+    """Each column comes from one process and has its bits; a process that fails tells all."""
+    engine, like = Engine(progress=False), {"w": torch.zeros(3), "b": torch.zeros((), dtype=torch.float64)}
+    like = {name: t.to(engine.device) for name, t in like.items()}
+
+    def made(number):
+        for q in range(engine.rank, number, world):
+            generator = torch.Generator().manual_seed(q)
+            yield q, {n: torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t) for n, t in like.items()}
+
+    for number in (1, 7):
+        block = engine.columns(like, number, made(number))
+        for q in range(number):
+            generator = torch.Generator().manual_seed(q)
+            for name, t in like.items():
+                expected = torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t)
+                assert block[name].shape == (number, *t.shape)
+                assert torch.equal(block[name][q], expected), f"column {q} of {number} in a world of {world}"
+
+    def bad():
+        yield from made(1)
+        if engine.rank == world - 1:
+            raise InputError("the second test is bad")
+
+    with pytest.raises(InputError, match=r"^the second test is bad$"):
+        engine.columns(like, 1, bad())
+
+
 def failing(folder, world):
     """What fails in one process is raised in all, with its message; what they do next still works."""
     engine = Engine(progress=False)
@@ -237,7 +265,7 @@ class OneIsOdd(toy.ToyObjective):
         return sums + batch["odd"] * sums**2, counts
 
 
-CHECKS = (same, sharded, failing, streams, durable, runs, linear_head)
+CHECKS = (same, sharded, columns, failing, streams, durable, runs, linear_head)
 
 
 def main():

@@ -48,6 +48,29 @@ def test_krylov_solvers_give_the_dense_answer(chain, query, solver):
     assert all(c.converged == [True, True] for c in found.certificates.values())
 
 
+def test_every_test_costs_one_forward_pass_and_one_backward_pass(chain, monkeypatch):
+    """A column is the plain gradient of its row, also where it has another place among the rows."""
+    msif = MultiStageInfluence(chain.stages(), progress=False)
+    rows, last = toy_rows(10, 5), msif.stages[-1]
+    names, model, grad, passes = (*last.split.trained, *last.split.frozen), last.stage.model, torch.autograd.grad, []
+    hook = model.register_forward_hook(lambda *_: passes.append("forward"))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kw: passes.append("backward") or grad(*args, **kw))
+    adjoint, losses = msif.measurement(rows)
+    hook.remove()
+    monkeypatch.undo()
+    assert passes == ["forward", "backward"] * len(rows)
+    turned, turned_losses = msif.measurement(rows[::-1])
+    assert turned_losses == losses[::-1]
+    for name, t in turned.items():
+        assert torch.equal(t.flip(0), adjoint[name])
+    sums = example_losses(model, {n: model.get_parameter(n) for n in names}, rows)[0]
+    torch.testing.assert_close(torch.tensor(losses, dtype=torch.float64), sums.detach(), rtol=1e-13, atol=0)
+    for q, loss in enumerate(sums):
+        gradients = torch.autograd.grad(loss, [model.get_parameter(n) for n in names], retain_graph=True)
+        for name, g in zip(names, gradients, strict=True):
+            torch.testing.assert_close(adjoint[name][q], g, rtol=1e-12, atol=1e-14)
+
+
 def test_a_group_is_the_sum_of_its_members(chain, query):
     msif = MultiStageInfluence(chain.stages(), progress=False)
     single = query.score(chain.rows[0])
