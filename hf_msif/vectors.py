@@ -127,19 +127,17 @@ def put_(x: Block, index: Tensor, y: Block) -> Block:
     return x
 
 
-def rademacher(parameters: Mapping[str, Tensor], columns: int, seed: int, only: int | None = None) -> Block:
+def rademacher(parameters: Mapping[str, Tensor], columns: int, seed: int) -> Block:
     """A block of independent ±1 entries shaped like `parameters`: the same entries for the same seed on any device.
 
     Args:
         parameters: plain tensors (no column axis) that give names, shapes, dtypes and devices.
         columns: Q.
         seed: of a generator of its own; the global random state is not touched.
-        only: return column number `only` alone, as a block of one column.
     """
     generator = torch.Generator().manual_seed(seed)
-    wanted = slice(None) if only is None else slice(only, only + 1)
     return {
-        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator)[wanted] * 2 - 1).to(p)
+        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator) * 2 - 1).to(p)
         for name, p in parameters.items()
     }
 

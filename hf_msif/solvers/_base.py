@@ -1,4 +1,4 @@
-"""`Solver`, the class to derive a solver from; the damping λ and the checks of settings that solvers share."""
+"""`Solver`, the class to derive a solver from, and the checks of settings that solvers share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError
 from ..vectors import Block
 from .certificate import Solution
-from .operator import TRACE_PROBES, CountedOperator, Operator, mean_eigenvalue
+from .damping import DampingSettings
+from .operator import CountedOperator, Operator
 
 if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
@@ -141,45 +142,6 @@ def as_solver(solver: object) -> Solver:
             f"solver is {solver!r}, which is not hashable; expected a frozen dataclass: @dataclass(frozen=True)."
         ) from None
     return solver if isinstance(solver, Solver) else AdaptedSolver(solver)
-
-
-class DampingSettings(Protocol):
-    """The settings of a solver that `damping` reads."""
-
-    @property
-    def damping(self) -> float | str: ...
-
-    @property
-    def damping_fraction(self) -> float: ...
-
-
-class Damping(NamedTuple):
-    """λ in force, and the mean eigenvalue from which it was derived (None where λ was given as a number)."""
-
-    value: float
-    mean_eigenvalue: float | None
-
-
-def damping(solver: DampingSettings, operator: Operator, squared: bool = False) -> Damping:
-    """`solver.damping`, or `solver.damping_fraction` × `mean_eigenvalue` (of A² when `squared`) for "auto".
-
-    Raises:
-        InputError: the mean eigenvalue is not positive.
-    """
-    if solver.damping != "auto":
-        return Damping(float(solver.damping), None)
-    mean = mean_eigenvalue(operator, squared)
-    if not 0 < mean < math.inf:
-        raise InputError(
-            f"damping='auto' needs a positive mean eigenvalue, but it is {mean:.3g}: use MinRes(damping=0.0) "
-            "or curvature='gauss_newton', or give damping as a number."
-        )
-    return Damping(solver.damping_fraction * mean, mean)
-
-
-def damping_products(solver: DampingSettings, columns: int) -> int:
-    """Products with Q = `columns` columns that `damping` takes at most, rounded up."""
-    return -(-TRACE_PROBES // columns) if solver.damping == "auto" else 0
 
 
 def check_settings(solver: DampingSettings, counts: tuple[str, ...]) -> None:

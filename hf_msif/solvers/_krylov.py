@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Damping, Progress, Solver, check_settings, damping, damping_products
+from ._base import Progress, Solver, check_settings
+from .damping import Damping, damping, damping_products, muted_share
+from .lanczos import largest_eigenvalue, ritz
 from .operator import CountedOperator, Operator, rounding_unit
 
 if TYPE_CHECKING:
@@ -39,11 +41,11 @@ class KrylovSolver(Solver):
         check_settings(self, counts=("max_iter",))
 
     def init(self, operator: Operator) -> Damping:
-        """λ, at the cost of four products when it must be estimated."""
-        return damping(self, operator)
+        """λ, at the cost of a short Lanczos run when it must be derived."""
+        return damping(self, lambda: largest_eigenvalue(operator))
 
     def products(self, parameters: int, columns: int) -> int:
-        """max_iter + 1, and the products that estimate the damping."""
+        """max_iter + 1, and the products of the Lanczos run for the damping."""
         return self.max_iter + 1 + damping_products(self, columns)
 
 
@@ -179,7 +181,11 @@ def step(state: KrylovState, system: LinearSystem, solver: KrylovSolver, progres
 def refine(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> None:
     """Recomputes the true residuals after a run, and chooses the columns that another run is to improve."""
     for q, rows in state.tridiagonals.items():
-        state.ritz[q] += _extreme_eigenvalues(rows)
+        diagonal, off = torch.tensor(rows, dtype=torch.float64).T
+        values, _ = ritz(diagonal, off)
+        if not state.ritz[q]:  # the first run, which started at the right-hand side
+            state.muted[q] = muted_share(diagonal, off, system.damping)
+        state.ritz[q] += [values[0].item(), values[-1].item()]
     columns = state.run_columns
     assert columns is not None
     assert state.relative_at_start is not None
@@ -203,6 +209,7 @@ class KrylovState:
     running: Tensor  # indices of the columns that are not done
     residual: Block  # of those columns, between two runs; empty during a run
     ritz: list[list[float]]  # extreme eigenvalues of the tridiagonals of all finished runs, for each column
+    muted: list[float]  # share of the right-hand side at curvature below λ
     steps: int = 0
     run_columns: Tensor | None = None  # the columns with which the run in progress started,
     relative_at_start: Tensor | None = None  # the relative residuals then,
@@ -225,6 +232,7 @@ class KrylovState:
             running=running,
             residual=vectors.take(system.rhs, running),
             ritz=[[] for _ in norms],
+            muted=[0.0] * len(norms),
         )
 
     def begin_run(self, recurrence: type[Recurrence], system: LinearSystem) -> None:
@@ -243,7 +251,16 @@ class KrylovState:
         blocks = {k: v for k, v in parts.items() if isinstance(v, dict) and k not in ("tridiagonals", "residual")}
         tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor)}
         tridiagonals = [[q, rows] for q, rows in self.tridiagonals.items()]
-        return blocks, tensors, {"steps": self.steps, "ritz": self.ritz, "tridiagonals": tridiagonals}
+        return (
+            blocks,
+            tensors,
+            {
+                "steps": self.steps,
+                "ritz": self.ritz,
+                "muted": self.muted,
+                "tridiagonals": tridiagonals,
+            },
+        )
 
     @classmethod
     def load(
@@ -263,6 +280,7 @@ class KrylovState:
             **parts,
             residual={},
             ritz=facts["ritz"],
+            muted=facts["muted"],
             steps=facts["steps"],
             tridiagonals=dict(facts["tridiagonals"]),
             recurrence=recurrence(**saved),
@@ -271,13 +289,6 @@ class KrylovState:
 
 def _take(recurrence: Recurrence, columns: Tensor) -> Recurrence:
     return type(recurrence)(*(vectors.take(f, columns) if isinstance(f, dict) else f[columns] for f in recurrence))
-
-
-def _extreme_eigenvalues(rows: list[list[float]]) -> list[float]:
-    diagonal, off = torch.tensor(rows, dtype=torch.float64).T
-    tridiagonal = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
-    values = torch.linalg.eigvalsh(tridiagonal)
-    return [values[0].item(), values[-1].item()]
 
 
 def _report(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> dict[str, Any]:
@@ -301,4 +312,5 @@ def _report(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> d
         "negative_curvature": [a or b for a, b in zip(negative, indefinite, strict=True)],
         "smallest_ritz": [min(ritz) - system.damping if ritz else None for ritz in state.ritz],
         "largest_ritz": [max(ritz) - system.damping if ritz else None for ritz in state.ritz],
+        "muted": state.muted,
     }

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Damping, Progress
+from ._base import Progress
 from ._krylov import Dot, KrylovSolver, LinearSystem, krylov
 from .certificate import Certificate, Solution
+from .damping import Damping, bound_of
 from .operator import CountedOperator, rounding_unit
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ class CG(KrylovSolver):
     ends the column at the iterate before it, and the certificate says so.
 
     Args:
-        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × trace(A)/P.
+        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × the largest |eigenvalue|,
+            which mutes directions of curvature below λ and bounds the iterations (`damping.iteration_bound`).
         tol: a column is done when ‖(A + λI)u − b‖ ≤ tol ‖b‖.
         max_iter: the largest number of iterations of a column, restarts included; one product each.
         damping_fraction: used by damping="auto" alone.
 
     Raises:
-        InputError: a setting out of range; in `init`, damping="auto" where the trace is not positive.
+        InputError: a setting out of range; in `init`, damping="auto" where A is zero.
 
     >>> from hf_msif.solvers import solve
     >>> class Diagonal:
@@ -45,14 +47,14 @@ class CG(KrylovSolver):
     >>> b = {"w": torch.tensor([[3.0, 6.0]], dtype=torch.float64)}
     >>> solve(Diagonal(), b, CG(damping=2.0)).value["w"].round(decimals=6).tolist()
     [[1.0, 1.0]]
-    >>> solve(Diagonal(), b, CG()).certificate.damping  # 10 × (1 + 4)/2
-    25.0
+    >>> round(solve(Diagonal(), b, CG()).certificate.damping, 6)  # 0.001 × 4
+    0.004
     """
 
     damping: float | str = "auto"
     tol: float = 1e-3
     max_iter: int = 200
-    damping_fraction: float = 10.0
+    damping_fraction: float = 1e-3
 
     vectors_held: ClassVar[int] = 5
 
@@ -67,7 +69,8 @@ class CG(KrylovSolver):
         """Solves one block of right-hand sides; called by `solve`."""
         system = LinearSystem(operator, operator.matvec, b, state.value)
         u, report = krylov(ConjugateGradients, system, self, progress, checkpoint)
-        return Solution(u, Certificate("cg", mean_eigenvalue=state.mean_eigenvalue, **report))
+        report |= {"largest_eigenvalue": state.largest_eigenvalue, "iteration_bound": bound_of(state, self.tol)}
+        return Solution(u, Certificate("cg", **report))
 
 
 class ConjugateGradients(NamedTuple):

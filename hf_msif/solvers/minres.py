@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Damping, Progress
+from ._base import Progress
 from ._krylov import Dot, KrylovSolver, LinearSystem, krylov
 from .certificate import Certificate, Solution
+from .damping import Damping
 from .operator import CountedOperator
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ class MinRes(KrylovSolver):
     range. The residual falls monotonically. `negative_curvature` in the certificate is information, not a failure.
 
     Args:
-        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × trace(A)/P. On an
-            indefinite A a shift can make the system *worse*: it moves negative eigenvalues towards zero.
+        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × the largest |eigenvalue|.
+            On an indefinite A a shift can make the system *worse*: it moves negative eigenvalues towards zero.
         tol: a column is done when ‖(A + λI)u − b‖ ≤ tol ‖b‖.
         max_iter: the largest number of iterations of a column, restarts included; one product each.
         damping_fraction: used by damping="auto" alone.
 
     Raises:
-        InputError: a setting out of range; in `init`, damping="auto" where the trace is not positive.
+        InputError: a setting out of range; in `init`, damping="auto" where A is zero.
 
     >>> from hf_msif.solvers import solve
     >>> class Diagonal:
@@ -51,7 +52,7 @@ class MinRes(KrylovSolver):
     damping: float | str = 0.0
     tol: float = 1e-3
     max_iter: int = 200
-    damping_fraction: float = 10.0
+    damping_fraction: float = 1e-3
 
     vectors_held: ClassVar[int] = 12
 
@@ -66,7 +67,7 @@ class MinRes(KrylovSolver):
         """Solves one block of right-hand sides; called by `solve`."""
         system = LinearSystem(operator, operator.matvec, b, state.value)
         u, report = krylov(MinimumResidual, system, self, progress, checkpoint)
-        return Solution(u, Certificate("minres", mean_eigenvalue=state.mean_eigenvalue, **report))
+        return Solution(u, Certificate("minres", largest_eigenvalue=state.largest_eigenvalue, **report))
 
 
 # The value of ‖S r‖ / (‖S‖ ‖r‖) below which r counts as orthogonal to the range of S, for directions in float64.

@@ -12,8 +12,6 @@ from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
 
-TRACE_PROBES = 4  # random vectors of an estimate of the trace
-
 
 class Operator(Protocol):
     """A symmetric linear map A on the space of `parameters` (plain tensors, no column axis), P scalars in all.
@@ -25,8 +23,7 @@ class Operator(Protocol):
     - `sum_over_processes(values) -> Tensor`: the sum of a small tensor over the processes that hold the other shards;
       defaults to `values`.
     - `dimension: int`: P; defaults to the number of scalars in `parameters`.
-    - `trace() -> float`: tr A; without it, `damping="auto"` estimates the trace from `TRACE_PROBES` more products.
-    - `rademacher(columns) -> Block`: independent ±1 entries; defaults to `vectors.rademacher` with seed 0.
+    - `rademacher(seed) -> Block`: one column of independent ±1 entries; defaults to `vectors.rademacher`.
     """
 
     @property
@@ -62,6 +59,12 @@ class CountedOperator:
         """Euclidean norms of the columns by the operator's inner product, float64, shape (Q,)."""
         return self.dot(x, x).sqrt()
 
+    def rademacher(self, seed: int) -> Block:
+        """One column of independent ±1 entries, the same for the same seed on any device and number of processes."""
+        if hasattr(self.operator, "rademacher"):
+            return self.operator.rademacher(seed)
+        return vectors.rademacher(self.parameters, 1, seed)
+
     def matvec(self, v: Block, index: Tensor | None = None) -> Block:
         """A v for a block v that holds the columns `index` (defaults to all Q).
 
@@ -93,23 +96,6 @@ def dimension(operator: Operator) -> int:
     if hasattr(operator, "dimension"):
         return operator.dimension
     return sum(p.numel() for p in operator.parameters.values())
-
-
-def mean_eigenvalue(operator: Operator, squared: bool = False) -> float:
-    """tr(A)/P, or tr(A²)/P when `squared`.
-
-    The trace is the operator's own where it has one. Otherwise, and for A² always, it is the mean of vᵀAv, or of
-    ‖Av‖², over `TRACE_PROBES` seeded vectors v of independent ±1 (Hutchinson, 1990).
-    """
-    if hasattr(operator, "trace") and not squared:
-        return float(operator.trace()) / dimension(operator)
-    if hasattr(operator, "rademacher"):
-        v = operator.rademacher(TRACE_PROBES)
-    else:
-        v = vectors.rademacher(operator.parameters, TRACE_PROBES, seed=0)
-    counted = CountedOperator(operator, TRACE_PROBES)
-    product = counted.matvec(v)
-    return counted.dot(product if squared else v, product).mean().item() / dimension(operator)
 
 
 def rounding_unit(x: Mapping[str, Tensor]) -> float:
