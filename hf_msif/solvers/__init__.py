@@ -5,6 +5,7 @@ from ._solve import solve
 from .certificate import Certificate, Solution
 from .cg import CG
 from .dense import Dense
+from .forecast import Forecast, forecast
 from .identity import Identity
 from .minres import MinRes
 from .operator import Operator
@@ -14,6 +15,7 @@ __all__ = [
     "CG",
     "Certificate",
     "Dense",
+    "Forecast",
     "Identity",
     "MinRes",
     "Operator",
@@ -21,5 +23,6 @@ __all__ = [
     "Solver",
     "SquaredCG",
     "as_solver",
+    "forecast",
     "solve",
 ]

@@ -16,7 +16,7 @@ SPECTRA = {
     "clusters": np.repeat([1.0, 0.05, 5e-4], [20, 200, SIZE - 220]) * (1 + 0.1 * RANDOM.random(SIZE)),
     "flat with outliers": np.concatenate([np.geomspace(0.05, 1, 12), 3e-4 * RANDOM.random(SIZE - 12)]),
     "outliers on a slope": np.concatenate([np.geomspace(0.05, 1, 12), 3e-3 * RANDOM.random(SIZE - 12)]),
-    "uniform": np.linspace(0, 1, SIZE),
+    "uniform": POSITIONS / SIZE,
     "geometric": np.geomspace(1e-6, 1, SIZE),
     "exponential": np.exp(-POSITIONS / 40),
 }
