@@ -42,6 +42,10 @@ class Sharded:
         """Inner products of the whole vectors whose shards x and y hold: float64, shape (Q,), on every process."""
         return self.sum_over_processes(vectors.dot(x, y))
 
+    def gram(self, x: Block, y: Block) -> Tensor:
+        """Inner products of all whole vectors of x with all of y: float64, (Q of x, Q of y), on every process."""
+        return self.sum_over_processes(vectors.gram(x, y))
+
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """A small tensor, added up over the processes."""
         return self.engine.all_reduce(values)

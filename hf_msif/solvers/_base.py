@@ -33,6 +33,7 @@ class Solver:
     Attributes:
         vectors_held: blocks as large as the right-hand side that `compute` holds at a time beside it, from which the
             memory of a query is estimated. Defaults to 5.
+        state_vectors: single vectors that the result of `init` holds, sharded where the blocks are. Defaults to 0.
         shardable: `compute` treats a block only through the functions of `vectors` that act on each entry, through
             `operator.matvec` and through `operator.dot`, so that a block may be this process's shard of longer
             vectors. Where it is False, the default, every process holds whole vectors.
@@ -40,6 +41,7 @@ class Solver:
     """
 
     vectors_held: ClassVar[int] = 5
+    state_vectors: ClassVar[int] = 0
     shardable: ClassVar[bool] = False
     damped: ClassVar[bool] = False
 
@@ -106,8 +108,8 @@ class AdaptedSolver(Solver):
 
     def __init__(self, solver: object):
         self.solver = solver
-        members = ("init", "compute", "vectors_held", "shardable", "damped", "max_iter", "products", "extra_bytes")
-        for member in members:
+        facts = ("vectors_held", "state_vectors", "shardable", "damped", "max_iter", "products", "extra_bytes")
+        for member in ("init", "compute", *facts):
             if hasattr(solver, member):
                 setattr(self, member, getattr(solver, member))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from ..errors import InputError
-from .lanczos import MOST_STEPS, ritz
+from .lanczos import MOST_STEPS
 
 MARGIN = 1.03  # the largest eigenvalue over its estimate, at most: measured on the spectra of the tests
 
@@ -89,16 +89,16 @@ def bound_of(damping: Damping, tol: float) -> int | None:
     return iteration_bound(1 + MARGIN * damping.largest_eigenvalue / damping.value, tol)
 
 
-def muted_share(diagonal: Tensor, off: Tensor, damping: float) -> float:
+def muted_share(values: Tensor, shares: Tensor, damping: float) -> float:
     """The share of ‖b‖² in directions with |curvature| < λ, where the solution follows λ and not the curvature.
 
     Args:
-        diagonal: of T of a Lanczos run from b on the damped operator, A + λI, shape (k,).
-        off: beside the diagonal of T, shape (k,).
+        values: Ritz values of the damped operator A + λI from a Lanczos run at b, shape (k,).
+        shares: of b at each of them, as `lanczos.ritz` returns them.
         damping: λ.
 
-    Returns:
-        The sum of the weights of the Ritz values θ of A with |θ| < λ, from 0 to 1.
+    >>> import torch
+    >>> muted_share(torch.tensor([1.5, 3.0]), torch.tensor([0.25, 0.75]), damping=1.0)
+    0.25
     """
-    values, shares = ritz(diagonal, off)
     return shares[(values - damping).abs() < damping].sum().item()

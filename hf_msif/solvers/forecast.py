@@ -15,6 +15,7 @@ from .cg import CG
 from .damping import MARGIN, Damping, iteration_bound
 from .lanczos import Tridiagonal, lanczos, ritz
 from .operator import CountedOperator, Operator, rounding_unit
+from .preconditioner import Prepared
 
 STEPS = 24
 # Share of the history, at its end, that gives the rate. The first steps remove the few largest eigenvalues, and are
@@ -34,7 +35,7 @@ class Forecast(NamedTuple):
     worst: int
 
 
-def forecast(operator: Operator, b: Block, solver: CG, state: Damping | None = None, steps: int = STEPS) -> Forecast:
+def forecast(operator: Operator, b: Block, solver: CG, state: Prepared | None = None, steps: int = STEPS) -> Forecast:
     """Forecasts the products of `solve(operator, b, solver)`, at the price of `steps` products with all columns.
 
     Conjugate gradients and Lanczos are one method: the first `steps` residuals of the solve follow from T, for any λ,
@@ -58,9 +59,9 @@ def forecast(operator: Operator, b: Block, solver: CG, state: Damping | None = N
     >>> forecast(Diagonal(), b, CG(damping=1.0)).usual  # two eigenvalues and one, and a product to check
     [3, 2]
     """
-    if not isinstance(solver, CG):
+    if not isinstance(solver, CG) or solver.preconditioner is not None:
         raise InputError(f"solver is {solver}; expected CG(...) without preconditioner, whose products T foretells.")
-    damping = solver.init(operator) if state is None else state
+    damping = (solver.init(operator) if state is None else state).damping
     counted = CountedOperator(operator, vectors.columns(b))
     t = lanczos(counted, b, steps)
     worst = int(min(solver.max_iter, _bound(t, damping, solver.tol, rounding_unit(b))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import vectors
 from ..vectors import Block
 from ._base import Progress
-from ._krylov import Dot, KrylovSolver, LinearSystem, krylov
+from ._krylov import KrylovSolver, LinearSystem, Recurrence, krylov
 from .certificate import Certificate, Solution
 from .damping import Damping
 from .operator import CountedOperator
@@ -74,7 +74,8 @@ class MinRes(KrylovSolver):
 LEAST_SQUARES = torch.finfo(torch.float64).eps ** 0.5
 
 
-class MinimumResidual(NamedTuple):
+@dataclass
+class MinimumResidual(Recurrence):
     """Lanczos vectors v, and the QR factorisation of their tridiagonal by plane rotations (c, s), one per step.
 
     x and w are float64 whatever the dtype of the operator: rounding them costs MINRES the *square* of the condition
@@ -99,8 +100,8 @@ class MinimumResidual(NamedTuple):
     diagonal: Tensor
 
     @classmethod
-    def start(cls, r: Block, dot: Dot) -> MinimumResidual:
-        error = dot(r, r).sqrt()
+    def start(cls, r: Block, system: LinearSystem) -> MinimumResidual:
+        error = system.norm(r)
         zero, no = torch.zeros_like(error), torch.zeros_like(error, dtype=torch.bool)
         wide = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in r.items()}
         return cls(
@@ -121,12 +122,12 @@ class MinimumResidual(NamedTuple):
             diagonal=zero,
         )
 
-    def step(self, matvec: Callable[[Block], Block], dot: Dot) -> MinimumResidual:
+    def step(self, matvec: Callable[[Block], Block], system: LinearSystem) -> MinimumResidual:
         v = self.v
         v_next = vectors.add(matvec(v), self.v_old, -self.off)
-        alpha = dot(v, v_next)
+        alpha = system.dot(v, v_next)
         vectors.add_(v_next, v, -alpha)
-        beta = dot(v_next, v_next).sqrt()
+        beta = system.norm(v_next)
         scale = torch.maximum(self.scale, torch.maximum(alpha.abs(), beta))
 
         delta = self.c * self.above + self.s * alpha

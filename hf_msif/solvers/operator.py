@@ -20,6 +20,8 @@ class Operator(Protocol):
 
     - `dot(x, y) -> Tensor`: inner products of matching columns, float64, shape (Q,); defaults to `vectors.dot`. An
       operator whose blocks hold only this process's shard of longer vectors returns those of the whole vectors.
+    - `gram(x, y) -> Tensor`: the same of all columns of x with all of y, float64, shape (Q of x, Q of y); defaults to
+      `vectors.gram`, or where the operator has a `dot` of its own, to one call of that per column of y.
     - `sum_over_processes(values) -> Tensor`: the sum of a small tensor over the processes that hold the other shards;
       defaults to `values`.
     - `dimension: int`: P; defaults to the number of scalars in `parameters`.
@@ -54,6 +56,15 @@ class CountedOperator:
         self.dot: Callable[[Block, Block], Tensor] = getattr(operator, "dot", vectors.dot)
         device = next(iter(operator.parameters.values())).device
         self.counts = torch.zeros(columns, dtype=torch.long, device=device)
+
+    def gram(self, x: Block, y: Block) -> Tensor:
+        """Inner products of all columns of x with all columns of y, float64, shape (Q of x, Q of y)."""
+        if hasattr(self.operator, "gram"):
+            return self.operator.gram(x, y)
+        if not hasattr(self.operator, "dot"):
+            return vectors.gram(x, y)
+        copies = ({name: t[j].expand_as(x[name]) for name, t in y.items()} for j in range(vectors.columns(y)))
+        return torch.stack([self.dot(x, copy) for copy in copies], 1)
 
     def norm(self, x: Block) -> Tensor:
         """Euclidean norms of the columns by the operator's inner product, float64, shape (Q,)."""
