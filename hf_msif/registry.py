@@ -1,4 +1,4 @@
-"""What the names in settings stand for: one line per solver, curvature, differentiation and check, "module:Name".
+"""What the names in settings stand for: one line for each, "module:Name".
 
 It imports nothing, so that a configuration can be checked, and its help printed, without PyTorch.
 """
@@ -11,10 +11,14 @@ from typing import Any
 
 SOLVERS = {
     "cg": "hf_msif.solvers.cg:CG",
+    "block_cg": "hf_msif.solvers.block_cg:BlockCG",
     "squared_cg": "hf_msif.solvers.squared_cg:SquaredCG",
     "minres": "hf_msif.solvers.minres:MinRes",
     "identity": "hf_msif.solvers.identity:Identity",
     "dense": "hf_msif.solvers.dense:Dense",
+}
+PRECONDITIONERS = {
+    "nystrom": "hf_msif.solvers.nystrom:Nystrom",
 }
 CURVATURES = {
     "gauss_newton": "hf_msif.curvature.gauss_newton:GaussNewton",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Block = dict[str, Tensor]
+PIECE = 2**16  # entries of a column that `gram` takes to float64 at a time
 
 
 def columns(x: Mapping[str, Tensor]) -> int:
@@ -63,6 +64,22 @@ def dot(x: Block, y: Block) -> Tensor:
     return total
 
 
+def gram(x: Block, y: Block) -> Tensor:
+    """Inner products of all columns of x with all columns of y, float64, shape (Q of x, Q of y).
+
+    >>> x = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    >>> gram(x, {"w": torch.tensor([[1.0, 0.0]])})
+    tensor([[1.],
+            [3.]], dtype=torch.float64)
+    """
+    total = torch.zeros(columns(x), columns(y), dtype=torch.float64, device=next(iter(x.values())).device)
+    for name, t in x.items():
+        # In pieces: the float64 copies of a whole embedding would need more memory than the block.
+        for left, right in zip(_rows(t).split(PIECE, 1), _rows(y[name]).split(PIECE, 1), strict=True):
+            total += left.double() @ right.double().T
+    return total
+
+
 def norm(x: Block) -> Tensor:
     """Euclidean norms of the columns, float64, shape (Q,)."""
     return dot(x, x).sqrt()
@@ -83,6 +100,16 @@ def add_(x: Block, y: Block, scale: Tensor | float = 1.0) -> Block:
 def scale(x: Block, by: Tensor | float) -> Block:
     """by · x; `by` is a number or one scalar per column, shape (Q,)."""
     return {name: _as_column(by, t) * t for name, t in x.items()}
+
+
+def combine(x: Block, coefficients: Tensor) -> Block:
+    """Linear combinations of the columns of x: column j of the result is Σ_q coefficients[q, j] x_q.
+
+    >>> combine({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, torch.tensor([[1.0], [-1.0]]))
+    {'w': tensor([[-2., -2.]])}
+    """
+    size = coefficients.shape[1]
+    return {name: (coefficients.T.to(t) @ _rows(t)).reshape(size, *t.shape[1:]) for name, t in x.items()}
 
 
 def where(keep: Tensor, x: Block, y: Block) -> Block:
@@ -127,19 +154,17 @@ def put_(x: Block, index: Tensor, y: Block) -> Block:
     return x
 
 
-def rademacher(parameters: Mapping[str, Tensor], columns: int, seed: int, only: int | None = None) -> Block:
+def rademacher(parameters: Mapping[str, Tensor], columns: int, seed: int) -> Block:
     """A block of independent ±1 entries shaped like `parameters`: the same entries for the same seed on any device.
 
     Args:
         parameters: plain tensors (no column axis) that give names, shapes, dtypes and devices.
         columns: Q.
         seed: of a generator of its own; the global random state is not touched.
-        only: return column number `only` alone, as a block of one column.
     """
     generator = torch.Generator().manual_seed(seed)
-    wanted = slice(None) if only is None else slice(only, only + 1)
     return {
-        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator)[wanted] * 2 - 1).to(p)
+        name: (torch.randint(0, 2, (columns, *p.shape), generator=generator) * 2 - 1).to(p)
         for name, p in parameters.items()
     }
 

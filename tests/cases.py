@@ -95,17 +95,36 @@ class SolverCase(NamedTuple):
     system: Callable  # (A, λ) → (S, C) of the system Su = Cb that the solver defines
     indefinite: bool = True  # solves indefinite systems
     passes: int = 1  # products per iteration, and per check
+    bounded: bool = False  # its certificate bounds the iterations where damping="auto"
+    joint: bool = False  # its columns share directions, so that iterations and products depend on all of them
+    spectrum: bool = True  # its certificate tells Ritz values of A, and what λ mutes
 
 
 def shifted(a, damping):
     return a + damping * np.eye(len(a)), np.eye(len(a))
 
 
+def squared(a, damping):
+    return a @ a + damping * np.eye(len(a)), a
+
+
 SOLVERS = [
-    SolverCase(solvers.CG(damping=0.3, tol=1e-10), shifted, indefinite=False),
+    SolverCase(solvers.CG(damping=0.3, tol=1e-10), shifted, indefinite=False, bounded=True),
+    SolverCase(solvers.BlockCG(damping=0.3, tol=1e-10), shifted, indefinite=False, bounded=True, joint=True),
     SolverCase(
-        solvers.SquaredCG(damping=0.3, tol=1e-10), lambda a, damping: (a @ a + damping * np.eye(len(a)), a), passes=2
+        solvers.CG(damping=0.3, tol=1e-10, preconditioner=solvers.Nystrom(rank=5)),
+        shifted,
+        indefinite=False,
+        spectrum=False,
     ),
+    SolverCase(
+        solvers.BlockCG(damping=0.3, tol=1e-10, preconditioner=solvers.Nystrom(rank=5)),
+        shifted,
+        indefinite=False,
+        joint=True,
+        spectrum=False,
+    ),
+    SolverCase(solvers.SquaredCG(damping=0.3, tol=1e-10), squared, passes=2, bounded=True),
     SolverCase(solvers.MinRes(damping=0.3, tol=1e-10), shifted),
     SolverCase(solvers.Dense(damping=0.3, tol=1e-10, chunk=5), shifted),
     SolverCase(solvers.Identity(), lambda a, damping: (np.eye(len(a)), np.eye(len(a)))),

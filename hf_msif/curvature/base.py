@@ -1,4 +1,4 @@
-"""What all curvature operators share: fixed batches, one division by N, the quadratic terms, the trace."""
+"""What all curvature operators share: fixed batches, one division by N, the quadratic terms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from .. import vectors
 from ..adapters.functional import FunctionalModel, memo_bytes
 from ..engine.accelerated import Engine
 from ..objectives import Objective
-from ..solvers.operator import TRACE_PROBES
 from ..vectors import Block
 from .derivatives import Evaluation, gradient, hessian_product
 
@@ -113,18 +112,6 @@ class Curvature:
         for t in total.values():  # in place: a block of many columns is large
             t /= self.count
         return total
-
-    @cached_property
-    def _trace(self) -> float:
-        probes = vectors.rademacher(self.parameters, TRACE_PROBES, seed=0)
-        return float(vectors.dot(probes, self.matvec(probes)).mean())
-
-    def trace(self) -> float:
-        """Hutchinson's estimate of the trace: the mean of zᵀAz over `TRACE_PROBES` fixed random vectors z of ±1.
-
-        Unbiased over such z, exact on the diagonal of A, with the variance 2 Σ_{i≠j} A_ij² / `TRACE_PROBES`.
-        """
-        return self._trace
 
     def _passing(self) -> Iterator[Evaluation]:
         """The batches of a pass; outputs of frozen encoders are kept between passes, up to `MEMO_BYTES`."""

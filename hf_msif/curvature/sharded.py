@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import vectors
 from ..engine.accelerated import Engine
 from ..vectors import Block
-from .base import TRACE_PROBES, Curvature
+from .base import Curvature
 
 NAME = "shard"
 
@@ -41,6 +41,10 @@ class Sharded:
     def dot(self, x: Block, y: Block) -> Tensor:
         """Inner products of the whole vectors whose shards x and y hold: float64, shape (Q,), on every process."""
         return self.sum_over_processes(vectors.dot(x, y))
+
+    def gram(self, x: Block, y: Block) -> Tensor:
+        """Inner products of all whole vectors of x with all of y: float64, (Q of x, Q of y), on every process."""
+        return self.sum_over_processes(vectors.gram(x, y))
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """A small tensor, added up over the processes."""
@@ -84,12 +88,6 @@ class Sharded:
             parts.append((torch.zeros_like(p) + strength).flatten())
         return self.engine.cut(torch.cat(parts))
 
-    def rademacher(self, columns: int) -> Block:
+    def rademacher(self, seed: int) -> Block:
         """The shards of `vectors.rademacher` of whole vectors; of shards it would give all processes the same ones."""
-        parts = [self.cut(vectors.rademacher(self.operator.parameters, columns, 0, q)) for q in range(columns)]
-        return {NAME: torch.cat([part[NAME] for part in parts])}
-
-    def trace(self) -> float:
-        """`Curvature.trace`: the same estimate from the same random vectors, one at a time."""
-        probes = self.rademacher(TRACE_PROBES)[NAME].split(1)
-        return sum(float(self.dot({NAME: z}, self.matvec({NAME: z}))) for z in probes) / TRACE_PROBES
+        return self.cut(vectors.rademacher(self.operator.parameters, 1, seed))

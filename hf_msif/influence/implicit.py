@@ -324,13 +324,13 @@ class Implicit(Differentiation):
 
     def solver_bytes(self, columns: int, processes: int) -> int:
         """Bytes of the solver's vectors on each process."""
-        parameters = self.operator_parameters
-        vector = columns * vectors.nbytes(parameters)
-        solver = self.solver
-        blocks, extra = solver.vectors_held, solver.extra_bytes(sum(p.numel() for p in parameters.values()))
+        parameters, solver = self.operator_parameters, self.solver
+        vector = vectors.nbytes(parameters)
+        held = (columns * solver.vectors_held + solver.state_vectors) * vector
         if self.bound.engine.sharded and solver.shardable:
-            return -(-blocks * vector // processes) + PRODUCT_BLOCKS * vector + extra
-        return (blocks + PRODUCT_BLOCKS) * vector + extra
+            held = -(-held // processes)
+        extra = solver.extra_bytes(sum(p.numel() for p in parameters.values()))
+        return held + PRODUCT_BLOCKS * columns * vector + extra
 
     @property
     def operator_parameters(self) -> dict[str, Tensor]:

@@ -2,24 +2,33 @@
 
 from ._base import Solver, as_solver
 from ._solve import solve
+from .block_cg import BlockCG
 from .certificate import Certificate, Solution
 from .cg import CG
 from .dense import Dense
+from .forecast import Forecast, forecast
 from .identity import Identity
 from .minres import MinRes
+from .nystrom import Nystrom
 from .operator import Operator
+from .preconditioner import Preconditioner
 from .squared_cg import SquaredCG
 
 __all__ = [
     "CG",
+    "BlockCG",
     "Certificate",
     "Dense",
+    "Forecast",
     "Identity",
     "MinRes",
+    "Nystrom",
     "Operator",
+    "Preconditioner",
     "Solution",
     "Solver",
     "SquaredCG",
     "as_solver",
+    "forecast",
     "solve",
 ]

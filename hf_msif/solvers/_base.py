@@ -1,4 +1,4 @@
-"""`Solver`, the class to derive a solver from; the damping λ and the checks of settings that solvers share."""
+"""`Solver`, the class to derive a solver from, and the checks of settings that solvers share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError
 from ..vectors import Block
 from .certificate import Solution
-from .operator import TRACE_PROBES, CountedOperator, Operator, mean_eigenvalue
+from .damping import DampingSettings
+from .operator import CountedOperator, Operator
 
 if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
@@ -32,6 +33,7 @@ class Solver:
     Attributes:
         vectors_held: blocks as large as the right-hand side that `compute` holds at a time beside it, from which the
             memory of a query is estimated. Defaults to 5.
+        state_vectors: single vectors that the result of `init` holds, sharded where the blocks are. Defaults to 0.
         shardable: `compute` treats a block only through the functions of `vectors` that act on each entry, through
             `operator.matvec` and through `operator.dot`, so that a block may be this process's shard of longer
             vectors. Where it is False, the default, every process holds whole vectors.
@@ -39,6 +41,7 @@ class Solver:
     """
 
     vectors_held: ClassVar[int] = 5
+    state_vectors: ClassVar[int] = 0
     shardable: ClassVar[bool] = False
     damped: ClassVar[bool] = False
 
@@ -105,8 +108,8 @@ class AdaptedSolver(Solver):
 
     def __init__(self, solver: object):
         self.solver = solver
-        members = ("init", "compute", "vectors_held", "shardable", "damped", "max_iter", "products", "extra_bytes")
-        for member in members:
+        facts = ("vectors_held", "state_vectors", "shardable", "damped", "max_iter", "products", "extra_bytes")
+        for member in ("init", "compute", *facts):
             if hasattr(solver, member):
                 setattr(self, member, getattr(solver, member))
 
@@ -141,45 +144,6 @@ def as_solver(solver: object) -> Solver:
             f"solver is {solver!r}, which is not hashable; expected a frozen dataclass: @dataclass(frozen=True)."
         ) from None
     return solver if isinstance(solver, Solver) else AdaptedSolver(solver)
-
-
-class DampingSettings(Protocol):
-    """The settings of a solver that `damping` reads."""
-
-    @property
-    def damping(self) -> float | str: ...
-
-    @property
-    def damping_fraction(self) -> float: ...
-
-
-class Damping(NamedTuple):
-    """λ in force, and the mean eigenvalue from which it was derived (None where λ was given as a number)."""
-
-    value: float
-    mean_eigenvalue: float | None
-
-
-def damping(solver: DampingSettings, operator: Operator, squared: bool = False) -> Damping:
-    """`solver.damping`, or `solver.damping_fraction` × `mean_eigenvalue` (of A² when `squared`) for "auto".
-
-    Raises:
-        InputError: the mean eigenvalue is not positive.
-    """
-    if solver.damping != "auto":
-        return Damping(float(solver.damping), None)
-    mean = mean_eigenvalue(operator, squared)
-    if not 0 < mean < math.inf:
-        raise InputError(
-            f"damping='auto' needs a positive mean eigenvalue, but it is {mean:.3g}: use MinRes(damping=0.0) "
-            "or curvature='gauss_newton', or give damping as a number."
-        )
-    return Damping(solver.damping_fraction * mean, mean)
-
-
-def damping_products(solver: DampingSettings, columns: int) -> int:
-    """Products with Q = `columns` columns that `damping` takes at most, rounded up."""
-    return -(-TRACE_PROBES // columns) if solver.damping == "auto" else 0
 
 
 def check_settings(solver: DampingSettings, counts: tuple[str, ...]) -> None:

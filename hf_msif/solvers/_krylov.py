@@ -7,22 +7,22 @@ long as iterations are left and the true residual has at least halved since the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Damping, Progress, Solver, check_settings, damping, damping_products
+from ._base import Progress, Solver, check_settings
+from .damping import Damping, damping, damping_products, muted_share
+from .lanczos import largest_eigenvalue, ritz
 from .operator import CountedOperator, Operator, rounding_unit
 
 if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
-
-Dot = Callable[[Block, Block], Tensor]
 
 
 class KrylovSolver(Solver):
@@ -39,46 +39,62 @@ class KrylovSolver(Solver):
         check_settings(self, counts=("max_iter",))
 
     def init(self, operator: Operator) -> Damping:
-        """λ, at the cost of four products when it must be estimated."""
-        return damping(self, operator)
+        """λ, at the cost of a short Lanczos run when it must be derived."""
+        return damping(self, lambda: largest_eigenvalue(operator))
 
     def products(self, parameters: int, columns: int) -> int:
-        """max_iter + 1, and the products that estimate the damping."""
+        """max_iter + 1, and the products of the Lanczos run for the damping."""
         return self.max_iter + 1 + damping_products(self, columns)
 
 
-class Recurrence(Protocol):
-    """A method's state, started at u = 0 on unit right-hand sides: a NamedTuple of blocks and (Q,) tensors.
+Spectrum = tuple[Tensor, Tensor]  # Ritz values, and the share of the column's right-hand side at each of them
 
-    Inner products are taken by `dot`, the operator's own.
+
+class Recurrence:
+    """A method's state, started at u = 0 on unit right-hand sides: a dataclass of blocks and tensors.
+
+    Attributes:
+        x: the iterates.
+        error: ‖residual‖ of each column, as the recurrence has it.
+        stop: no further step is possible,
+        negative: and the reason is negative curvature.
+        diagonal: the newest entry on the diagonal of each column's Lanczos tridiagonal,
+        off: and the entry that ties it to the next one.
     """
 
-    @property
-    def x(self) -> Block: ...  # the iterate
-
-    @property
-    def error(self) -> Tensor: ...  # ‖residual‖, as the recurrence has it
-
-    @property
-    def stop(self) -> Tensor: ...  # no further step is possible,
-
-    @property
-    def negative(self) -> Tensor: ...  # and the reason is negative curvature
-
-    @property
-    def diagonal(self) -> Tensor: ...  # the newest row of the Lanczos tridiagonal,
-
-    @property
-    def off(self) -> Tensor: ...  # and the entry that ties it to the next row
+    x: Block
+    error: Tensor
+    stop: Tensor
+    negative: Tensor
+    diagonal: Tensor
+    off: Tensor
 
     @classmethod
-    def start(cls, r: Block, dot: Dot) -> Recurrence: ...
+    def start(cls, r: Block, system: LinearSystem) -> Recurrence:
+        """The state before the first step, for unit right-hand sides r, which may be written to."""
+        raise NotImplementedError
 
-    def step(self, matvec: Callable[[Block], Block], dot: Dot) -> Recurrence: ...
+    def step(self, matvec: Callable[[Block], Block], system: LinearSystem) -> Recurrence:
+        """The state after one more product."""
+        raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Any]: ...
+    def keep(self, columns: Tensor) -> Recurrence:
+        """The state without the columns that are done, where `columns` is False."""
+        taken = {k: vectors.take(v, columns) if isinstance(v, dict) else v[columns] for k, v in vars(self).items()}
+        return type(self)(**taken)
 
-    def _asdict(self) -> dict[str, Any]: ...
+    def trace(self) -> list:
+        """What the step adds to what is known of the spectrum, as JSON holds it."""
+        return [self.diagonal.tolist(), self.off.tolist()]
+
+    @classmethod
+    def spectra(cls, traces: list[tuple[list[int], list]]) -> dict[int, Spectrum]:
+        """The spectrum of each column of a run, from the columns that took each step and its `trace`."""
+        rows: dict[int, list] = {}
+        for columns, trace in traces:
+            for q, *row in zip(columns, *trace, strict=True):
+                rows.setdefault(q, []).append(row)
+        return {q: ritz(*torch.tensor(t, dtype=torch.float64).T.unbind()) for q, t in rows.items()}
 
 
 class LinearSystem:
@@ -90,6 +106,7 @@ class LinearSystem:
         rhs: c.
         damping: λ.
         residual: c − (B + λI)u as `residual(u, index)`, for a solver that knows a better way to compute it.
+        precondition: v ↦ M⁻¹v for each column, symmetric and positive definite; None without a preconditioner.
 
     Attributes:
         rhs_norms: ‖c‖ of each column, shape (Q,).
@@ -103,8 +120,10 @@ class LinearSystem:
         rhs: Block,
         damping: float,
         residual: Callable[[Block, Tensor], Block] | None = None,
+        precondition: Callable[[Block], Block] | None = None,
     ):
-        self.dot, self.norm, self.counts = operator.dot, operator.norm, operator.counts
+        self.dot, self.gram, self.norm, self.counts = operator.dot, operator.gram, operator.norm, operator.counts
+        self.precondition = precondition
         self.product, self.rhs, self.damping = product, rhs, damping
         self.residual = residual or self._residual
         self.rhs_norms, self.rounding_unit = operator.norm(rhs), rounding_unit(rhs)
@@ -129,7 +148,7 @@ def krylov(
     state = KrylovState.start(system, solver.tol) if saved is None else KrylovState.load(recurrence, system, *saved)
     while len(state.running):
         iterate(state, recurrence, system, solver, progress, checkpoint)
-        refine(state, system, solver)
+        refine(state, recurrence, system, solver)
     return state.x, _report(state, system, solver)
 
 
@@ -157,11 +176,12 @@ def step(state: KrylovState, system: LinearSystem, solver: KrylovSolver, progres
     assert state.relative_at_start is not None
     assert state.residual_norms is not None
     index = state.running
-    state.recurrence = now = state.recurrence.step(lambda v: system.matvec(v, index), system.dot)
+    state.recurrence = now = state.recurrence.step(
+        lambda v: system.matvec(v, state.charged(vectors.columns(v))), system
+    )
     state.steps += 1
     state.iterations[index] += 1
-    for q, *row in zip(index.tolist(), now.diagonal.tolist(), now.off.tolist(), strict=True):
-        state.tridiagonals[q].append(row)
+    state.traces.append((index.tolist(), now.trace()))
     error = now.error * state.relative_at_start[index]
     if progress is not None:
         progress(state.steps, error.max().item())
@@ -173,13 +193,15 @@ def step(state: KrylovState, system: LinearSystem, solver: KrylovSolver, progres
         x = vectors.add_(vectors.take(state.x, columns), vectors.take(now.x, done), state.residual_norms[columns])
         vectors.put_(state.x, columns, x)
         state.stuck[columns], state.negative[columns] = (now.stop & ~reached)[done], now.negative[done]
-        state.recurrence, state.running = _take(now, ~done), index[~done]
+        state.recurrence, state.running = now.keep(~done), index[~done]
 
 
-def refine(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> None:
+def refine(state: KrylovState, recurrence: type[Recurrence], system: LinearSystem, solver: KrylovSolver) -> None:
     """Recomputes the true residuals after a run, and chooses the columns that another run is to improve."""
-    for q, rows in state.tridiagonals.items():
-        state.ritz[q] += _extreme_eigenvalues(rows)
+    for q, (values, shares) in recurrence.spectra(state.traces).items():
+        if not state.ritz[q]:  # the first run, which started at the right-hand side
+            state.muted[q] = muted_share(values, shares, system.damping)
+        state.ritz[q] += [values[0].item(), values[-1].item()]
     columns = state.run_columns
     assert columns is not None
     assert state.relative_at_start is not None
@@ -189,6 +211,9 @@ def refine(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> No
     again = (state.relative > solver.tol) & improved & (state.iterations < solver.max_iter) & ~state.stuck
     state.running = columns[again[columns]]
     state.residual, state.recurrence = vectors.take(residual, again[columns]), None
+
+
+FACTS = ("steps", "ritz", "muted", "traces")  # of a state, as JSON holds them
 
 
 @dataclass
@@ -202,13 +227,14 @@ class KrylovState:
     negative: Tensor  # it met negative curvature
     running: Tensor  # indices of the columns that are not done
     residual: Block  # of those columns, between two runs; empty during a run
-    ritz: list[list[float]]  # extreme eigenvalues of the tridiagonals of all finished runs, for each column
+    ritz: list[list[float]]  # extreme Ritz values of all finished runs, for each column
+    muted: list[float]  # share of the right-hand side at curvature below λ
     steps: int = 0
     run_columns: Tensor | None = None  # the columns with which the run in progress started,
     relative_at_start: Tensor | None = None  # the relative residuals then,
     residual_norms: Tensor | None = None  # and their norms
     recurrence: Recurrence | None = None
-    tridiagonals: dict[int, list[list[float]]] = field(default_factory=dict)  # column → rows of the run in progress
+    traces: list[tuple[list[int], list]] = field(default_factory=list)  # columns and trace of each step of that run
 
     @classmethod
     def start(cls, system: LinearSystem, tol: float) -> KrylovState:
@@ -225,6 +251,7 @@ class KrylovState:
             running=running,
             residual=vectors.take(system.rhs, running),
             ritz=[[] for _ in norms],
+            muted=[0.0] * len(norms),
         )
 
     def begin_run(self, recurrence: type[Recurrence], system: LinearSystem) -> None:
@@ -232,18 +259,29 @@ class KrylovState:
         self.run_columns, self.relative_at_start = self.running, self.relative.clone()
         self.residual_norms = self.relative * system.rhs_norms
         unit = vectors.scale(self.residual, 1 / self.residual_norms[self.running])
-        self.recurrence = recurrence.start(unit, system.dot)
-        self.tridiagonals, self.residual = {q: [] for q in self.running.tolist()}, {}
+        self.recurrence = recurrence.start(unit, system)
+        self.traces, self.residual = [], {}
+
+    def charged(self, width: int) -> Tensor:
+        """The columns to which a product with `width` columns is charged.
+
+        They are those that are running, but for a method whose columns share directions: it may multiply fewer, or
+        more, which are charged to columns of the run that are done.
+        """
+        assert self.run_columns is not None
+        if width == len(self.running):
+            return self.running
+        done = self.run_columns[~torch.isin(self.run_columns, self.running)]
+        return torch.cat([self.running, done])[:width]
 
     def dump(self, system: LinearSystem) -> tuple[dict[str, Block], dict[str, Tensor], dict[str, Any]]:
         """Blocks, tensors and plain values, as `SolverCheckpoint.save` takes them."""
         assert self.recurrence is not None
-        recurrence = {f"recurrence.{name}": value for name, value in self.recurrence._asdict().items()}
+        recurrence = {f"recurrence.{name}": value for name, value in vars(self.recurrence).items()}
         parts = {**recurrence, **vars(self), "counts": system.counts}
-        blocks = {k: v for k, v in parts.items() if isinstance(v, dict) and k not in ("tridiagonals", "residual")}
+        blocks = {k: v for k, v in parts.items() if isinstance(v, dict) and k != "residual"}
         tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor)}
-        tridiagonals = [[q, rows] for q, rows in self.tridiagonals.items()]
-        return blocks, tensors, {"steps": self.steps, "ritz": self.ritz, "tridiagonals": tridiagonals}
+        return blocks, tensors, {name: parts[name] for name in FACTS}
 
     @classmethod
     def load(
@@ -259,25 +297,8 @@ class KrylovState:
         system.counts.copy_(parts.pop("counts"))
         prefix = "recurrence."
         saved = {k.removeprefix(prefix): parts.pop(k) for k in list(parts) if k.startswith(prefix)}
-        return cls(
-            **parts,
-            residual={},
-            ritz=facts["ritz"],
-            steps=facts["steps"],
-            tridiagonals=dict(facts["tridiagonals"]),
-            recurrence=recurrence(**saved),
-        )
-
-
-def _take(recurrence: Recurrence, columns: Tensor) -> Recurrence:
-    return type(recurrence)(*(vectors.take(f, columns) if isinstance(f, dict) else f[columns] for f in recurrence))
-
-
-def _extreme_eigenvalues(rows: list[list[float]]) -> list[float]:
-    diagonal, off = torch.tensor(rows, dtype=torch.float64).T
-    tridiagonal = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
-    values = torch.linalg.eigvalsh(tridiagonal)
-    return [values[0].item(), values[-1].item()]
+        parts |= {name: facts[name] for name in FACTS}
+        return cls(**parts, residual={}, recurrence=recurrence(**saved))
 
 
 def _report(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> dict[str, Any]:
@@ -289,6 +310,8 @@ def _report(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> d
     # An eigenvalue estimate at the level of rounding has no sign: a semi-definite operator is not indefinite.
     noise = 10 * system.rounding_unit
     indefinite = [bool(ritz) and min(ritz) < -noise * max(map(abs, ritz)) for ritz in state.ritz]
+    # Those of a preconditioned system are no eigenvalues of A, though their signs are.
+    known = [ritz if system.precondition is None else [] for ritz in state.ritz]
     iterations, relative, negative = state.iterations.tolist(), state.relative.tolist(), state.negative.tolist()
     return {
         "damping": system.damping,
@@ -299,6 +322,7 @@ def _report(state: KrylovState, system: LinearSystem, solver: KrylovSolver) -> d
         "converged": [error <= solver.tol for error in relative],
         "status": [status(*column) for column in zip(relative, iterations, negative, strict=True)],
         "negative_curvature": [a or b for a, b in zip(negative, indefinite, strict=True)],
-        "smallest_ritz": [min(ritz) - system.damping if ritz else None for ritz in state.ritz],
-        "largest_ritz": [max(ritz) - system.damping if ritz else None for ritz in state.ritz],
+        "smallest_ritz": [min(ritz) - system.damping if ritz else None for ritz in known],
+        "largest_ritz": [max(ritz) - system.damping if ritz else None for ritz in known],
+        "muted": state.muted if system.precondition is None else None,
     }

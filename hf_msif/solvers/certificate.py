@@ -24,7 +24,12 @@ class Certificate:
     - `negative_curvature`: S was seen not to be positive definite. This stops CG, and informs elsewhere.
     - `smallest_ritz`, `largest_ritz`: estimates of the extreme eigenvalues of the operator *without* damping (of H²
       for SquaredCG; exact for Dense), None where the solver has no estimate.
-    - `mean_eigenvalue`: trace/P, known where damping="auto" needed it (of H² for SquaredCG), else None.
+    - `muted`: share of the squared norm of c in directions with |curvature| < `damping`, where u follows the damping
+      and not the curvature; None where the solver does not know it. Exact for Dense; for Krylov solvers, by the Gauss
+      quadrature in their tridiagonal.
+    - `largest_eigenvalue`: the largest |eigenvalue|, known where damping="auto" needed it (of H² for SquaredCG), else
+      None. `iteration_bound`: the iterations that this damping and `tol` allow in exact arithmetic, for a positive
+      semi-definite A; None where `damping` was a number, and for other solvers than CG and SquaredCG.
     - `residual_unsquared`: ‖Hu − b‖/‖b‖ for SquaredCG, None elsewhere.
     """
 
@@ -39,7 +44,9 @@ class Certificate:
     negative_curvature: list[bool]
     smallest_ritz: list[float | None]
     largest_ritz: list[float | None]
-    mean_eigenvalue: float | None = None
+    muted: list[float] | None = None
+    largest_eigenvalue: float | None = None
+    iteration_bound: int | None = None
     residual_unsquared: list[float] | None = None
 
     @classmethod
@@ -109,10 +116,21 @@ class Certificate:
         line = f"{self.solver}, column {q}: {prose}; residual {self.residual[q]:.1e} (tol {self.tol:.0e})"
         if self.residual_unsquared is not None:
             line += f", of Hu = b {self.residual_unsquared[q]:.1e}"
-        line += f", {self.matvecs[q]} products, damping {self.damping:.3g}"
+        line += f", {self.matvecs[q]} products, {self._damping()}"
         if self.smallest_ritz[q] is not None:
             line += f", eigenvalues {self.smallest_ritz[q]:.2g} to {self.largest_ritz[q]:.2g}"
+        if self.muted is not None and self.damping:
+            what = "Hb" if self.residual_unsquared is not None else "b"
+            line += f"; curvature below {self.damping:.2g} is muted: {self.muted[q]:.0%} of {what}"
         return line
+
+    def _damping(self) -> str:
+        if self.largest_eigenvalue is None:
+            return f"damping {self.damping:.3g}"
+        fraction = self.damping / self.largest_eigenvalue
+        what = "largest eigenvalue" + (" of H²" if self.residual_unsquared is not None else "")
+        bound = "" if self.iteration_bound is None else f" (at most {self.iteration_bound:,} iterations)"
+        return f"damping {self.damping:.3g} = {fraction:.3g} × the {what} {self.largest_eigenvalue:.3g}{bound}"
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,16 @@ from torch import Tensor
 from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
-from ._base import Damping, Progress, Solver, check_settings, damping, damping_products
+from ._base import Progress, Solver, check_settings
 from .certificate import Certificate, Solution
+from .damping import Damping, damping
 from .operator import CountedOperator, Operator, dimension, rounding_unit
 
 if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
+
+
+TINY = torch.finfo(torch.float64).tiny  # in the place of zero below a fraction
 
 
 class Factorisation(NamedTuple):
@@ -47,7 +51,7 @@ class Dense(Solver):
     least norm) and shows the exact spectrum. It costs P products, 16 P² bytes and time P³: an oracle for small models.
 
     Args:
-        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × trace(A)/P.
+        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × the largest |eigenvalue|.
         tol: a column counts as converged when ‖(A + λI)u − b‖ ≤ tol ‖b‖, with a fresh product.
         max_parameters: refuse larger P.
         chunk: unit vectors per product.
@@ -72,7 +76,7 @@ class Dense(Solver):
     tol: float = 1e-3
     max_parameters: int = 8192
     chunk: int = 64
-    damping_fraction: float = 10.0
+    damping_fraction: float = 1e-3
 
     vectors_held: ClassVar[int] = 2
     damped: ClassVar[bool] = True
@@ -81,8 +85,8 @@ class Dense(Solver):
         check_settings(self, counts=("max_parameters", "chunk"))
 
     def products(self, parameters: int, columns: int) -> int:
-        """P products with one vector, one product to check, and those that estimate the damping."""
-        return -(-parameters // columns) + 1 + damping_products(self, columns)
+        """P products with one vector, and one product to check."""
+        return -(-parameters // columns) + 1
 
     def extra_bytes(self, parameters: int) -> int:
         """The matrix and its eigenvectors in float64."""
@@ -97,13 +101,14 @@ class Dense(Solver):
                 "use CG or MinRes, restrict the trainable parameters, or raise the limit."
             )
         matrix = written_out(operator, self.chunk)
-        asymmetry = ((matrix - matrix.T).norm() / matrix.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
+        asymmetry = ((matrix - matrix.T).norm() / matrix.norm().clamp(min=TINY)).item()
         if asymmetry > rounding_unit(operator.parameters) ** 0.5:
             raise InputError(
                 f"The operator is not symmetric: ‖A − Aᵀ‖/‖A‖ = {asymmetry:.1e}, beyond rounding. Does every product "
                 "see the same examples, with the same masks and without dropout?"
             )
-        return Factorisation(damping(self, operator), *torch.linalg.eigh((matrix + matrix.T) / 2))
+        eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        return Factorisation(damping(self, lambda: eigenvalues.abs().max().item()), eigenvalues, eigenvectors)
 
     def compute(
         self,
@@ -118,7 +123,8 @@ class Dense(Solver):
         eigenvalues = state.eigenvalues + shift
         noise = 10 * rounding_unit(b) * eigenvalues.abs().max()
         inverse = torch.where(eigenvalues.abs() > noise, 1 / eigenvalues, 0.0)
-        u = vectors.unflatten((vectors.flatten(b).double() @ basis * inverse) @ basis.T, b)
+        coordinates = vectors.flatten(b).double() @ basis
+        u = vectors.unflatten((coordinates * inverse) @ basis.T, b)
 
         norms = operator.norm(b)
         relative, nonzero = torch.zeros_like(norms), norms.nonzero().flatten()
@@ -126,6 +132,7 @@ class Dense(Solver):
         residual = vectors.add(vectors.take(b, nonzero), vectors.add(operator.matvec(v, nonzero), v, shift), -1.0)
         relative[nonzero] = operator.norm(residual) / norms[nonzero]
         columns = len(norms)
+        muted = coordinates[:, state.eigenvalues.abs() < shift].square().sum(1) / norms.square().clamp(min=TINY)
         certificate = Certificate.from_residual(
             "dense",
             shift,
@@ -136,6 +143,7 @@ class Dense(Solver):
             negative_curvature=[bool(eigenvalues[0] < -noise)] * columns,
             smallest_ritz=[state.eigenvalues[0].item()] * columns,
             largest_ritz=[state.eigenvalues[-1].item()] * columns,
-            mean_eigenvalue=state.damping.mean_eigenvalue,
+            muted=muted.tolist(),
+            largest_eigenvalue=state.damping.largest_eigenvalue,
         )
         return Solution(u, certificate)

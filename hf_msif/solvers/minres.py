@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import vectors
 from ..vectors import Block
-from ._base import Damping, Progress
-from ._krylov import Dot, KrylovSolver, LinearSystem, krylov
+from ._base import Progress
+from ._krylov import KrylovSolver, LinearSystem, Recurrence, krylov
 from .certificate import Certificate, Solution
+from .damping import Damping
 from .operator import CountedOperator
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ class MinRes(KrylovSolver):
     range. The residual falls monotonically. `negative_curvature` in the certificate is information, not a failure.
 
     Args:
-        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × trace(A)/P. On an
-            indefinite A a shift can make the system *worse*: it moves negative eigenvalues towards zero.
+        damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × the largest |eigenvalue|.
+            On an indefinite A a shift can make the system *worse*: it moves negative eigenvalues towards zero.
         tol: a column is done when ‖(A + λI)u − b‖ ≤ tol ‖b‖.
         max_iter: the largest number of iterations of a column, restarts included; one product each.
         damping_fraction: used by damping="auto" alone.
 
     Raises:
-        InputError: a setting out of range; in `init`, damping="auto" where the trace is not positive.
+        InputError: a setting out of range; in `init`, damping="auto" where A is zero.
 
     >>> from hf_msif.solvers import solve
     >>> class Diagonal:
@@ -51,7 +52,7 @@ class MinRes(KrylovSolver):
     damping: float | str = 0.0
     tol: float = 1e-3
     max_iter: int = 200
-    damping_fraction: float = 10.0
+    damping_fraction: float = 1e-3
 
     vectors_held: ClassVar[int] = 12
 
@@ -66,14 +67,15 @@ class MinRes(KrylovSolver):
         """Solves one block of right-hand sides; called by `solve`."""
         system = LinearSystem(operator, operator.matvec, b, state.value)
         u, report = krylov(MinimumResidual, system, self, progress, checkpoint)
-        return Solution(u, Certificate("minres", mean_eigenvalue=state.mean_eigenvalue, **report))
+        return Solution(u, Certificate("minres", largest_eigenvalue=state.largest_eigenvalue, **report))
 
 
 # The value of ‖S r‖ / (‖S‖ ‖r‖) below which r counts as orthogonal to the range of S, for directions in float64.
 LEAST_SQUARES = torch.finfo(torch.float64).eps ** 0.5
 
 
-class MinimumResidual(NamedTuple):
+@dataclass
+class MinimumResidual(Recurrence):
     """Lanczos vectors v, and the QR factorisation of their tridiagonal by plane rotations (c, s), one per step.
 
     x and w are float64 whatever the dtype of the operator: rounding them costs MINRES the *square* of the condition
@@ -98,8 +100,8 @@ class MinimumResidual(NamedTuple):
     diagonal: Tensor
 
     @classmethod
-    def start(cls, r: Block, dot: Dot) -> MinimumResidual:
-        error = dot(r, r).sqrt()
+    def start(cls, r: Block, system: LinearSystem) -> MinimumResidual:
+        error = system.norm(r)
         zero, no = torch.zeros_like(error), torch.zeros_like(error, dtype=torch.bool)
         wide = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in r.items()}
         return cls(
@@ -120,12 +122,12 @@ class MinimumResidual(NamedTuple):
             diagonal=zero,
         )
 
-    def step(self, matvec: Callable[[Block], Block], dot: Dot) -> MinimumResidual:
+    def step(self, matvec: Callable[[Block], Block], system: LinearSystem) -> MinimumResidual:
         v = self.v
         v_next = vectors.add(matvec(v), self.v_old, -self.off)
-        alpha = dot(v, v_next)
+        alpha = system.dot(v, v_next)
         vectors.add_(v_next, v, -alpha)
-        beta = dot(v_next, v_next).sqrt()
+        beta = system.norm(v_next)
         scale = torch.maximum(self.scale, torch.maximum(alpha.abs(), beta))
 
         delta = self.c * self.above + self.s * alpha

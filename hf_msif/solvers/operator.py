@@ -12,8 +12,6 @@ from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
 
-TRACE_PROBES = 4  # random vectors of an estimate of the trace
-
 
 class Operator(Protocol):
     """A symmetric linear map A on the space of `parameters` (plain tensors, no column axis), P scalars in all.
@@ -22,11 +20,12 @@ class Operator(Protocol):
 
     - `dot(x, y) -> Tensor`: inner products of matching columns, float64, shape (Q,); defaults to `vectors.dot`. An
       operator whose blocks hold only this process's shard of longer vectors returns those of the whole vectors.
+    - `gram(x, y) -> Tensor`: the same of all columns of x with all of y, float64, shape (Q of x, Q of y); defaults to
+      `vectors.gram`, or where the operator has a `dot` of its own, to one call of that per column of y.
     - `sum_over_processes(values) -> Tensor`: the sum of a small tensor over the processes that hold the other shards;
       defaults to `values`.
     - `dimension: int`: P; defaults to the number of scalars in `parameters`.
-    - `trace() -> float`: tr A; without it, `damping="auto"` estimates the trace from `TRACE_PROBES` more products.
-    - `rademacher(columns) -> Block`: independent ±1 entries; defaults to `vectors.rademacher` with seed 0.
+    - `rademacher(seed) -> Block`: one column of independent ±1 entries; defaults to `vectors.rademacher`.
     """
 
     @property
@@ -58,9 +57,24 @@ class CountedOperator:
         device = next(iter(operator.parameters.values())).device
         self.counts = torch.zeros(columns, dtype=torch.long, device=device)
 
+    def gram(self, x: Block, y: Block) -> Tensor:
+        """Inner products of all columns of x with all columns of y, float64, shape (Q of x, Q of y)."""
+        if hasattr(self.operator, "gram"):
+            return self.operator.gram(x, y)
+        if not hasattr(self.operator, "dot"):
+            return vectors.gram(x, y)
+        copies = ({name: t[j].expand_as(x[name]) for name, t in y.items()} for j in range(vectors.columns(y)))
+        return torch.stack([self.dot(x, copy) for copy in copies], 1)
+
     def norm(self, x: Block) -> Tensor:
         """Euclidean norms of the columns by the operator's inner product, float64, shape (Q,)."""
         return self.dot(x, x).sqrt()
+
+    def rademacher(self, seed: int) -> Block:
+        """One column of independent ±1 entries, the same for the same seed on any device and number of processes."""
+        if hasattr(self.operator, "rademacher"):
+            return self.operator.rademacher(seed)
+        return vectors.rademacher(self.parameters, 1, seed)
 
     def matvec(self, v: Block, index: Tensor | None = None) -> Block:
         """A v for a block v that holds the columns `index` (defaults to all Q).
@@ -99,23 +113,6 @@ def dimension(operator: Operator) -> int:
     if hasattr(operator, "dimension"):
         return operator.dimension
     return sum(p.numel() for p in operator.parameters.values())
-
-
-def mean_eigenvalue(operator: Operator, squared: bool = False) -> float:
-    """tr(A)/P, or tr(A²)/P when `squared`.
-
-    The trace is the operator's own where it has one. Otherwise, and for A² always, it is the mean of vᵀAv, or of
-    ‖Av‖², over `TRACE_PROBES` seeded vectors v of independent ±1 (Hutchinson, 1990).
-    """
-    if hasattr(operator, "trace") and not squared:
-        return float(operator.trace()) / dimension(operator)
-    if hasattr(operator, "rademacher"):
-        v = operator.rademacher(TRACE_PROBES)
-    else:
-        v = vectors.rademacher(operator.parameters, TRACE_PROBES, seed=0)
-    counted = CountedOperator(operator, TRACE_PROBES)
-    product = counted.matvec(v)
-    return counted.dot(product if squared else v, product).mean().item() / dimension(operator)
 
 
 def rounding_unit(x: Mapping[str, Tensor]) -> float:

@@ -127,35 +127,6 @@ def test_mixed_and_gradient():
     near(vectors.flatten(curvature.gradient())[0], torch.cat([g.flatten() for g in gradients]))
 
 
-# The trace ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("probes", [4, 400])
-def test_trace_is_within_its_sampling_error(kind, probes, monkeypatch):
-    """With ±1 the variance is 2 Σ_{i≠j} A_ij² a probe: within four standard deviations, which shrink as 1/√probes."""
-    monkeypatch.setattr(module, "TRACE_PROBES", probes)
-    curvature = operator(kind, ridge={"head.weight": 0.7})
-    dense = matrix(curvature)
-    off = dense - torch.diag(dense.diagonal())
-    deviation = (2 * (off**2).sum() / probes).sqrt()
-    assert abs(curvature.trace() - dense.trace()) < 4 * deviation
-    assert deviation < 3 / probes**0.5  # the bound is one worth having: the trace is about 8
-
-
-def test_trace_is_exact_on_a_diagonal_and_does_not_change(monkeypatch):
-    class Nothing(ToyObjective):
-        def losses(self, call, batch):
-            sums, counts = super().losses(call, batch)
-            return 0.0 * sums, counts
-
-    curvature = operator("hessian", ridge={"head.weight": 0.7, "head.bias": 0.1}, objective=Nothing())
-    assert curvature.trace() == pytest.approx(9 * 0.7 + 3 * 0.1, rel=1e-14)
-    first = operator("gauss_newton")
-    assert first.trace() == first.trace() == operator("gauss_newton").trace()
-
-
 # The same numbers in every product ----------------------------------------------------------------------------------
 
 
@@ -186,7 +157,6 @@ def test_the_subset_is_drawn_once():
         torch.testing.assert_close(
             vectors.flatten(bound.differentiation.operator.matvec(v)), vectors.flatten(first), rtol=0, atol=0
         )
-    bound.differentiation.operator.trace()
     assert collated == batches  # nothing was collated again
     ids = {i for batch in batches for i in batch}
     assert ids == {row["example_id"] for row in bound.differentiation.curvature_rows}

@@ -10,6 +10,7 @@ from hf_msif.curvature import Curvature
 from hf_msif.influence import cost, implicit
 from hf_msif.project import config, memory, plan
 from hf_msif.project.run import Run
+from hf_msif.solvers.lanczos import MOST_STEPS
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,8 @@ def test_the_number_of_products_is_a_tight_bound(run, monkeypatch, solver):
     b = {name: torch.randn(2, *p.shape, device=p.device) for name, p in bound.model.parameters.items()}
     bound.differentiation.with_solver(solver).pull_back(b)
     bound = 2 * solver.products(bound.split.count(bound.split.trained), columns=2)
-    assert sum(spent) <= bound <= 1.3 * sum(spent)
+    settled = MOST_STEPS if getattr(solver, "damping", None) == "auto" else 0  # the largest eigenvalue, earlier
+    assert sum(spent) <= bound <= 1.3 * sum(spent) + settled
 
 
 def test_sizes_are_those_of_the_files(run, path):

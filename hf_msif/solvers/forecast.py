@@ -1,0 +1,120 @@
+"""How many products conjugate gradients will take, told from a few Lanczos steps at the right-hand sides."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..errors import InputError
+from ..vectors import Block
+from .cg import CG
+from .damping import MARGIN, Damping, iteration_bound
+from .lanczos import Tridiagonal, lanczos, ritz
+from .operator import CountedOperator, Operator, rounding_unit
+from .preconditioner import Prepared
+
+STEPS = 24
+# Share of the history, at its end, that gives the rate. The first steps remove the few largest eigenvalues, and are
+# faster than what follows.
+FITTED = 0.75
+
+
+class Forecast(NamedTuple):
+    """Products that a solve will take, the check of the residual included and `Solver.init` excluded.
+
+    Attributes:
+        usual: of each column, as its residuals go on.
+        worst: of any column: the bound on the iterations, or max_iter where that is smaller.
+    """
+
+    usual: list[int]
+    worst: int
+
+
+def forecast(operator: Operator, b: Block, solver: CG, state: Prepared | None = None, steps: int = STEPS) -> Forecast:
+    """Forecasts the products of `solve(operator, b, solver)`, at the price of `steps` products with all columns.
+
+    Conjugate gradients and Lanczos are one method: the first `steps` residuals of the solve follow from T, for any λ,
+    without solving. Where they do not reach `tol`, they are extrapolated with the rate of their last three quarters.
+
+    Args:
+        operator: A, positive semi-definite for a bound to exist.
+        b: Q right-hand sides.
+        solver: a `CG` without preconditioner.
+        state: `solver.init(operator)`, if it is at hand.
+        steps: k, of the Lanczos run.
+
+    Raises:
+        InputError: the solver is another one.
+
+    >>> class Diagonal:
+    ...     parameters = {"w": torch.zeros(3, dtype=torch.float64)}
+    ...     def matvec(self, v):
+    ...         return {"w": v["w"] * torch.tensor([1.0, 4.0, 4.0], dtype=torch.float64)}
+    >>> b = {"w": torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 1.0]], dtype=torch.float64)}
+    >>> forecast(Diagonal(), b, CG(damping=1.0)).usual  # two eigenvalues and one, and a product to check
+    [3, 2]
+    """
+    if not isinstance(solver, CG) or solver.preconditioner is not None:
+        raise InputError(f"solver is {solver}; expected CG(...) without preconditioner, whose products T foretells.")
+    damping = (solver.init(operator) if state is None else state).damping
+    counted = CountedOperator(operator, vectors.columns(b))
+    t = lanczos(counted, b, steps)
+    worst = int(min(solver.max_iter, _bound(t, damping, solver.tol, rounding_unit(b))))
+    usual = [
+        1 + math.ceil(min(usual_iterations(history, solver.tol), worst)) if norm else 0
+        for history, norm in zip(residual_history(t, damping.value), counted.norm(b).tolist(), strict=True)
+    ]
+    return Forecast(usual, worst + 1)
+
+
+def _bound(t: Tridiagonal, damping: Damping, tol: float, rounding: float) -> float:
+    """`iteration_bound`, with the largest Ritz value that is known; infinity where there is none."""
+    values = torch.cat([ritz(diagonal, off)[0] for diagonal, off in zip(*t, strict=True)])
+    largest = max(MARGIN * (damping.largest_eigenvalue or 0.0), values.max().item())
+    if not damping.value or values.min() < -10 * rounding * largest:
+        return math.inf
+    return iteration_bound(1 + largest / damping.value, tol) or math.inf
+
+
+def residual_history(t: Tridiagonal, damping: float) -> Tensor:
+    """‖r_j‖/‖b‖ of conjugate gradients on A + λI after j = 1, …, k steps from b: float64, shape (Q, k).
+
+    With the pivots d_1 = T_11 + λ, d_j = T_jj + λ − T_{j−1,j}²/d_{j−1} of the factorisation of T + λI, ‖r_j‖ is
+    ‖r_{j−1}‖ T_{j,j+1}/d_j. A pivot that is not positive is negative curvature, which ends the solve: NaN from there.
+
+    Args:
+        t: T of A, from a Lanczos run at b.
+        damping: λ.
+    """
+    residual, history = torch.ones_like(t.diagonal[:, 0]), []
+    pivot = t.diagonal[:, 0] + damping
+    for j in range(t.diagonal.shape[1]):
+        if j:
+            pivot = t.diagonal[:, j] + damping - t.off[:, j - 1].square() / pivot
+        pivot = torch.where(pivot > 0, pivot, torch.nan)
+        residual = residual * t.off[:, j] / pivot
+        history.append(residual)
+    return torch.stack(history, 1)
+
+
+def usual_iterations(history: Tensor, tol: float) -> float:
+    """Iterations to the relative residual `tol`, from the first k residuals of one column, shape (k,).
+
+    Where none of them reaches `tol`, log ‖r_j‖ continues with the slope of its least-squares line over the last three
+    quarters. Infinity where that line does not fall; the iteration that ends the solve where a residual is NaN.
+    """
+    reached = (~(history > tol)).nonzero()  # NaN included
+    if len(reached):
+        return int(reached[0]) + 1
+    logs = history.log()[int(len(history) * (1 - FITTED)) :]
+    x = torch.arange(len(logs), dtype=logs.dtype, device=logs.device)
+    x -= x.mean()
+    slope = ((x @ logs) / x.square().sum().clamp(min=1)).item()
+    if slope >= 0 or tol == 0:
+        return math.inf
+    return len(history) + (math.log(tol) - logs[-1].item()) / slope
