@@ -156,6 +156,15 @@ class Differentiation:
             "system to damp; expected an implicit stage."
         )
 
+    def dampings(self) -> list[float]:
+        """Values of λ for a sweep, ascending.
+
+        Raises:
+            InputError: there is no linear system to damp.
+        """
+        self.damped(1.0)  # which says why
+        raise NotImplementedError(f"{type(self).__name__} has damped, but no dampings.")
+
     def prepare(self) -> None:
         """Work that all processes must do together; it is done before `memory`, which each process answers alone."""
 

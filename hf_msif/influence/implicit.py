@@ -30,6 +30,7 @@ from ..engine.corpus import first_rows
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..solvers import Certificate, Operator, Solution, Solver, solve
+from ..solvers.lanczos import largest_eigenvalue
 from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
 from ..vectors import Block
@@ -41,6 +42,7 @@ from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
 PRODUCT_BLOCKS = 4
+SWEPT_FRACTIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Share of the gradient that α̂ leaves, above which the proximal model does not fit.
 UNEXPLAINED = 0.9
 
@@ -268,6 +270,12 @@ class Implicit(Differentiation):
                 f"stage {self.bound.name!r} is solved by {self.solver}, which has no damping to sweep: use CG."
             )
         return self.with_solver(self.solver.with_damping(damping))
+
+    def dampings(self) -> list[float]:
+        """`SWEPT_FRACTIONS` × the largest eigenvalue of the curvature."""
+        self.damped(1.0)
+        largest = largest_eigenvalue(self.operator)
+        return [fraction * largest for fraction in SWEPT_FRACTIONS]
 
     def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> Direction:
         expected = self.bound.split.trained

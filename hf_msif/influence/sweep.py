@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def damping_sweep(
-    chain: Chain, tests, corpus, dampings: Sequence[float], stage: str | None = None, k: int = 10
+    chain: Chain, tests, corpus, dampings: Sequence[float] | str = "auto", stage: str | None = None, k: int = 10
 ) -> pd.DataFrame:
     """Scores `corpus` once for every λ of `stage` (the first by default); the later stages are solved once.
 
@@ -29,7 +30,8 @@ def damping_sweep(
         chain: the stages; the solver of `stage` gets each of the dampings in turn.
         tests: test examples, with one column each.
         corpus: rows to rank, as examples of `stage`.
-        dampings: the values of λ, all positive.
+        dampings: the values of λ, all positive; "auto": `Differentiation.dampings`, powers of ten times the largest
+            eigenvalue.
         stage: name of the stage whose damping varies; defaults to the first.
         k: number of rows in the top of a ranking.
 
@@ -49,12 +51,12 @@ def damping_sweep(
     """
     import pandas as pd
 
-    dampings = sorted(set(dampings))
+    target = chain.stage(stage)
+    dampings = target.differentiation.dampings() if isinstance(dampings, str) else sorted(set(dampings))
     if not dampings or not all(0 < damping < math.inf for damping in dampings):
         raise InputError(f"the dampings are {dampings}; expected positive numbers.")
     if k < 1:
         raise InputError(f"k is {k}; expected at least 1.")
-    target = chain.stage(stage)
     name = target.name
     rows = as_rows(tests, "the test examples")
     damped = [target.differentiation.damped(damping) for damping in dampings]
@@ -83,6 +85,53 @@ def damping_sweep(
             row["top_k_kept"], row["rank_correlation"] = _compare(before, values, k)
         before = values
     return pd.DataFrame(table)
+
+
+STABLE = 0.7  # share of the top that a factor between two dampings of a sweep may leave, for a ranking that is stable
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The damping that a sweep recommends.
+
+    Attributes:
+        damping: λ; None where no λ has a ranking that is solved.
+        reason: why, for people.
+    """
+
+    damping: float | None
+    reason: str
+
+
+def recommendation(table: pd.DataFrame, tol: float) -> Recommendation:
+    """The smallest λ that is solved, and beside which the ranking is stable: less is muted than with a larger one.
+
+    A ranking is stable at λ where the next larger λ keeps at least `STABLE` of its top. Where none is, the largest λ
+    that is solved is taken. (A very large λ is always stable: its ranking is that of plain gradient products. So this is
+    no proof that a ranking means something; retraining is.)
+
+    Args:
+        table: what `damping_sweep` returned.
+        tol: the solver's tolerance.
+
+    >>> import pandas as pd
+    >>> table = pd.DataFrame({"damping": [0.01, 0.1, 1.0], "residual": [0.3, 1e-4, 1e-4]})
+    >>> recommendation(table.assign(top_k_kept=[None, 0.4, 0.9]), tol=1e-3).damping
+    0.1
+    """
+    solved = [residual <= tol for residual in table.residual]
+    if not any(solved):
+        return Recommendation(None, f"no λ is solved to {tol:.0e}: give the solver more iterations, or try a larger λ")
+    kept = [*table.top_k_kept[1:], math.nan]  # by the next larger λ
+    for damping, is_solved, share in zip(table.damping, solved, kept, strict=True):
+        if is_solved and share >= STABLE:
+            reason = f"the smallest λ that is solved and of whose top the next larger λ keeps {share:.0%}"
+            return Recommendation(float(damping), reason)
+    largest = max(damping for damping, is_solved in zip(table.damping, solved, strict=True) if is_solved)
+    shares = [share for share, is_solved in zip(kept, solved, strict=True) if is_solved and share == share]
+    best = f"at most {max(shares):.0%} of a top" if shares else "nothing to compare with"
+    reason = f"the largest λ that is solved; no ranking is stable ({best} kept by the next larger λ): try larger ones"
+    return Recommendation(float(largest), reason)
 
 
 def _compare(before: np.ndarray, after: np.ndarray, k: int) -> tuple[float, float]:

@@ -286,8 +286,8 @@ class Config(Section):
     corpus: Corpus = Corpus()
     validation: Validation = Validation()
     cleanse: Cleanse = Cleanse()
-    dampings: Annotated[list[Positive], Field(min_length=1)] = [1e-3, 1e-2, 1e-1, 1.0]
-    """values of λ that `msif sweep` compares, for the ranked stage"""
+    dampings: Annotated[list[Positive], Field(min_length=1)] | Literal["auto"] = "auto"
+    """values of λ that `msif sweep` compares, for the ranked stage; auto: 1e-4 to 1 times the largest eigenvalue"""
     seed: Seed = 0
     """seed of training and of the masks"""
     sharded: bool = False

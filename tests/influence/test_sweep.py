@@ -5,13 +5,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers.toy import ToyObjective, dense_gauss_newton, example_losses, toy, toy_rows
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, vectors
 from hf_msif.influence.implicit import Implicit
-from hf_msif.influence.sweep import damping_sweep
+from hf_msif.influence.sweep import damping_sweep, recommendation
 
 CORPUS, TWEETS, TESTS = toy_rows(1, 14), toy_rows(2, 9), toy_rows(3, 2)
 DAMPINGS = [0.01, 0.3, 5.0]
@@ -99,6 +100,14 @@ def test_each_row_is_the_query_at_that_damping():
         np.testing.assert_allclose(spread, expected, rtol=1e-6)
 
 
+def test_dampings_by_the_largest_eigenvalue():
+    dense = dense_gauss_newton(toy(0), list(dict(toy(0).named_parameters())), CORPUS)
+    solver = solvers.CG(damping=1.0, tol=1e-9, max_iter=500)
+    only = MultiStageInfluence([Stage("only", toy(0), ToyObjective(), CORPUS, solver=solver)], progress=False)
+    swept = damping_sweep(only, TESTS, CORPUS).damping / float(torch.linalg.eigvalsh(dense)[-1])
+    np.testing.assert_allclose(swept, [1e-4, 1e-3, 1e-2, 1e-1, 1], rtol=0.02)
+
+
 def test_another_stage():
     table = damping_sweep(chain(), TESTS, TWEETS, [0.1, 1.0], stage="fine")
     assert len(table) == 2
@@ -118,6 +127,28 @@ def test_a_later_stage_that_is_not_solved_is_warned_about():
     msif.stage("fine").differentiation.solver = solvers.CG(damping=1e-3, tol=1e-9, max_iter=1)
     with pytest.warns(UserWarning, match="stage 'fine': not solved to tolerance"):
         damping_sweep(msif, TESTS, CORPUS, [1.0])
+
+
+def table(*rows):
+    return pd.DataFrame(rows, columns=["damping", "residual", "top_k_kept"])
+
+
+RECOMMENDED = {
+    "the smallest stable one": ([(0.01, 1e-4, None), (0.1, 1e-4, 0.3), (1, 1e-4, 0.8), (10, 1e-4, 0.9)], 0.1),
+    "one that is solved": ([(0.01, 0.5, None), (0.1, 1e-2, 0.9), (1, 1e-4, 0.9), (10, 1e-4, 0.7)], 1),
+    "none is stable": ([(0.01, 1e-4, None), (0.1, 1e-4, 0.3), (1, 1e-4, 0.4), (10, 0.1, 0.2)], 1),
+    "one without a ranking": ([(0.01, 7.0, None), (0.1, 1e-4, None), (1, 1e-4, 0.9)], 0.1),
+    "a single one": ([(0.3, 1e-4, None)], 0.3),
+    "none is solved": ([(0.01, 0.1, None), (0.1, 0.01, 0.9)], None),
+}
+
+
+@pytest.mark.parametrize("name", RECOMMENDED)
+def test_recommendation(name):
+    rows, expected = RECOMMENDED[name]
+    found = recommendation(table(*rows), tol=1e-3)
+    assert found.damping == expected
+    assert ("stable" in found.reason) == (name in ("none is stable", "a single one"))
 
 
 ERRORS = {

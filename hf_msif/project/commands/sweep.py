@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
 
 
 def _sweep(project: Run) -> dict:
-    from ...influence.sweep import damping_sweep
+    from ...influence.sweep import damping_sweep, recommendation
     from ...reports.tables import write_table
     from ..provenance import check_query_content
 
@@ -49,12 +49,18 @@ def _sweep(project: Run) -> dict:
     with chain.engine.raising_together():
         if chain.engine.is_main:
             write_table(table, project.output("sweep"))
+    advice = recommendation(table, getattr(project.solvers[project.ranked], "tol", 0.0))
     seconds = round(time.perf_counter() - started, 1)
-    return {"seconds": seconds, "sweep": str(project.output("sweep.parquet")), "table": table}
+    report = {"seconds": seconds, "sweep": str(project.output("sweep.parquet")), "table": table}
+    return {**report, "stage": project.ranked, "recommended": advice.damping, "reason": advice.reason}
 
 
 def render(report: dict) -> None:
     from ...reports.tables import plain
 
     print(plain(report["table"]))
+    if report["recommended"] is not None:
+        print(f"recommended: stages.{report['stage']}.solver.damping: {report['recommended']:g}, {report['reason']}")
+    else:
+        print(f"nothing to recommend: {report['reason']}")
     print(f"{report['sweep']} and its .md written in {report['seconds']} s")
