@@ -107,8 +107,8 @@ def recommendation(table: pd.DataFrame, tol: float) -> Recommendation:
     """The smallest λ that is solved, and beside which the ranking is stable: less is muted than with a larger one.
 
     A ranking is stable at λ where the next larger λ keeps at least `STABLE` of its top. Where none is, the largest λ
-    that is solved is taken. (A very large λ is always stable: its ranking is that of plain gradient products. So this is
-    no proof that a ranking means something; retraining is.)
+    that is solved is taken. (A very large λ is always stable: its ranking is that of plain gradient products. Being
+    stable is no proof that a ranking means something; retraining is.)
 
     Args:
         table: what `damping_sweep` returned.
