@@ -70,6 +70,9 @@ def load(
         raise InputError(_sentence(error, values)) from None
 
 
+SETTINGS_RULES = RULES | {"arbitrary_types_allowed": True}  # an annotation may be a class of the library
+
+
 def settings(kind: Callable, values: Mapping[str, Any], key: str, without: Sequence[str] = ()) -> dict[str, Any]:
     """Settings of a class or a function, their names and types checked against what it takes.
 
@@ -88,7 +91,7 @@ def settings(kind: Callable, values: Mapping[str, Any], key: str, without: Seque
         if name not in types:
             raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{known}" for known in types]))
         try:
-            checked[name] = TypeAdapter(types[name], config=RULES).validate_python(value)
+            checked[name] = TypeAdapter(types[name], config=SETTINGS_RULES).validate_python(value)
         except ValidationError:
             raise InputError(f"{key}.{name} is {_shown(value)}; expected {_expected(types[name])}.") from None
     return checked

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import InitErrorDetails
 
 from ..errors import InputError
-from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, SOLVERS
+from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, PRECONDITIONERS, SOLVERS
 from .plugins import DOTTED, is_dotted
 from .tasks import TASKS, task_of
 
@@ -118,8 +118,8 @@ class Solver(Section):
     model_config = RULES | {"extra": "allow"}  # a solver of one's own has settings of its own
 
     name: Literal[tuple(SOLVERS)] | Dotted = "cg"  # type: ignore[valid-type]  # the names in a table
-    """cg (positive definite), squared_cg (eq. (16)), minres (indefinite), dense (small models), identity (baseline),
-    or a class of your own, whose settings stand beside name"""
+    """cg (positive definite), block_cg (the same, for all test rows together), squared_cg (eq. (16)), minres
+    (indefinite), dense (small models), identity (baseline), or your own class, whose settings stand beside name"""
     damping: NonNegative | Literal["auto"] | None = None
     """λ added to the curvature; auto: damping_fraction × its largest eigenvalue"""
     damping_fraction: Positive | None = None
@@ -128,6 +128,8 @@ class Solver(Section):
     """relative residual at which a column is solved"""
     max_iter: Count | None = None
     """most iterations per column"""
+    preconditioner: Literal[tuple(PRECONDITIONERS)] | None = None  # type: ignore[valid-type]  # the names in a table
+    """cg and block_cg: nystrom spends 64 products once, for fewer iterations of every test row"""
     max_parameters: Count | None = None
     """dense: refuse larger systems"""
 

@@ -18,9 +18,6 @@ from .operator import CountedOperator, Operator, rounding_unit
 from .preconditioner import Prepared
 
 STEPS = 24
-# Share of the history, at its end, that gives the rate. The first steps remove the few largest eigenvalues, and are
-# faster than what follows.
-FITTED = 0.75
 
 
 class Forecast(NamedTuple):
@@ -39,7 +36,7 @@ def forecast(operator: Operator, b: Block, solver: CG, state: Prepared | None = 
     """Forecasts the products of `solve(operator, b, solver)`, at the price of `steps` products with all columns.
 
     Conjugate gradients and Lanczos are one method: the first `steps` residuals of the solve follow from T, for any λ,
-    without solving. Where they do not reach `tol`, they are extrapolated with the rate of their last three quarters.
+    without solving. Where they do not reach `tol`, they go on at the rate of the last half of them.
 
     Args:
         operator: A, positive semi-definite for a bound to exist.
@@ -105,16 +102,24 @@ def residual_history(t: Tridiagonal, damping: float) -> Tensor:
 def usual_iterations(history: Tensor, tol: float) -> float:
     """Iterations to the relative residual `tol`, from the first k residuals of one column, shape (k,).
 
-    Where none of them reaches `tol`, log ‖r_j‖ continues with the slope of its least-squares line over the last three
-    quarters. Infinity where that line does not fall; the iteration that ends the solve where a residual is NaN.
+    Where none of them reaches `tol`, they go on at the rate of the last half of them. The rate is that of the
+    smallest residuals over the Krylov spaces (those of MINRES), 1/ρ_k² = Σ_{j ≤ k} 1/‖r_j‖², which fall evenly where
+    ‖r_j‖ rises and falls; at a rate q per step, ‖r_j‖ = ρ_j / √(1 − q²) (Cullum & Greenbaum, 1996).
+
+    Returns:
+        Iterations; infinity where ρ does not fall, or `tol` is 0. A NaN in the history ends it: its position.
+
+    >>> round(usual_iterations(0.7 ** torch.arange(1, 13), 1e-3), 1)  # log(1e-3)/log(0.7)
+    19.4
     """
     reached = (~(history > tol)).nonzero()  # NaN included
     if len(reached):
         return int(reached[0]) + 1
-    logs = history.log()[int(len(history) * (1 - FITTED)) :]
-    x = torch.arange(len(logs), dtype=logs.dtype, device=logs.device)
-    x -= x.mean()
-    slope = ((x @ logs) / x.square().sum().clamp(min=1)).item()
-    if slope >= 0 or tol == 0:
+    smallest = (1 + history.double().pow(-2).cumsum(0)).rsqrt()
+    k = len(history)
+    steps = max(1, k // 2)
+    earlier = smallest[k - 1 - steps] if k > steps else 1.0
+    rate = (smallest[-1] / earlier).item() ** (1 / steps)
+    if not 0 < rate < 1 or tol == 0:
         return math.inf
-    return len(history) + (math.log(tol) - logs[-1].item()) / slope
+    return k + (math.log(tol) + 0.5 * math.log(1 - rate**2) - smallest[-1].log().item()) / math.log(rate)

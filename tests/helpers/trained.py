@@ -1,9 +1,9 @@
-"""A small BERT that has learnt something: its Gauss-Newton matrix, and the gradients of sentences it has not seen."""
+"""A small BERT that was trained: its Gauss-Newton matrix, and the gradients of sentences it has not seen."""
 
 import torch
 import transformers
-from helpers import tiny
 
+from helpers import tiny
 from hf_msif import MultiStageInfluence, Stage, objectives, vectors
 from hf_msif.project.demo.grammar import vocabulary, world
 

@@ -292,6 +292,10 @@ ERRORS = {
     ),
     "no module at all": (["--stages.pretraining.task", ":Mine"], ["task is :Mine", "or module:Name of your own"]),
     "a word for a curvature": (["--stages.finetuning.curvature", "fisher"], ["curvature is fisher", "gauss_newton"]),
+    "a word for a preconditioner": (
+        ["--stages.finetuning.solver.preconditioner", "jacobi"],
+        ["solver.preconditioner is jacobi", "nystrom"],
+    ),
     "a word for a solver": (["--stages.finetuning.solver.name", "lu"], ["solver.name is lu", "module:Name"]),
 }
 
@@ -374,9 +378,12 @@ def test_help_names_every_key_with_meaning_type_and_default():
 
 
 def test_settings_of_a_dataclass_are_checked():
-    from hf_msif.solvers import CG, Identity
+    from hf_msif.solvers import CG, Identity, MinRes
 
     assert config.settings(CG, {"tol": 1, "damping": "auto"}, "x") == {"tol": 1.0, "damping": "auto"}
+    assert config.settings(CG, {"preconditioner": "nystrom"}, "x") == {"preconditioner": "nystrom"}
+    with pytest.raises(InputError, match=r"unknown key 'x.preconditioner'"):
+        config.settings(MinRes, {"preconditioner": "nystrom"}, "x")
     with pytest.raises(InputError, match=r"'x.tl'; the nearest known key is 'x.tol'"):
         config.settings(CG, {"tl": 1}, "x")
     with pytest.raises(InputError, match=r"x.tol is much; expected a number"):
@@ -385,6 +392,16 @@ def test_settings_of_a_dataclass_are_checked():
         config.settings(Identity, {"tol": 1}, "x")
     with pytest.raises(InputError, match=r"unknown key 'x.tol'"):
         config.settings(CG, {"tol": 1}, "x", without=["tol"])
+
+
+def test_a_solver_with_a_preconditioner_is_made(path):
+    from hf_msif.project import build
+    from hf_msif.solvers import BlockCG, Nystrom
+
+    solver = {"name": "block_cg", "preconditioner": "nystrom", "tol": 0.01}
+    settings = config.parse(["--config", str(path), "--stages.pretraining.solver", json.dumps(solver)])
+    assert build.solver(settings, "pretraining") == BlockCG(tol=0.01, preconditioner=Nystrom())
+    assert build.solver(settings, "finetuning").preconditioner is None
 
 
 FOLDER = Path(__file__).parents[2] / "recipes"

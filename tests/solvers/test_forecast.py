@@ -73,11 +73,20 @@ def test_negative_curvature_ends_the_solve_and_the_forecast():
 
 
 def test_extrapolation_of_a_geometric_history():
-    history = torch.tensor(0.9).double() ** torch.arange(1, 11)
-    assert usual_iterations(history, 1e-3) == pytest.approx(math.log(1e-3) / math.log(0.9))
-    assert usual_iterations(history, 0.5) == 7
-    assert usual_iterations(1 / history, 1e-3) == math.inf
+    history = torch.tensor(0.7).double() ** torch.arange(1, 13)
+    assert usual_iterations(history, 1e-3) == pytest.approx(math.log(1e-3) / math.log(0.7), abs=0.1)
+    assert usual_iterations(history, 0.5) == 2
+    assert usual_iterations(history[:1], 1e-3) > 4
+    assert usual_iterations(torch.full((9,), torch.inf).double(), 1e-3) == math.inf
     assert usual_iterations(history, 0.0) == math.inf
+
+
+def test_the_smallest_residuals_are_those_of_minres():
+    """The identity by which a forecast smooths the residuals of conjugate gradients."""
+    operator, b = Diagonal(SPECTRA["power 1"]), gradients(SPECTRA["power 1"], 1)
+    settings = {"damping": 1e-3, "tol": 0.0, "max_iter": 12}
+    plain, smallest = (residuals(operator, b, solver(**settings)) for solver in (CG, MinRes))
+    np.testing.assert_allclose((1 + (plain**-2).cumsum()) ** -0.5, smallest, rtol=1e-3)
 
 
 def test_refuses_other_solvers():

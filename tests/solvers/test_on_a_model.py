@@ -1,4 +1,4 @@
-"""What forecasts, blocks and preconditioners are worth on the Gauss-Newton matrix of a BERT that has learnt something."""
+"""What forecasts, blocks and preconditioners are worth on the Gauss-Newton matrix of a BERT that was trained."""
 
 import pytest
 from helpers import trained
@@ -36,7 +36,6 @@ def test_eight_queries_share_their_iterations(system, alone):
     operator, b = system
     solution = solve(operator, b, BlockCG())
     together = solution.certificate
-    print(together.iterations, alone.iterations)
     assert together.converged == [True] * trained.TESTS
     assert max(together.iterations) <= 0.5 * min(alone.iterations)
     residual = vectors.add(operator.matvec(solution.value), solution.value, together.damping)
@@ -48,6 +47,5 @@ def test_eight_queries_share_their_iterations(system, alone):
 def test_nystrom_pays_from_eight_queries_on(system, alone, kind):
     solver = kind(preconditioner=Nystrom())
     certificate = solve(*system, solver).certificate
-    print(certificate.iterations, sum(certificate.matvecs), sum(alone.matvecs))
     assert certificate.converged == [True] * trained.TESTS
     assert sum(certificate.matvecs) + solver.preconditioner.rank + MOST_STEPS <= 0.5 * sum(alone.matvecs)

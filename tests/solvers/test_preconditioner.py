@@ -159,11 +159,11 @@ def test_one_of_your_own(solver):
     solution = solve(operator, block, solver(damping=0.5, preconditioner=Scaling(7.0)))
     assert solution.certificate.iterations == expected.certificate.iterations
     np.testing.assert_allclose(vectors.flatten(solution.value), vectors.flatten(expected.value), rtol=1e-9)
-    with pytest.raises(ValueError, match="the preconditioner is not positive definite: .*Solve without it"):
+    with pytest.raises(ValueError, match=r"the preconditioner is not positive definite: .*Solve without it"):
         solve(operator, block, solver(damping=0.5, preconditioner=Scaling(-1.0)))
 
 
 def test_forecasts_refuse_a_preconditioner():
     operator = Diagonal(SPECTRA["power 1"])
-    with pytest.raises(ValueError, match="expected CG.* without preconditioner"):
+    with pytest.raises(ValueError, match=r"expected CG.* without preconditioner"):
         forecast(operator, operator.block(gradients(SPECTRA["power 1"], 1)), CG(preconditioner="nystrom"))
