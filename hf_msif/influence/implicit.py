@@ -15,18 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import training, vectors
-from ..adapters.functional import memo_bytes
 from ..curvature import Curvature
-from ..curvature.base import MEMO_BYTES
-from ..curvature.derivatives import Evaluation
 from ..curvature.sharded import Sharded
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
-from ..engine.corpus import first_rows
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..solvers import Certificate, Operator, Solution, Solver, solve
@@ -35,9 +30,10 @@ from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
-from .cost import Cost, activation_bytes, attended, best_seconds, size_text, time_text
-from .differentiation import Differentiation, DirectCertificate, Retraining, StageCertificate
+from .cost import Cost, activation_bytes
+from .differentiation import Differentiation, Retraining, StageCertificate
 from .direction import Direction
+from .implicit_cost import implicit_cost
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -224,9 +220,9 @@ class Implicit(Differentiation):
             mixed = self.operator.mixed(u, split.frozen)
             inherited |= {name: mixed[name].neg_().add_(adjoint[name]) for name in split.frozen}
         inherited |= {name: self.quadratic.tie[name] * u[name] for name in split.proximal}
-        return self._direction(u, solution.certificate), inherited
+        return self.direction(u, solution.certificate), inherited
 
-    def _direction(self, u: Block, certificate: StageCertificate) -> Direction:
+    def direction(self, u: Block, certificate: StageCertificate) -> Direction:
         bound = self.bound
         return Direction(bound.model, bound.objective, u, certificate, lambda: bound.compared_rows)
 
@@ -292,7 +288,7 @@ class Implicit(Differentiation):
                     f"the saved u of stage {self.bound.name!r} has the shape {tuple(shape)} at {name!r}; expected "
                     f"(columns, *{tuple(parameter.shape)}), the parameter's: query again."
                 )
-        return self._direction(tensors, Certificate.from_dict(certificate))
+        return self.direction(tensors, Certificate.from_dict(certificate))
 
     def identity(self) -> dict[str, Any]:
         return {}
@@ -355,79 +351,8 @@ class Implicit(Differentiation):
         return {"the solver's vectors": vectors_held, "a batch's activations": active}
 
     def cost(self, columns: int, processes: int = 1) -> Cost:
-        """What a pull-back of Q = `columns` columns takes on each process, measured on at most four batches.
-
-        A product is timed on one batch of medium length, and scaled to a pass over all curvature rows by the ratio of
-        the forward passes. The first product is timed apart: later ones find outputs of frozen modules in the memo.
-        """
-        bound, stage = self.bound, self.bound.stage
-        batch_size, samples = stage.batch_size, stage.curvature_samples
-        if isinstance(bound.rows, Stream):
-            assert samples is not None
-            examples = samples
-        else:
-            examples = min(samples or len(bound.rows), len(bound.rows))
-        sample_size = min(4 * batch_size, examples)
-        rows = first_rows(bound.rows, sample_size) if isinstance(bound.rows, Stream) else bound.subset(sample_size)
-        batches = list(bound.engine.batches(rows, bound.objective, batch_size))
-        indices, batch = batches[len(batches) // 2]
-        widest, _ = max(batches, key=lambda pair: attended(pair[1]))
-        operator = self.curvature([rows[i] for i in indices])
-        v = vectors.rademacher(operator.parameters, columns, seed=0)
-        evaluation, size = Evaluation(bound.model, bound.objective, batch), vectors.numel(v)
-        with torch.no_grad(), bound.model.evaluating():
-            operator.count, evaluation.losses({})  # the first pass pays for what later ones find ready
-            batch_seconds = best_seconds(evaluation.losses, {})
-            pass_seconds = sum(best_seconds(replace(evaluation, batch=batch).losses, {}) for _, batch in batches)
-            pass_seconds *= examples / len(rows)
-            scorer = self._direction(v, DirectCertificate("random", columns))
-            scorer.influence(batch, [rows[i] for i in indices])
-            scored = best_seconds(scorer.influence, batch, [rows[i] for i in indices]) / batch_seconds
-            score_seconds = scored * pass_seconds / examples
-        first = best_seconds(operator.matvec, v, once=True)
-        memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
-        later = best_seconds(operator.matvec, v) if memo or first < 0.2 else first
-        first_seconds = (first if memo else later) * pass_seconds / batch_seconds
-        later_seconds = later * pass_seconds / batch_seconds
-        memo_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0
-        product_seconds = memo_share * later_seconds + (1 - memo_share) * first_seconds
-        products = self.solver.products(size, columns)
-        mixed_seconds = pass_seconds * (3 + 4 * columns) if bound.split.frozen else 0.0  # derivatives.hessian_product
-        pass_seconds, first_seconds, product_seconds, mixed_seconds = (
-            seconds / processes for seconds in (pass_seconds, first_seconds, product_seconds, mixed_seconds)
-        )
-        solver_bytes = self.solver_bytes(columns, processes)
-        activations = activation_bytes(self.curvature([rows[i] for i in widest]), columns)
-        held_memo, model_bytes = int(memo_share * memo) if products else 0, vectors.nbytes(bound.model.parameters)
-        first_extra = first_seconds - product_seconds if products else 0.0
-        solve_seconds = products * product_seconds + first_extra + mixed_seconds
-        text = (
-            f"one pass of {examples:,} rows: {time_text(pass_seconds)} forward, {time_text(product_seconds)} per "
-            f"curvature product with {columns} column(s)",
-            f"solve: at most {products:,} products, {time_text(solve_seconds)}",
-            f"scoring: {scored:.1f} forward passes per row with {columns} column(s), by {scorer.how}",
-            f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
-            f"{size_text(model_bytes)}, a batch's activations {size_text(activations)}"
-            + (f", outputs of the frozen encoder {size_text(held_memo)}" if held_memo else ""),
-        )
-        return Cost(
-            solve_seconds=solve_seconds,
-            score_seconds_per_row=score_seconds,
-            memory_bytes=solver_bytes + activations,
-            model_bytes=model_bytes,
-            vector_bytes=vectors.nbytes(v),
-            details={
-                "forward_seconds": pass_seconds,
-                "curvature_examples": examples,
-                "first_product_seconds": first_seconds,
-                "product_seconds": product_seconds,
-                "products": products,
-                "solver_bytes": solver_bytes,
-                "activation_bytes": activations,
-                "memo_bytes": held_memo,
-            },
-            text=text,
-        )
+        """What a pull-back of Q = `columns` columns takes on each process, measured on a few batches."""
+        return implicit_cost(self, columns, processes)
 
     # --- proof by retraining
 

@@ -1,9 +1,10 @@
-"""How many products conjugate gradients will take, told from a few Lanczos steps at the right-hand sides."""
+"""How many products a solve will take, told from a few steps at the right-hand sides."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from torch import Tensor
 from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
+from ._base import Solver
+from ._krylov import KrylovSolver
+from ._solve import solve
 from .cg import CG
 from .damping import MARGIN, Damping, iteration_bound
 from .lanczos import Tridiagonal, lanczos, ritz
 from .operator import CountedOperator, Operator, rounding_unit
-from .preconditioner import Prepared
 
 STEPS = 24
 
@@ -26,22 +29,31 @@ class Forecast(NamedTuple):
     Attributes:
         usual: of each column, as its residuals go on.
         worst: of any column: the bound on the iterations, or max_iter where that is smaller.
+        most: of any column, if all of max_iter were taken.
     """
 
     usual: list[int]
     worst: int
+    most: int
 
 
-def forecast(operator: Operator, b: Block, solver: CG, state: Prepared | None = None, steps: int = STEPS) -> Forecast:
+def can_forecast(solver: object) -> bool:
+    """Whether `forecast` takes this solver: those that iterate on a residual."""
+    return isinstance(solver, KrylovSolver)
+
+
+def forecast(operator: Operator, b: Block, solver: Solver, state: Any = None, steps: int = STEPS) -> Forecast:
     """Forecasts the products of `solve(operator, b, solver)`, at the price of `steps` products with all columns.
 
-    Conjugate gradients and Lanczos are one method: the first `steps` residuals of the solve follow from T, for any λ,
-    without solving. Where they do not reach `tol`, they go on at the rate of the last half of them.
+    Conjugate gradients and Lanczos are one method: the first `steps` residuals of `CG` follow from T, for any λ,
+    without solving. Another Krylov solver, or one with a preconditioner, takes its first `steps` iterations, and what
+    is told is that of its slowest column. Where the residuals do not reach `tol`, they go on at the rate of the last
+    half of them.
 
     Args:
         operator: A, positive semi-definite for a bound to exist.
         b: Q right-hand sides.
-        solver: a `CG` without preconditioner.
+        solver: `CG`, `BlockCG`, `MinRes` or `SquaredCG`.
         state: `solver.init(operator)`, if it is at hand.
         steps: k, of the Lanczos run.
 
@@ -56,9 +68,12 @@ def forecast(operator: Operator, b: Block, solver: CG, state: Prepared | None = 
     >>> forecast(Diagonal(), b, CG(damping=1.0)).usual  # two eigenvalues and one, and a product to check
     [3, 2]
     """
+    if not isinstance(solver, KrylovSolver):
+        raise InputError(f"solver is {solver}; expected one that iterates on a residual, such as CG or BlockCG.")
+    state = solver.init(operator) if state is None else state
     if not isinstance(solver, CG) or solver.preconditioner is not None:
-        raise InputError(f"solver is {solver}; expected CG(...) without preconditioner, whose products T foretells.")
-    damping = (solver.init(operator) if state is None else state).damping
+        return _by_running(operator, b, solver, state, steps)
+    damping = state.damping
     counted = CountedOperator(operator, vectors.columns(b))
     t = lanczos(counted, b, steps)
     worst = int(min(solver.max_iter, _bound(t, damping, solver.tol, rounding_unit(b))))
@@ -66,7 +81,23 @@ def forecast(operator: Operator, b: Block, solver: CG, state: Prepared | None = 
         1 + math.ceil(min(usual_iterations(history, solver.tol), worst)) if norm else 0
         for history, norm in zip(residual_history(t, damping.value), counted.norm(b).tolist(), strict=True)
     ]
-    return Forecast(usual, worst + 1)
+    return Forecast(usual, worst + 1, solver.max_iter + 1)
+
+
+def _by_running(operator: Operator, b: Block, solver: KrylovSolver, state: Any, steps: int) -> Forecast:
+    """The products that the first iterations promise; the residual of the slowest column counts."""
+    history: list[float] = []
+    first = cast(KrylovSolver, replace(solver, max_iter=min(steps, solver.max_iter)))  # type: ignore[type-var]
+    certificate = solve(operator, b, first, state, lambda _, residual: history.append(residual)).certificate
+    per_iteration = max(1, (max(certificate.matvecs) - 1) // max(1, max(certificate.iterations)))
+    iterations: float = max(certificate.iterations)
+    if not all(certificate.converged):
+        iterations = min(usual_iterations(torch.tensor(history, dtype=torch.float64), solver.tol), solver.max_iter)
+    bound = (
+        solver.max_iter if certificate.iteration_bound is None else min(solver.max_iter, certificate.iteration_bound)
+    )
+    usual = [1 + per_iteration * math.ceil(iterations) if n else 0 for n in certificate.matvecs]
+    return Forecast(usual, 1 + per_iteration * bound, 1 + per_iteration * solver.max_iter)
 
 
 def _bound(t: Tridiagonal, damping: Damping, tol: float, rounding: float) -> float:

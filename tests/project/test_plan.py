@@ -7,7 +7,7 @@ from helpers.project import SIZES, copied, msif
 from hf_msif import solvers
 from hf_msif.adapters.functional import memo_bytes
 from hf_msif.curvature import Curvature
-from hf_msif.influence import cost, implicit
+from hf_msif.influence import cost
 from hf_msif.project import config, memory, plan
 from hf_msif.project.run import Run
 from hf_msif.solvers.lanczos import MOST_STEPS
@@ -35,7 +35,7 @@ def counted(monkeypatch, run):
         work(*arguments)
         return len(passes) - before + 0.001
 
-    monkeypatch.setattr(implicit, "best_seconds", seconds)
+    monkeypatch.setattr(implicit_cost, "best_seconds", seconds)
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "hessian"])
@@ -54,7 +54,7 @@ def test_beyond_the_memo_the_encoder_is_paid_for_again(run, monkeypatch):
     one = run(("stages.finetuning.batch_size", 8))
     counted(monkeypatch, one)
     whole = plan.plan(one)["stages"]["finetuning"]
-    monkeypatch.setattr(implicit, "MEMO_BYTES", whole["memo_bytes"] / 4)
+    monkeypatch.setattr(implicit_cost, "MEMO_BYTES", whole["memo_bytes"] / 4)
     part = plan.plan(one)["stages"]["finetuning"]
     assert part["memo_bytes"] == pytest.approx(whole["memo_bytes"] / 4, rel=0.01)
     assert part["product_seconds"] == pytest.approx(0.75 * part["first_product_seconds"], rel=0.02)

@@ -8,7 +8,7 @@ import torch
 from helpers.spectra import SPECTRA, Diagonal, gradients
 
 from hf_msif import vectors
-from hf_msif.solvers import CG, MinRes, forecast, solve
+from hf_msif.solvers import CG, Identity, MinRes, forecast, solve
 from hf_msif.solvers.damping import iteration_bound
 from hf_msif.solvers.forecast import residual_history, usual_iterations
 from hf_msif.solvers.lanczos import lanczos
@@ -42,7 +42,7 @@ def test_the_forecast_is_within_thirty_percent(spectrum, kind, dtype):
     if kind == "white":
         b /= np.sqrt(eigenvalues)
     b[1] = 0
-    usual, worst = forecast(operator, operator.block(b), CG())
+    usual, worst, _ = forecast(operator, operator.block(b), CG())
     spent = solve(operator, operator.block(b), CG()).certificate.matvecs
     assert worst == 179
     assert usual[1] == spent[1] == 0
@@ -55,7 +55,7 @@ def test_its_price_and_its_bounds():
     operator, b = Diagonal(SPECTRA["geometric"]), gradients(SPECTRA["geometric"], 2)
     state = CG().init(operator)
     operator.widths.clear()
-    usual, worst = forecast(operator, operator.block(b), CG(max_iter=30), state, steps=10)
+    usual, worst, _ = forecast(operator, operator.block(b), CG(max_iter=30), state, steps=10)
     assert operator.widths == [2] * 10
     assert usual == [31, 31]
     assert worst == 31
@@ -69,7 +69,7 @@ def test_negative_curvature_ends_the_solve_and_the_forecast():
     operator, b = Diagonal(eigenvalues), np.random.default_rng(0).standard_normal((1, 65))
     certificate = solve(operator, operator.block(b), CG(damping=0.01)).certificate
     assert certificate.status == ["negative_curvature"]
-    assert forecast(operator, operator.block(b), CG(damping=0.01)) == ([certificate.iterations[0] + 1], 201)
+    assert forecast(operator, operator.block(b), CG(damping=0.01)) == ([certificate.iterations[0] + 1], 201, 201)
 
 
 def test_extrapolation_of_a_geometric_history():
@@ -91,5 +91,5 @@ def test_the_smallest_residuals_are_those_of_minres():
 
 def test_refuses_other_solvers():
     operator = Diagonal(np.ones(4))
-    with pytest.raises(ValueError, match=r"solver is MinRes\(.*; expected CG"):
-        forecast(operator, vectors.stack([operator.parameters]), MinRes())
+    with pytest.raises(ValueError, match=r"solver is Identity\(.*; expected one that iterates"):
+        forecast(operator, vectors.stack([operator.parameters]), Identity())

@@ -4,7 +4,7 @@ import pytest
 from helpers import trained
 
 from hf_msif import vectors
-from hf_msif.solvers import CG, BlockCG, Nystrom, forecast, solve
+from hf_msif.solvers import CG, BlockCG, MinRes, Nystrom, forecast, solve
 from hf_msif.solvers.lanczos import MOST_STEPS
 
 
@@ -26,8 +26,8 @@ def test_the_damping_is_one_that_can_be_solved_with(alone):
 
 
 def test_the_forecast_is_within_thirty_percent(system, alone):
-    usual, worst = forecast(*system, CG())
-    assert worst == 179
+    usual, worst, most = forecast(*system, CG())
+    assert (worst, most) == (179, 201)
     for products, spent in zip(usual, alone.matvecs, strict=True):
         assert products == pytest.approx(spent, rel=0.3)
 
@@ -41,6 +41,17 @@ def test_eight_queries_share_their_iterations(system, alone):
     residual = vectors.add(operator.matvec(solution.value), solution.value, together.damping)
     residual = vectors.add(residual, b, -1.0)
     assert (vectors.norm(residual) / vectors.norm(b)).max() <= 1e-3
+
+
+OTHERS = {"block_cg": BlockCG(), "nystrom": CG(preconditioner=Nystrom()), "minres": MinRes(damping="auto")}
+
+
+@pytest.mark.parametrize("solver", OTHERS.values(), ids=list(OTHERS))
+def test_the_forecast_of_other_solvers(system, solver):
+    usual, worst, most = forecast(*system, solver)
+    spent = max(solve(*system, solver).certificate.matvecs)
+    assert max(usual) == pytest.approx(spent, rel=0.3)
+    assert spent <= worst <= most
 
 
 @pytest.mark.parametrize("kind", [CG, BlockCG])

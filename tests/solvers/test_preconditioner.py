@@ -9,7 +9,7 @@ from helpers.spectra import SPECTRA, Diagonal, gradients
 
 from hf_msif import vectors
 from hf_msif.registry import PRECONDITIONERS
-from hf_msif.solvers import CG, BlockCG, Nystrom, Preconditioner, forecast, solve
+from hf_msif.solvers import CG, BlockCG, Nystrom, Preconditioner, solve
 
 PRECONDITIONED = [CG, BlockCG]
 
@@ -161,9 +161,3 @@ def test_one_of_your_own(solver):
     np.testing.assert_allclose(vectors.flatten(solution.value), vectors.flatten(expected.value), rtol=1e-9)
     with pytest.raises(ValueError, match=r"the preconditioner is not positive definite: .*Solve without it"):
         solve(operator, block, solver(damping=0.5, preconditioner=Scaling(-1.0)))
-
-
-def test_forecasts_refuse_a_preconditioner():
-    operator = Diagonal(SPECTRA["power 1"])
-    with pytest.raises(ValueError, match=r"expected CG.* without preconditioner"):
-        forecast(operator, operator.block(gradients(SPECTRA["power 1"], 1)), CG(preconditioner="nystrom"))

@@ -1,0 +1,159 @@
+"""What a pull-back through an implicit stage costs: times of a few batches, and a forecast of its products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import vectors
+from ..adapters.functional import memo_bytes
+from ..curvature.base import MEMO_BYTES
+from ..curvature.derivatives import Evaluation, example_gradients
+from ..engine.corpus import first_rows
+from ..engine.stream import Stream
+from ..solvers.forecast import STEPS, Forecast, can_forecast, forecast
+from .cost import Cost, activation_bytes, attended, best_seconds, size_text, time_text
+
+if TYPE_CHECKING:
+    from .implicit import Implicit
+
+FORECAST_SECONDS = 60.0  # of the Lanczos run of a forecast; fewer rows are taken where it would take longer
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Seconds on one process, over all curvature rows."""
+
+    forward: float
+    first_product: float
+    product: float
+    score_per_row: float
+    forward_passes_per_score: float
+    how: str
+    held_memo: int
+    activations: int
+
+
+def implicit_cost(implicit: Implicit, columns: int, processes: int) -> Cost:
+    """What a pull-back of Q = `columns` columns takes on each process.
+
+    A product is timed on one batch of medium length, and scaled to a pass over all curvature rows by the ratio of the
+    forward passes. The first product is timed apart: later ones find outputs of frozen modules in the memo. How many
+    products the solver will take is foretold by a Lanczos run of `STEPS` products at the gradients of two rows, on all
+    curvature rows, or on as many as `FORECAST_SECONDS` allow.
+    """
+    bound, solver = implicit.bound, implicit.solver
+    examples = curvature_examples(implicit)
+    passes = _measure(implicit, columns, examples)
+    parameters = implicit.operator_parameters
+    size = sum(p.numel() for p in parameters.values())
+    worst = usual = solver.products(size, columns)
+    found, rows = _forecast(implicit, passes, columns, examples)
+    if found is not None:
+        before = worst - found.most  # of `Solver.init`
+        usual, worst = before + max(found.usual), before + found.worst
+    mixed_seconds = passes.forward * (3 + 4 * columns) if bound.split.frozen else 0.0  # derivatives.hessian_product
+    extra = passes.first_product - passes.product if worst else 0.0
+    solve, at_most = ((n * passes.product + extra + mixed_seconds) / processes for n in (usual, worst))
+    solver_bytes, model_bytes = implicit.solver_bytes(columns, processes), vectors.nbytes(bound.model.parameters)
+    held_memo = passes.held_memo if worst else 0
+    foretold = "" if found is None else f"usually {usual:,} products, {time_text(solve)}, by a Lanczos run"
+    if found is not None and rows < examples:
+        foretold += f" on {rows:,} of the rows"
+    text = (
+        f"one pass of {examples:,} rows: {time_text(passes.forward / processes)} forward, "
+        f"{time_text(passes.product / processes)} per curvature product with {columns} column(s)",
+        f"solve: {foretold}{'; ' if foretold else ''}at most {worst:,} products, {time_text(at_most)}",
+        f"scoring: {passes.forward_passes_per_score:.1f} forward passes per row with {columns} column(s), by "
+        f"{passes.how}",
+        f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
+        f"{size_text(model_bytes)}, a batch's activations {size_text(passes.activations)}"
+        + (f", outputs of the frozen encoder {size_text(held_memo)}" if held_memo else ""),
+    )
+    return Cost(
+        solve_seconds=at_most,
+        score_seconds_per_row=passes.score_per_row,
+        memory_bytes=solver_bytes + passes.activations,
+        model_bytes=model_bytes,
+        vector_bytes=columns * vectors.nbytes(parameters),
+        details={
+            "forward_seconds": passes.forward / processes,
+            "curvature_examples": examples,
+            "first_product_seconds": passes.first_product / processes,
+            "product_seconds": passes.product / processes,
+            "products": worst,
+            "usual_products": usual,
+            "usual_solve_seconds": solve,
+            "solver_bytes": solver_bytes,
+            "activation_bytes": passes.activations,
+            "memo_bytes": held_memo,
+        },
+        text=text,
+    )
+
+
+def curvature_examples(implicit: Implicit) -> int:
+    """The number of rows on which the curvature is estimated, without reading them."""
+    samples, rows = implicit.bound.stage.curvature_samples, implicit.bound.rows
+    if isinstance(rows, Stream):
+        assert samples is not None
+        return samples
+    return min(samples or len(rows), len(rows))
+
+
+def _some_rows(implicit: Implicit, size: int) -> list[dict]:
+    bound = implicit.bound
+    return first_rows(bound.rows, size) if isinstance(bound.rows, Stream) else bound.subset(size)
+
+
+def _measure(implicit: Implicit, columns: int, examples: int) -> _Passes:
+    """Times on at most four batches, scaled to all curvature rows."""
+    from .differentiation import DirectCertificate
+
+    bound, stage = implicit.bound, implicit.bound.stage
+    rows = _some_rows(implicit, min(4 * stage.batch_size, examples))
+    batches = list(bound.engine.batches(rows, bound.objective, stage.batch_size))
+    indices, batch = batches[len(batches) // 2]
+    widest, _ = max(batches, key=lambda pair: attended(pair[1]))
+    operator = implicit.curvature([rows[i] for i in indices])
+    v = vectors.rademacher(operator.parameters, columns, seed=0)
+    evaluation = Evaluation(bound.model, bound.objective, batch)
+    scorer = implicit.direction(v, DirectCertificate("random", columns))
+    scored_rows: Any = [rows[i] for i in indices]
+    with torch.no_grad(), bound.model.evaluating():
+        operator.count, evaluation.losses({})  # the first pass pays for what later ones find ready
+        batch_seconds = best_seconds(evaluation.losses, {})
+        forward = sum(best_seconds(replace(evaluation, batch=batch).losses, {}) for _, batch in batches)
+        forward *= examples / len(rows)
+        scorer.influence(batch, scored_rows)
+        scored = best_seconds(scorer.influence, batch, scored_rows) / batch_seconds
+    first = best_seconds(operator.matvec, v, once=True)
+    memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
+    later = best_seconds(operator.matvec, v) if memo or first < 0.2 else first
+    first_seconds, later_seconds = (seconds * forward / batch_seconds for seconds in (first if memo else later, later))
+    memo_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0
+    return _Passes(
+        forward=forward,
+        first_product=first_seconds,
+        product=memo_share * later_seconds + (1 - memo_share) * first_seconds,
+        score_per_row=scored * forward / examples,
+        forward_passes_per_score=scored,
+        how=scorer.how,
+        held_memo=int(memo_share * memo),
+        activations=activation_bytes(implicit.curvature([rows[i] for i in widest]), columns),
+    )
+
+
+def _forecast(implicit: Implicit, passes: _Passes, columns: int, examples: int) -> tuple[Forecast | None, int]:
+    """The solver's products, and the number of rows on which they are foretold; None where nothing foretells them."""
+    if not can_forecast(implicit.solver):
+        return None, 0
+    bound = implicit.bound
+    rows = max(1, min(examples, int(examples * FORECAST_SECONDS / (STEPS * max(passes.product, 1e-9)))))
+    operator = implicit.operator if rows == examples else implicit.curvature(_some_rows(implicit, rows))
+    batch = bound.collate(_some_rows(implicit, columns))
+    with bound.model.evaluating():
+        gradients = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
+    return forecast(operator, gradients, implicit.solver), rows
