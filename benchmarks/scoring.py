@@ -8,10 +8,13 @@ F is one pass of the user's model as it was loaded (with its own attention kerne
 objective's losses. In both cases the head runs on the masked positions only. All tasks are measured in turn on every
 batch, so that a drift of the machine's speed affects all of them alike. A ratio is the time of a whole pass divided by
 the time of F over the same batches; the table shows its median over the repeats, its smallest and its largest value.
-The model is the BERT of recipes/bert_gop_debate with random weights. Sentences are random words with log-normal
-lengths, 28 tokens on average, batched by length as in the library. Nothing is downloaded.
+Time is CPU time with one thread, which other work on the machine disturbs less, and wall time otherwise.
+The model is the BERT of recipes/bert_gop_debate with random weights, or with another vocabulary. Sentences are random
+words with log-normal lengths, by default 28 tokens on average, batched by length as in the library. Nothing is
+downloaded.
 
-Bars: scoring one query costs at most 3.4 F, a product with the Hessian at most 7.5 F.
+Bars: scoring one query costs at most 3.4 F, a product with the Hessian at most 7.5 F, a product of eight columns with
+the Gauss-Newton matrix at most 32 F.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from hf_msif.curvature.derivatives import (
 from hf_msif.models import FeedForwardClassifier
 from hf_msif.vectors import Block, column
 
-BARS = {"scoring, 1 query": 3.4, "Hessian product": 7.5}
+BARS = {"scoring, 1 query": 3.4, "Hessian product": 7.5, "Gauss-Newton product, 8 queries at once": 32.0}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY, LONGEST, MEAN_LENGTH, SPREAD = 30522, 128, 28, 0.5
 
@@ -109,6 +112,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of the CPU; defaults to PyTorch's choice")
     parser.add_argument("--batch-size", type=int, default=64, help="defaults to that of Stage")
     parser.add_argument("--sentences", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="words of the model")
+    parser.add_argument("--mean-length", type=int, default=MEAN_LENGTH, help="tokens per sentence")
+    parser.add_argument(
+        "--spread", type=float, default=SPREAD, help="of the logarithm of the lengths; 0: equal lengths"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -118,21 +126,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def tasks_of(settings: argparse.Namespace) -> list[Task]:
     """All tasks; a task that is a unit stands before the tasks measured in it."""
-    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCABULARY))]
+    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), settings.vocabulary))]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=LONGEST)
-    rows = sentences(words[len(SPECIAL) :], settings.sentences, settings.seed)
+    lengths = settings.mean_length, settings.spread
+    rows = sentences(words[len(SPECIAL) :], settings.sentences, settings.seed, *lengths)
     masked, labelled = objectives.MaskedLM(tokenizer), objectives.SequenceClassification(tokenizer)
     masked_batches, labelled_batches = (batches(rows, objective, settings) for objective in (masked, labelled))
 
-    encoder, classifier = models(settings)
+    encoder, classifier = models(settings, settings.vocabulary)
     pretraining, finetuning = FunctionalModel(encoder, settings.device), FunctionalModel(classifier, settings.device)
     all_names = split("pretraining", encoder).trained
     roles = split("finetuning", classifier, encoder, "head")
     v, head = (
-        direction(pretraining, all_names, 3, settings.seed),
+        direction(pretraining, all_names, 8, settings.seed),
         direction(finetuning, roles.trained, 1, settings.seed),
     )
-    first = {name: t[:1] for name, t in v.items()}
+    first, three = ({name: t[:number] for name, t in v.items()} for number in (1, 3))
 
     def derivative(
         model: FunctionalModel, objective: Any, function: Callable[[Evaluation], object]
@@ -150,8 +159,9 @@ def tasks_of(settings: argparse.Namespace) -> list[Task]:
         ("scoring, 3 queries", lambda e: [directional_derivatives(e, column(v, q)) for q in range(3)]),
         ("gradient", lambda e: gradient(e, all_names)),
         ("Gauss-Newton product", lambda e: gauss_newton_product(e, first)),
+        ("Gauss-Newton product, 8 queries at once", lambda e: gauss_newton_product(e, v)),
         ("Hessian product", lambda e: hessian_product(e, first, all_names)),
-        ("Hessian product, 3 queries", lambda e: hessian_product(e, v, all_names)),
+        ("Hessian product, 3 queries at once", lambda e: hessian_product(e, three, all_names)),
         ("Hessian product, forward over reverse", lambda e: forward_over_reverse(e, first)),
     ):
         tasks.append(Task(name, unit, masked_batches, derivative(pretraining, masked, function)))
@@ -171,10 +181,12 @@ def forward_over_reverse(evaluation: Evaluation, v: Block) -> Block:
         return {n: forward_ad.unpack_dual(g).tangent for n, g in zip(duals, gradients, strict=True)}
 
 
-def sentences(words: list[str], number: int, seed: int) -> list[dict]:
+def sentences(
+    words: list[str], number: int, seed: int, mean_length: int = MEAN_LENGTH, spread: float = SPREAD
+) -> list[dict]:
     """`number` rows of random words whose frequency is proportional to 1/rank."""
     generator = np.random.default_rng(seed)
-    lengths = generator.lognormal(np.log(MEAN_LENGTH - 2) - SPREAD**2 / 2, SPREAD, number)
+    lengths = generator.lognormal(np.log(mean_length - 2) - spread**2 / 2, spread, number)
     lengths = lengths.round().clip(1, LONGEST - 2).astype(int)
     weights = 1 / np.arange(1, len(words) + 1)
     drawn = generator.choice(words, size=lengths.sum(), p=weights / weights.sum())
@@ -189,11 +201,13 @@ def batches(rows: list[dict], objective: Any, settings: argparse.Namespace) -> l
     return [{key: value.to(settings.device) for key, value in batch.items()} for batch in cpu_batches]
 
 
-def models(settings: argparse.Namespace) -> tuple[BertForMaskedLM, FeedForwardClassifier]:
+def models(
+    settings: argparse.Namespace, vocabulary: int = VOCABULARY
+) -> tuple[BertForMaskedLM, FeedForwardClassifier]:
     """A masked language model with random weights, and a classifier on a copy of its encoder."""
     torch.manual_seed(settings.seed)
     config = BertConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -226,18 +240,19 @@ def plain(model: torch.nn.Module, objective: Any, batch: dict) -> object:
 def measure(tasks: list[Task], settings: argparse.Namespace) -> dict[str, list[float]]:
     """Task → seconds of a whole pass, one number per repeat."""
     cuda = settings.device.startswith("cuda")
+    clock = time.process_time if settings.threads == 1 and not cuda else time.perf_counter
     seconds = {task.name: [0.0] * settings.repeats for task in tasks}
     for repeat in range(-1, settings.repeats):  # the first round is a warm-up and is not counted
         for i in range(len(tasks[0].batches) if repeat >= 0 else 1):
             for task in tasks:
                 if cuda:
                     torch.cuda.synchronize()
-                started = time.perf_counter()
+                started = clock()
                 task.run(task.batches[i])
                 if cuda:
                     torch.cuda.synchronize()
                 if repeat >= 0:
-                    seconds[task.name][repeat] += time.perf_counter() - started
+                    seconds[task.name][repeat] += clock() - started
     return seconds
 
 

@@ -105,7 +105,7 @@ def test_a_gauss_newton_product_has_the_columns_that_each_has_alone(batch):
         for q in range(3):
             alone = derivatives.gauss_newton_product(batch.evaluation, vectors.take(v, torch.tensor([q])))
             near(vectors.flatten(together)[q], vectors.flatten(alone)[0], 1e-12)
-    assert batch.evaluation.linear_backward  # no column was computed like the first one
+    assert batch.model.linear_backward  # no column was computed like the first one
 
 
 def test_a_row_alone_has_the_loss_that_it_has_among_others(batch):

@@ -33,6 +33,8 @@ class FunctionalModel:
         model: the user's model.
         parameters: name → detached parameter; tied tensors appear once.
         buffers: name → detached buffer.
+        linear_backward: whether autograd can differentiate the model's backward pass; None: it is not known yet, see
+            `curvature.derivatives.gauss_newton_product`.
 
     Raises:
         InputError: the model carries a state from batch to batch (`config.stateful`).
@@ -51,6 +53,7 @@ class FunctionalModel:
         self.model = model
         self.parameters = {n: self._in_full_precision(p.detach(), device) for n, p in model.named_parameters()}
         self.buffers = {n: self._in_full_precision(b.detach(), device) for n, b in model.named_buffers()}
+        self.linear_backward: bool | None = None
 
     @staticmethod
     def _in_full_precision(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -32,15 +32,12 @@ class Evaluation:
         batch: what `objective.collate` returned, on the model's device.
         memo: stores the outputs of constant encoder modules between calls, see `FunctionalModel.bind`; None: nothing
             is stored.
-        linear_backward: whether the model's backward pass can be differentiated, see `gauss_newton_product`; None: it
-            is not known yet.
     """
 
     model: FunctionalModel
     objective: Objective
     batch: dict[str, Any]
     memo: dict | None = None
-    linear_backward: bool | None = None
 
     def losses(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(sums, counts), both (B,), at `parameters`; parameters whose names are missing keep the model's value.
@@ -151,25 +148,31 @@ def gauss_newton_product(evaluation: Evaluation, v: Block) -> Block:
     5 F for the first column and 4.2 F for each further one. Autograd holds the graphs of two passes for any Q > 1, and
     of one for Q = 1.
 
-    If the model's backward pass cannot be differentiated, every column is computed as the first one.
+    The first product with several columns finds out whether the model's backward pass can be differentiated (2.2 F
+    more), and stores it as `FunctionalModel.linear_backward`. If not, every column is computed as the first one.
 
     Args:
-        evaluation: the batch. Its `linear_backward` is set by the first product with several columns.
+        evaluation: the batch.
         v: a block of Q columns.
 
     Returns:
         A block of Q columns over the names of v.
     """
-    if columns(v) > 1 and evaluation.linear_backward is not False:
-        try:
-            return _gauss_newton_columns(evaluation, v)
-        except _NotDifferentiableError:
-            evaluation.linear_backward = False
-    singles = ({name: t[q : q + 1] for name, t in v.items()} for q in range(columns(v)))
-    return _block(column(v, 0), columns(v), (column(_gauss_newton_columns(evaluation, one), 0) for one in singles))
+    product = _gauss_newton_columns(evaluation, v) if evaluation.model.linear_backward is not False else None
+    if product is not None:
+        return product
+
+    def rows() -> Iterator[dict[str, Tensor]]:
+        for q in range(columns(v)):
+            alone = _gauss_newton_columns(evaluation, {name: t[q : q + 1] for name, t in v.items()})
+            assert alone is not None
+            yield column(alone, 0)
+
+    return _block(column(v, 0), columns(v), rows())
 
 
-def _gauss_newton_columns(evaluation: Evaluation, v: Block) -> Block:
+def _gauss_newton_columns(evaluation: Evaluation, v: Block) -> Block | None:
+    """`gauss_newton_product` by one run of the model; None if Q > 1 and the backward pass is not known to allow it."""
     leaves, last = evaluation.leaves(v), columns(v) - 1
     with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(leaf, v[name][0]) for name, leaf in leaves.items()}
@@ -191,22 +194,18 @@ def _gauss_newton_columns(evaluation: Evaluation, v: Block) -> Block:
     if last == 0:
         return {name: t.unsqueeze(0) for name, t in _grad(outputs, leaves, w).items()}
     backward = _LinearBackward(outputs, leaves, w)
+    if evaluation.model.linear_backward is None:
+        evaluation.model.linear_backward = backward.confirms(tangents, column(v, 0))
+    if not evaluation.model.linear_backward:
+        return None
 
     def rows() -> Iterator[dict[str, Tensor]]:
         yield backward.value
-        for q in range(1, columns(v)):
-            direction, retain_graph = column(v, q), q < last
-            tangents = backward.tangents(direction, retain_graph)
-            if evaluation.linear_backward is None:
-                backward.check(direction, tangents)
-                evaluation.linear_backward = True
-            yield _grad(outputs, leaves, curvature(tangents, retain_graph), retain_graph)
+        for q in range(1, last + 1):
+            products = curvature(backward.tangents(column(v, q), q < last), q < last)
+            yield _grad(outputs, leaves, products, retain_graph=q < last)
 
     return _block(leaves, columns(v), rows())
-
-
-class _NotDifferentiableError(Exception):
-    """The backward pass of an operation in the model cannot be differentiated."""
 
 
 class _LinearBackward:
@@ -222,38 +221,30 @@ class _LinearBackward:
         self.value = {name: t.detach() for name, t in self.results.items()}
 
     def tangents(self, v: Mapping[str, Tensor], retain_graph: bool) -> list[Tensor]:
-        """J v: the derivative of ⟨Jᵀ w, v⟩ in w.
-
-        Raises:
-            _NotDifferentiableError: autograd does not know the derivative of a backward pass.
-        """
+        """J v: the derivative of ⟨Jᵀ w, v⟩ in w."""
         results = {name: t for name, t in self.results.items() if t.requires_grad}
-        try:
-            along = [v[name] for name in results]
-            return list(_grad(list(results.values()), dict(enumerate(self.w)), along, retain_graph).values())
-        except RuntimeError as error:
-            if not results or "not implemented" in str(error) or "differentiate twice" in str(error):
-                raise _NotDifferentiableError from error
-            raise
+        if not results:
+            return [torch.zeros_like(t) for t in self.w]
+        along = [v[name] for name in results]
+        return list(_grad(list(results.values()), dict(enumerate(self.w)), along, retain_graph).values())
 
-    def check(self, v: Mapping[str, Tensor], tangents: Sequence[Tensor]) -> None:
-        """Checks that ⟨w, J v⟩ = ⟨Jᵀ w, v⟩.
+    def confirms(self, tangents: Sequence[Tensor], v: Mapping[str, Tensor]) -> bool | None:
+        """Whether J v is `tangents`, which forward mode found; None if these are zero and say nothing.
 
-        Raises:
-            _NotDifferentiableError: they differ: a backward pass hides from autograd what it does with w.
+        It is not where autograd does not know the derivative of a backward pass, or where a backward pass hides from
+        autograd what it does with w.
         """
-        left, left_size = _dot_and_size(self.w, tangents)
-        right, right_size = _dot_and_size(self.value.values(), v.values())
-        rounding = max(torch.finfo(t.dtype).eps for t in (*self.w, *v.values()))
-        if not (left - right).abs() <= rounding**0.5 * (left_size + right_size):
-            raise _NotDifferentiableError
-
-
-def _dot_and_size(x: Iterable[Tensor], y: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """(⟨x, y⟩, ‖x‖ ‖y‖), float64."""
-    pairs = [(s.detach().double().flatten(), t.double().flatten()) for s, t in zip(x, y, strict=True)]
-    products = torch.stack([torch.stack([s @ t, s @ s, t @ t]) for s, t in pairs]).sum(0)
-    return products[0], (products[1] * products[2]).sqrt()
+        try:
+            pairs = list(zip(tangents, self.tangents(v, retain_graph=True), strict=True))
+        except RuntimeError as error:
+            if not any(text in str(error) for text in ("not implemented", "differentiate twice")):
+                raise
+            return False
+        size = sum(float(t.double().square().sum()) for t, _ in pairs)
+        gap = sum(float((t - s).double().square().sum()) for t, s in pairs)
+        if not gap <= size * max(torch.finfo(t.dtype).eps for t, _ in pairs):  # of rounding, it is of the order eps²
+            return False
+        return True if size else None
 
 
 class _CutOutputs:

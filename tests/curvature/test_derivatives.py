@@ -219,9 +219,9 @@ class PlainSquare:
 
 
 @pytest.mark.parametrize("hidden", [OnceDifferentiable, Hiding])
-@pytest.mark.parametrize("position", ["everywhere", "beside another path"])
+@pytest.mark.parametrize("position", ["everywhere", "beside another path", "last"])
 def test_a_backward_pass_that_cannot_be_differentiated_costs_time_alone(hidden, position):
-    """No column is wrong, and the second product does not try again."""
+    """No column is wrong, also after a first one that is zero, and the third product does not try again."""
 
     class Model(torch.nn.Module):
         def __init__(self, square):
@@ -229,6 +229,8 @@ def test_a_backward_pass_that_cannot_be_differentiated_costs_time_alone(hidden, 
             self.square, self.first, self.second = square, torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
 
         def forward(self, x):
+            if position == "last":
+                return {"logits": self.square.apply(self.second(torch.tanh(self.first(x))))}
             hidden = self.first(x)
             squared = self.square.apply(hidden)
             return {"logits": self.second(squared if position == "everywhere" else squared + hidden)}
@@ -246,14 +248,18 @@ def test_a_backward_pass_that_cannot_be_differentiated_costs_time_alone(hidden, 
         functional, run = FunctionalModel(model), Calls(model)
         evaluation = Evaluation(functional, Squares(), batch)
         v = tiny.block(functional.parameters, 3, seed=1)
-        for _ in range(2):
+        after_zero = {name: torch.cat([torch.zeros_like(t[:1]), t[1:]]) for name, t in v.items()}
+        for block in (after_zero, v, v):
             with functional.evaluating():
-                products.append(derivatives.gauss_newton_product(evaluation, v))
+                products.append(derivatives.gauss_newton_product(evaluation, block))
             runs.append(run.number)
-        assert evaluation.linear_backward is (square is PlainSquare)
-    assert runs == [1, 2, 4, 7]
-    for product in products[1:]:
-        tiny.close(product, products[0], 1e-12)
+        assert functional.linear_backward is (square is PlainSquare)
+    assert runs == [4, 5, 6, 4, 8, 11]  # a first column that is zero says nothing
+    for number in (2, 4, 5):
+        tiny.close(products[number], products[1], 1e-12)
+    for product in (products[0], products[3]):
+        assert not any(t[0].any() for t in product.values())
+        tiny.close({n: t[1:] for n, t in product.items()}, {n: t[1:] for n, t in products[1].items()}, 1e-12)
 
 
 def test_a_loss_that_is_linear_in_the_outputs_has_no_gauss_newton_matrix():
