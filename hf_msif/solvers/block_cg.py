@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEFINITE = 1e-4  # how far below zero an eigenvalue of a Gram matrix is no rounding, relative to the largest
 FLOAT64 = torch.finfo(torch.float64).eps
+MOST_ROWS = 1024  # of the block tridiagonal
 WELL_CONDITIONED = 1e-3  # the shortest over the longest direction, below which one pass is not enough
 
 
@@ -139,8 +140,10 @@ class BlockConjugateGradients(Recurrence):
         root = basis.T @ inverse_root
         alpha = root.T @ (root / quotients[:, None])
         vectors.add_(x, vectors.combine(p, alpha @ c))
-        rest = vectors.add(v, vectors.combine(product, alpha), -1.0)
+        rest = vectors.add_(vectors.combine(product, alpha), v, -1.0)  # −W; B has its sign
+        del product
         v_next, z, b = orthonormalise(rest, system, 1.0)
+        b, rest = -b, {}
         c_next = b @ c
         return BlockConjugateGradients(
             x=x,
@@ -168,14 +171,18 @@ class BlockConjugateGradients(Recurrence):
 
     @classmethod
     def spectra(cls, traces: list[tuple[list[int], list]]) -> dict[int, Spectrum]:
-        """Ritz values of the block tridiagonal, and each column's shares, by its part in the first block."""
+        """Ritz values of the block tridiagonal, and each column's shares, by its part in the first block.
+
+        It is cut after about `MOST_ROWS` rows: that of fewer steps, whose eigenvalues take seconds and not minutes.
+        """
         columns, (_, _, weights) = traces[0]
-        diagonals = [torch.tensor(trace[0], dtype=torch.float64) for _, trace in traces]
-        t = torch.block_diag(*diagonals)
-        row = 0
-        for diagonal, following, (_, (_, off, _)) in zip(diagonals[:-1], diagonals[1:], traces[:-1], strict=True):
-            m, k = len(diagonal), len(following)
-            t[row + m : row + m + k, row : row + m] = torch.tensor(off, dtype=torch.float64)
+        blocks = [[torch.tensor(matrix, dtype=torch.float64) for matrix in trace[:2]] for _, trace in traces]
+        sizes = torch.tensor([len(diagonal) for diagonal, _ in blocks])
+        blocks = blocks[: max(1, int((sizes.cumsum(0) <= MOST_ROWS).sum()))]
+        t, row = torch.block_diag(*(diagonal for diagonal, _ in blocks)), 0
+        for _, off in blocks[:-1]:
+            k, m = off.shape
+            t[row + m : row + m + k, row : row + m] = off
             row += m
         values, basis = torch.linalg.eigh(t)  # reads the lower triangle
         parts = (torch.tensor(weights, dtype=torch.float64).T @ basis[: len(weights)]).square()

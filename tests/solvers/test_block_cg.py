@@ -6,7 +6,7 @@ import torch
 from helpers.spectra import SPECTRA, Diagonal, gradients
 
 from hf_msif import vectors
-from hf_msif.solvers import CG, BlockCG, Nystrom, solve
+from hf_msif.solvers import CG, BlockCG, Nystrom, block_cg, solve
 from hf_msif.solvers._krylov import LinearSystem
 from hf_msif.solvers.block_cg import BlockConjugateGradients, orthonormalise
 from hf_msif.solvers.operator import CountedOperator
@@ -138,6 +138,17 @@ def test_the_block_tridiagonal_is_the_operator_on_its_space():
         measure = b[q] ** 2 / (b[q] ** 2).sum()
         for degree in range(2 * steps):
             assert (shares * values**degree).sum().item() == pytest.approx((measure * eigenvalues**degree).sum())
+
+
+def test_a_long_block_tridiagonal_is_cut(monkeypatch):
+    b = gradients(SPECTRA["power 1"], 4)
+    _, whole, _ = run("power 1", b, BlockCG(damping=1e-3, tol=1e-4))
+    monkeypatch.setattr(block_cg, "MOST_ROWS", 100)
+    _, cut, _ = run("power 1", b, BlockCG(damping=1e-3, tol=1e-4))
+    assert cut.iterations == whole.iterations
+    assert cut.largest_ritz == pytest.approx(whole.largest_ritz, rel=1e-3)
+    assert cut.smallest_ritz[0] > whole.smallest_ritz[0]
+    assert cut.muted == pytest.approx(whole.muted, abs=0.05)
 
 
 def test_negative_curvature_in_any_direction_ends_the_block():
