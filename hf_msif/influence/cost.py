@@ -88,15 +88,15 @@ def attended(batch: Mapping[str, Any]) -> int:
 
 def activation_bytes(operator: Curvature) -> int:
     """The most bytes that autograd holds during a product, on this process's batch with the most attention work."""
-    if not operator.evaluations:
+    evaluation = max(operator._passing(), key=lambda evaluation: attended(evaluation.batch), default=None)
+    if evaluation is None:
         return 0
-    evaluation = max(operator.evaluations, key=lambda evaluation: attended(evaluation.batch))
     v = vectors.rademacher(operator.parameters, 1, seed=0)
     parameters = {p.untyped_storage()._cdata for p in operator.model.parameters.values()}
     saved = _SavedBytes(parameters)
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x.t if isinstance(x, _SavedTensor) else x)
     with operator.model.evaluating(), hooks:
-        operator._product(evaluation, v)
+        operator.rehearse(evaluation, v)
     return saved.peak
 
 

@@ -414,7 +414,7 @@ class Implicit(Differentiation):
             scored = best_seconds(directional_derivatives, evaluation, vectors.column(v, 0)) / batch_seconds
             score_seconds = scored * pass_seconds / examples
         first = best_seconds(operator.matvec, v, once=True)
-        memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
+        memo = sum(memo_bytes(e.memo or {}) for e in operator.evaluations) / len(indices) * examples
         later = best_seconds(operator.matvec, v) if memo or first < 0.2 else first
         first_seconds = (first if memo else later) * pass_seconds / batch_seconds
         later_seconds = later * pass_seconds / batch_seconds
