@@ -294,7 +294,7 @@ class EKFAC(Curvature):
         Raises:
             InputError: A + λI is singular, or the ridge is not a number per parameter.
         """
-        smallest = min(float((b.eigenvalues + self._ridges[name]).min()) for name, b in self.blocks.items())
+        smallest = self.smallest_eigenvalue()
         if not smallest + damping > 0:
             raise InputError(
                 f"the smallest eigenvalue of EK-FAC is {smallest:.3g} and damping is {damping:.3g}; expected a "
@@ -308,6 +308,10 @@ class EKFAC(Curvature):
         for name, block in self.blocks.items():
             total += float((block.eigenvalues.double() + self._ridges[name]).sum())
         return total
+
+    def smallest_eigenvalue(self) -> float:
+        """The smallest eigenvalue of A."""
+        return min(float((block.eigenvalues + self._ridges[name]).min()) for name, block in self.blocks.items())
 
     def largest_eigenvalue(self) -> float:
         """The largest eigenvalue of A."""

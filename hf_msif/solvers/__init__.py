@@ -4,6 +4,7 @@ from ._base import Solver, as_solver
 from ._solve import solve
 from .certificate import Certificate, Solution
 from .cg import CG
+from .closed_form import ClosedForm
 from .dense import Dense
 from .identity import Identity
 from .minres import MinRes
@@ -13,6 +14,7 @@ from .squared_cg import SquaredCG
 __all__ = [
     "CG",
     "Certificate",
+    "ClosedForm",
     "Dense",
     "Identity",
     "MinRes",
