@@ -5,8 +5,8 @@ A parameter is a matrix of shape (m, n), a vector one with n = 1. G_i is its gra
 
     λ_kl = (1/N) Σ_i (Uᵀ G_i V)²_kl
 
-are the variances along the axes u_k ⊗ v_l. A side that is too long for a basis, and the vocabulary's side of an
-embedding, keep the parameter's own axes: U or V is then the identity, and not stored.
+are the variances along the axes u_k ⊗ v_l. A side that is too long for a basis (`has_basis`), and the vocabulary's
+side of an embedding, keep the parameter's own axes: U or V is then the identity, and not stored.
 """
 
 from __future__ import annotations
@@ -21,8 +21,22 @@ from torch import Tensor
 from ..errors import InputError
 
 LONGEST_SIDE = 4096  # a longer side of a matrix has no basis: its decomposition would take longer than the passes
+FEW = 128  # a matrix with so few rows, or columns, is small, however long its other side is
 LONGEST_VECTOR = 1024  # likewise for vectors, whose basis serves few parameters
 PIECE = 2**18  # entries of a gradient that are made at a time: they stay in the cache
+
+
+def has_basis(side: int, other: int) -> bool:
+    """Whether a side of a matrix has an eigenbasis of its own.
+
+    A side at least twice as long as the other one is that of a layer's hidden units, or of a vocabulary, and keeps its
+    axes. To turn its gradients would be more work than all else together, and tells nothing more: on a BERT with 48
+    and 192 units, the rank correlations with exact scores were 0.856 and 0.603 with either, at two dampings.
+
+    >>> has_basis(768, 768), has_basis(3072, 768), has_basis(768, 3072), has_basis(768, 2)
+    (True, False, True, True)
+    """
+    return 1 < side <= LONGEST_SIDE and (side < 2 * other or other <= FEW)
 
 
 @dataclass
@@ -47,7 +61,12 @@ class Gradients:
         self._tokens: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, a: Tensor, g: Tensor) -> None:
-        """G_i += Σ_t g_it a_itᵀ."""
+        """G_i += Σ_t g_it a_itᵀ; (B, T, n) and (B, T, m)."""
+        used = (g != 0).any(2)
+        most = int(used.sum(1).max())
+        if most <= 0.8 * used.shape[1]:  # padding, and tokens of which the loss reads nothing
+            places = used.int().argsort(dim=1, descending=True, stable=True)[:, :most].unsqueeze(2)
+            a, g = (t.gather(1, places.expand(-1, -1, t.shape[2])) for t in (a, g))
         self._factors.append((a, g))
 
     def add_vectors(self, g: Tensor) -> None:
@@ -64,11 +83,11 @@ class Gradients:
 
     @cached_property
     def a(self) -> Tensor | None:
-        return torch.cat([a for a, _ in self._factors], 1) if self._factors else None
+        return _joined([a for a, _ in self._factors])
 
     @cached_property
     def g(self) -> Tensor | None:
-        return torch.cat([g for _, g in self._factors], 1) if self._factors else None
+        return _joined([g for _, g in self._factors])
 
     @cached_property
     def sparse(self) -> Sparse | None:
@@ -85,6 +104,10 @@ class Gradients:
         assert self.g is not None
         at = self.g[sparse.example, :, sparse.row]
         return (at.unsqueeze(1) @ a[sparse.example]).squeeze(1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
 
 
 class Block:

@@ -367,8 +367,8 @@ class _Shape:
             return cls(None, True, (parameter.numel(), 1), 1 < parameter.numel() <= blocks.LONGEST_VECTOR, False)
         ((m, n),) = sizes
         table = any(isinstance(layer, Embedding) for layer in matrices)
-        left, right = (1 < side <= blocks.LONGEST_SIDE for side in (m, n))
-        return cls(matrices[0], False, (m, n), left and not table, right)
+        left = blocks.has_basis(m, n) and not table
+        return cls(matrices[0], False, (m, n), left, blocks.has_basis(n, m))
 
     def block(self, like: Tensor) -> blocks.Block:
         return blocks.Block(self.size, like, self.left, self.right)
