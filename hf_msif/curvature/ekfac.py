@@ -24,6 +24,7 @@ from ..engine.checkpoints import Checkpoint
 from ..engine.hashing import contents, digest, objective_identity, tensors_fingerprint
 from ..errors import InputError
 from ..objectives import Objective
+from ..solvers.operator import rounding_unit
 from ..vectors import Block
 from . import blocks
 from .base import Curvature
@@ -294,11 +295,11 @@ class EKFAC(Curvature):
         Raises:
             InputError: A + λI is singular, or the ridge is not a number per parameter.
         """
-        smallest = self.smallest_eigenvalue()
-        if not smallest + damping > 0:
+        smallest, largest = self.smallest_eigenvalue(), self.largest_eigenvalue()
+        if not smallest + damping > rounding_unit(self.parameters) * largest:
             raise InputError(
                 f"the smallest eigenvalue of EK-FAC is {smallest:.3g} and damping is {damping:.3g}; expected a "
-                "positive sum: give a damping above 0."
+                "positive sum, beyond rounding: give a damping above 0."
             )
         return self.function(v, lambda eigenvalues: 1 / (eigenvalues + damping))
 
