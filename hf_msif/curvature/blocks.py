@@ -158,7 +158,8 @@ class Block:
         if size > 1:
             null, numbers = basis[:, :size], torch.linspace(0, 1, len(values)).to(basis)
             basis[:, :size] = null @ torch.linalg.eigh(null.T @ (numbers.unsqueeze(1) * null))[1]
-        setattr(self, side, basis.to(self._like))
+        # Contiguous: processes add their memory up, whatever its order is.
+        setattr(self, side, basis.to(self._like).contiguous())
 
     # --- second pass: the eigenvalues
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import vectors
 from ..adapters.functional import FunctionalModel
 from ..engine.accelerated import Engine
 from ..engine.checkpoints import Checkpoint
@@ -268,10 +269,13 @@ class EKFAC(Curvature):
             product[name] = product[name] + strength * v[name]
         return product
 
-    def products(self, v: Block):
+    def products(self, v: Block) -> Iterator[Block]:
         """Blocks that add up to N (A − ridge) v over the processes, as those of other curvatures do."""
-        if self.engine.is_main:
-            yield {name: t * self.count for name, t in self._applied(v, lambda eigenvalues: eigenvalues, {}).items()}
+        fitted, count = self.blocks, self.count  # by all processes together
+        assert fitted
+        if not self.engine.is_main:
+            return iter(())
+        return iter([vectors.scale(self._applied(v, lambda eigenvalues: eigenvalues, {}), count)])
 
     def function(self, v: Block, f: Callable[[Tensor], Tensor]) -> Block:
         """f(A) v for every column of v.
