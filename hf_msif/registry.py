@@ -16,6 +16,7 @@ SOLVERS = {
     "minres": "hf_msif.solvers.minres:MinRes",
     "identity": "hf_msif.solvers.identity:Identity",
     "dense": "hf_msif.solvers.dense:Dense",
+    "closed_form": "hf_msif.solvers.closed_form:ClosedForm",
 }
 PRECONDITIONERS = {
     "nystrom": "hf_msif.solvers.nystrom:Nystrom",
@@ -23,6 +24,7 @@ PRECONDITIONERS = {
 CURVATURES = {
     "gauss_newton": "hf_msif.curvature.gauss_newton:GaussNewton",
     "hessian": "hf_msif.curvature.hessian:Hessian",
+    "ekfac": "hf_msif.curvature.ekfac:EKFAC",
 }
 DIFFERENTIATIONS = {
     "implicit": "hf_msif.influence.implicit:Implicit",

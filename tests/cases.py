@@ -16,7 +16,7 @@ from helpers.runs import MINIMUM, PATTERNS, RUN, Minimum, Run, arguments
 from helpers.toy import ToyObjective, toy, toy_rows
 
 from hf_msif import MultiStageInfluence, Stage, objectives, solvers, training
-from hf_msif.curvature import GaussNewton, Hessian
+from hf_msif.curvature import EKFAC, GaussNewton, Hessian
 from hf_msif.models import SkipGramConfig, SkipGramForPreTraining
 
 # Objectives and models ----------------------------------------------------------------------------------------------
@@ -79,11 +79,13 @@ class CurvatureCase(NamedTuple):
     name: str  # of Stage(curvature=...)
     operator: type
     semidefinite: bool = False  # its quadratic form is never negative
+    is_sum: bool = True  # over batches, so that the shares of processes can be looked at one by one
 
 
 CURVATURES = [
     CurvatureCase("hessian", Hessian),
     CurvatureCase("gauss_newton", GaussNewton, semidefinite=True),
+    CurvatureCase("ekfac", EKFAC, semidefinite=True, is_sum=False),
 ]
 
 

@@ -206,6 +206,10 @@ def test_a_ridge_is_added_to_the_diagonal(curved):
     near(vectors.flatten(product), vectors.flatten(expected))
 
 
+SUMS = [(case, curvature) for case, curvature in OPERATORS if curvature.is_sum]
+
+
+@pytest.mark.parametrize("curved", SUMS, ids=named, indirect=True)
 def test_the_shares_of_processes_add_up(curved, monkeypatch):
     """The sums of the ranks of a world of three are those of one process."""
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -1,7 +1,8 @@
-"""The curvature of a stage's objective as a linear operator: exact Hessian or Gauss-Newton matrix."""
+"""The curvature of a stage's objective as a linear operator: exact Hessian, Gauss-Newton matrix, or EK-FAC of it."""
 
 from .base import Curvature
+from .ekfac import EKFAC
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
 
-__all__ = ["Curvature", "GaussNewton", "Hessian"]
+__all__ = ["EKFAC", "Curvature", "GaussNewton", "Hessian"]

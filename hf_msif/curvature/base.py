@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Curvature:
     their masks are collated once: every product sees the same numbers, or the operator would not be linear.
 
     A subclass defines `_product(evaluation, v)`: Σ_i C_i v over the examples of one batch, for every column of v.
+    One that needs few passes sets `holds_batches` to False: each pass then collates its batches anew.
 
     Args:
         model: gives the parameters at which the losses are differentiated.
@@ -39,8 +41,11 @@ class Curvature:
     Attributes:
         parameters: the trained parameters, plain tensors.
         examples: the number of rows.
-        evaluations: this process's batches.
+        evaluations: this process's batches, where they are held.
     """
+
+    holds_batches: ClassVar[bool] = True
+    is_symmetric: ClassVar[bool] = False  # by construction: nothing is to be checked
 
     def __init__(
         self,
@@ -52,15 +57,16 @@ class Curvature:
         batch_size: int,
         ridge: Mapping[str, float | Tensor] | None = None,
     ):
-        self.model, self.engine = model, engine
+        self.model, self.objective, self.rows = model, objective, rows
+        self.engine, self.batch_size = engine, batch_size
         self.parameters = {name: model.parameters[name] for name in names}
         self.ridge = dict(ridge or {})
         self.examples = len(rows)
-        with engine.raising_together():
-            self.evaluations = [
-                Evaluation(model, objective, batch, memo={})
-                for _, batch in engine.batches(rows, objective, batch_size)
-            ]
+        self.evaluations: list[Evaluation] = []
+        if self.holds_batches:
+            with engine.raising_together():
+                batches = engine.batches(rows, objective, batch_size)
+                self.evaluations = [Evaluation(model, objective, batch, memo={}) for _, batch in batches]
 
     @cached_property
     def count(self) -> float:
@@ -71,6 +77,10 @@ class Curvature:
 
     def _product(self, evaluation: Evaluation, v: Block) -> Block:
         raise NotImplementedError
+
+    def rehearse(self, evaluation: Evaluation, v: Block) -> None:
+        """What a pass over the data does with one batch; its memory is measured on it."""
+        self._product(evaluation, v)
 
     def products(self, v: Block) -> Iterator[Block]:
         """Σ_i C_i v over each of this process's batches, one block per batch."""
@@ -95,7 +105,7 @@ class Curvature:
         """
         columns = vectors.columns(v)
         like = {n: self.model.parameters[n].expand(columns, *self.model.parameters[n].shape) for n in names}
-        passing = self.engine.bar(self._passing(), total=len(self.evaluations), desc="mixed derivative")
+        passing = self.engine.bar(self._passing(), total=len(self.evaluations) or None, desc="mixed derivative")
         with self.model.evaluating():
             total = self.engine.sum(like, (hessian_product(e, v, names) for e in passing))
         return self._divided(total)
@@ -115,6 +125,9 @@ class Curvature:
 
     def _passing(self) -> Iterator[Evaluation]:
         """The batches of a pass; outputs of frozen encoders are kept between passes, up to `MEMO_BYTES`."""
+        if not self.holds_batches:
+            batches = self.engine.batches(self.rows, self.objective, self.batch_size)
+            yield from (Evaluation(self.model, self.objective, batch) for _, batch in batches)
         memo_size = 0
         for evaluation in self.evaluations:
             yield evaluation

@@ -130,8 +130,12 @@ class Linear(Layer):
     def fits(cls, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
 
+    def matrix(self, v: Tensor) -> Tensor:
+        """Columns of the weight, (Q, *weight.shape), as matrices, (Q, d_out, d_in)."""
+        return v.transpose(1, 2) if self.transposed else v
+
     def stored(self, matrices: Tensor) -> Tensor:
-        """Matrices (B, d_out, d_in) as the weight is stored, (B, *weight.shape)."""
+        """Inverse of `matrix`."""
         return matrices.transpose(1, 2) if self.transposed else matrices
 
     def gradients(self, call: Call) -> Block:
@@ -169,6 +173,9 @@ class Convolution(Linear):
 
     def lead(self, output: Tensor) -> tuple[int, ...]:
         return (output.shape[0], *output.shape[2:])
+
+    def matrix(self, v: Tensor) -> Tensor:
+        return v.flatten(2)
 
     def stored(self, matrices: Tensor) -> Tensor:
         return matrices.reshape(len(matrices), *self.values["weight"].shape)

@@ -221,15 +221,15 @@ def tempered(objective: Objective, model: FunctionalModel, rows: Sequence[dict])
 
     with torch.no_grad(), model.evaluating():
         for row in rows:
-            objective.losses(_with_outputs(noted, model.bind({})), _batch(model, objective, [row]))
+            objective.losses(with_outputs(noted, model.bind({})), _batch(model, objective, [row]))
     scale = max(1.0, max(largest) / LARGEST)
     changed = copy.copy(objective)
     losses = objective.losses
-    object.__setattr__(changed, "losses", lambda call, batch: losses(_with_outputs(lambda t: t / scale, call), batch))
+    object.__setattr__(changed, "losses", lambda call, batch: losses(with_outputs(lambda t: t / scale, call), batch))
     return changed
 
 
-def _with_outputs(change: Callable[[Tensor], Tensor], call: Callable) -> Callable:
+def with_outputs(change: Callable[[Tensor], Tensor], call: Callable) -> Callable:
     """`call`, every number of whose output `change` has changed. An output that is no nest of tensors stays."""
 
     def changed(**inputs):

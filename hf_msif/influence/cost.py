@@ -89,15 +89,15 @@ def attended(batch: Mapping[str, Any]) -> int:
 def activation_bytes(operator: Curvature, columns: int) -> int:
     """The most bytes that autograd holds during a product with Q = `columns` columns, on this process's batch with the
     most attention work."""
-    if not operator.evaluations:
+    evaluation = max(operator._passing(), key=lambda evaluation: attended(evaluation.batch), default=None)
+    if evaluation is None:
         return 0
-    evaluation = max(operator.evaluations, key=lambda evaluation: attended(evaluation.batch))
     v = vectors.rademacher(operator.parameters, min(columns, 2), seed=0)  # all columns from the second share one graph
     parameters = {p.untyped_storage()._cdata for p in operator.model.parameters.values()}
     saved = _SavedBytes(parameters)
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x.t if isinstance(x, _SavedTensor) else x)
     with operator.model.evaluating(), hooks:
-        operator._product(evaluation, v)
+        operator.rehearse(evaluation, v)
     return saved.peak
 
 

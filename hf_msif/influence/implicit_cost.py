@@ -130,7 +130,7 @@ def _measure(implicit: Implicit, columns: int, examples: int) -> _Passes:
         scorer.influence(batch, scored_rows)
         scored = best_seconds(scorer.influence, batch, scored_rows) / batch_seconds
     first = best_seconds(operator.matvec, v, once=True)
-    memo = memo_bytes(operator.evaluations[0].memo or {}) / len(indices) * examples
+    memo = sum(memo_bytes(e.memo or {}) for e in operator.evaluations) / len(indices) * examples
     later = best_seconds(operator.matvec, v) if memo or first < 0.2 else first
     first_seconds, later_seconds = (seconds * forward / batch_seconds for seconds in (first if memo else later, later))
     memo_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0

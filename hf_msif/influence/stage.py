@@ -54,7 +54,8 @@ class Stage:
             differentiation of your own may read another folder here.
         max_growth: an unrolled pull-back whose adjoint grows by a larger factor is refused. Defaults to 1e-3 divided
             by the rounding unit of the run's dtype.
-        curvature: "gauss_newton", "hessian", or a subclass of `curvature.Curvature`.
+        curvature: "gauss_newton", "hessian", "ekfac", a subclass of `curvature.Curvature`, or a `functools.partial` of
+            one that gives further settings.
         curvature_samples: number of rows in the fixed random subset on which the curvature is estimated; None: all of
             `data`.
         solver: one of `hf_msif.solvers`, or an object of your own subclass of `solvers.Solver`. Defaults to `CG()`.
@@ -79,7 +80,7 @@ class Stage:
     link: str | Callable[[Any], Differentiation] = "implicit"
     run: str | os.PathLike | None = None
     max_growth: float | None = None
-    curvature: str | type[Curvature] = "gauss_newton"
+    curvature: str | Callable[..., Curvature] = "gauss_newton"
     curvature_samples: int | None = None
     solver: Solver = field(default_factory=CG)
     batch_size: int = 64
@@ -90,11 +91,12 @@ class Stage:
     def __post_init__(self):
         checked_objective(self.objective, f"stage {self.name!r}")
         self.solver = as_solver(self.solver)
-        is_class = isinstance(self.curvature, type) and issubclass(self.curvature, Curvature)
+        kind = self.curvature.func if isinstance(self.curvature, partial) else self.curvature
+        is_class = isinstance(kind, type) and issubclass(kind, Curvature)
         if not is_class and self.curvature not in CURVATURES:
             raise InputError(
                 f"stage {self.name!r}: curvature is {self.curvature!r}; expected one of {sorted(CURVATURES)}, or a "
-                "subclass of hf_msif.curvature.Curvature."
+                "subclass of hf_msif.curvature.Curvature (or a functools.partial of one)."
             )
         if not callable(self.link) and self.link not in DIFFERENTIATIONS:
             raise InputError(
@@ -151,8 +153,8 @@ class Stage:
         return settings | {f"solver.{key}": contents(value) for key, value in fields_of(solver).items()}
 
     @property
-    def curvature_class(self) -> type[Curvature]:
-        """The class of the stage's curvature operator."""
+    def curvature_class(self) -> Callable[..., Curvature]:
+        """What makes the stage's curvature operator: a class, or a partial of one."""
         return registered(CURVATURES, self.curvature) if isinstance(self.curvature, str) else self.curvature
 
     @property

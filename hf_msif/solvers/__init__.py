@@ -5,6 +5,7 @@ from ._solve import solve
 from .block_cg import BlockCG
 from .certificate import Certificate, Solution
 from .cg import CG
+from .closed_form import ClosedForm
 from .dense import Dense
 from .forecast import Forecast, forecast
 from .identity import Identity
@@ -18,6 +19,7 @@ __all__ = [
     "CG",
     "BlockCG",
     "Certificate",
+    "ClosedForm",
     "Dense",
     "Forecast",
     "Identity",

@@ -77,6 +77,12 @@ CASES = {
         "solver": solvers.MinRes(damping=3.0, tol=1e-12, max_iter=3),
     },
     "sharded-auto": {"dtype": torch.float64, "sharded": True, "solver": solvers.CG(tol=1e-12, max_iter=3)},
+    "ekfac": {"dtype": torch.float64, "sharded": True, "curvature": "ekfac"},
+    "ekfac-closed": {
+        "dtype": torch.float64,
+        "curvature": "ekfac",
+        "pretraining": {"solver": solvers.ClosedForm(damping=0.5)}.items(),
+    },
     "one-sentence": {"dtype": torch.float64, "corpus": 1},
     "two-sentences": {"dtype": torch.float64, "corpus": 2},
 }

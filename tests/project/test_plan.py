@@ -7,7 +7,7 @@ from helpers.project import SIZES, copied, msif
 from hf_msif import solvers
 from hf_msif.adapters.functional import memo_bytes
 from hf_msif.curvature import Curvature
-from hf_msif.influence import cost
+from hf_msif.influence import cost, implicit_cost
 from hf_msif.project import config, memory, plan
 from hf_msif.project.run import Run
 from hf_msif.solvers.lanczos import MOST_STEPS
