@@ -54,8 +54,8 @@ class EKFACPreconditioner:
             curvature, join, cut = operator.operator, operator.join, operator.cut
         if not isinstance(curvature, Curvature):
             raise InputError(
-                f"EKFACPreconditioner got a {type(operator).__name__}; expected a curvature of hf_msif.curvature, whose "
-                "model and rows it reads."
+                f"EKFACPreconditioner got a {type(operator).__name__}; expected a curvature of hf_msif.curvature, "
+                "whose model and rows it reads."
             )
         settings = {"fisher": self.fisher, "basis_share": self.basis_share, "folder": self.folder}
         fit = EKFAC.of(curvature, **settings)

@@ -383,7 +383,9 @@ class Implicit(Differentiation):
         vectors_held = self.solver_bytes(columns, processes)
         # They are measured only where the vectors leave room for it.
         active = activation_bytes(self.operator) if vectors_held < free else 0
-        return {"the solver's vectors": vectors_held, "a batch's activations": active}
+        held = self.operator.held_bytes()
+        parts = {"the solver's vectors": vectors_held, "a batch's activations": active}
+        return parts | ({"the curvature's bases": held} if held else {})
 
     def cost(self, columns: int, processes: int = 1) -> Cost:
         """What a pull-back of Q = `columns` columns takes on each process, measured on at most four batches.
@@ -416,10 +418,15 @@ class Implicit(Differentiation):
         first = best_seconds(operator.matvec, v, once=True)
         memo = sum(memo_bytes(e.memo or {}) for e in operator.evaluations) / len(indices) * examples
         later = best_seconds(operator.matvec, v) if memo or first < 0.2 else first
-        first_seconds = (first if memo else later) * pass_seconds / batch_seconds
-        later_seconds = later * pass_seconds / batch_seconds
         memo_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0
-        product_seconds = memo_share * later_seconds + (1 - memo_share) * first_seconds
+        if operator.holds_batches:
+            first_seconds = (first if memo else later) * pass_seconds / batch_seconds
+            later_seconds = later * pass_seconds / batch_seconds
+            product_seconds = memo_share * later_seconds + (1 - memo_share) * first_seconds
+        else:  # the first product fits the curvature, and later ones read no row
+            fixed, later = operator.fixed_seconds, best_seconds(operator.matvec, v)
+            first_seconds = max(0.0, first - later - fixed) * pass_seconds / batch_seconds + fixed + later
+            product_seconds = later
         products = self.solver.products(size, columns)
         mixed_seconds = pass_seconds * (3 + 4 * columns) if bound.split.frozen else 0.0  # derivatives.hessian_product
         pass_seconds, first_seconds, product_seconds, mixed_seconds = (
@@ -434,6 +441,7 @@ class Implicit(Differentiation):
             f"one pass of {examples:,} rows: {time_text(pass_seconds)} forward, {time_text(product_seconds)} per "
             f"curvature product with {columns} column(s)",
             f"solve: at most {products:,} products, {time_text(solve_seconds)}",
+            *(f"curvature: {line}" for line in operator.approximations()),
             f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
             f"{size_text(model_bytes)}, a batch's activations {size_text(activations)}"
             + (f", outputs of the frozen encoder {size_text(held_memo)}" if held_memo else ""),
@@ -441,7 +449,7 @@ class Implicit(Differentiation):
         return Cost(
             solve_seconds=solve_seconds,
             score_seconds_per_row=score_seconds,
-            memory_bytes=solver_bytes + activations,
+            memory_bytes=solver_bytes + activations + operator.held_bytes(),
             model_bytes=model_bytes,
             vector_bytes=vectors.nbytes(v),
             details={

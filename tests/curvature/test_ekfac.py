@@ -384,7 +384,7 @@ def test_scores_are_nearly_those_of_gauss_newton():
 
 
 def test_it_preconditions_the_exact_curvature():
-    exact, damping = exact_scores()
+    _, damping = exact_scores()
     _, chain = scores(solver=solvers.Identity())
     operator = chain.stages[0].differentiation.operator
     b = tiny.block(operator.parameters, 2, seed=1)
@@ -410,7 +410,7 @@ def test_it_preconditions_the_exact_curvature():
 
 
 def test_a_stage_names_its_settings_and_others_have_no_closed_form():
-    before, after, corpus, tweets = two_stages()
+    before, _, corpus, _ = two_stages()
     settings = partial(EKFAC, fisher=Sampled(draws=2), basis_share=1.0)
     stage = Stage("pre", before, tiny.objective("masked"), corpus[:6], curvature=settings, solver=solvers.ClosedForm())
     assert stage.curvature_name == "ekfac(basis_share=1.0, fisher=Sampled(draws=2, seed=0))"
@@ -420,7 +420,7 @@ def test_a_stage_names_its_settings_and_others_have_no_closed_form():
     certificate = MultiStageInfluence([stage], progress=False).query(corpus[:1]).solutions["pre"].certificate
     assert certificate.damping == pytest.approx(1e-3 * operator.largest_eigenvalue())
     for kind in (GaussNewton, Hessian):
-        with pytest.raises(InputError, match=r"ClosedForm needs a curvature that knows its inverse, but " + kind.__name__):
+        with pytest.raises(InputError, match=f"ClosedForm needs a curvature .* but {kind.__name__} does not"):
             solvers.ClosedForm().init(make(toy(0), ToyObjective(), toy_rows(1, 3), kind=kind))
     with pytest.raises(InputError, match=r"basis_share is 0; expected a share"):
         make(toy(0), ToyObjective(), toy_rows(1, 3), basis_share=0)
