@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -83,6 +84,9 @@ class Curvature:
     def rehearse(self, evaluation: Evaluation, v: Block) -> None:
         """What a pass over the data does with one batch; its memory is measured on it."""
         self._product(evaluation, v)
+
+    def keep_in(self, folder: Path) -> None:
+        """Says where a long preparation may be saved, to be found by the next query. Defaults to saving nothing."""
 
     def approximations(self) -> list[str]:
         """For people: how C_i is approximated, one line per kind of parameters. Defaults to none."""

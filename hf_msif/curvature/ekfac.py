@@ -227,6 +227,9 @@ class EKFAC(Curvature):
             lines.append(f"{kind}: {size:,} parameters in {len(names)} tensors (first {names[0]})")
         return lines
 
+    def keep_in(self, folder: Path) -> None:
+        self.folder = self.folder or folder
+
     def held_bytes(self) -> int:
         entries = 0
         for shape in self._shapes.values():

@@ -274,6 +274,8 @@ class Implicit(Differentiation):
         """
         engine, operator, solver = self.bound.engine, self.operator, self.solver
         solver_checkpoint = None
+        if checkpoint is not None:
+            operator.keep_in(checkpoint.path.parent)
         with engine.solver_bar(self.bound.name, solver) as progress:
             if engine.sharded and solver.shardable:
                 sharded = Sharded(operator, engine)

@@ -326,6 +326,22 @@ def test_a_fit_is_saved_and_found_again(tmp_path, monkeypatch):
             other.load(tmp_path / "fit.safetensors")
 
 
+def test_the_next_query_finds_the_fit(tmp_path, monkeypatch):
+    """In the folder of a query's checkpoints, whatever its test rows are."""
+    settings = {"curvature": "ekfac", "solver": solvers.ClosedForm(), "objective": ToyObjective()}
+
+    def query(seed):
+        stage = Stage("only", toy(0), data=toy_rows(1, 11), **settings)
+        chain = MultiStageInfluence([stage], progress=False)
+        return chain.query(toy_rows(seed, 2), checkpoints=tmp_path / "new")
+
+    expected = query(5).solutions["only"].u
+    assert [path.name.split("-")[0] for path in (tmp_path / "new").iterdir()] == ["ekfac"]
+    monkeypatch.setattr(EKFAC, "_pass", lambda *_: pytest.fail("fitted again"))
+    assert all(torch.equal(query(5).solutions["only"].u[name], t) for name, t in expected.items())
+    query(6)
+
+
 # In a chain ---------------------------------------------------------------------------------------------------------
 
 
