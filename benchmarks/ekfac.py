@@ -29,7 +29,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 from hf_msif import objectives, vectors
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.curvature import EKFAC
-from hf_msif.curvature.blocks import Block
+from hf_msif.curvature.blocks import KroneckerBlock
 from hf_msif.engine import Engine
 
 BAR = 8.0
@@ -51,19 +51,24 @@ def main(argv: list[str] | None = None) -> int:
     batches = [objective.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
     names = ("a fit's passes", "its eigendecompositions", "a look at the layers", "an inverse of one column")
     ratios: dict[str, list[float]] = {name: [] for name in names}
-    plain(model, objective, batches[0])  # a warm-up
+
+    def forward() -> None:
+        for batch in batches:
+            plain(model, objective, batch)
+
+    forward()  # a warm-up
     for _ in range(settings.repeats):
         operator = EKFAC(functional, objective, rows, tuple(functional.parameters), engine, size)
-        unit = seconds(lambda: [plain(model, objective, batch) for batch in batches])
-        look = seconds(lambda: operator.layers)
+        unit = seconds(forward)
+        look = seconds(getattr, operator, "layers")
         _ = operator.count
-        decomposed = Seconds(Block.decompose)
-        Block.decompose = decomposed  # type: ignore[method-assign]
-        fit = seconds(lambda: operator.blocks)
-        Block.decompose = decomposed.work  # type: ignore[method-assign]
+        decomposed = Seconds(KroneckerBlock.decompose)
+        KroneckerBlock.decompose = decomposed  # type: ignore[method-assign]
+        fit = seconds(getattr, operator, "blocks")
+        KroneckerBlock.decompose = decomposed.work  # type: ignore[method-assign]
         v = vectors.rademacher(operator.parameters, 1, seed=0)
-        solved = seconds(lambda: operator.inverse(v, operator.largest_eigenvalue()))
-        unit = (unit + seconds(lambda: [plain(model, objective, batch) for batch in batches])) / 2
+        solved = seconds(operator.inverse, v, operator.largest_eigenvalue())
+        unit = (unit + seconds(forward)) / 2
         for name, spent in zip(names, (fit - decomposed.total, decomposed.total, look, solved), strict=True):
             ratios[name].append(spent / unit)
     met = statistics.median(ratios[names[0]]) <= BAR
@@ -81,16 +86,16 @@ class Seconds:
     def __init__(self, work: Callable):
         self.work, self.total = work, 0.0
 
-    def __get__(self, owner: Block, _kind: type) -> Callable:
+    def __get__(self, owner: KroneckerBlock, _kind: type) -> Callable:
         def timed(*arguments):
-            self.total += seconds(lambda: self.work(owner, *arguments))
+            self.total += seconds(self.work, owner, *arguments)
 
         return timed
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable, *arguments: object) -> float:
     started = time.process_time()
-    work()
+    work(*arguments)
     return time.process_time() - started
 
 

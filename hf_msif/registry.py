@@ -20,6 +20,7 @@ SOLVERS = {
 }
 PRECONDITIONERS = {
     "nystrom": "hf_msif.solvers.nystrom:Nystrom",
+    "ekfac": "hf_msif.curvature.preconditioner:EKFACPreconditioner",
 }
 CURVATURES = {
     "gauss_newton": "hf_msif.curvature.gauss_newton:GaussNewton",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -46,6 +47,7 @@ class Curvature:
 
     holds_batches: ClassVar[bool] = True
     is_symmetric: ClassVar[bool] = False  # by construction: nothing is to be checked
+    fixed_seconds: float = 0.0  # of the first product, what did not grow with the rows
 
     def __init__(
         self,
@@ -81,6 +83,17 @@ class Curvature:
     def rehearse(self, evaluation: Evaluation, v: Block) -> None:
         """What a pass over the data does with one batch; its memory is measured on it."""
         self._product(evaluation, v)
+
+    def keep_in(self, folder: Path) -> None:
+        """Says where a long preparation may be saved, to be found by the next query. Defaults to saving nothing."""
+
+    def approximations(self) -> list[str]:
+        """For people: how C_i is approximated, one line per kind of parameters. Defaults to none."""
+        return []
+
+    def held_bytes(self) -> int:
+        """Bytes that are held between products, beside vectors and batches. Defaults to 0."""
+        return 0
 
     def products(self, v: Block) -> Iterator[Block]:
         """Σ_i C_i v over each of this process's batches, one block per batch."""

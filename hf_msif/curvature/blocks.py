@@ -110,7 +110,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None
 
 
-class Block:
+class KroneckerBlock:
     """The block of one parameter: sums over this process's batches until it is finished, then an operator.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,8 @@ from ..errors import InputError
 from ..objectives import Objective
 from ..solvers.operator import rounding_unit
 from ..vectors import Block
-from . import blocks
 from .base import Curvature
-from .blocks import Gradients
+from .blocks import LONGEST_VECTOR, Gradients, KroneckerBlock, has_basis
 from .derivatives import Evaluation, example_gradients
 from .fisher import Fisher, Sampled
 from .layer_rules import Call, Elementwise, Embedding, Layer, Linear
@@ -131,7 +131,7 @@ class EKFAC(Curvature):
         return {name: _Shape.of(name, self.parameters[name], layers) for name, layers in owners.items()}
 
     @cached_property
-    def blocks(self) -> dict[str, blocks.Block]:
+    def blocks(self) -> dict[str, KroneckerBlock]:
         """Parameter name → its fitted block."""
         checkpoint = None
         if self.folder is not None:
@@ -145,12 +145,13 @@ class EKFAC(Curvature):
             checkpoint.save(_tensors(fitted), {})
         return fitted
 
-    def _fitted(self) -> dict[str, blocks.Block]:
+    def _fitted(self) -> dict[str, KroneckerBlock]:
         if not self.count:
             raise InputError(f"none of the {self.examples} rows of the curvature has a term to predict: add rows.")
         fitted = {name: shape.block(self.parameters[name]) for name, shape in self._shapes.items()}
-        self._pass(self._basis_rows(), fitted, blocks.Block.add_moments, "EK-FAC: bases")
+        self._pass(self._basis_rows(), fitted, KroneckerBlock.add_moments, "EK-FAC: bases")
         sides = [(b, side) for b in fitted.values() for side in ("left", "right") if getattr(b, side) is not None]
+        started = time.perf_counter()
         for number, (block, side) in enumerate(sides):
             moments = self.engine.all_reduce(getattr(block, side).double())
             if not moments.isfinite().all():
@@ -162,9 +163,10 @@ class EKFAC(Curvature):
                 setattr(block, side, block.eigenvalues.new_zeros(moments.shape))
         for block, side in sides:  # each process has decomposed its share of them
             setattr(block, side, self.engine.all_reduce(getattr(block, side)))
+        self.fixed_seconds = time.perf_counter() - started
         for block in fitted.values():
             block.begin()
-        self._pass(self.rows, fitted, blocks.Block.add_squares, "EK-FAC: eigenvalues")
+        self._pass(self.rows, fitted, KroneckerBlock.add_squares, "EK-FAC: eigenvalues")
         for block in fitted.values():
             total = self.engine.all_reduce(block.eigenvalues.double()) / self.count
             block.eigenvalues = total.to(block.eigenvalues)
@@ -181,7 +183,7 @@ class EKFAC(Curvature):
 
         return sorted(self.rows, key=number)[:size]
 
-    def _pass(self, rows: list[dict], into: dict[str, blocks.Block], add: Callable, desc: str) -> None:
+    def _pass(self, rows: list[dict], into: dict[str, KroneckerBlock], add: Callable, desc: str) -> None:
         """Adds the gradients of all rows of this process to the blocks."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -216,7 +218,7 @@ class EKFAC(Curvature):
         self._gradients(self.layers, evaluation, len(evaluation.losses({})[0]))
 
     def approximations(self) -> list[str]:
-        """For people: how the blocks approximate the Gauss-Newton matrix, one line per kind."""
+        """How the blocks approximate the Gauss-Newton matrix, one line per kind, with numbers of parameters."""
         kinds: dict[str, list[str]] = {}
         for name, shape in self._shapes.items():
             kinds.setdefault(shape.kind, []).append(name)
@@ -225,6 +227,16 @@ class EKFAC(Curvature):
             size = sum(self.parameters[name].numel() for name in names)
             lines.append(f"{kind}: {size:,} parameters in {len(names)} tensors (first {names[0]})")
         return lines
+
+    def keep_in(self, folder: Path) -> None:
+        self.folder = self.folder or folder
+
+    def held_bytes(self) -> int:
+        entries = 0
+        for shape in self._shapes.values():
+            m, n = shape.size
+            entries += m * n + shape.left * m**2 + shape.right * n**2
+        return entries * next(iter(self.parameters.values())).element_size()
 
     # --- saving
 
@@ -254,7 +266,7 @@ class EKFAC(Curvature):
         vars(self)["blocks"] = self._restored(saved[0])
         return self
 
-    def _restored(self, tensors: dict[str, Tensor]) -> dict[str, blocks.Block]:
+    def _restored(self, tensors: dict[str, Tensor]) -> dict[str, KroneckerBlock]:
         fitted = {name: shape.block(self.parameters[name]) for name, shape in self._shapes.items()}
         for key, t in tensors.items():
             part, name = key.split("/", 1)
@@ -370,14 +382,14 @@ class _Shape:
         if not layers or (matrices and (len(matrices) < len(layers) or max(len(sizes), len(turned)) > 1)):
             return cls(None, False, (parameter.numel(), 1), False, False)  # made in two ways that do not fit
         if not matrices:
-            return cls(None, True, (parameter.numel(), 1), 1 < parameter.numel() <= blocks.LONGEST_VECTOR, False)
+            return cls(None, True, (parameter.numel(), 1), 1 < parameter.numel() <= LONGEST_VECTOR, False)
         ((m, n),) = sizes
         table = any(isinstance(layer, Embedding) for layer in matrices)
-        left = blocks.has_basis(m, n) and not table
-        return cls(matrices[0], False, (m, n), left, blocks.has_basis(n, m))
+        left = has_basis(m, n) and not table
+        return cls(matrices[0], False, (m, n), left, has_basis(n, m))
 
-    def block(self, like: Tensor) -> blocks.Block:
-        return blocks.Block(self.size, like, self.left, self.right)
+    def block(self, like: Tensor) -> KroneckerBlock:
+        return KroneckerBlock(self.size, like, self.left, self.right)
 
     def matrices(self, v: Tensor) -> Tensor:
         """Columns of the parameter, (Q, *shape), as matrices, (Q, m, n)."""
@@ -421,5 +433,5 @@ def _collect(made: dict[str, Gradients], layer: Layer, call: Call, apart: list[s
         own["weight"].add_vectors(call.grouping.sum(call.a * call.g))
 
 
-def _tensors(fitted: Mapping[str, blocks.Block]) -> dict[str, Tensor]:
+def _tensors(fitted: Mapping[str, KroneckerBlock]) -> dict[str, Tensor]:
     return {f"{part}/{name}": t for name, block in fitted.items() for part, t in block.parts().items()}

@@ -1,10 +1,10 @@
 """Objectives whose gradients sample the Gauss-Newton matrix: labels are drawn from the model's own predictions.
 
 The Gauss-Newton matrix of example i is Σ_t J_tᵀ H_t J_t, over the terms t of its loss, with the Jacobian J_t of the
-outputs that the term reads and the Hessian H_t of the term in them. Its eigenbasis is not within reach, that of second
-moments of gradients is: if c_t are independent random vectors with E[c_t] = 0 and E[c_t c_tᵀ] = H_t, the gradient
-g_i = Σ_t J_tᵀ c_t has E[g_i g_iᵀ] = Σ_t J_tᵀ H_t J_t, since the cross terms vanish (Martens, 2020). For a cross-entropy
-of weight w, p = softmax(outputs) and a label ŷ drawn from p, c_t = √w (p − e_ŷ) is such a vector.
+outputs that a term reads and the Hessian H_t of the term in them. It is a second moment of gradients: for independent
+random vectors c_t with E[c_t] = 0 and E[c_t c_tᵀ] = H_t, the gradient g_i = Σ_t J_tᵀ c_t has the second moment
+E[g_i g_iᵀ] = Σ_t J_tᵀ H_t J_t, since the cross terms vanish (Martens, 2020). For a cross-entropy of weight w,
+p = softmax(outputs) and a label ŷ drawn from p, c_t = √w (p − e_ŷ) is such a vector.
 """
 
 from __future__ import annotations
@@ -170,12 +170,12 @@ class _Product(torch.autograd.Function):
     """Σ over the rows of each example of ⟨c_t, outputs⟩, (B,), with the value 0."""
 
     @staticmethod
-    def forward(ctx, outputs: Tensor, values: Tensor, examples: Tensor, size: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, outputs: Tensor, values: Tensor, examples: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(values, examples)
         return outputs.new_zeros(size)
 
     @staticmethod
-    def backward(ctx, weights: Tensor):  # type: ignore[override]
+    def backward(ctx, weights: Tensor):
         values, examples = ctx.saved_tensors
         if bool((weights == 1).all()):
             return values, None, None, None

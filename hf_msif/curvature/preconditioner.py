@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..solvers import Preconditioner
 from ..vectors import Block
 from .base import Curvature
 from .ekfac import EKFAC
@@ -24,7 +25,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EKFACPreconditioner:
+class EKFACPreconditioner(Preconditioner):
     """M = EK-FAC of the operator + λI: as many passes as two to three products, and none per iteration.
 
     Args:
@@ -34,6 +35,13 @@ class EKFACPreconditioner:
     fisher: Fisher = field(default_factory=Sampled)
     basis_share: float = 0.25
     folder: str | os.PathLike | None = None
+
+    # Rotated columns, and their products with the inverse eigenvalues.
+    vectors_held = 2
+
+    def extra_bytes(self, parameters: int) -> int:
+        """The eigenvalues, one per parameter, and the bases, which are about as large."""
+        return 2 * 4 * parameters
 
     def init(self, operator: Any, damping: float) -> State:
         """Fits EK-FAC on the operator's model, losses, rows and quadratic terms.
@@ -54,8 +62,8 @@ class EKFACPreconditioner:
             curvature, join, cut = operator.operator, operator.join, operator.cut
         if not isinstance(curvature, Curvature):
             raise InputError(
-                f"EKFACPreconditioner got a {type(operator).__name__}; expected a curvature of hf_msif.curvature, whose "
-                "model and rows it reads."
+                f"EKFACPreconditioner got a {type(operator).__name__}; expected a curvature of hf_msif.curvature, "
+                "whose model and rows it reads."
             )
         settings = {"fisher": self.fisher, "basis_share": self.basis_share, "folder": self.folder}
         fit = EKFAC.of(curvature, **settings)

@@ -233,6 +233,8 @@ class Implicit(Differentiation):
         """
         engine, operator, solver = self.bound.engine, self.operator, self.solver
         solver_checkpoint = None
+        if checkpoint is not None:
+            operator.keep_in(checkpoint.path.parent)
         with engine.solver_bar(self.bound.name, solver) as progress:
             if engine.sharded and solver.shardable:
                 sharded = Sharded(operator, engine)
@@ -348,7 +350,9 @@ class Implicit(Differentiation):
         vectors_held = self.solver_bytes(columns, processes)
         # They are measured only where the vectors leave room for it.
         active = activation_bytes(self.operator, columns) if vectors_held < free else 0
-        return {"the solver's vectors": vectors_held, "a batch's activations": active}
+        held = self.operator.held_bytes()
+        parts = {"the solver's vectors": vectors_held, "a batch's activations": active}
+        return parts | ({"the curvature's bases": held} if held else {})
 
     def cost(self, columns: int, processes: int = 1) -> Cost:
         """What a pull-back of Q = `columns` columns takes on each process, measured on a few batches."""

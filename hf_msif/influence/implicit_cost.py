@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,9 +15,6 @@ from ..engine.corpus import first_rows
 from ..engine.stream import Stream
 from ..solvers.forecast import STEPS, Forecast, can_forecast, forecast
 from .cost import Cost, activation_bytes, attended, best_seconds, size_text, time_text
-
-if TYPE_CHECKING:
-    from .implicit import Implicit
 
 FORECAST_SECONDS = 60.0  # of the Lanczos run of a forecast; fewer rows are taken where it would take longer
 
@@ -34,9 +31,12 @@ class _Passes:
     how: str
     held_memo: int
     activations: int
+    curvature_bytes: int
+    approximations: list[str]
 
 
-def implicit_cost(implicit: Implicit, columns: int, processes: int) -> Cost:
+# `Any` stands for `implicit.Implicit`, whose module imports this one.
+def implicit_cost(implicit: Any, columns: int, processes: int) -> Cost:
     """What a pull-back of Q = `columns` columns takes on each process.
 
     A product is timed on one batch of medium length, and scaled to a pass over all curvature rows by the ratio of the
@@ -66,6 +66,7 @@ def implicit_cost(implicit: Implicit, columns: int, processes: int) -> Cost:
         f"one pass of {examples:,} rows: {time_text(passes.forward / processes)} forward, "
         f"{time_text(passes.product / processes)} per curvature product with {columns} column(s)",
         f"solve: {foretold}{'; ' if foretold else ''}at most {worst:,} products, {time_text(at_most)}",
+        *(f"curvature: {line}" for line in passes.approximations),
         f"scoring: {passes.forward_passes_per_score:.1f} forward passes per row with {columns} column(s), by "
         f"{passes.how}",
         f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
@@ -75,7 +76,7 @@ def implicit_cost(implicit: Implicit, columns: int, processes: int) -> Cost:
     return Cost(
         solve_seconds=at_most,
         score_seconds_per_row=passes.score_per_row,
-        memory_bytes=solver_bytes + passes.activations,
+        memory_bytes=solver_bytes + passes.activations + passes.curvature_bytes,
         model_bytes=model_bytes,
         vector_bytes=columns * vectors.nbytes(parameters),
         details={
@@ -94,7 +95,7 @@ def implicit_cost(implicit: Implicit, columns: int, processes: int) -> Cost:
     )
 
 
-def curvature_examples(implicit: Implicit) -> int:
+def curvature_examples(implicit: Any) -> int:
     """The number of rows on which the curvature is estimated, without reading them."""
     samples, rows = implicit.bound.stage.curvature_samples, implicit.bound.rows
     if isinstance(rows, Stream):
@@ -103,12 +104,12 @@ def curvature_examples(implicit: Implicit) -> int:
     return min(samples or len(rows), len(rows))
 
 
-def _some_rows(implicit: Implicit, size: int) -> list[dict]:
+def _some_rows(implicit: Any, size: int) -> list[dict]:
     bound = implicit.bound
     return first_rows(bound.rows, size) if isinstance(bound.rows, Stream) else bound.subset(size)
 
 
-def _measure(implicit: Implicit, columns: int, examples: int) -> _Passes:
+def _measure(implicit: Any, columns: int, examples: int) -> _Passes:
     """Times on at most four batches, scaled to all curvature rows."""
     from .differentiation import DirectCertificate
 
@@ -132,21 +133,29 @@ def _measure(implicit: Implicit, columns: int, examples: int) -> _Passes:
     first = best_seconds(operator.matvec, v, once=True)
     memo = sum(memo_bytes(e.memo or {}) for e in operator.evaluations) / len(indices) * examples
     later = best_seconds(operator.matvec, v) if memo or first < 0.2 else first
-    first_seconds, later_seconds = (seconds * forward / batch_seconds for seconds in (first if memo else later, later))
     memo_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0
+    if operator.holds_batches:
+        later_seconds = later * forward / batch_seconds
+        first_seconds = first * forward / batch_seconds if memo else later_seconds
+        product = memo_share * later_seconds + (1 - memo_share) * first_seconds
+    else:  # the first product fits the curvature, and later ones read no row
+        fixed, product = operator.fixed_seconds, best_seconds(operator.matvec, v)
+        first_seconds = max(0.0, first - product - fixed) * forward / batch_seconds + fixed + product
     return _Passes(
         forward=forward,
         first_product=first_seconds,
-        product=memo_share * later_seconds + (1 - memo_share) * first_seconds,
+        product=product,
         score_per_row=scored * forward / examples,
         forward_passes_per_score=scored,
         how=scorer.how,
         held_memo=int(memo_share * memo),
         activations=activation_bytes(implicit.curvature([rows[i] for i in widest]), columns),
+        curvature_bytes=operator.held_bytes(),
+        approximations=operator.approximations(),
     )
 
 
-def _forecast(implicit: Implicit, passes: _Passes, columns: int, examples: int) -> tuple[Forecast | None, int]:
+def _forecast(implicit: Any, passes: _Passes, columns: int, examples: int) -> tuple[Forecast | None, int]:
     """The solver's products, and the number of rows on which they are foretold; None where nothing foretells them."""
     if not can_forecast(implicit.solver):
         return None, 0

@@ -46,7 +46,7 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
     is_main = chain.engine.is_main
     with chain.engine.raising_together():
         if is_main:
-            names = [f"{name}.safetensors" for name in project.names]
+            names = [*(f"{name}.safetensors" for name in project.names), "ekfac-*.safetensors"]
             folders.add_names(checkpoints, "checkpoints of a query", names)
     try:
         query = chain.query(tests, project.aggregate, checkpoints=checkpoints)
