@@ -316,7 +316,7 @@ def simulate(settings: argparse.Namespace) -> None:
         Evaluation(model, objective, batches[0]).losses({})
     operations = counter.get_total_flops() / 64
     parameters = sum(p.numel() for p in model.parameters.values())
-    # benchmarks/scoring.py: a query costs 3.1 forward passes, a Gauss-Newton product 5.2, and 4.6 per further column
+    # benchmarks/scoring.py: scoring takes 3.1 forward passes per query; a product 5.2, and 4.6 per further column
     scoring = 3.1 * settings.queries * operations / (settings.tflops * 1e12)
     product = (5.2 + 4.6 * (settings.queries - 1)) * operations / (settings.tflops * 1e12)
     examples, iterations = 2048, 200
