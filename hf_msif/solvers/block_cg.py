@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEFINITE = 1e-4  # how far below zero an eigenvalue of a Gram matrix is no rounding, relative to the largest
 FLOAT64 = torch.finfo(torch.float64).eps
+PASSES = 3  # of an orthonormalisation, at most
 MOST_ROWS = 1024  # of the block tridiagonal
 WELL_CONDITIONED = 1e-3  # the shortest over the longest direction, below which one pass is not enough
 
@@ -205,8 +206,8 @@ def orthonormalise(w: Block, system: LinearSystem, floor: float) -> tuple[Block,
     """
     precondition = system.precondition
     v, z = w, w if precondition is None else precondition(w)
-    factor, spread = None, 0.0
-    while factor is None or spread < WELL_CONDITIONED:
+    factor = torch.eye(vectors.columns(w), dtype=torch.float64, device=system.rhs_norms.device)
+    for _ in range(PASSES):
         gram = _symmetric(system.gram(v, z))
         lengths, basis = torch.linalg.eigh(gram)
         if lengths[0] < -INDEFINITE * lengths.abs().max():
@@ -216,9 +217,9 @@ def orthonormalise(w: Block, system: LinearSystem, floor: float) -> tuple[Block,
         lengths, basis = lengths[real].sqrt(), basis[:, real]
         v = vectors.combine(v, basis / lengths)
         z = v if precondition is None else vectors.combine(z, basis / lengths)
-        b = lengths[:, None] * basis.T
-        factor = b if factor is None else b @ factor
-        spread = 1.0 if not len(lengths) else (lengths[0] / lengths[-1]).item()
+        factor = lengths[:, None] * basis.T @ factor
+        if not len(lengths) or lengths[0] >= WELL_CONDITIONED * lengths[-1]:
+            break
     return v, z, factor
 
 

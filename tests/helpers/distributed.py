@@ -66,6 +66,7 @@ def results(dtype, **settings):
     return found
 
 
+AUTO = solvers.CG(damping_fraction=0.1, tol=1e-12, max_iter=3)  # with less damping three iterations gain nothing
 CASES = {
     "float64": {"dtype": torch.float64},
     "float32": {"dtype": torch.float32},
@@ -76,7 +77,12 @@ CASES = {
         "curvature": "hessian",
         "solver": solvers.MinRes(damping=3.0, tol=1e-12, max_iter=3),
     },
-    "sharded-auto": {"dtype": torch.float64, "sharded": True, "solver": solvers.CG(tol=1e-12, max_iter=3)},
+    "sharded-auto": {"dtype": torch.float64, "sharded": True, "solver": AUTO},
+    "sharded-block": {
+        "dtype": torch.float64,
+        "sharded": True,
+        "solver": solvers.BlockCG(damping=0.5, tol=1e-12, max_iter=3, preconditioner=solvers.Nystrom(rank=6)),
+    },
     "ekfac": {"dtype": torch.float64, "sharded": True, "curvature": "ekfac"},
     "ekfac-closed": {
         "dtype": torch.float64,
