@@ -28,8 +28,7 @@ PEERS = {
     "dattri": ("dattri==0.3.0", ["pyyaml", "tqdm", "pretty_midi"]),
     "bergson": (
         "bergson==2.5.1",
-        ["datasets", "jinja2", "jaxtyping", "ml_dtypes", "natsort", "peft", "petname", "pyarrow", "pyyaml"]
-        + ["simple-parsing", "huggingface-hub", "tqdm", "pandas"],
+        ["datasets", "jinja2", "jaxtyping", "ml_dtypes", "natsort", "peft", "petname", "pyarrow", "pyyaml", "simple-parsing", "huggingface-hub", "tqdm", "pandas"],
     ),
     "captum": ("captum==0.9.0", ["matplotlib", "packaging", "tqdm"]),
 }

@@ -1,4 +1,4 @@
-"""An independent check of a solve: the residual of (H + λ) u = b, H the Hessian of the mean loss, by double backward."""
+"""An independent check of a solve: the residual of (H + λ) u = b, H the Hessian of the mean loss."""
 
 from __future__ import annotations
 

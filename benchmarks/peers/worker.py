@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     masked = MaskedWords(problem.model())
     forward_pass(masked, problem.train[:64])  # the first pass of a process also chooses kernels
     forward = [_forward_seconds(masked, problem) for _ in range(3)]
+    run, arguments = getattr(library, case["measurement"]), case.get("arguments", {})
+    if case.get("warm_up"):  # imports and first calls are no part of a rate
+        with suppress(Exception):
+            run(problem.first(case["warm_up"], 1), MaskedWords(problem.model()), Clock(), **arguments)
     memory, clock = Memory(), Clock()
-    result = getattr(library, case["measurement"])(problem, masked, clock, **case.get("arguments", {}))
+    result = run(problem, masked, clock, **arguments)
     return {
         "forward_seconds": statistics.median(forward),
         "seconds": clock.seconds,

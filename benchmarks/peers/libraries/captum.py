@@ -44,6 +44,7 @@ def fit(problem: Problem, masked: MaskedWords, clock) -> dict[str, Any]:
 
 def _arnoldi(problem: Problem, masked: MaskedWords, damping: float, batch_size: int, dimension: int, rank: int):
     """Its matrix is the Hessian of the *summed* losses; λ is added to the part that the Krylov space sees."""
+    masked.model.set_attn_implementation("eager")  # the model's own attention has no second derivative on CPUs
     return ArnoldiInfluenceFunction(
         masked,
         _loader(problem.train, batch_size),
@@ -86,6 +87,7 @@ def quality(
             influence = _arnoldi(problem, masked, damping, len(problem.train), 200, 50)
             scores = influence.influence(problem.queries.tensors)
         else:
+            masked.model.set_attn_implementation("eager")
             loader = _loader(problem.train, len(problem.train))
             influence = NaiveInfluenceFunction(
                 masked,

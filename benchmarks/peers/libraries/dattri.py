@@ -59,6 +59,8 @@ def fit(problem: Problem, masked: MaskedWords, clock, batch_size: int = 64) -> d
 def _solver(method: str, masked: MaskedWords, damping: float, sentences: Sentences, **settings: Any):
     """The attributors that put something in the place of the inverse curvature, with hf_msif's λ in their units."""
     task, terms = _task(masked), sentences.columns.shape[1]
+    if method in ("CG", "LiSSA", "Arnoldi"):  # the model's own attention has no second derivative on CPUs
+        masked.model.set_attn_implementation("eager")
     if method == "CG":
         return influence_function.IFAttributorCG(task, regularization=damping, **settings)
     if method == "LiSSA":

@@ -87,4 +87,3 @@ def quality(
         query = chain(model, objective, train, **way, batch_size=batch_size).query(queries)
         scores = query.score(train)
     return {"scores": scores.removal_effects(), "parameters": _parameters(model)}
-

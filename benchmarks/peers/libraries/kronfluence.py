@@ -9,14 +9,13 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import kronfluence
 import torch
+from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.score import pairwise
 from problem import MaskedWords, Problem, Sentences, losses
 from torch.distributions import Categorical
 from torch.utils.data import TensorDataset
-
-import kronfluence
-from kronfluence.arguments import FactorArguments, ScoreArguments
-from kronfluence.score import pairwise
 
 DECODER = "model.cls.predictions.decoder"
 
