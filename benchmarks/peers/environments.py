@@ -21,16 +21,17 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE / ".environments"
 REPOSITORY = HERE.parents[1]
 
-COMMON = ["torch", "transformers", "numpy", "scipy", "psutil", "accelerate", "safetensors"]
+COMMON = "torch transformers numpy scipy psutil accelerate safetensors"
 # Library -> its own package, and what it imports beside COMMON.
 PEERS = {
-    "kronfluence": ("kronfluence==1.0.1", ["einops", "einconv", "opt-einsum", "tqdm"]),
-    "dattri": ("dattri==0.3.0", ["pyyaml", "tqdm", "pretty_midi"]),
+    "kronfluence": ("kronfluence==1.0.1", "einops einconv opt-einsum tqdm"),
+    "dattri": ("dattri==0.3.0", "pyyaml tqdm pretty_midi"),
     "bergson": (
         "bergson==2.5.1",
-        ["datasets", "jinja2", "jaxtyping", "ml_dtypes", "natsort", "peft", "petname", "pyarrow", "pyyaml", "simple-parsing", "huggingface-hub", "tqdm", "pandas"],
+        "datasets huggingface-hub jaxtyping jinja2 ml_dtypes natsort pandas peft petname pyarrow pyyaml "
+        "simple-parsing tqdm",
     ),
-    "captum": ("captum==0.9.0", ["matplotlib", "packaging", "tqdm"]),
+    "captum": ("captum==0.9.0", "matplotlib packaging tqdm"),
 }
 # Installed without their dependencies, which would bring torchvision or another torch; bergson imports them.
 BARE = {"bergson": ["torchopt", "bitsandbytes"]}
@@ -57,7 +58,7 @@ def make(library: str) -> None:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     package, needs = PEERS[library]
-    subprocess.run([*install, "--constraint", constraints, *COMMON, *needs], check=True)
+    subprocess.run([*install, "--constraint", constraints, *COMMON.split(), *needs.split()], check=True)
     subprocess.run([*install, "--no-deps", package, *BARE.get(library, [])], check=True)
     listed = subprocess.run([*install[:3], "list", "--format=json"], check=True, capture_output=True, text=True)
     installed = {entry["name"]: entry["version"] for entry in json.loads(listed.stdout)}

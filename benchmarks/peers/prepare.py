@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from problem import MaskedWords, Problem, Sentences, losses, untied
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, TrainingArguments
 
@@ -103,6 +104,33 @@ def quality(folder: Path, sentences: int, queries: int, subsets: int, seed: int 
     np.savez(folder / "subsets.npz", omissions=np.array(omissions), effects=effects)
     facts = {"damping": damping, "run": run.name, "weight_decay": DECAY}
     save(folder, model.float(), words, texts[:sentences], texts[sentences:], masks, facts)
+
+
+def gradient_products(folder: Path) -> None:
+    """`gradients.npz`: ⟨∇ℓ_i, ∇f_q⟩ (N, Q) in float64 over the parameters that the libraries cover."""
+    problem = Problem.load(folder)
+    model = untied(problem.model().double())
+    masked, linear = MaskedWords(model), torch.nn.Linear
+    encoder, head = (
+        [p for m in part.modules() if isinstance(m, linear) for p in m.parameters()] for part in model.children()
+    )
+    products = {}
+    for name, parameters in {"linear": encoder + head, "encoder_linear": encoder}.items():
+        products[name] = (
+            _gradients(masked, problem.train, parameters) @ _gradients(masked, problem.queries, parameters).T
+        )
+    tied = MaskedWords(problem.model().double())
+    parameters = list(tied.parameters())
+    products["all"] = _gradients(tied, problem.train, parameters) @ _gradients(tied, problem.queries, parameters).T
+    np.savez(folder / "gradients.npz", **{name: product.numpy() for name, product in products.items()})
+
+
+def _gradients(masked: MaskedWords, sentences: Sentences, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    rows = []
+    for one in sentences.batches(1):
+        loss = losses(masked(one.input_ids, one.columns), one.labels).sum()
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(rows)
 
 
 def chain(model, objective, rows: list[dict], curvature: str, solver: Any, **stage: Any) -> MultiStageInfluence:

@@ -74,6 +74,8 @@ def problems(output: Path, sizes: cases_.Sizes, only: list[str]) -> None:
             prepare.cost(folder, sizes.sentences, max(sizes.queries), vocabulary)
     if not (output / "quality" / "problem.json").exists() and "quality" in only:
         prepare.quality(output / "quality", *sizes.quality)
+    if not (output / "quality" / "gradients.npz").exists() and "quality" in only:
+        prepare.gradient_products(output / "quality")
 
 
 def everything(output: Path, sizes: cases_.Sizes, only: list[str]) -> list[cases_.Case]:
@@ -131,7 +133,7 @@ def collect(listed: list[cases_.Case], repeats: int, output: Path) -> pd.DataFra
             result = json.loads(path.read_text())
             scores = path.with_suffix(".npy")
             if case.measurement == "quality" and scores.exists():
-                result |= compare(np.load(scores), output / "quality")
+                result |= compare(case, np.load(scores), output / "quality")
             rows.append(tables.row_of(asdict(case), repeat, with_version(case.library, result)))
     return pd.DataFrame(rows)
 
@@ -144,11 +146,16 @@ def with_version(library: str, result: dict[str, Any]) -> dict[str, Any]:
     return result | {"versions": result.get("versions", {}) | {library: version}}
 
 
-def compare(scores: np.ndarray, folder: Path) -> dict[str, Any]:
+def compare(case: cases_.Case, scores: np.ndarray, folder: Path) -> dict[str, Any]:
+    """How well scores agree with what is known of the problem."""
     if not np.isfinite(scores).all():
         return {"error": "scores that are not finite"}
     subsets, exact = np.load(folder / "subsets.npz"), np.load(folder / "exact.npz")
-    return tables.agreement(scores, exact, subsets["omissions"], subsets["effects"])
+    result = tables.agreement(scores, exact, subsets["omissions"], subsets["effects"])
+    if case.method == "gradient":
+        products = np.load(folder / "gradients.npz")[tables.COVERAGE[case.library]]
+        result["gradient_error"] = tables.relative_error(scores, products)
+    return result
 
 
 def machine() -> dict[str, Any]:

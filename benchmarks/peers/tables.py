@@ -50,6 +50,15 @@ AGREEMENT = {
     "spearman_hessian": "ρ, Hessian",
     "overlap_hessian": "top 10, Hessian",
     "lds": "LDS",
+    "gradient_error": "error",
+}
+# The parameters that a library covers, of `prepare.gradient_products`.
+COVERAGE = {
+    "hf_msif": "all",
+    "captum": "all",
+    "dattri": "all",
+    "kronfluence": "linear",
+    "bergson": "encoder_linear",
 }
 
 
@@ -91,6 +100,16 @@ def agreement(
         result[f"spearman_{curvature}"] = spearman(scores, exact[curvature])
         result[f"overlap_{curvature}"] = overlap(scores, exact[curvature])
     return result | {"lds": spearman(scores[omissions].sum(1), effects)}
+
+
+def relative_error(scores: np.ndarray, products: np.ndarray) -> float:
+    """‖c · scores − products‖ / ‖products‖ with the best c: a library's scores have its own unit.
+
+    >>> relative_error(np.array([[2.0, 4.0]]), np.array([[1.0, 2.0]]))
+    0.0
+    """
+    scale = (scores * products).sum() / (scores**2).sum()
+    return float(np.linalg.norm(scale * scores - products) / np.linalg.norm(products))
 
 
 def medians(frame: pd.DataFrame) -> pd.DataFrame:
