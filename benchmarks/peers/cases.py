@@ -32,7 +32,7 @@ class Sizes:
     solved: int = 64
     slow: int = 16
     vocabularies: tuple[int, int] = (8_000, 30_522)
-    quality: tuple[int, int, int] = (300, 16, 40)
+    quality: tuple[int, int, int] = (240, 16, 40)
     queries: tuple[int, ...] = QUERIES
 
 

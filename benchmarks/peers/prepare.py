@@ -97,7 +97,7 @@ def quality(folder: Path, sentences: int, queries: int, subsets: int, seed: int 
     model = model.float().double()
     answers, damping = {}, "auto"
     for curvature in ("gauss_newton", "hessian"):
-        query = chain(model, objective, rows, curvature, solvers.Dense(damping=damping)).query(tests)
+        query = chain(model, objective, rows, curvature, solvers.Dense(damping=damping, chunk=256)).query(tests)
         answers[curvature] = query.score(rows).removal_effects()
         damping = query.certificates["only"].damping  # λ of the first is that of the second, and of every library
     np.savez(folder / "exact.npz", **answers)

@@ -1,5 +1,6 @@
 """The parts of benchmarks/peers that need no peer: its cases, and what its tables make of results."""
 
+import doctest
 import importlib
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ def test_every_case_has_a_file_of_its_own(peers):
         assert len({case.key for case in made}) == len(made)
         assert {case.library for case in made} == set(cases.LIBRARIES)
         assert all(case.settings != other.settings for case in made for other in made if case is not other)
+
+
+def test_the_examples_of_the_tables_are_true(peers):
+    found = doctest.testmod(peers("tables"))
+    assert found.attempted >= 4
+    assert not found.failed
 
 
 def test_agreement_with_itself_with_noise_and_with_retraining(peers):
