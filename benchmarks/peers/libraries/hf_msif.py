@@ -37,9 +37,18 @@ def score(problem: Problem, masked: MaskedWords, clock, batch_size: int = 64) ->
     return {"scores": scores.removal_effects(), "parameters": _parameters(masked.model)}
 
 
-def fit(problem: Problem, masked: MaskedWords, clock, batch_size: int = 64) -> dict[str, Any]:
-    """Fits Kronecker factors: hf_msif has no curvature "ekfac" yet. To be filled in when it has one."""
+def ekfac(damping: float) -> dict[str, Any]:
+    """Curvature and solver of a stage with Kronecker factors. To be filled in: this version has none."""
     raise NotImplementedError("not available yet: this version has no curvature 'ekfac'")
+
+
+def fit(problem: Problem, masked: MaskedWords, clock, batch_size: int = 64) -> dict[str, Any]:
+    """The fit and one query with it: a stage fits its factors when it is first asked."""
+    objective, train, queries = _rows(problem)
+    model = chain(masked.model, objective, train, **ekfac(1.0), batch_size=batch_size)
+    with clock.running():
+        model.query(queries)
+    return {"parameters": _parameters(masked.model)}
 
 
 def solve(
@@ -74,14 +83,13 @@ def quality(
         "gradient": {"curvature": "gauss_newton", "solver": solvers.Identity()},
         "Gauss-Newton": {"curvature": "gauss_newton", "solver": solvers.CG(damping=damping, tol=1e-3)},
         "Hessian": {"curvature": "hessian", "solver": solvers.MinRes(damping=damping, tol=1e-3)},
+        "unrolled": {},
     }
-    model, way = masked.model, ways.get(method)
+    model, way = masked.model, ekfac(damping) if method == "ekfac" else ways[method]
     if method == "unrolled":  # its own run, in the float64 that it was recorded in
         model = copy.deepcopy(model).double()
         run = str(problem.folder / problem.facts["run"])
         way = ways["gradient"] | {"link": "unrolled", "run": run, "weight_decay": problem.facts["weight_decay"]}
-    if way is None:
-        raise NotImplementedError(f"not available yet: this version has no curvature {method!r}")
     with clock.running(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*not solved to tolerance")
         query = chain(model, objective, train, **way, batch_size=batch_size).query(queries)
