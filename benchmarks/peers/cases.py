@@ -140,7 +140,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "gradient": {},
         "CG": {"max_iter": 50},
         "LiSSA": {"recursion_depth": 500, "batch_size": 32, "scaling": 100.0},
-        "Arnoldi": {"max_iter": 50, "proj_dim": 50},
+        "Arnoldi": {"max_iter": 200, "proj_dim": 50},
         "DataInf": {},
         "EK-FAC": {},
     },

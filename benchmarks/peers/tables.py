@@ -156,6 +156,11 @@ def markdown(frame: pd.DataFrame, machine: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def whole(value: float) -> str:
+    """A whole number with its thousands apart; "" for what was not measured."""
+    return f"{value:,.0f}" if np.isfinite(value) else ""
+
+
 def _name(row: pd.Series) -> str:
     return f"{row['library']} {row['version']}".strip()
 
@@ -164,8 +169,9 @@ def _scoring(rows: pd.DataFrame) -> list[dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     for _, row in rows.iterrows():
         line = table.setdefault(_name(row), {"": _name(row), "parameters": ""})
-        line["parameters"] = line["parameters"] or number(row["parameters"])
-        ends = f"{number(row['ratio'])} ({number(row['smallest'])}–{number(row['largest'])})"
+        line["parameters"] = line["parameters"] or whole(row["parameters"])
+        median, smallest, largest = (number(row[name]) for name in ("ratio", "smallest", "largest"))
+        ends = f"{median} ({smallest}–{largest})" if smallest != largest else median
         line[f"Q = {row['queries']:.0f}"] = row["error"] or ends
         line["peak MiB, last Q"] = number(row["peak_mib"])
     columns = list(dict.fromkeys(key for line in table.values() for key in line if not key.startswith("peak")))
@@ -173,10 +179,9 @@ def _scoring(rows: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _costs(row: pd.Series) -> dict[str, str]:
-    if row["error"]:
-        return {"F": row["error"], "CPU s": "", "peak MiB": "", "parameters": ""}
-    figures = {"F": "ratio", "CPU s": "seconds", "peak MiB": "peak_mib", "parameters": "parameters"}
-    return {title: number(row[name]) for title, name in figures.items()}
+    figures = {"F": "ratio", "CPU s": "seconds", "peak MiB": "peak_mib"}
+    costs = {title: "" if row["error"] else number(row[name]) for title, name in figures.items()}
+    return costs | {"parameters": whole(row["parameters"]), "why not": row["error"]}
 
 
 def _fitting(rows: pd.DataFrame) -> list[dict[str, str]]:
@@ -189,7 +194,7 @@ def _fitting(rows: pd.DataFrame) -> list[dict[str, str]]:
 def _solving(rows: pd.DataFrame) -> list[dict[str, str]]:
     return [
         {"": _name(row), "what": row["method"]}
-        | {"products": number(row["products"]), "relative residual": number(row["residual"], 2)}
+        | {"products": whole(row["products"]), "relative residual": number(row["residual"], 2)}
         | _costs(row)
         for _, row in rows.iterrows()
     ]
@@ -199,7 +204,7 @@ def _quality(rows: pd.DataFrame) -> list[dict[str, str]]:
     return [
         {"": _name(row), "what": row["method"]}
         | {title: number(row.get(name, np.nan), 2) for name, title in AGREEMENT.items()}
-        | {"CPU s": row["error"] or number(row["seconds"]), "parameters": number(row["parameters"])}
+        | {"CPU s": number(row["seconds"]), "parameters": whole(row["parameters"]), "why not": row["error"]}
         for _, row in rows.iterrows()
     ]
 

@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -102,6 +103,16 @@ def _forward_seconds(masked: Any, problem: Any, at_least: float = 0.3) -> float:
     return (time.process_time() - started) / passes
 
 
+def reason(error: Exception, memory: int) -> str:
+    """An error in one line of a table."""
+    message = " ".join(str(error).split())
+    refused = re.search(r"tried to allocate (\d+) bytes", message)
+    if refused or isinstance(error, MemoryError):
+        more = f": a tensor of {int(refused[1]) / 2**30:.1f} GiB was refused" if refused else ""
+        return f"needs more than {memory / 2**30:.0f} GiB{more}"
+    return f"{type(error).__name__}: {message[:160]}"
+
+
 def main(case_path: str, result_path: str) -> None:
     case = json.loads(Path(case_path).read_text())
     for kind, limit in ((resource.RLIMIT_CPU, case["limit"]), (resource.RLIMIT_DATA, case["memory"])):
@@ -111,8 +122,7 @@ def main(case_path: str, result_path: str) -> None:
         result = measure(case)
     except Exception as error:  # a library that cannot do it is a result, too
         traceback.print_exc()
-        message = " ".join(str(error).split())
-        result = {"error": f"{type(error).__name__}: {message[:160]}"}
+        result = {"error": reason(error, case["memory"])}
     scores = result.pop("scores", None)
     if scores is not None:
         import numpy as np

@@ -76,6 +76,13 @@ def test_tables_have_medians_ratios_and_reasons(peers):
     assert text.count("\n| dattri") == 1 + 2  # one line of scores, one fit per vocabulary
 
 
+def test_a_reason_fits_into_a_line(peers):
+    reason = peers("worker").reason
+    refused = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes. Error")
+    assert reason(refused, 2**31) == "needs more than 2 GiB: a tensor of 3.0 GiB was refused"
+    assert reason(ValueError("two\nlines"), 1) == "ValueError: two lines"
+
+
 def test_the_environment_of_a_peer_is_not_that_of_hf_msif(peers):
     environments = peers("environments")
     assert environments.python_of("hf_msif") == Path(sys.executable)
