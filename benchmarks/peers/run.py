@@ -55,7 +55,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="runs/peers", help="folder for problems, results and tables")
     parser.add_argument("--repeats", type=int, default=3, help="of every measurement that does not take minutes")
-    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: to try it, in minutes")
+    parser.add_argument(
+        "--size", choices=["full", "small"], default="full", help="small: to try it, in a quarter of an hour"
+    )
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="some of the measurements")
     parser.add_argument("--limit", type=int, default=1800, help="CPU seconds after which a measurement is ended")
     parser.add_argument("--memory", type=float, default=16.0, help="GiB that a measurement may have")
