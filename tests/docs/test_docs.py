@@ -30,7 +30,7 @@ from hf_msif.project import config
 
 ROOT = Path(__file__).parents[2]
 EXECUTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RECIPES = sorted((ROOT / "recipes").glob("*/README.md"))
+RECIPES = sorted([*(ROOT / "recipes").glob("*/README.md"), *(ROOT / "benchmarks").glob("*/README.md")])
 HEAVY = ("command_line.md", "lora.md", "unrolled.md", "validation.md")  # they train or retrain for seconds
 LANGUAGES = {"python", "yaml", "bash", "text", "bibtex"}
 FENCE = re.compile(
