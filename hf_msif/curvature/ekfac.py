@@ -118,8 +118,7 @@ class EKFAC(Curvature):
     @cached_property
     def layers(self) -> LayerMap:
         """Which layers make the gradients; the rest has a backward pass per example."""
-        with self.engine.raising_together():
-            return LayerMap(self.model, self.objective, tuple(self.parameters), self.rows)
+        return LayerMap(self.model, self.objective, tuple(self.parameters), self.rows)
 
     @cached_property
     def _shapes(self) -> dict[str, _Shape]:
