@@ -348,7 +348,7 @@ class LayerMap:
                 if wrong & set(layer.names.values()):
                     layer.kind = "probed"
         reason = "its gradient is not that of its layers"
-        self.rest |= dict.fromkeys(wrong, reason)
+        self.rest |= {name: reason for name in wrong}
         for layer in list(self.layers):  # a tied parameter is made by all of its layers, or by none
             layer.names = {local: name for local, name in layer.names.items() if name not in self.rest}
             if not layer.names:
