@@ -60,6 +60,7 @@ class EKFAC(Curvature):
     Raises:
         InputError: `basis_share` is not in (0, 1].
 
+    >>> import torch
     >>> from hf_msif.objectives import Objective
     >>> from transformers.modeling_outputs import SequenceClassifierOutput
     >>> class Model(torch.nn.Module):
