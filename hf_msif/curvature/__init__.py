@@ -4,5 +4,6 @@ from .base import Curvature
 from .ekfac import EKFAC
 from .gauss_newton import GaussNewton
 from .hessian import Hessian
+from .preconditioner import EKFACPreconditioner
 
-__all__ = ["EKFAC", "Curvature", "GaussNewton", "Hessian"]
+__all__ = ["EKFAC", "Curvature", "EKFACPreconditioner", "GaussNewton", "Hessian"]

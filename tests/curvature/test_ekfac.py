@@ -14,10 +14,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_msif import InputError, MultiStageInfluence, Stage, solvers, vectors
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature import EKFAC, GaussNewton, Hessian, derivatives, fisher
+from hf_msif.curvature import EKFAC, EKFACPreconditioner, GaussNewton, Hessian, derivatives, fisher
 from hf_msif.curvature.derivatives import Evaluation
 from hf_msif.curvature.fisher import Empirical, Outputs, Sampled
-from hf_msif.curvature.preconditioner import EKFACPreconditioner
 from hf_msif.engine import Engine
 from hf_msif.objectives import Objective
 
@@ -123,10 +122,10 @@ def test_an_embedding_of_one_token():
     assert not found.blocks["first.weight"].eigenvalues[4:].any()  # tokens that do not occur
 
 
-@pytest.mark.parametrize("architecture", ["bert", "albert"])
-def test_a_vectors_block_and_the_traces_are_those_of_gauss_newton(architecture):
+@pytest.mark.parametrize(("architecture", "layers"), [("bert", 1), ("albert", 2)])
+def test_a_vectors_block_and_the_traces_are_those_of_gauss_newton(architecture, layers):
     """Several masked tokens per sentence, padding, tied embeddings, and in ALBERT a module that runs twice."""
-    model = tiny.model(architecture, "masked", layers=2, hidden_size=8, intermediate_size=12)
+    model = tiny.model(architecture, "masked", layers=layers, hidden_size=8, intermediate_size=12)
     objective, rows = tiny.objective("masked"), tiny.rows(3, seed=1, longest=5)
     wanted = ("word_embeddings", "0.output.LayerNorm.weight", "full_layer_layer_norm.weight", "ffn_output.bias")
     names = tuple(n for n, _ in model.named_parameters() if any(end in n for end in wanted))
@@ -352,7 +351,7 @@ def two_stages():
     before = tiny.CLASSES["masked"].from_config(tiny.CONFIGS["bert"](1, initializer_range=0.1)).double().eval()
     corpus, objective = tiny.rows(40, seed=1), tiny.objective("masked")
     optimizer = torch.optim.Adam(before.parameters(), lr=5e-3)
-    for epoch in range(100):
+    for epoch in range(60):
         batch = objective.of_epoch(epoch).collate(corpus)
         call = FunctionalModel(before).bind(dict(before.named_parameters()))
         sums, counts = objective.losses(call, batch)
@@ -382,7 +381,7 @@ def exact_scores():
     for _ in range(20):
         v = operator.matvec(vectors.scale(v, 1 / vectors.norm(v)))
     damping = 0.3 * float(vectors.norm(v))
-    return scores(solver=solvers.CG(damping=damping, tol=1e-8))[0], damping
+    return scores(solver=solvers.CG(damping=damping, tol=1e-6))[0], damping
 
 
 def test_scores_are_nearly_those_of_gauss_newton():
@@ -440,3 +439,21 @@ def test_a_stage_names_its_settings_and_others_have_no_closed_form():
             solvers.ClosedForm().init(make(toy(0), ToyObjective(), toy_rows(1, 3), kind=kind))
     with pytest.raises(InputError, match=r"basis_share is 0; expected a share"):
         make(toy(0), ToyObjective(), toy_rows(1, 3), basis_share=0)
+
+
+def test_the_plan_says_what_is_approximated_and_what_it_costs():
+    """A product reads no row: a pull-back costs the fit, and little more per column."""
+    before, _, corpus, _ = two_stages()
+    settings = {"curvature": "ekfac", "solver": solvers.ClosedForm(), "batch_size": 8}
+    stage = Stage("pre", before, tiny.objective("masked"), corpus, **settings)
+    (bound,) = MultiStageInfluence([stage], progress=False).stages
+    cost = bound.differentiation.cost(2)
+    lines = [line for line in cost.text if line.startswith("curvature: ")]
+    assert lines == [f"curvature: {line}" for line in bound.differentiation.operator.approximations()]
+    assert len(lines) == 3
+    assert cost.details["product_seconds"] < cost.details["first_product_seconds"]
+    operator = bound.differentiation.operator
+    parts = bound.differentiation.memory(2, 2**40, 1)
+    assert parts["the curvature's bases"] == operator.held_bytes()
+    assert parts["a batch's activations"] > 0
+    assert operator.held_bytes() == sum(vectors.nbytes(block.parts()) for block in operator.blocks.values())

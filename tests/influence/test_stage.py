@@ -28,7 +28,10 @@ def stage(name="one", **settings):
 # Settings -----------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "curvature": ({"curvature": "fisher"}, r"curvature is 'fisher'; expected one of \['gauss_newton', 'hessian'\]"),
+    "curvature": (
+        {"curvature": "fisher"},
+        r"curvature is 'fisher'; expected one of \['ekfac', 'gauss_newton', 'hessian'\]",
+    ),
     "link": ({"link": "unroled"}, r"link is 'unroled'; expected one of \['implicit', 'unrolled'\]"),
     "no run": ({"link": "unrolled"}, "run is None; expected the folder of a recorded run"),
     "no link": ({"run": "runs/x"}, "link is 'implicit' and run is 'runs/x'"),
