@@ -30,8 +30,9 @@ def has_basis(side: int, other: int) -> bool:
     """Whether a side of a matrix has an eigenbasis of its own.
 
     A side at least twice as long as the other one is that of a layer's hidden units, or of a vocabulary, and keeps its
-    axes. To turn its gradients would be more work than all else together, and tells nothing more: on a BERT with 48
-    and 192 units, the rank correlations with exact scores were 0.856 and 0.603 with either, at two dampings.
+    axes. To turn its gradients would be more work than all else together, and told nothing more: on a BERT with 48
+    and 192 units, the rank correlations with exact scores were 0.856 and 0.607, at two dampings, with a basis, and
+    0.856 and 0.603 without.
 
     >>> has_basis(768, 768), has_basis(3072, 768), has_basis(768, 3072), has_basis(768, 2)
     (True, False, True, True)
