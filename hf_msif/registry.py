@@ -10,6 +10,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 SOLVERS = {
+    "auto": "hf_msif.solvers.auto:Auto",
     "cg": "hf_msif.solvers.cg:CG",
     "block_cg": "hf_msif.solvers.block_cg:BlockCG",
     "squared_cg": "hf_msif.solvers.squared_cg:SquaredCG",
@@ -23,6 +24,7 @@ PRECONDITIONERS = {
     "ekfac": "hf_msif.curvature.preconditioner:EKFACPreconditioner",
 }
 CURVATURES = {
+    "auto": "hf_msif.curvature.auto:auto",
     "gauss_newton": "hf_msif.curvature.gauss_newton:GaussNewton",
     "hessian": "hf_msif.curvature.hessian:Hessian",
     "ekfac": "hf_msif.curvature.ekfac:EKFAC",

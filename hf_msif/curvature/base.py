@@ -47,6 +47,7 @@ class Curvature:
 
     holds_batches: ClassVar[bool] = True
     is_symmetric: ClassVar[bool] = False  # by construction: nothing is to be checked
+    semidefinite: ClassVar[bool] = False  # known to be positive semi-definite
     fixed_seconds: float = 0.0  # of the first product, what did not grow with the rows
 
     def __init__(

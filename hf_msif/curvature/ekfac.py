@@ -88,6 +88,7 @@ class EKFAC(Curvature):
 
     holds_batches: ClassVar[bool] = False
     is_symmetric: ClassVar[bool] = True
+    semidefinite: ClassVar[bool] = True
 
     def __init__(
         self,

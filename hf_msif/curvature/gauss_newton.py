@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ..vectors import Block
 from .base import Curvature
 from .derivatives import Evaluation, gauss_newton_product
@@ -14,6 +16,8 @@ class GaussNewton(Curvature):
     cross-entropy it equals the Fisher information. It is positive semi-definite wherever the loss is convex in the
     outputs, so that it stays meaningful away from a stationary point, which no real pretraining run reaches.
     """
+
+    semidefinite: ClassVar[bool] = True
 
     def _product(self, evaluation: Evaluation, v: Block) -> Block:
         return gauss_newton_product(evaluation, v)

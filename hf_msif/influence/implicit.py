@@ -18,13 +18,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import training, vectors
-from ..curvature import Curvature
+from ..curvature import Curvature, auto
 from ..curvature.sharded import Sharded
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.stream import Stream
 from ..errors import InputError
-from ..solvers import Certificate, Operator, Solution, Solver, solve
+from ..solvers import Certificate, Operator, Solution, Solver, problem, solve
 from ..solvers.lanczos import largest_eigenvalue
 from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
@@ -33,7 +33,7 @@ from .chain import BoundStage
 from .cost import Cost, activation_bytes
 from .differentiation import Differentiation, Retraining, StageCertificate
 from .direction import Direction
-from .implicit_cost import implicit_cost
+from .implicit_cost import curvature_examples, implicit_cost
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -106,11 +106,19 @@ class Implicit(Differentiation):
         """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
         return self.curvature(self.curvature_rows)
 
+    @cached_property
+    def curvature_kind(self) -> tuple[Callable[..., Curvature], str | None]:
+        """What makes the operator, and why `curvature="auto"` took it (None: it was given)."""
+        bound, stage = self.bound, self.bound.stage
+        if stage.curvature != "auto":
+            return stage.curvature_class, None
+        return auto.chosen(bound.model, bound.objective, bound.compared_rows, curvature_examples(self), bound.engine)
+
     def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:
         """The curvature estimated on `rows`; `ridge`, the diagonal of the quadratic terms, defaults to that of F_k."""
         bound, stage = self.bound, self.bound.stage
         ridge = self.ridge if ridge is None else ridge
-        return stage.curvature_class(
+        return self.curvature_kind[0](
             bound.model, bound.objective, rows, bound.split.trained, bound.engine, stage.batch_size, ridge
         )
 
@@ -231,7 +239,8 @@ class Implicit(Differentiation):
 
         The solver's vectors are sharded over the processes if the engine asks for it and the solver allows it.
         """
-        engine, operator, solver = self.bound.engine, self.operator, self.solver
+        engine, operator = self.bound.engine, self.operator
+        solver, why = self.solver_for(vectors.columns(b))
         solver_checkpoint = None
         if checkpoint is not None:
             operator.keep_in(checkpoint.path.parent)
@@ -240,20 +249,27 @@ class Implicit(Differentiation):
                 sharded = Sharded(operator, engine)
                 if checkpoint is not None:
                     solver_checkpoint = SolverCheckpoint(checkpoint, sharded.join_rows, sharded.cut_rows)
-                state = self._solver_state(sharded)
+                state = self._solver_state(solver, sharded)
                 solution = solve(sharded, sharded.cut(b), solver, state, progress, solver_checkpoint)
-                return replace(solution, value=sharded.join(solution.value))
-            if checkpoint is not None:
-                solver_checkpoint = SolverCheckpoint(
-                    checkpoint, vectors.flatten, lambda rows: vectors.unflatten(rows, b, rows.dtype)
-                )
-            return solve(operator, b, solver, self._solver_state(operator), progress, solver_checkpoint)
+                solution = replace(solution, value=sharded.join(solution.value))
+            else:
+                if checkpoint is not None:
+                    solver_checkpoint = SolverCheckpoint(
+                        checkpoint, vectors.flatten, lambda rows: vectors.unflatten(rows, b, rows.dtype)
+                    )
+                state = self._solver_state(solver, operator)
+                solution = solve(operator, b, solver, state, progress, solver_checkpoint)
+        return solution if why is None else replace(solution, certificate=replace(solution.certificate, choice=why))
 
-    def _solver_state(self, operator: Operator) -> Any:
+    def solver_for(self, columns: int) -> tuple[Solver, str | None]:
+        """The solver for Q = `columns` right-hand sides, and why `solvers.Auto` chose it (None: it was given)."""
+        return self.solver.chosen(problem(self.operator, columns, self.bound.engine.sharded))
+
+    def _solver_state(self, solver: Solver, operator: Operator) -> Any:
         """What the solver computes once per operator (damping, factorisation); later queries use it again."""
-        if self.solver not in self._solver_states:
-            self._solver_states[self.solver] = self.solver.init(operator)
-        return self._solver_states[self.solver]
+        if solver not in self._solver_states:
+            self._solver_states[solver] = solver.init(operator)
+        return self._solver_states[solver]
 
     def with_solver(self, solver: Solver) -> Implicit:
         """The same differentiation with another solver; both share the operator."""
@@ -305,12 +321,15 @@ class Implicit(Differentiation):
             "alpha": self.alpha,
             "alpha_estimate": asdict(self.estimate) if estimated else None,
             "curvature": stage.curvature_name,
+            "curvature_choice": self.curvature_kind[1],
             "curvature_examples": len(self.curvature_rows),
             "gradient_norm": self.gradient_norm,
         }
 
     def summary(self, certificate: StageCertificate, facts: Mapping[str, Any]) -> str:
         lines = [str(certificate)]
+        if facts.get("curvature_choice"):
+            lines.insert(0, f"curvature='auto' took {facts['curvature_choice']}")
         if facts["alpha_estimate"]:
             lines.append(str(AlphaEstimate(**facts["alpha_estimate"])))
         lines.append(
@@ -330,7 +349,7 @@ class Implicit(Differentiation):
 
     def solver_bytes(self, columns: int, processes: int) -> int:
         """Bytes of the solver's vectors on each process."""
-        parameters, solver = self.operator_parameters, self.solver
+        parameters, (solver, _) = self.operator_parameters, self.solver_for(columns)
         vector = vectors.nbytes(parameters)
         held = (columns * solver.vectors_held + solver.state_vectors) * vector
         if self.bound.engine.sharded and solver.shardable:

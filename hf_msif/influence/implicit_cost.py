@@ -13,6 +13,7 @@ from ..curvature.base import MEMO_BYTES
 from ..curvature.derivatives import Evaluation, example_gradients
 from ..engine.corpus import first_rows
 from ..engine.stream import Stream
+from ..solvers import Solver
 from ..solvers.forecast import STEPS, Forecast, can_forecast, forecast
 from .cost import Cost, activation_bytes, attended, best_seconds, size_text, time_text
 
@@ -44,13 +45,13 @@ def implicit_cost(implicit: Any, columns: int, processes: int) -> Cost:
     products the solver will take is foretold by a Lanczos run of `STEPS` products at the gradients of two rows, on all
     curvature rows, or on as many as `FORECAST_SECONDS` allow.
     """
-    bound, solver = implicit.bound, implicit.solver
+    bound, (solver, why) = implicit.bound, implicit.solver_for(columns)
     examples = curvature_examples(implicit)
     passes = _measure(implicit, columns, examples)
     parameters = implicit.operator_parameters
     size = sum(p.numel() for p in parameters.values())
     worst = usual = solver.products(size, columns)
-    found, rows = _forecast(implicit, passes, columns, examples)
+    found, rows = _forecast(implicit, solver, passes, columns, examples)
     if found is not None:
         before = worst - found.most  # of `Solver.init`
         usual, worst = before + max(found.usual), before + found.worst
@@ -65,6 +66,8 @@ def implicit_cost(implicit: Any, columns: int, processes: int) -> Cost:
     text = (
         f"one pass of {examples:,} rows: {time_text(passes.forward / processes)} forward, "
         f"{time_text(passes.product / processes)} per curvature product with {columns} column(s)",
+        *([] if implicit.curvature_kind[1] is None else [f"curvature='auto' takes {implicit.curvature_kind[1]}"]),
+        *([] if why is None else [f"solver='auto' takes {why}"]),
         f"solve: {foretold}{'; ' if foretold else ''}at most {worst:,} products, {time_text(at_most)}",
         *(f"curvature: {line}" for line in passes.approximations),
         f"scoring: {passes.forward_passes_per_score:.1f} forward passes per row with {columns} column(s), by "
@@ -155,9 +158,11 @@ def _measure(implicit: Any, columns: int, examples: int) -> _Passes:
     )
 
 
-def _forecast(implicit: Any, passes: _Passes, columns: int, examples: int) -> tuple[Forecast | None, int]:
+def _forecast(
+    implicit: Any, solver: Solver, passes: _Passes, columns: int, examples: int
+) -> tuple[Forecast | None, int]:
     """The solver's products, and the number of rows on which they are foretold; None where nothing foretells them."""
-    if not can_forecast(implicit.solver):
+    if not can_forecast(solver):
         return None, 0
     bound = implicit.bound
     rows = max(1, min(examples, int(examples * FORECAST_SECONDS / (STEPS * max(passes.product, 1e-9)))))
@@ -165,4 +170,4 @@ def _forecast(implicit: Any, passes: _Passes, columns: int, examples: int) -> tu
     batch = bound.collate(_some_rows(implicit, columns))
     with bound.model.evaluating():
         gradients = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
-    return forecast(operator, gradients, implicit.solver), rows
+    return forecast(operator, gradients, solver), rows

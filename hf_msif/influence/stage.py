@@ -16,7 +16,7 @@ from ..engine.hashing import contents, fields_of
 from ..errors import InputError
 from ..objectives import Objective, checked_objective
 from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, registered
-from ..solvers import CG, Solver, as_solver
+from ..solvers import Auto, Solver, as_solver
 from .differentiation import Differentiation
 
 
@@ -54,11 +54,13 @@ class Stage:
             differentiation of your own may read another folder here.
         max_growth: an unrolled pull-back whose adjoint grows by a larger factor is refused. Defaults to 1e-3 divided
             by the rounding unit of the run's dtype.
-        curvature: "gauss_newton", "hessian", "ekfac", a subclass of `curvature.Curvature`, or a `functools.partial` of
-            one that gives further settings.
+        curvature: "gauss_newton", "hessian", "ekfac", "auto" (Gauss-Newton, or EK-FAC where a solve would take more
+            than an hour per test row), a subclass of `curvature.Curvature`, or a `functools.partial` of one that gives
+            further settings.
         curvature_samples: number of rows in the fixed random subset on which the curvature is estimated; None: all of
             `data`.
-        solver: one of `hf_msif.solvers`, or an object of your own subclass of `solvers.Solver`. Defaults to `CG()`.
+        solver: one of `hf_msif.solvers`, or an object of your own subclass of `solvers.Solver`. Defaults to `Auto()`,
+            which suits the curvature and the number of right-hand sides.
         batch_size: rows per batch in passes over `data`; it does not change a result.
         resized: accept embeddings that gained rows since the stage before (see `adapters.split`).
         seed: seed of the curvature subset.
@@ -82,7 +84,7 @@ class Stage:
     max_growth: float | None = None
     curvature: str | Callable[..., Curvature] = "gauss_newton"
     curvature_samples: int | None = None
-    solver: Solver = field(default_factory=CG)
+    solver: Solver = field(default_factory=Auto)
     batch_size: int = 64
     resized: bool = False
     seed: int = 0

@@ -117,10 +117,10 @@ class Solver(Section):
 
     model_config = RULES | {"extra": "allow"}  # a solver of one's own has settings of its own
 
-    name: Literal[tuple(SOLVERS)] | Dotted = "cg"  # type: ignore[valid-type]  # the names in a table
-    """cg (positive definite), block_cg (the same, for all test rows together), squared_cg (eq. (16)), minres
-    (indefinite), dense (small models), closed_form (with curvature: ekfac), identity (baseline), or your own class,
-    whose settings stand beside name"""
+    name: Literal[tuple(SOLVERS)] | Dotted = "auto"  # type: ignore[valid-type]  # the names in a table
+    """auto (suits the curvature and the number of test rows), cg (positive definite), block_cg (the same, for all test
+    rows together), squared_cg (eq. (16)), minres (indefinite), dense (small models), closed_form (with curvature:
+    ekfac), identity (baseline), or your own class, whose settings stand beside name"""
     damping: NonNegative | Literal["auto"] | None = None
     """λ added to the curvature; auto: damping_fraction × its largest eigenvalue"""
     damping_fraction: Positive | None = None
@@ -174,7 +174,8 @@ class StageConfig(Section):
     """refuse an unrolled stage whose adjoint grows by more than this factor; null: a limit by the dtype"""
     curvature: Literal[tuple(CURVATURES)] | Dotted = "gauss_newton"  # type: ignore[valid-type]
     """gauss_newton is positive semi-definite; hessian is exact, for models at a minimum; ekfac approximates
-    gauss_newton by two passes over the rows in all; or a class of your own"""
+    gauss_newton by two passes over the rows in all; auto: gauss_newton, or ekfac where a solve would take more than an
+    hour per test row; or a class of your own"""
     curvature_samples: Count | None = None
     """number of random rows on which the curvature is estimated; null: all rows"""
     solver: Solver = Solver()

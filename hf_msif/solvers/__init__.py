@@ -1,7 +1,8 @@
 """Inverse-curvature-vector products: `solve(operator, b, solver) -> Solution(value, certificate)`."""
 
-from ._base import Solver, as_solver
-from ._solve import solve
+from ._base import Problem, Solver, as_solver
+from ._solve import problem, solve
+from .auto import Auto
 from .block_cg import BlockCG
 from .certificate import Certificate, Solution
 from .cg import CG
@@ -17,6 +18,7 @@ from .squared_cg import SquaredCG
 
 __all__ = [
     "CG",
+    "Auto",
     "BlockCG",
     "Certificate",
     "ClosedForm",
@@ -27,10 +29,12 @@ __all__ = [
     "Nystrom",
     "Operator",
     "Preconditioner",
+    "Problem",
     "Solution",
     "Solver",
     "SquaredCG",
     "as_solver",
     "forecast",
+    "problem",
     "solve",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import InputError
 from ..vectors import Block
@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
 
 Progress = Callable[[int, float], None]
+
+
+class Problem(NamedTuple):
+    """What a solver may be chosen by.
+
+    Attributes:
+        parameters: P, the length of a vector.
+        columns: Q, the number of right-hand sides.
+        semidefinite: the operator is known to be positive semi-definite.
+        closed_form: it has `inverse(b, damping)`.
+        sharded: each process holds a shard of the vectors.
+        element_size: bytes per number.
+    """
+
+    parameters: int
+    columns: int
+    semidefinite: bool = False
+    closed_form: bool = False
+    sharded: bool = False
+    element_size: int = 4
 
 
 class Solver:
@@ -44,6 +64,13 @@ class Solver:
     state_vectors: ClassVar[int] = 0
     shardable: ClassVar[bool] = False
     damped: ClassVar[bool] = False
+
+    def chosen(self, problem: Problem) -> tuple[Solver, str | None]:
+        """The solver that solves this problem, and why it was chosen. Defaults to itself, without a reason.
+
+        `solve` asks it first; only a solver that leaves the choice open, as `Auto` does, defines it.
+        """
+        return self, None
 
     def init(self, operator: Operator) -> Any:
         """What is computed once per operator, such as a factorisation or the value of damping="auto".

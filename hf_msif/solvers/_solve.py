@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
-from ._base import Progress, Solver, as_solver
+from ._base import Problem, Progress, Solver, as_solver
 from .certificate import Solution
-from .operator import CountedOperator, Operator
+from .operator import CountedOperator, Operator, dimension
 
 if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
@@ -66,9 +67,32 @@ def solve(
         actual = (tuple(b[name].shape), b[name].dtype, b[name].device)
         if actual != expected:
             raise InputError(f"b[{name!r}] has shape, dtype and device {actual}, the operator expects {expected}.")
+    solver, why = solver.chosen(problem(operator, columns))
     counted = CountedOperator(operator, columns)
     b = {name: b[name].detach() for name in parameters}
     counted.check_finite(b, "b")
     if state is None:
         state = solver.init(operator)
-    return solver.compute(counted, b, state, progress, checkpoint)
+    solution = solver.compute(counted, b, state, progress, checkpoint)
+    return solution if why is None else replace(solution, certificate=replace(solution.certificate, choice=why))
+
+
+def problem(operator: Operator, columns: int, sharded: bool = False) -> Problem:
+    """What a solver may be chosen by, for Q = `columns` right-hand sides.
+
+    An operator that is known to be positive semi-definite says so by an attribute `semidefinite`.
+
+    Args:
+        operator: A.
+        columns: Q.
+        sharded: each process is to hold a shard of the vectors.
+    """
+    inner = getattr(operator, "operator", operator)  # of a `Sharded` one
+    return Problem(
+        parameters=dimension(operator),
+        columns=columns,
+        semidefinite=getattr(inner, "semidefinite", False),
+        closed_form=hasattr(operator, "inverse"),
+        sharded=sharded or inner is not operator,
+        element_size=next(iter(operator.parameters.values())).element_size(),
+    )

@@ -31,6 +31,7 @@ class Certificate:
       None. `iteration_bound`: the iterations that this damping and `tol` allow in exact arithmetic, for a positive
       semi-definite A; None where `damping` was a number, and for other solvers than CG and SquaredCG.
     - `residual_unsquared`: ‖Hu − b‖/‖b‖ for SquaredCG, None elsewhere.
+    - `choice`: which solver `Auto` chose, and why; None where the solver was given.
     """
 
     solver: str
@@ -48,6 +49,7 @@ class Certificate:
     largest_eigenvalue: float | None = None
     iteration_bound: int | None = None
     residual_unsquared: list[float] | None = None
+    choice: str | None = None
 
     @classmethod
     def from_residual(
@@ -101,7 +103,8 @@ class Certificate:
         return cls(**values)
 
     def __str__(self) -> str:
-        return "\n".join(self._line(q) for q in range(len(self.status)))
+        chosen = [] if self.choice is None else [f"solver='auto' took {self.choice}"]
+        return "\n".join([*chosen, *(self._line(q) for q in range(len(self.status)))])
 
     def _line(self, q: int) -> str:
         n = self.iterations[q]
