@@ -22,8 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import cases as cases_
 import environments
+import measurements
 import numpy as np
 import pandas as pd
 import tables
@@ -34,7 +34,7 @@ GROUPS = ("score", "fit", "solve", "quality")
 
 def main() -> None:
     settings = arguments()
-    output, sizes = Path(settings.output), cases_.SMALL if settings.size == "small" else cases_.Sizes()
+    output, sizes = Path(settings.output), measurements.SMALL if settings.size == "small" else measurements.Sizes()
     (output / "results").mkdir(parents=True, exist_ok=True)
     problems(output, sizes, settings.only)
     listed = everything(output, sizes, settings.only)
@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def problems(output: Path, sizes: cases_.Sizes, only: list[str]) -> None:
+def problems(output: Path, sizes: measurements.Sizes, only: list[str]) -> None:
     """Makes the problems that are missing; a problem is whole when its `problem.json` is there."""
     import prepare
     import torch
@@ -80,21 +80,21 @@ def problems(output: Path, sizes: cases_.Sizes, only: list[str]) -> None:
         prepare.gradient_products(output / "quality")
 
 
-def everything(output: Path, sizes: cases_.Sizes, only: list[str]) -> list[cases_.Case]:
+def everything(output: Path, sizes: measurements.Sizes, only: list[str]) -> list[measurements.Case]:
     """All cases of the measurements asked for."""
-    listed = {"score": cases_.scoring, "fit": cases_.fitting, "solve": cases_.solving}
+    listed = {"score": measurements.scoring, "fit": measurements.fitting, "solve": measurements.solving}
     result = [case for name, make in listed.items() if name in only for case in make(sizes)]
     if "quality" in only:
         damping = json.loads((output / "quality" / "problem.json").read_text())["damping"]
-        result += cases_.quality(sizes, damping)
+        result += measurements.quality(sizes, damping)
     return result
 
 
-def place(case: cases_.Case, repeat: int, output: Path) -> Path:
+def place(case: measurements.Case, repeat: int, output: Path) -> Path:
     return output / "results" / f"{case.key}.{repeat}.json"
 
 
-def run(case: cases_.Case, repeat: int, output: Path, settings: argparse.Namespace) -> None:
+def run(case: measurements.Case, repeat: int, output: Path, settings: argparse.Namespace) -> None:
     """Measures a case in a process of its own, unless its result lies there."""
     path = place(case, repeat, output)
     if path.exists() and json.loads(path.read_text())["settings"] == case.settings:
@@ -122,11 +122,11 @@ def run(case: cases_.Case, repeat: int, output: Path, settings: argparse.Namespa
     return None
 
 
-def write(path: Path, case: cases_.Case, result: dict[str, Any]) -> None:
+def write(path: Path, case: measurements.Case, result: dict[str, Any]) -> None:
     path.write_text(json.dumps({"settings": case.settings, **result}))
 
 
-def collect(listed: list[cases_.Case], repeats: int, output: Path) -> pd.DataFrame:
+def collect(listed: list[measurements.Case], repeats: int, output: Path) -> pd.DataFrame:
     """One row per measurement."""
     rows = []
     for case in listed:
@@ -148,7 +148,7 @@ def with_version(library: str, result: dict[str, Any]) -> dict[str, Any]:
     return result | {"versions": result.get("versions", {}) | {library: version}}
 
 
-def compare(case: cases_.Case, scores: np.ndarray, folder: Path) -> dict[str, Any]:
+def compare(case: measurements.Case, scores: np.ndarray, folder: Path) -> dict[str, Any]:
     """How well scores agree with what is known of the problem."""
     if not np.isfinite(scores).all():
         return {"error": "scores that are not finite"}

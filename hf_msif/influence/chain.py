@@ -348,6 +348,21 @@ class Chain:
             )
         return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), losses
 
+    def sketched_adjoints(self, rows: list[dict], aggregate: str | None = None) -> dict[str, Block]:
+        """About the adjoint from which each stage's pull-back will start, by name; for `Differentiation.cost`.
+
+        Exact for the last stage. A stage below one that has no `sketch` is left out. Arguments as for `measurement`.
+        """
+        adjoint: Block | None = self.measurement(rows, aggregate)[0]
+        adjoints: dict[str, Block] = {}
+        for bound in reversed(self.stages):
+            if adjoint is None:
+                break
+            adjoints[bound.name] = adjoint
+            inherited = bound.differentiation.sketch(adjoint) if bound.before is not None else None
+            adjoint = None if inherited is None else bound.carry(inherited)
+        return adjoints
+
 
 def _check_texts(rows: list[dict], column: str | None) -> None:
     empty = [row["example_id"] for row in rows if isinstance(text := row.get(column), str) and not text.strip()]

@@ -178,8 +178,20 @@ class Differentiation:
         """
         return {}
 
-    def cost(self, columns: int, processes: int = 1) -> Cost:
+    def sketch(self, adjoint: Block) -> Block | None:
+        """About the adjoint that `pull_back` hands on, at a fraction of its price; None where there is no such way.
+
+        A plan asks it, to foretell what the stage before will take.
+        """
+        return None
+
+    def cost(self, columns: int, processes: int = 1, adjoint: Block | None = None) -> Cost:
         """What a pull-back of Q = `columns` columns takes on each process, measured on a few rows.
+
+        Args:
+            columns: Q.
+            processes: that share the work.
+            adjoint: about ∂f/∂φ_k, by which iterations can be foretold; None: it is not known.
 
         Raises:
             InputError: the differentiation does not define this method.

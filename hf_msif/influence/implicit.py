@@ -24,7 +24,7 @@ from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.stream import Stream
 from ..errors import InputError
-from ..solvers import Certificate, Operator, Solution, Solver, problem, solve
+from ..solvers import Auto, Certificate, Operator, Solution, Solver, problem, solve
 from ..solvers.lanczos import largest_eigenvalue
 from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
@@ -38,6 +38,7 @@ from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
 PRODUCT_BLOCKS = 4
+SKETCH_ITERATIONS = 10
 SWEPT_FRACTIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Share of the gradient that α̂ leaves, above which the proximal model does not fit.
 UNEXPLAINED = 0.9
@@ -306,7 +307,9 @@ class Implicit(Differentiation):
                     f"the saved u of stage {self.bound.name!r} has the shape {tuple(shape)} at {name!r}; expected "
                     f"(columns, *{tuple(parameter.shape)}), the parameter's: query again."
                 )
-        return self.direction(tensors, Certificate.from_dict(certificate))
+        # In memory of their own: those of a file begin anywhere, and products of them differ in the last digit.
+        u = vectors.clone(tensors)
+        return self.direction(u, Certificate.from_dict(certificate))
 
     def identity(self) -> dict[str, Any]:
         return {}
@@ -373,9 +376,14 @@ class Implicit(Differentiation):
         parts = {"the solver's vectors": vectors_held, "a batch's activations": active}
         return parts | ({"the curvature's bases": held} if held else {})
 
-    def cost(self, columns: int, processes: int = 1) -> Cost:
+    def sketch(self, adjoint: Block) -> Block:
+        """b after at most `SKETCH_ITERATIONS` iterations, to a residual of 0.1."""
+        solver = Auto(damping=getattr(self.solver, "damping", "auto"), tol=0.1, max_iter=SKETCH_ITERATIONS)
+        return self.with_solver(solver).pull_back(adjoint)[1]
+
+    def cost(self, columns: int, processes: int = 1, adjoint: Block | None = None) -> Cost:
         """What a pull-back of Q = `columns` columns takes on each process, measured on a few batches."""
-        return implicit_cost(self, columns, processes)
+        return implicit_cost(self, columns, processes, adjoint)
 
     # --- proof by retraining
 

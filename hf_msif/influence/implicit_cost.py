@@ -15,6 +15,7 @@ from ..engine.corpus import first_rows
 from ..engine.stream import Stream
 from ..solvers import Solver
 from ..solvers.forecast import STEPS, Forecast, can_forecast, forecast
+from ..vectors import Block
 from .cost import Cost, activation_bytes, attended, best_seconds, size_text, time_text
 
 FORECAST_SECONDS = 60.0  # of the Lanczos run of a forecast; fewer rows are taken where it would take longer
@@ -37,13 +38,13 @@ class _Passes:
 
 
 # `Any` stands for `implicit.Implicit`, whose module imports this one.
-def implicit_cost(implicit: Any, columns: int, processes: int) -> Cost:
+def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | None) -> Cost:
     """What a pull-back of Q = `columns` columns takes on each process.
 
     A product is timed on one batch of medium length, and scaled to a pass over all curvature rows by the ratio of the
     forward passes. The first product is timed apart: later ones find outputs of frozen modules in the memo. How many
-    products the solver will take is foretold by a Lanczos run of `STEPS` products at the gradients of two rows, on all
-    curvature rows, or on as many as `FORECAST_SECONDS` allow.
+    products the solver will take is foretold by its first `STEPS` iterations at `adjoint`, or at the gradients of rows
+    where that is None; on all curvature rows, or on as many as `FORECAST_SECONDS` allow.
     """
     bound, (solver, why) = implicit.bound, implicit.solver_for(columns)
     examples = curvature_examples(implicit)
@@ -51,7 +52,7 @@ def implicit_cost(implicit: Any, columns: int, processes: int) -> Cost:
     parameters = implicit.operator_parameters
     size = sum(p.numel() for p in parameters.values())
     worst = usual = solver.products(size, columns)
-    found, rows = _forecast(implicit, solver, passes, columns, examples)
+    found, rows = _forecast(implicit, solver, passes, columns, examples, adjoint)
     if found is not None:
         before = worst - found.most  # of `Solver.init`
         usual, worst = before + max(found.usual), before + found.worst
@@ -60,9 +61,9 @@ def implicit_cost(implicit: Any, columns: int, processes: int) -> Cost:
     solve, at_most = ((n * passes.product + extra + mixed_seconds) / processes for n in (usual, worst))
     solver_bytes, model_bytes = implicit.solver_bytes(columns, processes), vectors.nbytes(bound.model.parameters)
     held_memo = passes.held_memo if worst else 0
-    foretold = "" if found is None else f"usually {usual:,} products, {time_text(solve)}, by a Lanczos run"
+    foretold = "" if found is None else f"usually {usual:,} products, {time_text(solve)}, by its first {STEPS}"
     if found is not None and rows < examples:
-        foretold += f" on {rows:,} of the rows"
+        foretold += f" with {rows:,} of the rows"
     text = (
         f"one pass of {examples:,} rows: {time_text(passes.forward / processes)} forward, "
         f"{time_text(passes.product / processes)} per curvature product with {columns} column(s)",
@@ -159,7 +160,7 @@ def _measure(implicit: Any, columns: int, examples: int) -> _Passes:
 
 
 def _forecast(
-    implicit: Any, solver: Solver, passes: _Passes, columns: int, examples: int
+    implicit: Any, solver: Solver, passes: _Passes, columns: int, examples: int, adjoint: Block | None
 ) -> tuple[Forecast | None, int]:
     """The solver's products, and the number of rows on which they are foretold; None where nothing foretells them."""
     if not can_forecast(solver):
@@ -167,7 +168,10 @@ def _forecast(
     bound = implicit.bound
     rows = max(1, min(examples, int(examples * FORECAST_SECONDS / (STEPS * max(passes.product, 1e-9)))))
     operator = implicit.operator if rows == examples else implicit.curvature(_some_rows(implicit, rows))
-    batch = bound.collate(_some_rows(implicit, columns))
-    with bound.model.evaluating():
-        gradients = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
-    return forecast(operator, gradients, solver), rows
+    if adjoint is not None:
+        b = vectors.select(adjoint, bound.split.trained)
+    else:
+        batch = bound.collate(_some_rows(implicit, columns))
+        with bound.model.evaluating():
+            b = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
+    return forecast(operator, b, solver), rows

@@ -259,16 +259,16 @@ class Unrolled(Differentiation):
     def memory(self, columns: int, free: int, processes: int) -> dict[str, int]:
         return {"states of the run and adjoints": held_bytes(self.recording, self.bound.model.parameters, columns)}
 
-    def cost(self, columns: int, processes: int = 1) -> Cost:
+    def cost(self, columns: int, processes: int = 1, adjoint: Block | None = None) -> Cost:
         """What a pull-back of Q = `columns` columns takes, measured on two steps of the run, forward and backward."""
         bound, run, replay = self.bound, self.recording, self.replay
         parameters = bound.model.parameters
         slots = start(run.optimiser, {name: parameters[name] for name in run.trained})
         names = (*bound.split.trained, *bound.split.frozen)
         a = vectors.rademacher({name: parameters[name] for name in names}, columns, seed=0)
-        adjoint, last = replay.adjoint(a), run.steps - 1
+        carried, last = replay.adjoint(a), run.steps - 1
         forward = best_seconds(replay.forward, slots, 0)
-        backward = best_seconds(replay.backward, slots, min(1, last), adjoint)
+        backward = best_seconds(replay.backward, slots, min(1, last), carried)
         state, step_rows = run.bytes_of(parameters), max(map(len, run.schedule.rows))
         held, states = held_bytes(run, parameters, columns), run.interval + 2
         training_seconds, solve_seconds = run.steps * forward, run.steps * (forward + backward)

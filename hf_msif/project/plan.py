@@ -37,10 +37,12 @@ def plan(run: Run, processes: int = 1) -> dict:
         corpus = len(list(run.corpus()))
     chain = run.chain(models, planned=True)
     lines, costs = [], {}
+    # Of untrained weights nothing is to be foretold.
+    adjoints = chain.sketched_adjoints(run.tests(), run.aggregate) if all(map(run.is_trained, run.names)) else {}
     for bound in chain.stages:
         trained = run.is_trained(bound.name)
         lines.append(str(bound.split) + ("" if trained else "\n  not trained yet: untrained weights"))
-        cost = run.planned(bound).cost(columns, processes)
+        cost = run.planned(bound).cost(columns, processes, adjoints.get(bound.name))
         costs[bound.name] = cost
         lines += [f"  {line}" for line in cost.text]
         lines += [f"  {line}" for line in _checks(bound, cost.solve_seconds)]

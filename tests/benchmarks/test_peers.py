@@ -25,11 +25,16 @@ def peers(monkeypatch):
 
 
 def test_every_case_has_a_file_of_its_own(peers):
-    cases = peers("cases")
-    for sizes in (cases.Sizes(), cases.SMALL):
-        made = [*cases.scoring(sizes), *cases.fitting(sizes), *cases.solving(sizes), *cases.quality(sizes, 1.0)]
+    measurements = peers("measurements")
+    for sizes in (measurements.Sizes(), measurements.SMALL):
+        made = [
+            *measurements.scoring(sizes),
+            *measurements.fitting(sizes),
+            *measurements.solving(sizes),
+            *measurements.quality(sizes, 1.0),
+        ]
         assert len({case.key for case in made}) == len(made)
-        assert {case.library for case in made} == set(cases.LIBRARIES)
+        assert {case.library for case in made} == set(measurements.LIBRARIES)
         assert all(case.settings != other.settings for case in made for other in made if case is not other)
 
 
@@ -55,9 +60,9 @@ def test_agreement_with_itself_with_noise_and_with_retraining(peers):
 
 
 def test_tables_have_medians_ratios_and_reasons(peers):
-    cases, tables = peers("cases"), peers("tables")
+    measurements, tables = peers("measurements"), peers("tables")
     rows = []
-    for case in cases.scoring(cases.SMALL) + cases.fitting(cases.SMALL):
+    for case in measurements.scoring(measurements.SMALL) + measurements.fitting(measurements.SMALL):
         for repeat, seconds in enumerate((30.0, 10.0, 20.0)):
             result = {"seconds": seconds, "forward_seconds": 10.0, "peak_bytes": 2**30, "parameters": 123_456}
             if case.library == "dattri":

@@ -174,9 +174,9 @@ def test_memory_that_is_not_there_is_refused(monkeypatch):
     from hf_msif.influence.cost import activation_bytes
     from hf_msif.project import memory
 
-    chain = MultiStageInfluence(
-        [Stage("pre", tiny.model("bert", "masked"), tiny.objective("masked"), tiny.rows(9, seed=1))], progress=False
-    )
+    objective, rows = tiny.objective("masked"), tiny.rows(9, seed=1)
+    stage = Stage("pre", tiny.model("bert", "masked"), objective, rows, solver=solvers.CG())
+    chain = MultiStageInfluence([stage], progress=False)
     bound = chain.stage("pre")
     size = sum(p.numel() for p in bound.differentiation.operator.parameters.values()) * 8
     assert bound.differentiation.solver_bytes(2, 1) == (5 + 4) * 2 * size

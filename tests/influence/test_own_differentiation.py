@@ -34,7 +34,7 @@ def averaged():
     from own_differentiation import Averaged
 
     class Planned(Averaged):
-        def cost(self, columns, processes=1):
+        def cost(self, columns, processes=1, adjoint=None):
             return influence.Cost(
                 0.0, 1.0, memory_bytes=8, model_bytes=8, vector_bytes=8 * columns, text=("no system",)
             )
@@ -115,7 +115,7 @@ def test_plan_and_a_configuration(averaged, tmp_path, capsys, monkeypatch):
     module.mkdir()
     (module / "mine.py").write_text(
         "from hf_msif import influence\nfrom own_differentiation import Averaged\n\n\n"
-        "class Mine(Averaged):\n    def cost(self, columns, processes=1):\n"
+        "class Mine(Averaged):\n    def cost(self, columns, processes=1, adjoint=None):\n"
         "        return influence.Cost(0.0, 1.0, 8, 8, 8 * columns, text=('no system',))\n"
     )
     monkeypatch.syspath_prepend(str(module))

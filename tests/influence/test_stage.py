@@ -30,7 +30,7 @@ def stage(name="one", **settings):
 SETTINGS = {
     "curvature": (
         {"curvature": "fisher"},
-        r"curvature is 'fisher'; expected one of \['ekfac', 'gauss_newton', 'hessian'\]",
+        r"curvature is 'fisher'; expected one of \['auto', 'ekfac', 'gauss_newton', 'hessian'\]",
     ),
     "link": ({"link": "unroled"}, r"link is 'unroled'; expected one of \['implicit', 'unrolled'\]"),
     "no run": ({"link": "unrolled"}, "run is None; expected the folder of a recorded run"),

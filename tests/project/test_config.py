@@ -396,12 +396,12 @@ def test_settings_of_a_dataclass_are_checked():
 
 def test_a_solver_with_a_preconditioner_is_made(path):
     from hf_msif.project import build
-    from hf_msif.solvers import BlockCG, Nystrom
+    from hf_msif.solvers import Auto, BlockCG, Nystrom
 
     solver = {"name": "block_cg", "preconditioner": "nystrom", "tol": 0.01}
     settings = config.parse(["--config", str(path), "--stages.pretraining.solver", json.dumps(solver)])
     assert build.solver(settings, "pretraining") == BlockCG(tol=0.01, preconditioner=Nystrom())
-    assert build.solver(settings, "finetuning").preconditioner is None
+    assert build.solver(settings, "finetuning") == Auto()
 
 
 FOLDER = Path(__file__).parents[2] / "recipes"

@@ -131,7 +131,7 @@ def test_what_each_of_several_processes_holds(path, run, capsys, tmp_path):
     flags += ["--run_dir", tmp_path]
     assert msif("plan", *flags, "--sharded", "true", "--processes", "4") == 0
     assert "memory on each of 4 process(es)" in capsys.readouterr().out
-    one = run(("sharded", True))
+    one = run(("sharded", True), ("stages.pretraining.solver", {"name": "cg"}))
     alone, four = (plan.plan(one, processes)["stages"]["pretraining"] for processes in (1, 4))
     vector = four["vector_bytes"]
     assert four["solver_bytes"] == pytest.approx((5 / 4 + 4) * vector, abs=1)
