@@ -130,7 +130,7 @@ class Solver(Section):
     max_iter: Count | None = None
     """most iterations per column"""
     preconditioner: Literal[tuple(PRECONDITIONERS)] | None = None  # type: ignore[valid-type]  # the names in a table
-    """cg and block_cg: nystrom spends 64 products once, for fewer iterations of every test row"""
+    """cg and block_cg: nystrom spends 64 products once, ekfac two to three, for fewer iterations of every test row"""
     max_parameters: Count | None = None
     """dense: refuse larger systems"""
 
