@@ -79,7 +79,7 @@ class Layer:
     Attributes:
         module: the module.
         names: its own parameters: name in the module → name in the model.
-        kind: how its rows belong to examples, a name in `Pass.groupings`; found by `layers_of`.
+        kind: how its rows belong to examples, see `layers.Pass.kind`; found by `LayerMap`.
     """
 
     def __init__(self, module: nn.Module, names: dict[str, str], model: FunctionalModel):
@@ -90,11 +90,16 @@ class Layer:
     def fits(cls, module: nn.Module) -> bool:
         raise NotImplementedError
 
-    @property
+    @cached_property
     def values(self) -> dict[str, Tensor]:
-        """The values of all parameters in the module, by names in the module, as `FunctionalModel` has them."""
+        """The parameters and buffers in the module, by names in the module, with the values of `FunctionalModel`."""
         canonical = {id(p): name for name, p in self.model.model.named_parameters()}
-        return {local: self.model.parameters[canonical[id(p)]].detach() for local, p in self.module.named_parameters()}
+        prefix = next(name for name, module in self.model.model.named_modules() if module is self.module)
+        buffers = [local for local, _ in self.module.named_buffers()]
+        return {
+            **{local: self.model.parameters[canonical[id(p)]] for local, p in self.module.named_parameters()},
+            **{local: self.model.buffers[f"{prefix}.{local}" if prefix else local] for local in buffers},
+        }
 
     def tangent(self, args: tuple, kwargs: dict, direction: Mapping[str, Tensor]) -> Tensor:
         """The tangent of the module's output along a direction in its own parameters, at these arguments."""
@@ -268,7 +273,7 @@ class Local(Layer):
 
     def gradients(self, call: Call) -> Block:
         ((args, kwargs), flat), grouping = call.a, call.grouping
-        own = {local: self.values[local].requires_grad_() for local in self.names}
+        own = {local: self.values[local].detach().requires_grad_() for local in self.names}
         with torch.enable_grad():
             output = flat(torch.func.functional_call(self.module, {**self.values, **own}, args, kwargs))
         examples = range(grouping.examples)

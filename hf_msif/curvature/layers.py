@@ -109,13 +109,10 @@ class LayerMap:
         self.layers: list[Layer] = []
         for module in model.model.modules():
             own = {local: canonical[id(p)] for local, p in module._parameters.items() if p is not None}
+            # What a module inside has, too, is used there.
             inside = {id(p) for child in module.children() for p in child.parameters()}
-            own = {
-                # What a module inside has, too, is used there.
-                local: name
-                for local, name in own.items()
-                if name in wanted and id(module._parameters[local]) not in inside
-            }
+            used_here = {local for local, p in module._parameters.items() if id(p) not in inside}
+            own = {local: name for local, name in own.items() if name in wanted and local in used_here}
             if own:
                 rule = next(rule for rule in RULES if rule.fits(module))
                 self.layers.append(rule(module, own, model))

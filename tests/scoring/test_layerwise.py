@@ -205,3 +205,12 @@ def test_reduced_precision():
     for method in ("forward", "layerwise"):
         error = query.score(corpus, method=method, dtype="bfloat16").metadata["dtype_error"]
         assert 1e-5 < error["relative"] < 0.1
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_checkpoint_in_bfloat16_is_computed_in_float32(name):
+    task = "causal" if name == "llama" else "masked"
+    both = Both(tiny.model(name, task, dtype=torch.bfloat16), tiny.objective(task), tiny.rows(7))
+    assert both.slopes.dtype == torch.float32
+    assert both.error < 1e-4
+    assert not both.rest
