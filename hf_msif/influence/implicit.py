@@ -104,7 +104,10 @@ class Implicit(Differentiation):
     @cached_property
     def operator(self) -> Curvature:
         """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
-        return self.curvature(self.curvature_rows)
+        operator = self.curvature(self.curvature_rows)
+        if self.solver.minibatches:
+            operator.holds_batches = False
+        return operator
 
     def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:
         """The curvature estimated on `rows`; `ridge`, the diagonal of the quadratic terms, defaults to that of F_k."""
