@@ -114,7 +114,7 @@ class Stochastic(Solver):
 
     @property
     def vectors_held(self) -> int:  # type: ignore[override]  # a setting decides what is a constant elsewhere
-        return 4 + GROUPS + self._preconditioner.vectors_held
+        return 5 + GROUPS + self._preconditioner.vectors_held
 
     @property
     def state_vectors(self) -> int:  # type: ignore[override]
@@ -278,7 +278,7 @@ class _Run:
                 vectors.add_(mean, self._residual(step, d), GROUPS / number)
             means.append(mean)
         dots = torch.stack([torch.stack([self.operator.dot(x, y) for y in means]) for x in means])
-        dots = dots - torch.diag_embed(torch.diagonal(dots).T).movedim(0, -1) if dots.dim() == 3 else dots
+        dots[range(GROUPS), range(GROUPS)] = 0.0
         square = dots.sum((0, 1)) / (GROUPS * (GROUPS - 1))
         without = (dots.sum((0, 1)) - 2 * dots.sum(0)) / ((GROUPS - 1) * (GROUPS - 2))  # one group each
         error = ((GROUPS - 1) / GROUPS * (without - square).square().sum(0)).sqrt()
