@@ -111,7 +111,16 @@ class AdaptedSolver(Solver):
 
     def __init__(self, solver: object):
         self.solver = solver
-        facts = ("vectors_held", "state_vectors", "shardable", "damped", "minibatches", "max_iter", "products", "extra_bytes")
+        facts = (
+            "vectors_held",
+            "state_vectors",
+            "shardable",
+            "damped",
+            "minibatches",
+            "max_iter",
+            "products",
+            "extra_bytes",
+        )
         for member in ("init", "compute", *facts):
             if hasattr(solver, member):
                 setattr(self, member, getattr(solver, member))

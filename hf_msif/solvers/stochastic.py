@@ -8,7 +8,6 @@ residuals, from which the iteration starts anew, let the noise shrink with the e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 SHORTEST = 16  # steps of the first window
 POWER_STEPS = 16  # products of one column, by which the step size is found
 GROUPS = 4  # of held-out mini-batches, whose scatter gives the error of an estimated residual
-MOST_HALVINGS = 5  # of the step size
+MOST_HALVINGS = 5  # of the step size, in a row
 
 
 class Prepared(NamedTuple):
@@ -50,20 +49,20 @@ class Stochastic(Solver):
     A *stage* starts at d = 0 on r = b − (A + λI)u. It takes as many steps as there are mini-batches in an epoch, in
     windows that double their length. Each window starts at the average of the window before, so that the stage ends
     with the average over its last half, which is added to u. Then a pass over all rows gives the true residual, and
-    another stage starts on it: its noise is proportional to ‖d‖, hence it falls with the residual. Until the epoch is
-    over, the residual is estimated after each window on the mini-batches that come next, and the stage ends early where
-    that estimate plus its standard error is at most `tol`.
+    another stage starts on it: its noise is proportional to ‖d‖, hence it falls with the residual. Until the epoch
+    is over, the residual is estimated after each window on the mini-batches that come next, and the stage ends early
+    where that estimate plus its standard error is at most `tol`.
 
     η = vᵀ(A + λ)v / E‖(A_B + λ)v‖²_M⁻¹ at the largest eigenvector v of M⁻¹(A + λI), found by power iterations on
-    mini-batches: the step that shrinks v most in mean square. A stage after which the residual has grown is taken back,
-    and the step size halved.
+    mini-batches: the step that shrinks v most in mean square. A stage after which the residual has grown is taken
+    back, and the step size halved.
 
     Args:
         damping: λ ≥ 0, in units of the eigenvalues of A, or "auto": `damping_fraction` × the largest |eigenvalue| on
             `sample` rows.
         tol: a column is done when ‖(A + λI)u − b‖ ≤ tol ‖b‖.
         max_passes: the most work, in products with all rows; a product with a mini-batch counts as its share of the
-            rows. The last check comes on top.
+            rows. The last check, and estimates of up to a quarter of an epoch, come on top.
         damping_fraction: used by damping="auto" alone.
         preconditioner: None, a name in `registry.PRECONDITIONERS`, or a `Preconditioner`. It is made on `sample` rows.
         rows: per mini-batch.
@@ -125,9 +124,9 @@ class Stochastic(Solver):
         return self._preconditioner.extra_bytes(parameters)
 
     def products(self, parameters: int, columns: int) -> int:
-        """⌈max_passes⌉ + 1, and those of `init`, which takes them on `sample` rows or fewer."""
+        """⌈max_passes⌉ + 2, and those of `init`, which takes them on `sample` rows or fewer."""
         first = damping_products(self, columns) + self._preconditioner.products(parameters, columns)
-        return math.ceil(self.max_passes) + 1 + first + -(-POWER_STEPS // columns)
+        return math.ceil(self.max_passes) + 2 + first + -(-POWER_STEPS // columns)
 
     def init(self, operator: Operator) -> Prepared:
         """λ and the preconditioner on a fixed sample, and the step size on mini-batches."""
@@ -304,7 +303,9 @@ class _Run:
         better = after < before
         self.u, self.r = vectors.where(better, u, self.u), vectors.where(better, r, self.r)
         self.relative = torch.where(better, after, before)
-        if (~better & (before > self.solver.tol)).any():
+        if (better | (before <= self.solver.tol)).all():
+            self.halvings = 0
+        else:
             self.step_size, self.halvings = self.step_size / 2, self.halvings + 1
 
 
