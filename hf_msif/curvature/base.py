@@ -49,7 +49,7 @@ class Curvature:
         holds_batches: whether they are.
     """
 
-    holds_batches: bool = True
+    holds_batches: ClassVar[bool] = True  # of an operator that is read by mini-batches, its own value
     is_symmetric: ClassVar[bool] = False  # by construction: nothing is to be checked
     fixed_seconds: float = 0.0  # of the first product, what did not grow with the rows
 
@@ -104,7 +104,8 @@ class Curvature:
             del vars(estimate)[name]
         with self.engine.raising_together():
             estimate.rows = [self.rows[i] for i in order[start:end].tolist()]
-        estimate.examples, estimate.holds_batches = end - start, True
+        estimate.examples = end - start
+        estimate.holds_batches = True  # type: ignore[misc]  # its own value
         vars(estimate)["count"] = self.count * (end - start) / self.examples
         return estimate
 

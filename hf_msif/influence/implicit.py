@@ -106,7 +106,7 @@ class Implicit(Differentiation):
         """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
         operator = self.curvature(self.curvature_rows)
         if self.solver.minibatches:
-            operator.holds_batches = False
+            operator.holds_batches = False  # type: ignore[misc]  # its own value
         return operator
 
     def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:

@@ -186,14 +186,15 @@ class MiniBatches:
 
     def __init__(self, solver: Stochastic, operator: CountedOperator):
         self.solver, self.operator = solver, operator
-        self.is_sum = hasattr(operator.operator, "minibatch")
-        self.epoch = -(-operator.operator.examples // solver.rows) if self.is_sum else 1
+        self.whole: Any = operator.operator
+        self.is_sum = hasattr(self.whole, "minibatch")
+        self.epoch = -(-self.whole.examples // solver.rows) if self.is_sum else 1
 
     def product(self, step: int, v: Block) -> Block:
         """A_B v, B the mini-batch of this step."""
         if not self.is_sum:
             return self.operator.matvec(v)
-        batch = self.operator.operator.minibatch(step, self.solver.rows, self.solver.seed)
+        batch = self.whole.minibatch(step, self.solver.rows, self.solver.seed)
         return CountedOperator(batch, vectors.columns(v)).matvec(v)
 
 
