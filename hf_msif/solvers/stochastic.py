@@ -188,7 +188,7 @@ class MiniBatches:
         self.solver, self.operator = solver, operator
         self.whole: Any = operator.operator
         self.is_sum = hasattr(self.whole, "minibatch")
-        self.epoch = -(-self.whole.examples // solver.rows) if self.is_sum else 1
+        self.epoch = -(-getattr(self.whole, "examples", 1) // solver.rows) if self.is_sum else 1
 
     def product(self, step: int, v: Block) -> Block:
         """A_B v, B the mini-batch of this step."""
