@@ -18,6 +18,7 @@ SOLVERS = {
     "identity": "hf_msif.solvers.identity:Identity",
     "dense": "hf_msif.solvers.dense:Dense",
     "closed_form": "hf_msif.solvers.closed_form:ClosedForm",
+    "stochastic": "hf_msif.solvers.stochastic:Stochastic",
 }
 PRECONDITIONERS = {
     "nystrom": "hf_msif.solvers.nystrom:Nystrom",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +27,11 @@ class Curvature:
 
     C_i is the curvature of example i's loss ℓ_i (a sum over its terms) and N = Σ_i count_i. `ridge` is the diagonal of
     F's quadratic terms: weight decay, and 2α where a parameter is tied to the stage before, eq. (12). The examples and
-    their masks are collated once: every product sees the same numbers, or the operator would not be linear.
+    their masks are the same in every product, or the operator would not be linear.
 
     A subclass defines `_product(evaluation, v)`: Σ_i C_i v over the examples of one batch, for every column of v.
-    One that needs few passes sets `holds_batches` to False: each pass then collates its batches anew.
+    The first pass collates the batches, and later ones find them. Where few passes are needed, `holds_batches` is
+    False: each pass then collates its batches anew, so that memory does not grow with the rows.
 
     Args:
         model: gives the parameters at which the losses are differentiated.
@@ -43,9 +46,10 @@ class Curvature:
         parameters: the trained parameters, plain tensors.
         examples: the number of rows.
         evaluations: this process's batches, where they are held.
+        holds_batches: whether they are.
     """
 
-    holds_batches: ClassVar[bool] = True
+    holds_batches: ClassVar[bool] = True  # of an operator that is read by mini-batches, its own value
     is_symmetric: ClassVar[bool] = False  # by construction: nothing is to be checked
     semidefinite: ClassVar[bool] = False  # known to be positive semi-definite
     fixed_seconds: float = 0.0  # of the first product, what did not grow with the rows
@@ -65,11 +69,46 @@ class Curvature:
         self.parameters = {name: model.parameters[name] for name in names}
         self.ridge = dict(ridge or {})
         self.examples = len(rows)
-        self.evaluations: list[Evaluation] = []
-        if self.holds_batches:
-            with engine.raising_together():
-                batches = engine.batches(rows, objective, batch_size)
-                self.evaluations = [Evaluation(model, objective, batch, memo={}) for _, batch in batches]
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """This process's batches, collated at the first pass; none where `holds_batches` is False."""
+        if not self.holds_batches:
+            return []
+        with self.engine.raising_together():
+            batches = self.engine.batches(self.rows, self.objective, self.batch_size)
+            return [Evaluation(self.model, self.objective, batch, memo={}) for _, batch in batches]
+
+    def minibatch(self, step: int, rows: int, seed: int = 0) -> Curvature:
+        """The curvature of one mini-batch, scaled to be an unbiased estimate of this one: (n / |B|) Σ_{i ∈ B} C_i / N.
+
+        The mini-batches of an epoch, ⌈n / rows⌉ steps, are a random partition of all n rows into parts of nearly equal
+        size: every row is in one of them. B is a pure function of (seed, step), the same for any number of processes.
+        N is the number of terms of *all* rows: divided by that of B, the estimate would be biased.
+
+        Args:
+            step: the number of the mini-batch, from 0; after an epoch comes another partition.
+            rows: |B| at most.
+            seed: of the partitions.
+
+        Returns:
+            A curvature of those rows, which holds its batches; itself where it is no sum over batches, as EK-FAC.
+        """
+        if type(self)._product is Curvature._product:
+            return self
+        parts = -(-self.examples // rows)
+        epoch, place = divmod(step, parts)
+        start, end = place * self.examples // parts, (place + 1) * self.examples // parts
+        order = _permutation(self.examples, seed, epoch)
+        estimate = copy.copy(self)
+        for name in [name for name in vars(self) if isinstance(getattr(type(self), name, None), cached_property)]:
+            del vars(estimate)[name]
+        with self.engine.raising_together():
+            estimate.rows = [self.rows[i] for i in order[start:end].tolist()]
+        estimate.examples = end - start
+        estimate.holds_batches = True  # type: ignore[misc]  # its own value
+        vars(estimate)["count"] = self.count * (end - start) / self.examples
+        return estimate
 
     @cached_property
     def count(self) -> float:
@@ -142,12 +181,18 @@ class Curvature:
         if not self.holds_batches:
             batches = self.engine.batches(self.rows, self.objective, self.batch_size)
             yield from (Evaluation(self.model, self.objective, batch) for _, batch in batches)
+            return
         memo_size = 0
         for evaluation in self.evaluations:
             yield evaluation
             memo_size += memo_bytes(evaluation.memo or {})
             if memo_size > MEMO_BYTES:
                 evaluation.memo = None
+
+
+@lru_cache(maxsize=2)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 def _counts(evaluation: Evaluation) -> Tensor:

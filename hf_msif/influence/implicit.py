@@ -105,7 +105,10 @@ class Implicit(Differentiation):
     @cached_property
     def operator(self) -> Curvature:
         """∂²F_k/∂trained² + weight decay + 2α on proximal names, on the curvature subset."""
-        return self.curvature(self.curvature_rows)
+        operator = self.curvature(self.curvature_rows)
+        if self.solver.minibatches:
+            operator.holds_batches = False  # type: ignore[misc]  # its own value
+        return operator
 
     @cached_property
     def curvature_kind(self) -> tuple[Callable[..., Curvature], str | None]:

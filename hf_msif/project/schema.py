@@ -120,7 +120,8 @@ class Solver(Section):
     name: Literal[tuple(SOLVERS)] | Dotted = "auto"  # type: ignore[valid-type]  # the names in a table
     """auto (suits the curvature and the number of test rows), cg (positive definite), block_cg (the same, for all test
     rows together), squared_cg (eq. (16)), minres (indefinite), dense (small models), closed_form (with curvature:
-    ekfac), identity (baseline), or your own class, whose settings stand beside name"""
+    ekfac), stochastic (mini-batches of all rows), identity (baseline), or your own class, whose settings stand beside
+    name"""
     damping: NonNegative | Literal["auto"] | None = None
     """λ added to the curvature; auto: damping_fraction × its largest eigenvalue"""
     damping_fraction: Positive | None = None
@@ -130,7 +131,12 @@ class Solver(Section):
     max_iter: Count | None = None
     """most iterations per column"""
     preconditioner: Literal[tuple(PRECONDITIONERS)] | None = None  # type: ignore[valid-type]  # the names in a table
-    """cg and block_cg: nystrom spends 64 products once, ekfac two to three, for fewer iterations of every test row"""
+    """cg, block_cg and stochastic: nystrom spends 64 products once, ekfac two to three, for fewer iterations of every
+    test row"""
+    max_passes: Positive | None = None
+    """stochastic: most work, in products with all rows"""
+    rows: Count | None = None
+    """stochastic: rows per mini-batch"""
     max_parameters: Count | None = None
     """dense: refuse larger systems"""
 

@@ -15,6 +15,7 @@ from .nystrom import Nystrom
 from .operator import Operator
 from .preconditioner import Preconditioner
 from .squared_cg import SquaredCG
+from .stochastic import Stochastic
 
 __all__ = [
     "CG",
@@ -33,6 +34,7 @@ __all__ = [
     "Solution",
     "Solver",
     "SquaredCG",
+    "Stochastic",
     "as_solver",
     "forecast",
     "problem",

@@ -58,12 +58,15 @@ class Solver:
             `operator.matvec` and through `operator.dot`, so that a block may be this process's shard of longer
             vectors. Where it is False, the default, every process holds whole vectors.
         damped: the solver is a dataclass with a field `damping`, which a sweep may replace. Defaults to False.
+        minibatches: it reads a mini-batch of the rows per step, so that the curvature does not hold the batches of all
+            rows. Defaults to False.
     """
 
     vectors_held: ClassVar[int] = 5
     state_vectors: ClassVar[int] = 0
     shardable: ClassVar[bool] = False
     damped: ClassVar[bool] = False
+    minibatches: ClassVar[bool] = False
 
     def chosen(self, problem: Problem) -> tuple[Solver, str | None]:
         """The solver that solves this problem, and why it was chosen. Defaults to itself, without a reason.
@@ -135,7 +138,16 @@ class AdaptedSolver(Solver):
 
     def __init__(self, solver: object):
         self.solver = solver
-        facts = ("vectors_held", "state_vectors", "shardable", "damped", "max_iter", "products", "extra_bytes")
+        facts = (
+            "vectors_held",
+            "state_vectors",
+            "shardable",
+            "damped",
+            "minibatches",
+            "max_iter",
+            "products",
+            "extra_bytes",
+        )
         for member in ("init", "compute", *facts):
             if hasattr(solver, member):
                 setattr(self, member, getattr(solver, member))

@@ -30,8 +30,8 @@ def solve(
         operator: any object with `matvec(block) -> block`, linear and symmetric, and `parameters: dict[str, Tensor]`;
             see `Operator` for what else it may have.
         b: Q right-hand sides, `dict[str, Tensor]` of shapes (Q, *parameter.shape), dtype and device of the parameters.
-        solver: `CG(...)`, `SquaredCG(...)`, `MinRes(...)`, `Identity()`, `Dense(...)`, `ClosedForm(...)`, or a
-            `Solver` of your own.
+        solver: `CG(...)`, `SquaredCG(...)`, `MinRes(...)`, `Identity()`, `Dense(...)`, `ClosedForm(...)`,
+            `Stochastic(...)`, or a `Solver` of your own.
         state: `solver.init(operator)`, when several blocks are solved with the same operator and solver.
         progress: called as `progress(iteration, residual)` once per iteration, with the largest relative residual
             (as the recurrence estimates it) among the columns that were still running.

@@ -32,6 +32,9 @@ class Certificate:
       semi-definite A; None where `damping` was a number, and for other solvers than CG and SquaredCG.
     - `residual_unsquared`: ‖Hu − b‖/‖b‖ for SquaredCG, None elsewhere.
     - `choice`: which solver `Auto` chose, and why; None where the solver was given.
+    - `residual_error`: where `residual` is an estimate from mini-batches, its standard error, which is included in it;
+      None where it was recomputed on all rows. (`Stochastic`, whose `matvecs` are in products with all rows, rounded
+      up; `iterations` are steps on mini-batches.)
     """
 
     solver: str
@@ -50,6 +53,7 @@ class Certificate:
     iteration_bound: int | None = None
     residual_unsquared: list[float] | None = None
     choice: str | None = None
+    residual_error: list[float] | None = None
 
     @classmethod
     def from_residual(
@@ -117,6 +121,8 @@ class Certificate:
             "use MinRes or curvature='gauss_newton' or more damping",
         }[self.status[q]]
         line = f"{self.solver}, column {q}: {prose}; residual {self.residual[q]:.1e} (tol {self.tol:.0e})"
+        if self.residual_error is not None:
+            line += f" by an estimate on mini-batches, its standard error {self.residual_error[q]:.1e} included"
         if self.residual_unsquared is not None:
             line += f", of Hu = b {self.residual_unsquared[q]:.1e}"
         line += f", {self.matvecs[q]} products, {self._damping()}"

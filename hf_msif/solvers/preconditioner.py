@@ -128,12 +128,15 @@ class PreconditionedSolver(KrylovSolver):
 
 
 class _Nothing(Preconditioner):
-    """M = I, which is not applied."""
+    """M = I; conjugate gradients do not apply it."""
 
     vectors_held = 0
 
     def init(self, operator: Operator, damping: float) -> None:
         return None
+
+    def apply(self, state: None, block: Block) -> Block:
+        return block
 
 
 NONE = _Nothing()
