@@ -38,12 +38,14 @@ class Pass:
         inputs: number of rows of the model's inputs, B times the draws per example.
         lengths: the further sizes of the inputs, such as the number of tokens.
         positions: (M,) the input row of each token that the head sees; None: the head sees all of them.
+        per_example: how many inputs an example had in the sample; None: this is the sample.
     """
 
     examples: int
     inputs: int = 0
     lengths: tuple[int, ...] = ()
     positions: Tensor | None = None
+    per_example: int | None = None
 
     def kind(self, lead: tuple[int, ...], is_table: bool) -> str:
         """How rows with these leading axes belong to the examples.
@@ -51,6 +53,8 @@ class Pass:
         "rows": the first axis is that of the inputs; "broadcast": a table's row of positions for all inputs;
         "positions": the tokens that the head sees; "probed": any other order, see `_Run`.
         """
+        if self.inputs % self.examples:  # examples have different numbers of inputs, such as pairs of words
+            return "probed"
         flattened = len(lead) == 1 and lead[0] in [self.inputs * length for length in self.lengths]
         if lead and (lead[0] == self.inputs or flattened):
             return "rows"
@@ -62,6 +66,8 @@ class Pass:
 
     def allows(self, kind: str, lead: tuple[int, ...]) -> bool:
         """Whether rows of this kind can have these leading axes."""
+        if kind != "probed" and self.per_example is not None and self.inputs != self.per_example * self.examples:
+            return False
         if kind == "rows":
             return lead[0] % self.inputs == 0 if len(lead) == 1 else lead[0] == self.inputs
         if kind == "positions":
@@ -136,6 +142,7 @@ class LayerMap:
             run.losses()
             if not run.ambiguous:
                 break
+        self.per_example = run.at.inputs // size
         for layer in list(self.layers):
             kinds = run.kinds.get(layer)
             if kinds is None:  # not called; or called by another module, in whose gradient it is
@@ -218,7 +225,7 @@ class LayerMap:
         Raises:
             InputError: the rows of a layer cannot be told apart by example, though those of the sample could.
         """
-        run = _Run(evaluation, self.layers, examples, receive, mixing)
+        run = _Run(evaluation, self.layers, examples, receive, mixing, self.per_example)
         with torch.enable_grad():
             sums, counts = run.losses()
             if run.leaves:
@@ -244,7 +251,9 @@ class _Run:
         examples: int,
         receive: Receive | None = None,
         mixing: Callable[[Layer], None] | None = None,
+        per_example: int | None = None,
     ):
+        self.per_example = per_example
         self.evaluation, self.layers, self.receive, self.mixing = evaluation, layers, receive, mixing
         self.examples, self.ambiguous, self.leaves = examples, False, list[Tensor]()
         self.kinds: dict[Layer, set[str]] = {}
@@ -263,7 +272,8 @@ class _Run:
     def _call(self, positions: tuple[Tensor, Tensor] | None = None, **inputs):
         tensors = [t for t in inputs.values() if isinstance(t, Tensor) and t.dim()]
         lengths = [size for t in tensors for size in t.shape[1:]]
-        self.at = Pass(self.examples, len(tensors[0]), tuple(lengths), None if positions is None else positions[0])
+        seen = None if positions is None else positions[0]
+        self.at = Pass(self.examples, len(tensors[0]), tuple(lengths), seen, self.per_example)
         self.ambiguous |= self.at.inputs in [*lengths, *([] if positions is None else [len(positions[0])])]
         return self.evaluation.model.bind({})(positions=positions, **inputs)
 
@@ -328,9 +338,13 @@ def _products(columns: Tensor, signs: Tensor) -> Tensor:
     return (columns.double() * signs).flatten(1).sum(1) if columns.dim() > 1 else columns.double() * signs[0]
 
 
-def _not_told_apart(layer: Layer, examples: int) -> InputError:
+class UnclearRowsError(InputError):
+    """The rows of a layer cannot be told apart by example in a batch, though those of the sample could."""
+
+
+def _not_told_apart(layer: Layer, examples: int) -> UnclearRowsError:
     names = list(layer.names.values())
-    return InputError(
+    return UnclearRowsError(
         f"the rows of the layer with {names[0]!r} cannot be told apart by example in a batch of {examples} rows, "
         "though they could be in other batches; expected one example per row: score with method='forward'."
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import vectors
 from ..adapters.functional import FunctionalModel
 from ..curvature.derivatives import Evaluation, directional_derivatives
+from ..curvature.layers import UnclearRowsError
 from ..errors import InputError
 from ..objectives import Objective
 from ..scoring.layerwise import Layerwise
@@ -71,8 +72,12 @@ class Direction:
             terms; counts, (B,).
         """
         if self._layerwise is not None:
-            slopes, losses, counts = self._layerwise.slopes(batch, len(rows))
-            return RowInfluence(-slopes.double(), losses, counts)
+            try:
+                slopes, losses, counts = self._layerwise.slopes(batch, len(rows))
+                return RowInfluence(-slopes.double(), losses, counts)
+            except UnclearRowsError:
+                if self.method == "layerwise":
+                    raise
         evaluation = Evaluation(self.model, self.objective, batch)
         values = []
         for q in range(self.columns):

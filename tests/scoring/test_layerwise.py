@@ -182,6 +182,28 @@ def test_rows_that_cannot_be_told_apart_are_refused():
         layers.run(evaluation, len(rows), lambda layer, call: None)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_examples_with_different_numbers_of_inputs(seed):
+    """Skip-gram passes pairs of words to the model, some per example."""
+    case = next(case for case in CASES if case.name == "skip-gram")
+    network, objective, rows = case.model(), case.objective(), tiny.rows(7, seed=seed, shortest=2)
+    assert Both(network, objective, rows).error < 1e-10
+    # Where all rows of the sample have equally many, a batch in which they differ is noticed.
+    model, equal = FunctionalModel(network), tiny.rows(5, seed=seed, longest=4, shortest=4)
+    names = ("encoder.embeddings.weight",)
+    direction = Direction(
+        model, objective, queries(model, names, 3), DirectCertificate("given", 3), lambda: equal, method="layerwise"
+    )
+    batch = objective.collate(rows)
+    with model.evaluating():
+        expected = direction.by("forward").influence(batch, rows).influence
+        torch.testing.assert_close(direction.by("auto").influence(batch, rows).influence, expected)
+        layers = direction._layerwise.layers.layers
+        if layers and layers[0].kind == "rows":
+            with pytest.raises(InputError, match="cannot be told apart by example in a batch of 7 rows"):
+                direction.influence(batch, rows)
+
+
 def test_methods_of_a_query():
     before = tiny.model("bert", "masked")
     chain = tiny.chain(before, tiny.finetuned(before, "bert"), data=(tiny.rows(9, seed=1), tiny.rows(6, seed=2)))
