@@ -124,7 +124,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--forward-up-to", type=int, default=2, help="most queries for which forward mode is measured")
     parser.add_argument("--sentences", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=8000)
