@@ -221,6 +221,8 @@ class Elementwise(Layer):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
+        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):  # their channels are not the last axis
+            return False
         own = list(module.parameters(recurse=False))
         vectors_alone = bool(own) and all(p.dim() == 1 and p.shape == own[0].shape for p in own)
         return vectors_alone and not list(module.children()) and "norm" in type(module).__name__.lower()

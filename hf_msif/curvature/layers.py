@@ -216,8 +216,8 @@ class LayerMap:
             evaluation: the batch.
             examples: B.
             receive: may be called in any order of layers; a layer that is called twice in a pass is received twice.
-            mixing: called in the place of `receive` where a layer's rows belong to several examples each; None: an
-                error is raised.
+            mixing: called where a layer's rows belong to several examples each, or its rule fails; None: an error is
+                raised.
 
         Returns:
             (sums, counts) of `Evaluation.losses`.
@@ -313,8 +313,13 @@ class _Run:
 
     def _deliver(self, layer: Layer, x: Any, g: Tensor, lead: tuple[int, ...], grouping: Grouping) -> None:
         assert self.receive is not None
-        a, g = layer.rows(x, g, lambda t: t.reshape(math.prod(lead), *t.shape[len(lead) :]))
-        self.receive(layer, Call(a, g, grouping))
+        try:
+            a, g = layer.rows(x, g, lambda t: t.reshape(math.prod(lead), *t.shape[len(lead) :]))
+            self.receive(layer, Call(a, g, grouping))
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            if self.mixing is None:
+                raise
+            self.mixing(layer)  # a rule that fails on the sample does not fit to its module
 
     def _probed(self, layer: Layer, x: Any, g: Tensor, weighted: Tensor, lead: tuple[int, ...]) -> None:
         """Delivers rows whose examples are told by the growth of their gradients."""

@@ -61,7 +61,7 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
     solve, at_most = ((n * passes.product + extra + mixed_seconds) / processes for n in (usual, worst))
     solver_bytes, model_bytes = implicit.solver_bytes(columns, processes), vectors.nbytes(bound.model.parameters)
     held_memo = passes.held_memo if worst else 0
-    foretold = "" if found is None else f"usually {usual:,} products, {time_text(solve)}, by its first {STEPS}"
+    foretold = "" if found is None else f"usually {usual:,} products, {time_text(solve)}, judging by its first {STEPS}"
     if found is not None and rows < examples:
         foretold += f" with {rows:,} of the rows"
     text = (

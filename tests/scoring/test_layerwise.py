@@ -204,6 +204,37 @@ def test_examples_with_different_numbers_of_inputs(seed):
                 direction.influence(batch, rows)
 
 
+class ChannelNorm(nn.Module):
+    """A norm by its name, whose weights belong to the second axis."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x):
+        return x * self.weight.view(1, -1, 1)
+
+
+class Channels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+        self.convolution = nn.Conv1d(6, 8, 3, padding=1)
+        self.batch_norm, self.group_norm, self.own = nn.BatchNorm1d(8), nn.GroupNorm(2, 8), ChannelNorm(8)
+        self.double()
+
+    def forward(self, ids):
+        x = self.convolution(self.table(ids).transpose(1, 2))
+        return torch.tanh(self.own(self.group_norm(self.batch_norm(x)))).square().sum((1, 2))
+
+
+def test_norms_of_channels():
+    torch.manual_seed(0)
+    both = Both(tiny.perturbed(Channels(), 0), Sums(), odd_rows())
+    assert both.error < 1e-10
+    assert set(both.rest) <= {"own.weight"}
+
+
 def test_methods_of_a_query():
     before = tiny.model("bert", "masked")
     chain = tiny.chain(before, tiny.finetuned(before, "bert"), data=(tiny.rows(9, seed=1), tiny.rows(6, seed=2)))
