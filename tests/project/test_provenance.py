@@ -22,6 +22,7 @@ from hf_msif.project.schema import Config, Section, StageConfig
 # Keys whose change is no change, for the model of the stage (below stages.NAME) and for a query: whoever adds a key to
 # the lists in `keys` says so here, too.
 SOLVER_SETTINGS = ("name", "damping", "damping_fraction", "tol", "max_iter", "preconditioner", "max_parameters")
+SOLVER_SETTINGS += ("max_passes", "rows")
 PASSING_FOR_MODELS = {
     *("batch_size", "curvature", "curvature_samples", "max_growth", "run", "resized", "skip_checks", "data.streaming"),
     *(f"solver.{name}" for name in SOLVER_SETTINGS),
