@@ -39,6 +39,13 @@ class Grouping:
             return x.reshape(self.examples, -1, *x.shape[1:]).sum(1)
         return x.new_zeros(self.examples, *x.shape[1:]).index_add_(0, self.index, x)
 
+    def example_of_each(self, x: Tensor) -> Tensor:
+        """The example of each of the n rows of x, (n,)."""
+        if self.index is not None:
+            return self.index
+        examples = torch.arange(self.examples, device=x.device)
+        return examples.repeat_interleave(len(x) // self.examples)
+
     def padded(self, x: Tensor) -> Tensor:
         """(n, d) → (B, T, d), T the largest number of rows of an example; zero where an example has fewer."""
         if self.index is None:
@@ -206,10 +213,7 @@ class Embedding(Layer):
     def gradients(self, call: Call) -> Block:
         table = self.values["weight"]
         made = call.g.new_zeros(call.grouping.examples, *table.shape)
-        index = call.grouping.index
-        if index is None:
-            index = torch.arange(call.grouping.examples, device=call.g.device)
-            index = index.repeat_interleave(len(call.g) // call.grouping.examples)
+        index = call.grouping.example_of_each(call.g)
         return {self.names["weight"]: made.index_put_((index, call.a), call.g, accumulate=True)}
 
 
@@ -278,10 +282,8 @@ class Local(Layer):
         own = {local: self.values[local].detach().requires_grad_() for local in self.names}
         with torch.enable_grad():
             output = flat(torch.func.functional_call(self.module, {**self.values, **own}, args, kwargs))
-        examples = range(grouping.examples)
-        index = grouping.index if grouping.index is not None else torch.arange(len(call.g), device=output.device)
-        of_row = index if grouping.index is not None else index // (len(call.g) // len(examples))
-        parts = [call.g * (of_row == i).unsqueeze(1) for i in examples]
+        index = grouping.example_of_each(call.g)
+        parts = [call.g * (index == i).unsqueeze(1) for i in range(grouping.examples)]
         rows = [torch.autograd.grad(output, list(own.values()), part, retain_graph=True) for part in parts]
         return {
             name: torch.stack(columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .blocks import LONGEST_VECTOR, Gradients, KroneckerBlock, has_basis
@@ -79,10 +78,6 @@ def collect(made: dict[str, Gradients], layer: Layer, call: Call, apart: list[st
     if isinstance(layer, Linear):
         own["weight"].add(call.grouping.padded(call.a), call.grouping.padded(call.g))
     elif isinstance(layer, Embedding):
-        index = call.grouping.index
-        if index is None:
-            examples = call.grouping.examples
-            index = torch.arange(examples, device=call.g.device).repeat_interleave(len(call.g) // examples)
-        own["weight"].add_tokens(index, call.a, call.g)
+        own["weight"].add_tokens(call.grouping.example_of_each(call.g), call.a, call.g)
     else:
         own["weight"].add_vectors(call.grouping.sum(call.a * call.g))

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..vectors import Block
 from ._base import Progress, Solver, check_settings
 from .certificate import Certificate, Solution
+from .damping import damping
 from .operator import CountedOperator, Operator
 
 if TYPE_CHECKING:
@@ -69,15 +70,7 @@ class ClosedForm(Solver):
                 f"ClosedForm needs a curvature that knows its inverse, but {type(operator).__name__} does not; "
                 "expected curvature='ekfac', or another solver such as CG."
             )
-        if not isinstance(self.damping, str):
-            return float(self.damping)
-        largest = owner.largest_eigenvalue()
-        if not largest > 0:
-            raise InputError(
-                "damping='auto' needs curvature, but the operator is zero: does any parameter reach the loss? Else "
-                "give damping as a number."
-            )
-        return self.damping_fraction * largest
+        return damping(self, owner.largest_eigenvalue).value
 
     def compute(
         self,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..errors import InputError
 from ..registry import PRECONDITIONERS, registered
 from ..vectors import Block
+from ._base import Solver
 from ._krylov import KrylovSolver, LinearSystem
 from .damping import Damping, bound_of
 from .operator import CountedOperator, Operator
@@ -75,8 +76,8 @@ class Prepared(NamedTuple):
     preconditioner: Any
 
 
-class PreconditionedSolver(KrylovSolver):
-    """A Krylov solver with a setting `preconditioner`.
+class Preconditioned(Solver):
+    """A solver with a setting `preconditioner`, and the facts that follow from it.
 
     Attributes:
         unpreconditioned: `vectors_held` without a preconditioner.
@@ -85,8 +86,8 @@ class PreconditionedSolver(KrylovSolver):
     preconditioner: Preconditioner | str | None
     unpreconditioned: ClassVar[int]
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _name_preconditioner(self) -> None:
+        """Replaces the name of a preconditioner by the object; called once, when the settings are made."""
         object.__setattr__(self, "preconditioner", as_preconditioner(self.preconditioner))
 
     @property
@@ -105,6 +106,14 @@ class PreconditionedSolver(KrylovSolver):
     def extra_bytes(self, parameters: int) -> int:
         """Bytes of the preconditioner's state beside vectors."""
         return self._preconditioner.extra_bytes(parameters)
+
+
+class PreconditionedSolver(Preconditioned, KrylovSolver):
+    """A Krylov solver with a setting `preconditioner`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._name_preconditioner()
 
     def products(self, parameters: int, columns: int) -> int:
         """max_iter + 1, the products of the Lanczos run for the damping, and those of the preconditioner."""

@@ -18,12 +18,12 @@ from torch import Tensor
 from .. import vectors
 from ..errors import InputError
 from ..vectors import Block
-from ._base import Progress, Solver, check_settings
+from ._base import Progress, check_settings
 from .certificate import Certificate, Solution
 from .damping import Damping, damping, damping_products
 from .lanczos import largest_eigenvalue
 from .operator import CountedOperator, Operator
-from .preconditioner import NONE, Preconditioner, as_preconditioner, not_definite
+from .preconditioner import Preconditioned, Preconditioner, not_definite
 
 if TYPE_CHECKING:
     from ..engine.checkpoints import SolverCheckpoint
@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stochastic(Solver):
+class Stochastic(Preconditioned):
     """(A + λI)u = b by d ← d − η M⁻¹((A_B + λI)d − r), over mini-batches B of all rows of a curvature.
 
     A *stage* starts at d = 0 on r = b − (A + λI)u. It takes as many steps as there are mini-batches in an epoch, in
@@ -99,29 +99,13 @@ class Stochastic(Solver):
 
     damped: ClassVar[bool] = True
     minibatches: ClassVar[bool] = True
+    unpreconditioned: ClassVar[int] = 5 + GROUPS
 
     def __post_init__(self):
         check_settings(self, counts=("rows", "sample"))
         if not isinstance(self.max_passes, Real) or not 0 < self.max_passes < math.inf:
             raise InputError(f"Stochastic(max_passes={self.max_passes!r}): expected a number > 0.")
-        object.__setattr__(self, "preconditioner", as_preconditioner(self.preconditioner))
-
-    @property
-    def _preconditioner(self) -> Preconditioner:
-        assert not isinstance(self.preconditioner, str)  # __post_init__ has replaced names
-        return self.preconditioner or NONE
-
-    @property
-    def vectors_held(self) -> int:  # type: ignore[override]  # a setting decides what is a constant elsewhere
-        return 5 + GROUPS + self._preconditioner.vectors_held
-
-    @property
-    def state_vectors(self) -> int:  # type: ignore[override]
-        return self._preconditioner.state_vectors
-
-    def extra_bytes(self, parameters: int) -> int:
-        """Bytes of the preconditioner's state beside vectors."""
-        return self._preconditioner.extra_bytes(parameters)
+        self._name_preconditioner()
 
     def products(self, parameters: int, columns: int) -> int:
         """⌈max_passes⌉ + 2, and those of `init`, which takes them on `sample` rows or fewer."""
