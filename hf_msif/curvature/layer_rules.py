@@ -237,10 +237,10 @@ class Elementwise(Layer):
     def _slopes(self, x: Tensor) -> Tensor:
         """∂out/∂weight of each element."""
         module: Any = self.module
-        if isinstance(module, nn.LayerNorm):
-            return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
         if "weight" not in self.names:
             return x  # not needed
+        if isinstance(module, nn.LayerNorm):
+            return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
         return self.tangent((x,), {}, {"weight": torch.ones_like(self.values["weight"])})
 
     def gradients(self, call: Call) -> Block:

@@ -179,7 +179,8 @@ class LayerMap:
             for name, columns in layer.gradients(call).items():
                 made[place[name]] += _products(columns, signs[name]).cpu()
 
-        wrong = self._mixed(evaluation, examples, receive)
+        wrong = set[str]()
+        self.run(evaluation, examples, receive, lambda layer: wrong.update(layer.names.values()))
         leaves = evaluation.leaves(names)
         sums, _ = evaluation.losses(leaves)
         for i in range(examples):
@@ -192,16 +193,6 @@ class LayerMap:
                 if not gap <= TOLERANCE * (norm + 1e-3 * max(norms)):
                     wrong.add(name)
         return wrong
-
-    def _mixed(self, evaluation: Evaluation, examples: int, receive: Receive) -> set[str]:
-        """Runs the layers; the parameters of those whose rows mix examples, which are not received."""
-        mixed = set[str]()
-
-        def instead(layer: Layer) -> None:
-            mixed.update(layer.names.values())
-
-        self.run(evaluation, examples, receive, instead)
-        return mixed
 
     def run(
         self,
@@ -272,9 +263,9 @@ class _Run:
     def _call(self, positions: tuple[Tensor, Tensor] | None = None, **inputs):
         tensors = [t for t in inputs.values() if isinstance(t, Tensor) and t.dim()]
         lengths = [size for t in tensors for size in t.shape[1:]]
-        seen = None if positions is None else positions[0]
-        self.at = Pass(self.examples, len(tensors[0]), tuple(lengths), seen, self.per_example)
-        self.ambiguous |= self.at.inputs in [*lengths, *([] if positions is None else [len(positions[0])])]
+        head_rows = None if positions is None else positions[0]
+        self.at = Pass(self.examples, len(tensors[0]), tuple(lengths), head_rows, self.per_example)
+        self.ambiguous |= self.at.inputs in [*lengths, *([] if head_rows is None else [len(head_rows)])]
         return self.evaluation.model.bind({})(positions=positions, **inputs)
 
     def _find(self, layer: Layer, _module, _args, _kwargs, output) -> None:

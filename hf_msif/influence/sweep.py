@@ -122,13 +122,13 @@ def recommendation(table: pd.DataFrame, tol: float) -> Recommendation:
     solved = [residual <= tol for residual in table.residual]
     if not any(solved):
         return Recommendation(None, f"no λ is solved to {tol:.0e}: give the solver more iterations, or try a larger λ")
-    kept = [*table.top_k_kept[1:], math.nan]  # by the next larger λ
-    for damping, is_solved, share in zip(table.damping, solved, kept, strict=True):
+    next_shares = [*table.top_k_kept[1:], math.nan]  # of the top that the next larger λ keeps
+    for damping, is_solved, share in zip(table.damping, solved, next_shares, strict=True):
         if is_solved and share >= STABLE:
             reason = f"the smallest λ that is solved and of whose top the next larger λ keeps {share:.0%}"
             return Recommendation(float(damping), reason)
     largest = max(damping for damping, is_solved in zip(table.damping, solved, strict=True) if is_solved)
-    shares = [share for share, is_solved in zip(kept, solved, strict=True) if is_solved and share == share]
+    shares = [share for share, is_solved in zip(next_shares, solved, strict=True) if is_solved and share == share]
     best = f"at most {max(shares):.0%} of a top" if shares else "nothing to compare with"
     reason = f"the largest λ that is solved; no ranking is stable ({best} kept by the next larger λ): try larger ones"
     return Recommendation(float(largest), reason)

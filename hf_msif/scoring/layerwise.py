@@ -129,18 +129,18 @@ def _by_example(left: Tensor, right: Tensor, u: Tensor) -> Tensor:
     """
     (examples, _, height), (columns, _, width) = left.shape, u.shape
     on_gpu = left.device.type != "cpu"
-    some = examples if on_gpu else min(examples, BLOCK_EXAMPLES)
+    block_examples = examples if on_gpu else min(examples, BLOCK_EXAMPLES)
     block = (BLOCK_BYTES_ON_GPU if on_gpu else BLOCK_BYTES) // left.element_size()
-    high = max(1, min(height, block // (some * width)))
-    memory = left.new_empty(some * high * width)
+    high = max(1, min(height, block // (block_examples * width)))
+    memory = left.new_empty(block_examples * high * width)
     total = left.new_zeros(columns, examples, dtype=torch.float32 if left.dtype in HALVES else left.dtype)
     for top in range(0, height, high):
         rows, queries = left[:, :, top : top + high].transpose(1, 2), u[:, top : top + high].flatten(1)
-        for first in range(0, examples, some):
-            part, of = rows[first : first + some], right[first : first + some]
+        for first in range(0, examples, block_examples):
+            part, of = rows[first : first + block_examples], right[first : first + block_examples]
             gradients = memory[: part.shape[0] * part.shape[1] * width].view(*part.shape[:2], width)
             torch.bmm(part, of, out=gradients)
-            total[:, first : first + some] += queries @ gradients.flatten(1).T
+            total[:, first : first + block_examples] += queries @ gradients.flatten(1).T
     return total.T
 
 
