@@ -9,7 +9,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -76,7 +78,9 @@ class FunctionalModel:
         state = {**self.parameters, **parameters, **self.buffers}
 
         def call(positions: tuple[Tensor, Tensor] | None = None, **inputs):
-            with _memoised(self.model, varying, memo) if memo is not None else nullcontext():
+            memoised = _memoised(self.model, varying, memo) if memo is not None else nullcontext()
+            dual = any(forward_ad.unpack_dual(p).tangent is not None for p in parameters.values())
+            with memoised, ConstantPadding() if dual else nullcontext():
                 return forward(
                     self.model,
                     lambda kwargs: torch.func.functional_call(self.model, state, kwargs=kwargs),
@@ -117,6 +121,29 @@ class FunctionalModel:
             if swap:
                 for config, kernel in attention:
                     config._attn_implementation = kernel
+
+
+class ConstantPadding(TorchFunctionMode):
+    """Inside, lookups in embeddings at `padding_idx` have no tangent, so that forward and backward passes agree.
+
+    PyTorch gives the row no gradient by a lookup, so that training leaves it as it is; forward mode counts it. Where
+    the row has a gradient from elsewhere (a tied output layer), J v and Jᵀ w would be those of different functions.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return _constant_padding(output, *args, **(kwargs or {})) if func is nn.functional.embedding else output
+
+
+def _constant_padding(
+    output: Tensor, input: Tensor, weight: Tensor, padding_idx: int | None = None, *_, **__
+) -> Tensor:
+    """The output of `nn.functional.embedding`, without tangents at `padding_idx`."""
+    primal, tangent = forward_ad.unpack_dual(output)
+    if padding_idx is None or tangent is None:
+        return output
+    padding = (input == padding_idx % len(weight)).unsqueeze(-1)
+    return forward_ad.make_dual(primal, tangent.masked_fill(padding, 0.0))
 
 
 def check_vocabulary(name: str, model: nn.Module, objective: TextSettings) -> None:
@@ -224,9 +251,7 @@ def _memoised(model: nn.Module, varying: set[str], memo: dict) -> Iterator[None]
             if _name not in memo:
                 output = _forward(*args, **kwargs)
                 inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-                if any(
-                    t.requires_grad or torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in inputs
-                ):
+                if any(t.requires_grad or forward_ad.unpack_dual(t).tangent is not None for t in inputs):
                     return output
                 memo[_name] = output
             return tree_map(lambda x: x, memo[_name])

@@ -18,7 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.functional import FunctionalModel
+from ..adapters.functional import ConstantPadding, FunctionalModel
 from ..vectors import Block
 
 
@@ -110,7 +110,7 @@ class Layer:
 
     def tangent(self, args: tuple, kwargs: dict, direction: Mapping[str, Tensor]) -> Tensor:
         """The tangent of the module's output along a direction in its own parameters, at these arguments."""
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), forward_ad.dual_level(), ConstantPadding():
             duals = {local: forward_ad.make_dual(self.values[local], t) for local, t in direction.items()}
             output = torch.func.functional_call(self.module, {**self.values, **duals}, args, kwargs)
             tangent = forward_ad.unpack_dual(output).tangent
@@ -209,6 +209,12 @@ class Embedding(Layer):
     def fits(cls, module: nn.Module) -> bool:
         plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
         return plain and module.max_norm is None and not module.scale_grad_by_freq
+
+    def rows(self, x: Tensor, g: Tensor, flat: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, g = flat(x), flat(g)
+        padding: int | None = self.module.padding_idx  # type: ignore[assignment]
+        # PyTorch gives the row at `padding_idx` no gradient; tied output layers share the row and give it one.
+        return tokens, g if padding is None else g.masked_fill((tokens == padding).unsqueeze(1), 0.0)
 
     def gradients(self, call: Call) -> Block:
         table = self.values["weight"]

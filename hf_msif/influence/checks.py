@@ -10,13 +10,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import vectors
 from ..curvature.derivatives import Evaluation
 from ..curvature.padding import ROUNDING, ROUNDING_OF_OTHERS, batch_effect, tempered, without_tf32
 from ..errors import InputError, first_line
-from ..vectors import Block
 from .chain import BoundStage
 from .findings import Finding
 from .implicit import Implicit
@@ -144,8 +143,7 @@ def symmetry(bound: BoundStage) -> Finding:
     """Of an implicit stage: ⟨w, C v⟩ = ⟨v, C w⟩ for random vectors v and w and the curvature C of two rows, whose
     losses are `tempered`.
 
-    The difference is relative to ‖C v‖, which is about the Frobenius norm of C: E⟨w, C v⟩² = ‖C‖². Entries of rows at
-    `padding_idx` of an embedding are zero in v and w: PyTorch gives those rows no gradient.
+    The difference is relative to ‖C v‖, which is about the Frobenius norm of C: E⟨w, C v⟩² = ‖C‖².
 
     Raises:
         InputError: the product is not symmetric, so that it is no curvature; or it cannot be computed.
@@ -164,7 +162,7 @@ def symmetry(bound: BoundStage) -> Finding:
         return Finding("symmetry", f"curvature={stage.curvature_name!r} is symmetric by construction")
     if not operator.count:
         return Finding("symmetry", "none of the compared rows has a term")
-    one, other = (_random_vector(bound, operator.parameters, seed) for seed in (1, 2))
+    one, other = (vectors.rademacher(operator.parameters, 1, seed) for seed in (1, 2))
     try:
         with without_tf32():
             products = [operator.matvec(v) for v in (one, other)]
@@ -226,15 +224,6 @@ def _logits(bound: BoundStage, batch: dict[str, Any]) -> Tensor:
 
     bound.objective.losses(watched, batch)
     return outputs[0]
-
-
-def _random_vector(bound: BoundStage, parameters: dict[str, Tensor], seed: int) -> Block:
-    """Random signs, with zeros in the rows of embeddings at `padding_idx`."""
-    v = vectors.rademacher(parameters, 1, seed=seed)
-    for name, module in bound.stage.model.named_modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and f"{name}.weight" in v:
-            v[f"{name}.weight"][:, module.padding_idx] = 0
-    return v
 
 
 def _pad_ids(bound: BoundStage) -> str:

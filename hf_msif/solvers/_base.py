@@ -30,7 +30,6 @@ class Problem(NamedTuple):
         closed_form: it has `inverse(b, damping)`.
         sharded: each process holds a shard of the vectors.
         element_size: bytes per number.
-        processes: that share the work.
     """
 
     parameters: int
@@ -39,7 +38,6 @@ class Problem(NamedTuple):
     closed_form: bool = False
     sharded: bool = False
     element_size: int = 4
-    processes: int = 1
 
 
 class Solver:

@@ -95,5 +95,4 @@ def problem(operator: Operator, columns: int, sharded: bool = False) -> Problem:
         closed_form=hasattr(operator, "inverse"),
         sharded=sharded or inner is not operator,
         element_size=next(iter(operator.parameters.values())).element_size(),
-        processes=getattr(getattr(operator, "engine", None), "processes", 1),
     )

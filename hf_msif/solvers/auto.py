@@ -31,7 +31,7 @@ class Auto(Solver):
     - at most `SMALL` parameters: `Dense`;
     - one right-hand side: `CG`;
     - several: `BlockCG`, in whose shared Krylov space they take about half of the products; from `MANY` on with the
-      preconditioner `Nystrom`, if its vectors fit into `NYSTROM_BYTES` and one process does the work.
+      preconditioner `Nystrom`, if its vectors fit into `NYSTROM_BYTES`.
 
     Args:
         damping: λ ≥ 0, or "auto": `damping_fraction` × the largest |eigenvalue|.
@@ -71,8 +71,7 @@ class Auto(Solver):
             return CG(**damping, **iterations), "cg, for one right-hand side"
         together = f"block_cg, since {problem.columns} right-hand sides share a Krylov space"
         vector = problem.parameters * problem.element_size
-        fits = Nystrom().rank * vector <= NYSTROM_BYTES and problem.processes == 1
-        if problem.columns >= MANY and fits:
+        if problem.columns >= MANY and Nystrom().rank * vector <= NYSTROM_BYTES:
             solver = BlockCG(**damping, **iterations, preconditioner=Nystrom())
             return solver, f"{together}; nystrom, whose products are shared by all of them"
         return BlockCG(**damping, **iterations), together

@@ -62,18 +62,7 @@ class Nystrom(Preconditioner):
         return -(-min(self.rank, parameters) // columns)
 
     def init(self, operator: Operator, damping: float) -> LowRank:
-        """U and L, from products with `CHUNK` columns at a time.
-
-        Raises:
-            InputError: several processes share the operator.
-        """
-        processes = getattr(getattr(operator, "engine", None), "processes", 1)
-        if processes > 1:
-            # With four of them, solutions were off by 1e-4 though their residuals were 1e-12 in each process.
-            raise InputError(
-                f"preconditioner is {self}, and {processes} processes share the work; expected one process: solve "
-                "without a preconditioner."
-            )
+        """U and L, from products with `CHUNK` columns at a time."""
         size = min(self.rank, dimension(operator))
         counted = CountedOperator(operator, size)
         seeds = torch.arange(size).split(CHUNK)

@@ -167,6 +167,35 @@ def test_columns_together_equal_one_at_a_time(masked, product):
         tiny.close(single, {n: t[q : q + 1] for n, t in together.items()}, 1e-12)
 
 
+@pytest.fixture(scope="module")
+def padding_read():
+    """A batch that reads the padding token as a word, as BERT's masking may draw it; its row is tied to the output."""
+    case = Case("masked")
+    embedding = case.user.get_input_embeddings()
+    assert embedding.weight is case.user.get_output_embeddings().weight
+    case.batch["input_ids"][:, 1] = embedding.padding_idx
+    case.plain = tiny.Plain(case.user, "masked", case.batch)
+    return case
+
+
+def test_a_lookup_at_padding_idx_is_a_constant_in_all_derivatives(padding_read):
+    """PyTorch gives it no gradient, and forward mode no tangent."""
+    case = padding_read
+    v = case.direction(columns=3, seed=10)
+    slopes = case.run(derivatives.directional_derivatives, vectors.column(v, 0))[0]
+    for i, example_sum in enumerate(case.plain.sums()):
+        gradient = case.plain.gradient(case.names, of=example_sum)
+        expected = sum((gradient[n] * v[n][0]).sum() for n in case.names)
+        torch.testing.assert_close(slopes[i], expected.detach(), rtol=1e-12, atol=1e-12)
+    dense = dense_gauss_newton(case.plain, case.names)
+    expected = vectors.unflatten(vectors.flatten(v) @ dense.T, v)
+    for q in range(3):  # the first column of a product and the others are computed differently
+        alone = case.run(derivatives.gauss_newton_product, {n: t[q:] for n, t in v.items()})
+        tiny.close(alone, {n: t[q:] for n, t in expected.items()}, 1e-11)
+    matrix = vectors.flatten(v) @ vectors.flatten(case.run(derivatives.hessian_product, v, case.names)).T
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-10 * float(matrix.abs().max()))
+
+
 class Calls:
     """Counts the runs of a module."""
 

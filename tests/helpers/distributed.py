@@ -81,7 +81,7 @@ CASES = {
     "sharded-block": {
         "dtype": torch.float64,
         "sharded": True,
-        "solver": solvers.BlockCG(damping=0.5, tol=1e-12, max_iter=300),
+        "solver": solvers.BlockCG(damping=0.5, tol=1e-12, max_iter=300, preconditioner=solvers.Nystrom(rank=6)),
     },
     "ekfac": {"dtype": torch.float64, "sharded": True, "curvature": "ekfac"},
     "ekfac-closed": {

@@ -70,6 +70,13 @@ def test_masks(settings):
     assert not both.rest
 
 
+def test_sentences_with_the_padding_token_as_a_word():
+    rows = [{**row, "text": f"[PAD] {row['text']} [PAD]"} for row in tiny.rows(7)]
+    both = Both(tiny.model("bert", "masked"), tiny.objective("masked"), rows)
+    assert both.error < 1e-10
+    assert not both.rest
+
+
 @pytest.mark.parametrize("size", [1, 2, 6, 11])
 def test_batches_of_other_sizes_than_the_sample(size):
     """A batch with as many rows as tokens, or as positions, is no different."""

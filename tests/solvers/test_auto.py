@@ -16,7 +16,6 @@ CHOICES = {
     "one column": (Problem(10**6, 1, semidefinite=True), CG(), "one right-hand side"),
     "several": (Problem(10**6, 8, semidefinite=True), BlockCG(), "8 right-hand sides share"),
     "many": (Problem(10**6, 32, semidefinite=True), BlockCG(preconditioner=Nystrom()), "nystrom"),
-    "several processes": (Problem(10**6, 32, semidefinite=True, processes=2), BlockCG(), "32 right-hand sides share"),
     "too large for Nystrom": (Problem(10**8, 32, semidefinite=True), BlockCG(), "32 right-hand sides share"),
 }
 
@@ -97,10 +96,3 @@ def test_curvature_auto(monkeypatch):
     large = bound().stages[0].differentiation
     assert isinstance(large.operator, EKFAC)
     assert "ekfac, an approximation" in large.curvature_kind[1]
-
-
-def test_several_processes_take_no_nystrom():
-    operator = Diagonal(30)
-    operator.engine = type("Engine", (), {"processes": 2})()
-    with pytest.raises(InputError, match=r"preconditioner is Nystrom\(.*, and 2 processes share the work"):
-        CG(preconditioner="nystrom").init(operator)
