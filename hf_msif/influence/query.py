@@ -17,6 +17,7 @@ from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError, first_line
 from ..scoring.scorer import Scorable, score
 from ..scoring.scores import Scores
+from ..scoring.shortlist import shortlist
 from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
@@ -88,8 +89,9 @@ class Query:
             keep: write only the `keep` rows of largest, of smallest and of least absolute influence per column, with
                 moments and a histogram of all rows; None: all rows.
             dtype: "tf32" computes float32 matrix products in TF32 on GPUs that have it; "bfloat16" computes in that
-                type where autocast does. The error is measured, printed, and in the metadata as `dtype_error`.
-                Defaults to the model's own precision.
+                type where autocast does. The error is measured, printed, and in the metadata as `dtype_error`. With
+                `keep` it serves for a shortlist, and the rows that are kept have their exact scores, see
+                `scoring.shortlist`. Defaults to the model's own precision.
             part_rows: rows per part; defaults to 4,096. An interruption loses the parts that are being scored (sixteen
                 batches per process, or one part) and those that are being written.
 
@@ -101,7 +103,9 @@ class Query:
             InputError: there is no such stage, a setting out of range, bad rows, or an interrupted scoring that does
                 not fit.
         """
-        return score(self._scorable(self.chain.stage(stage), method), corpus, batch_size, **settings)
+        scorable = self._scorable(self.chain.stage(stage), method)
+        short = settings.get("keep") is not None and settings.get("dtype") not in (None, "float32")
+        return (shortlist if short else score)(scorable, corpus, batch_size=batch_size, **settings)
 
     def _scorable(self, bound: BoundStage, method: str) -> Scorable:
         solution, count = self.solutions[bound.name], self.facts[bound.name]["N"]

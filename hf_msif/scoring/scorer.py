@@ -123,7 +123,7 @@ def score(
             disk is full, or `output_dir` holds an interrupted scoring and either `resume` is false or what that
             scoring depends on has changed (it is named).
     """
-    _check_settings(batch_size, keep, dtype, part_rows, resume, output_dir)
+    check_settings(batch_size, keep, dtype, part_rows, resume, output_dir)
     engine, source = scorable.engine, as_corpus(corpus, "the corpus")
     batch_size, reduced_dtype = batch_size or scorable.batch_size, None if dtype == "float32" else dtype
     # A round is long enough that sorting its rows by length pays on every process, and that what happens once per
@@ -149,7 +149,7 @@ def score(
                     if reduced_dtype and dtype_error is None:
                         error = _precision_error(scorable, missing_rows, batch_size, reduced_dtype)
                         dtype_error = {"dtype": dtype, **error}
-                    measured = _measure(scorable, missing_rows, batch_size, reduced_dtype, bar)
+                    measured = measure(scorable, missing_rows, batch_size, reduced_dtype, bar)
                     with engine.raising_together():
                         _add_parts(sink, scorable, missing_parts, measured)
                 done += len(rows)
@@ -166,7 +166,7 @@ def score(
     return scores
 
 
-def _check_settings(batch_size, keep, dtype, part_rows, resume, output_dir) -> None:
+def check_settings(batch_size, keep, dtype, part_rows, resume, output_dir) -> None:
     for name, value in (("batch_size", batch_size), ("keep", keep), ("part_rows", part_rows)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             way_out = ", or None for the stage's own" if name == "batch_size" else ""
@@ -208,7 +208,7 @@ def _parts(rows: list[dict], first: int, part_rows: int) -> dict[int, list[dict]
     return {number: rows[start : start + part_rows] for number, start in enumerate(starts, first)}
 
 
-def _add_parts(sink: Sink, scorable: Scorable, parts: dict[int, list[dict]], measured: _Measured) -> None:
+def _add_parts(sink: Sink, scorable: Scorable, parts: dict[int, list[dict]], measured: Measured) -> None:
     """Hands the parts to the sink; `measured` holds their rows, one part after another."""
     start = 0
     for number, rows in parts.items():
@@ -219,7 +219,7 @@ def _add_parts(sink: Sink, scorable: Scorable, parts: dict[int, list[dict]], mea
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
     """Of n rows in their order: influence (n, Q); loss, number of terms, and 1 where the row was truncated, (n,)."""
 
     influence: np.ndarray
@@ -227,12 +227,12 @@ class _Measured:
     counts: np.ndarray
     truncated: np.ndarray
 
-    def slice(self, start: int, end: int) -> _Measured:
+    def slice(self, start: int, end: int) -> Measured:
         columns = (self.influence, self.losses, self.counts, self.truncated)
-        return _Measured(*(column[start:end] for column in columns))
+        return Measured(*(column[start:end] for column in columns))
 
 
-def _measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | None, bar=None) -> _Measured:
+def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | None, bar=None) -> Measured:
     """Every process scores its share of the rows; every process gets all results."""
     engine = scorable.engine
     share: list[tuple[list[int], np.ndarray]] = []  # (places of a batch's rows, their columns)
@@ -253,7 +253,7 @@ def _measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str |
     whole_share = [tuple(np.concatenate(arrays) for arrays in zip(*share, strict=True))] if share else []
     places, values = (np.concatenate(arrays) for arrays in zip(*engine.gather(whole_share), strict=True))
     values = values[np.argsort(places)]
-    return _Measured(influence=values[:, 3:], losses=values[:, 0], counts=values[:, 1], truncated=values[:, 2])
+    return Measured(influence=values[:, 3:], losses=values[:, 0], counts=values[:, 1], truncated=values[:, 2])
 
 
 def _check_finite(values: np.ndarray, rows: list[dict]) -> None:
@@ -266,7 +266,7 @@ def _check_finite(values: np.ndarray, rows: list[dict]) -> None:
         )
 
 
-def _frame(scorable: Scorable, rows: list[dict], measured: _Measured) -> pd.DataFrame:
+def _frame(scorable: Scorable, rows: list[dict], measured: Measured) -> pd.DataFrame:
     """The columns of `Scores`, without `duplicates`."""
     objective = scorable.objective
     content_column = objective.content_column
@@ -281,7 +281,7 @@ def _precision_error(scorable: Scorable, rows: list[dict], batch_size: int, dtyp
     from scipy.stats import spearmanr
 
     rows = rows[:: max(1, len(rows) // COMPARED_ROWS)][:COMPARED_ROWS]
-    reduced, exact = (_measure(scorable, rows, batch_size, precision).influence for precision in (dtype, None))
+    reduced, exact = (measure(scorable, rows, batch_size, precision).influence for precision in (dtype, None))
     scale = np.sqrt((exact**2).mean(0)).clip(min=np.finfo(float).tiny)
     relative = float((np.sqrt(((reduced - exact) ** 2).mean(0)) / scale).max())
     correlations = [np.nan]

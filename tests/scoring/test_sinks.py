@@ -7,55 +7,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.scorables import scorable
 
-from hf_msif import InputError, Scores, objectives
-from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.engine import Engine
+from hf_msif import InputError, Scores
 from hf_msif.scoring import scorer
 from hf_msif.scoring.extremes import ExtremesInMemory, ExtremesOnDisk
 from hf_msif.scoring.in_memory import InMemory
 from hf_msif.scoring.on_disk import PartsOnDisk
-from hf_msif.scoring.scorer import RowInfluence, Scorable, score
+from hf_msif.scoring.scorer import RowInfluence, score
 from hf_msif.scoring.scores import frame_of
 from hf_msif.scoring.sinks import NullSink, Sink, WriteBehind
 from hf_msif.scoring.summary import Extremes
 
 CORPUS = [{"example_id": f"id{i}", "text": "a" * (i % 4 + 1), "x": float(i - 3)} for i in range(11)]
-
-
-class Numbers(objectives.Objective):
-    """Its batches hold the rows' numbers."""
-
-    def collate(self, rows):
-        return {"x": torch.tensor([row["x"] for row in rows]), "truncated": torch.tensor([r["x"] > 6 for r in rows])}
-
-    def losses(self, call, batch):
-        raise AssertionError("the influence of a Scorable is asked, not its objective")
-
-
-def scorable(**changes):
-    """I(x) = (x, x²), ℓ = 2x, one term per row."""
-
-    def influence(batch, rows):
-        x = batch["x"].double()
-        assert [row["x"] for row in rows] == x.tolist()
-        return RowInfluence(torch.stack([x, x**2], 1), 2 * x, torch.ones_like(x))
-
-    settings = {
-        "stage": "toy",
-        "file_name": "scores-toy.parquet",
-        "engine": Engine(progress=False),
-        "model": FunctionalModel(torch.nn.Linear(1, 1)),
-        "objective": Numbers(),
-        "batch_size": 2,
-        "columns": 2,
-        "count": 4.0,
-        "influence": influence,
-        "dtype": torch.float32,
-        "metadata": {"stage": "toy"},
-        "identity": lambda: pytest.fail("asked for the identity of scores in memory"),
-    }
-    return Scorable(**{**settings, **changes})
 
 
 def check(scores):

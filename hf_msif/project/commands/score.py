@@ -33,18 +33,21 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     paper's Figure 3.
 
     Finished parts lie in `run_dir/scores.parts` until all are there, and `--resume` goes on from them. With
-    `--keep top=K` only the K most extreme rows of each order are written.
+    `--keep top=K` only the K most extreme rows of each order are written; with `corpus.dtype` too, they are scored
+    again in the model's own precision.
     """
     from ...reports.tables import files_of_table
+    from ...scoring.shortlist import first_pass_name
 
     keep, folder = _rows_to_keep(arguments.keep), project.folder / "query"
     if not (folder / "query.json").is_file():
         raise InputError(f"there is no query in {project.folder} yet; run msif query with the same --config first.")
     path, table_path = project.output("scores.parquet"), project.output("table1")
-    files = [path, *files_of_table(table_path)]
+    first_pass = project.output(first_pass_name("scores.parquet"))
+    files = [path, first_pass, *files_of_table(table_path)]
     if _has_figure(project):
         files.append(project.output("figure3.png"))
-    with project.outputs.writing(files, into=[path.with_suffix(".parts")]):
+    with project.outputs.writing(files, into=[p.with_suffix(".parts") for p in (path, first_pass)]):
         return _score(project, arguments.resume, keep)
 
 
