@@ -168,6 +168,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def system(settings: argparse.Namespace) -> tuple[Operator, Block, float]:
     """The Gauss-Newton matrix, the gradients of the queries' losses, and the last loss of the training."""
+    model, objective, rows, loss = trained(settings)
+    stage = Stage("pretraining", model, objective, rows[settings.queries :], curvature_samples=settings.rows)
+    chain = MultiStageInfluence([stage], progress=False)
+    bound = chain.stage()
+    adjoint, _ = chain.measurement(rows[: settings.queries])
+    return bound.differentiation.operator, vectors.select(adjoint, bound.split.trained), loss
+
+
+def trained(settings: argparse.Namespace) -> tuple[BertForMaskedLM, objectives.MaskedLM, list[dict], float]:
+    """The model, its objective, all rows (those of the queries, which it is not trained on, first), its last loss."""
     texts = sentences(settings)
     rows = [{"example_id": i, "text": text} for i, text in enumerate(texts)]
     counts = Counter(word for text in texts[settings.queries :] for word in text.split())
@@ -187,12 +197,7 @@ def system(settings: argparse.Namespace) -> tuple[Operator, Block, float]:
             attention_probs_dropout_prob=0.0,
         )
     )
-    loss = train(model, objective, rows[settings.queries :], settings)
-    stage = Stage("pretraining", model, objective, rows[settings.queries :], curvature_samples=settings.rows)
-    chain = MultiStageInfluence([stage], progress=False)
-    bound = chain.stage()
-    adjoint, _ = chain.measurement(rows[: settings.queries])
-    return bound.differentiation.operator, vectors.select(adjoint, bound.split.trained), loss
+    return model, objective, rows, train(model, objective, rows[settings.queries :], settings)
 
 
 def train(model: BertForMaskedLM, objective: objectives.MaskedLM, rows: list[dict], settings) -> float:

@@ -398,6 +398,19 @@ def test_scores_are_nearly_those_of_gauss_newton():
     np.testing.assert_allclose(by_cg, found, rtol=0, atol=1e-7 * np.abs(found).max())
 
 
+@functools.cache
+def closely_solved_scores():
+    return scores(solver=solvers.CG(tol=1e-8, max_iter=2000))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preconditioner", ["nystrom", "ekfac"])
+def test_scores_of_preconditioned_cg_are_those_of_gauss_newton(preconditioner):
+    """At the default damping and tolerance, against a solution to 1e-8 without preconditioner."""
+    found, _ = scores(solver=solvers.CG(preconditioner=preconditioner))
+    assert min(spearmanr(a, b)[0] for a, b in zip(found, closely_solved_scores(), strict=True)) >= 0.99
+
+
 def test_it_preconditions_the_exact_curvature():
     _, damping = exact_scores()
     _, chain = scores(solver=solvers.Identity())

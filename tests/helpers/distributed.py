@@ -214,6 +214,10 @@ def durable(folder, world):
     kept = query.score(CORPUS, output_dir=folder / f"kept-{world}", part_rows=4, keep=3)
     assert kept.top(3, query=2).example_id.tolist() == expected.top(3, query=2).example_id.tolist()
     assert kept.metadata["kept"]["all"][0]["count"] == len(CORPUS)
+    stream = datasets.IterableDataset.from_generator(lambda: iter([*CORPUS]))
+    short = query.score(stream, output_dir=folder / f"short-{world}", part_rows=4, keep=3, dtype="bfloat16")
+    assert short.top(3, query=2).example_id.tolist() == expected.top(3, query=2).example_id.tolist()
+    assert short.metadata["shortlist"]["recall_rows"] == len(CORPUS)
 
 
 def unrolled(folder):
