@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     functional = FunctionalModel(model)
 
     def scores(u: Block, some=batches, reduced: bool = False, method: str = "layerwise") -> np.ndarray:
-        direction = Direction(functional, objective, u, DirectCertificate("none", vectors.columns(u)), lambda: corpus[:5], method)
+        certificate = DirectCertificate("none", vectors.columns(u))
+        direction = Direction(functional, objective, u, certificate, lambda: corpus[:5], method)
         direction.prepare()
         with functional.evaluating(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=reduced):
             return np.concatenate([direction.influence(batch, rows)[0].numpy() for batch, rows in some])

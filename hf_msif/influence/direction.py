@@ -104,6 +104,11 @@ class Direction:
         _ = self._layerwise
 
     @property
+    def copied_bytes(self) -> int:
+        """Bytes that scoring holds beside u and a batch's activations."""
+        return 0 if self._layerwise is None else self._layerwise.copied_bytes
+
+    @property
     def how(self) -> str:
         """The method in words, with what layer-wise scoring leaves to forward mode."""
         layerwise = self._layerwise

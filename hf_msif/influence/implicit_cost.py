@@ -31,6 +31,7 @@ class _Passes:
     score_per_row: float
     forward_passes_per_score: float
     how: str
+    copied_bytes: int
     held_memo: int
     activations: int
     curvature_bytes: int
@@ -72,7 +73,7 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
         f"solve: {foretold}{'; ' if foretold else ''}at most {worst:,} products, {time_text(at_most)}",
         *(f"curvature: {line}" for line in passes.approximations),
         f"scoring: {passes.forward_passes_per_score:.1f} forward passes per row with {columns} column(s), by "
-        f"{passes.how}",
+        f"{passes.how}" + (f"; copies of columns {size_text(passes.copied_bytes)}" if passes.copied_bytes else ""),
         f"memory on each of {processes} process(es): vectors {size_text(solver_bytes)}, model "
         f"{size_text(model_bytes)}, a batch's activations {size_text(passes.activations)}"
         + (f", outputs of the frozen encoder {size_text(held_memo)}" if held_memo else ""),
@@ -94,6 +95,7 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
             "solver_bytes": solver_bytes,
             "activation_bytes": passes.activations,
             "memo_bytes": held_memo,
+            "score_bytes": columns * vectors.nbytes(parameters) + passes.copied_bytes + passes.activations,
         },
         text=text,
     )
@@ -152,6 +154,7 @@ def _measure(implicit: Any, columns: int, examples: int) -> _Passes:
         score_per_row=scored * forward / examples,
         forward_passes_per_score=scored,
         how=scorer.how,
+        copied_bytes=scorer.copied_bytes,
         held_memo=int(memo_share * memo),
         activations=activation_bytes(implicit.curvature([rows[i] for i in widest]), columns),
         curvature_bytes=operator.held_bytes(),

@@ -48,6 +48,11 @@ class Layerwise:
         self.rest = vectors.select(u, self.layers.rest)
         self.queries = {layer: _Queries(layer, u) for layer in self.layers.layers}
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that are held beside u: weights of the queries in the order in which they are read."""
+        return sum(queries.copied_bytes for queries in self.queries.values())
+
     def slopes(self, batch: dict[str, Any], examples: int) -> tuple[Tensor, Tensor, Tensor]:
         """⟨u_q, ∇ℓ_i⟩ of each row and query, (B, Q); the losses and the counts, (B,)."""
         evaluation = Evaluation(self.model, self.objective, batch)
@@ -71,11 +76,15 @@ class _Queries:
         self.layer = layer
         self.u = {local: u[name] for local, name in layer.names.items()}
         self.reduced: Tensor | None = None
+        self.copied_bytes = 0
         if isinstance(layer, Linear) and "weight" in self.u:
             matrix = self.u["weight"].flatten(2)
             # A stored weight is a sum of products left ⊗ right. The left one is cut into blocks: it is to be long.
             self.swapped = matrix.shape[1] < matrix.shape[2]
-            self.u["weight"] = matrix.transpose(1, 2).contiguous() if self.swapped else matrix
+            if self.swapped:
+                matrix = matrix.transpose(1, 2).contiguous()
+                self.copied_bytes = matrix.nbytes
+            self.u["weight"] = matrix
 
     def __len__(self) -> int:
         return vectors.columns(self.u)

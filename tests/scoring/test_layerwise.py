@@ -94,6 +94,15 @@ def test_blocks_do_not_change_a_score(monkeypatch):
     torch.testing.assert_close(again.slopes, both.slopes, rtol=1e-12, atol=1e-12)
 
 
+def test_the_bytes_that_are_held_beside_the_queries():
+    model = FunctionalModel(tiny.model("bert", "masked"))
+    u = queries(model, tuple(model.parameters), 4)
+    scorer = Layerwise(model, tiny.objective("masked"), u, tiny.rows(9))
+    own = {t.untyped_storage().data_ptr() for t in u.values()}
+    held = [t for of_layer in scorer.queries.values() for t in of_layer.u.values()]
+    assert scorer.copied_bytes == sum(t.nbytes for t in held if t.untyped_storage().data_ptr() not in own) > 0
+
+
 def test_single_precision():
     """Within 1e-5 of the root mean square of the scores in float64."""
     double = tiny.model("bert", "masked", layers=2)
