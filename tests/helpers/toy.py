@@ -86,7 +86,7 @@ class ToyObjective(Objective):
 
     def terms(self, call, batch):
         sums, counts = self.losses(call, batch)
-        owners = torch.arange(len(sums)).repeat_interleave(counts.long())
+        owners = torch.arange(len(sums), device=sums.device).repeat_interleave(counts.long())
         return Terms((sums / counts)[owners], owners)
 
 
