@@ -9,6 +9,7 @@ not used, since `jvp(jacrev(f))` is silently wrong through an affine LayerNorm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..adapters.functional import FunctionalModel
 from ..engine.accelerated import to_device
-from ..objectives import Objective
+from ..objectives import Objective, Terms
 from ..vectors import Block, column, columns
 
 
@@ -45,6 +46,11 @@ class Evaluation:
         `sums` has each example's summed loss, `counts` its number of terms (e.g. masked tokens).
         """
         return self.objective.losses(self.model.bind(parameters, self.memo), self.batch)
+
+    def terms(self, parameters: Mapping[str, Tensor]) -> Terms:
+        """The terms of `losses`, from an objective that says them."""
+        assert self.objective.terms is not None
+        return self.objective.terms(self.model.bind(parameters, self.memo), self.batch)
 
     def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The model's values of the parameters `names`, as new leaves that require a gradient."""
@@ -99,14 +105,30 @@ def directional_derivatives(evaluation: Evaluation, direction: Mapping[str, Tens
     Returns:
         (derivatives, sums, counts), each (B,): ⟨∇ℓ_i, direction⟩ and what `Evaluation.losses` returns.
     """
-    with torch.no_grad(), forward_ad.dual_level():
-        parameters = {
-            name: forward_ad.make_dual(evaluation.model.parameters[name], tangent)
-            for name, tangent in direction.items()
-        }
+    with _moving(evaluation.model, direction) as parameters:
         sums, counts = evaluation.losses(parameters)
-        primal, tangent = forward_ad.unpack_dual(sums)
-        return torch.zeros_like(primal) if tangent is None else tangent, primal, counts
+        return *_tangent_and_primal(sums), counts
+
+
+def term_derivatives(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tuple[Tensor, Terms]:
+    """⟨∇ℓ_t, direction⟩ for every term t of the losses, (M,), and the terms. Costs 3 F, as `directional_derivatives`,
+    whose derivatives are the sums of these."""
+    with _moving(evaluation.model, direction) as parameters:
+        terms = evaluation.terms(parameters)
+        tangent, primal = _tangent_and_primal(terms.losses)
+        return tangent, terms._replace(losses=primal)
+
+
+@contextmanager
+def _moving(model: FunctionalModel, direction: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The parameters of a direction with their tangents, for forward mode."""
+    with torch.no_grad(), forward_ad.dual_level():
+        yield {name: forward_ad.make_dual(model.parameters[name], tangent) for name, tangent in direction.items()}
+
+
+def _tangent_and_primal(dual: Tensor) -> tuple[Tensor, Tensor]:
+    primal, tangent = forward_ad.unpack_dual(dual)
+    return torch.zeros_like(primal) if tangent is None else tangent, primal
 
 
 def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> Block:

@@ -9,7 +9,6 @@ p = softmax(outputs) and a label ŷ drawn from p, c_t = √w (p − e_ŷ) is suc
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..objectives import Objective
+from ..objectives import Objective, with_losses
 from ..objectives.tokens import seeded
 from .padding import with_outputs
 
@@ -110,13 +109,6 @@ class Sampled:
             )
 
         return uniform
-
-
-def with_losses(objective: Objective, losses: Callable) -> Objective:
-    """The objective with another method `losses(call, batch)`."""
-    changed = copy.copy(objective)
-    object.__setattr__(changed, "losses", losses)  # most objectives are frozen
-    return changed
 
 
 class Outputs:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .. import vectors
 from ..adapters.functional import FunctionalModel
-from ..curvature.derivatives import Evaluation, directional_derivatives
+from ..curvature.derivatives import Evaluation, directional_derivatives, term_derivatives
 from ..curvature.layers import UnclearRowsError
 from ..errors import InputError
 from ..objectives import Objective
 from ..scoring.layerwise import Layerwise
 from ..scoring.scorer import RowInfluence
+from ..scoring.token_scores import TermInfluence
 from ..vectors import Block
 from .differentiation import StageCertificate
 
@@ -84,6 +85,30 @@ class Direction:
             column, losses, counts = directional_derivatives(evaluation, vectors.column(self.u, q))
             values.append(-column.double())
         return RowInfluence(torch.stack(values, dim=1), losses, counts)
+
+    def term_influence(self, batch: dict[str, Any], rows: list[dict]) -> TermInfluence:
+        """−⟨u_k, ∇ℓ_t⟩ of each term t of the rows, for all columns; those of a row sum to its `influence`.
+
+        Forward mode takes a pass per column, layer-wise scoring one per term of the longest row; with "auto" whichever
+        are fewer.
+
+        Args:
+            batch: B rows as the objective collates them, on the model's device.
+            rows: the rows themselves.
+        """
+        evaluation = Evaluation(self.model, self.objective, batch)
+        if self._layerwise is not None:
+            with torch.no_grad():
+                terms = evaluation.terms({})
+            try:
+                if self.method == "layerwise" or len(terms.numbers.unique()) < self.columns:
+                    slopes = self._layerwise.term_slopes(batch, len(rows), terms)
+                    return TermInfluence(-slopes.double(), terms)
+            except UnclearRowsError:
+                if self.method == "layerwise":
+                    raise
+        each = [term_derivatives(evaluation, vectors.column(self.u, q)) for q in range(self.columns)]
+        return TermInfluence(-torch.stack([slopes.double() for slopes, _ in each], dim=1), each[0][1])
 
     @cached_property
     def _layerwise(self) -> Layerwise | None:

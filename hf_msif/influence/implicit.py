@@ -25,6 +25,7 @@ from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..solvers import Auto, Certificate, Operator, Solution, Solver, problem, solve
+from ..solvers.damping import TRAINING
 from ..solvers.lanczos import largest_eigenvalue
 from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
@@ -34,6 +35,7 @@ from .cost import Cost, activation_bytes
 from .differentiation import Differentiation, Retraining, StageCertificate
 from .direction import Direction
 from .implicit_cost import curvature_examples, implicit_cost
+from .recorded import TrainingDamping
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -73,10 +75,11 @@ class Implicit(Differentiation):
 
     Attributes:
         solver: solves the linear systems.
+        training_damping: λ of the stage's recorded run, which the solver has in the place of damping="training".
 
     Raises:
-        InputError: the data are a stream and `curvature_samples` is None, or inherited parameters are trained and
-            `alpha` is None.
+        InputError: the data are a stream and `curvature_samples` is None; inherited parameters are trained and
+            `alpha` is None; or damping is "training" and the run is not one of SGD, or not that of the stage.
     """
 
     needs_run = False
@@ -94,6 +97,10 @@ class Implicit(Differentiation):
             )
         if split.proximal and stage.alpha is None:
             raise missing_alpha(split)
+        self.training_damping: TrainingDamping | None = None
+        if getattr(self.solver, "damping", None) == TRAINING:
+            self.training_damping = TrainingDamping.of(bound)
+            self.solver = self.solver.with_damping(self.training_damping.value)
 
     # --- curvature
 
@@ -287,7 +294,9 @@ class Implicit(Differentiation):
             raise InputError(
                 f"stage {self.bound.name!r} is solved by {self.solver}, which has no damping to sweep: use CG."
             )
-        return self.with_solver(self.solver.with_damping(damping))
+        changed = self.with_solver(self.solver.with_damping(damping))
+        changed.training_damping = None
+        return changed
 
     def dampings(self) -> list[float]:
         """`SWEPT_FRACTIONS` × the largest eigenvalue of the curvature."""
@@ -315,7 +324,7 @@ class Implicit(Differentiation):
         return self.direction(u, Certificate.from_dict(certificate))
 
     def identity(self) -> dict[str, Any]:
-        return {}
+        return {} if self.training_damping is None else {"the recorded run": self.training_damping.run}
 
     # --- the certificate
 
@@ -329,13 +338,21 @@ class Implicit(Differentiation):
             "curvature": stage.curvature_name,
             "curvature_choice": self.curvature_kind[1],
             "curvature_examples": len(self.curvature_rows),
+            "training_damping": None if self.training_damping is None else asdict(self._compared_damping),
             "gradient_norm": self.gradient_norm,
         }
+
+    @cached_property
+    def _compared_damping(self) -> TrainingDamping:
+        assert self.training_damping is not None
+        return self.training_damping.compared(self.operator, self.solver)
 
     def summary(self, certificate: StageCertificate, facts: Mapping[str, Any]) -> str:
         lines = [str(certificate)]
         if facts.get("curvature_choice"):
             lines.insert(0, f"curvature='auto' took {facts['curvature_choice']}")
+        if facts.get("training_damping"):
+            lines.append(str(TrainingDamping(**facts["training_damping"])))
         if facts["alpha_estimate"]:
             lines.append(str(AlphaEstimate(**facts["alpha_estimate"])))
         lines.append(

@@ -53,6 +53,9 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
     parameters = implicit.operator_parameters
     size = sum(p.numel() for p in parameters.values())
     worst = usual = solver.products(size, columns)
+    damping = implicit.training_damping
+    if damping is not None:
+        damping = damping.compared(implicit.curvature(_few_rows(implicit, examples)), solver)
     found, rows = _forecast(implicit, solver, passes, columns, examples, adjoint)
     if found is not None:
         before = worst - found.most  # of `Solver.init`
@@ -71,6 +74,7 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
         *([] if implicit.curvature_kind[1] is None else [f"curvature='auto' takes {implicit.curvature_kind[1]}"]),
         *([] if why is None else [f"solver='auto' takes {why}"]),
         f"solve: {foretold}{'; ' if foretold else ''}at most {worst:,} products, {time_text(at_most)}",
+        *([] if damping is None else [f"damping='training' is {damping}"]),
         *(f"curvature: {line}" for line in passes.approximations),
         f"scoring: {passes.forward_passes_per_score:.1f} forward passes per row with {columns} column(s), by "
         f"{passes.how}" + (f"; copies of columns {size_text(passes.copied_bytes)}" if passes.copied_bytes else ""),
@@ -115,12 +119,17 @@ def _some_rows(implicit: Any, size: int) -> list[dict]:
     return first_rows(bound.rows, size) if isinstance(bound.rows, Stream) else bound.subset(size)
 
 
+def _few_rows(implicit: Any, examples: int) -> list[dict]:
+    """About four batches."""
+    return _some_rows(implicit, min(4 * implicit.bound.stage.batch_size, examples))
+
+
 def _measure(implicit: Any, columns: int, examples: int) -> _Passes:
     """Times on at most four batches, scaled to all curvature rows."""
     from .differentiation import DirectCertificate
 
     bound, stage = implicit.bound, implicit.bound.stage
-    rows = _some_rows(implicit, min(4 * stage.batch_size, examples))
+    rows = _few_rows(implicit, examples)
     batches = list(bound.engine.batches(rows, bound.objective, stage.batch_size))
     indices, batch = batches[len(batches) // 2]
     widest, _ = max(batches, key=lambda pair: attended(pair[1]))

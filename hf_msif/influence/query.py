@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..engine import folders
 from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
@@ -18,10 +18,14 @@ from ..errors import InputError, first_line
 from ..scoring.scorer import Scorable, score
 from ..scoring.scores import Scores
 from ..scoring.shortlist import shortlist
+from ..scoring.token_scores import token_scores
 from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 from .direction import Direction
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = 4
 FILES = ("query.safetensors", "query.json")
@@ -103,12 +107,49 @@ class Query:
             InputError: there is no such stage, a setting out of range, bad rows, or an interrupted scoring that does
                 not fit.
         """
-        scorable = self._scorable(self.chain.stage(stage), method)
+        bound = self.chain.stage(stage)
+        scorable = self._scorable(bound, self._solution(bound, method))
         short = settings.get("keep") is not None and settings.get("dtype") not in (None, "float32")
         return (shortlist if short else score)(scorable, corpus, batch_size=batch_size, **settings)
 
-    def _scorable(self, bound: BoundStage, method: str) -> Scorable:
-        solution, count = self.solutions[bound.name], self.facts[bound.name]["N"]
+    def token_scores(self, rows, stage: str | None = None, method: str = "auto") -> pd.DataFrame:
+        """Influence of every term of a few rows (each masked word, each predicted token) on the test loss.
+
+        The loss of a row is a sum over terms, ℓ_x = Σ_t ℓ_t, and so is its influence: that of a term is ∂f/∂ε for
+        F_k + ε ℓ_t, −⟨u_k, ∇ℓ_t⟩. It says which *predictions* of the row are harmful or helpful (positive is harmful),
+        not which of the words that the model reads.
+
+        Args:
+            rows: a `datasets.Dataset` or a list of dicts or of strings, each with the `example_id` that it has in the
+                stage's data (it seeds a sentence's mask): `scores.top(10).to_dict("records")`.
+            stage: name of the stage whose examples the rows are; defaults to the first. It must be an implicit one.
+            method: "auto", "forward" or "layerwise", see `Direction.term_influence`. Both are exact.
+
+        Returns:
+            A table with a line per term, by row and by `term`, the number of the term within its row:
+
+            - `position`: which token of the row is predicted, from 0, special tokens included; `token`: its text. Both
+              are empty where the objective does not say them.
+            - `loss`: ℓ_t, with its share in ℓ_x: divided by the draws of `MaskedLM`, and by the row's number of terms
+              where `reduction` is "example".
+            - `influence`, or `influence_0`, `influence_1`, …: those of a row sum to what `score` says of it.
+
+        Raises:
+            InputError: there is no such stage, or it is not implicit; bad rows; or an objective that does not say its
+                terms, or says such that do not sum to its losses.
+        """
+        bound = self.chain.stage(stage)
+        solution = self._solution(bound, method)
+        if not isinstance(solution, Direction):
+            raise InputError(
+                f"stage {bound.name!r} is differentiated by link={bound.stage.link_name!r}, whose rows are not scored "
+                "by derivatives of their losses; expected an implicit stage: score its rows whole."
+            )
+        return token_scores(self._scorable(bound, solution), rows, solution.term_influence)
+
+    def _solution(self, bound: BoundStage, method: str) -> StageSolution:
+        """The solution of a stage, which scores its rows by that method."""
+        solution = self.solutions[bound.name]
         if isinstance(solution, Direction):
             solution = solution.by(method)
             solution.prepare()
@@ -117,6 +158,10 @@ class Query:
                 f"method is {method!r}, but stage {bound.name!r} is differentiated by "
                 f"link={bound.stage.link_name!r}, whose rows are not scored by derivatives; expected 'auto'."
             )
+        return solution
+
+    def _scorable(self, bound: BoundStage, solution: StageSolution) -> Scorable:
+        count = self.facts[bound.name]["N"]
         first = bound is self.chain.stages[0]
         objective = bound.objective
         return Scorable(

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..objectives import Objective, checked_objective
 from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, registered
 from ..solvers import Auto, Solver, as_solver
+from ..solvers.damping import TRAINING
 from .differentiation import Differentiation
 
 
@@ -50,8 +51,9 @@ class Stage:
             minimum of F, the paper's assumption; "unrolled" goes back through its recorded training run, converged or
             not, also of a first stage. Or a class derived from `influence.Differentiation`, or a function that makes
             one for a bound stage.
-        run: folder of the recorded run of an unrolled stage, from `training.record` or a `RecordCallback`; a
-            differentiation of your own may read another folder here.
+        run: folder of the recorded run of an unrolled stage, from `training.record` or a `RecordCallback`; or of an
+            implicit stage whose solver has damping="training", which is 1/τ of this run (`recorded.TrainingDamping`).
+            A differentiation of your own may read another folder here.
         max_growth: an unrolled pull-back whose adjoint grows by a larger factor is refused. Defaults to 1e-3 divided
             by the rounding unit of the run's dtype.
         curvature: "gauss_newton", "hessian", "ekfac", "auto" (Gauss-Newton, or EK-FAC where a solve would take more
@@ -111,10 +113,13 @@ class Stage:
                 "expected a class, a named function, or a functools.partial of one."
             )
         needs_run = getattr(self.differentiation, "needs_run", None)
+        if needs_run is False and getattr(self.solver, "damping", None) == TRAINING:
+            needs_run = True
         if needs_run is not None and needs_run != (self.run is not None):
             raise InputError(
                 f"stage {self.name!r}: link is {self.link_name!r} and run is {self.run!r}; expected the folder of a "
-                "recorded run for link='unrolled', and None for link='implicit'."
+                "recorded run for link='unrolled' or a solver with damping='training', and None for link='implicit' "
+                "with another damping."
             )
         sizes = [self.batch_size, 1 if self.curvature_samples is None else self.curvature_samples]
         if not self.weight_decay >= 0 or min(sizes) < 1:

@@ -4,7 +4,7 @@ An objective of your own subclasses `Objective` and writes two methods, `collate
 batch) -> (sums, counts)`; `Objective` names everything else that an objective may say, with its default.
 """
 
-from ._base import Objective, checked_objective
+from ._base import Objective, Terms, checked_objective, with_losses
 from .classification import ImageClassification, SequenceClassification
 from .language import BidirectionalLM, CausalLM, MaskedLM
 from .skipgram import SkipGram
@@ -18,6 +18,8 @@ __all__ = [
     "Objective",
     "SequenceClassification",
     "SkipGram",
+    "Terms",
     "checked_objective",
     "tokenized",
+    "with_losses",
 ]

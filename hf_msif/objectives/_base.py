@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,34 @@ from ..errors import InputError
 
 Batch = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
+
+
+class Terms(NamedTuple):
+    """The terms of which the losses of a batch are sums: ℓ_i = Σ losses_t over the terms t with owners_t = i.
+
+    Attributes:
+        losses: (M,) the terms, each divided by all that ℓ_i divides it by (such as the number of masks per sentence).
+        owners: (M,) the row of the batch that each term belongs to; terms of one row keep their order.
+        positions: (M,) which token of its row a term predicts, counted from 0 over all tokens, special ones included;
+            None: the objective does not say.
+        targets: (M,) the id of that token, for `Objective.token_texts`; None: no token is predicted.
+    """
+
+    losses: Tensor
+    owners: Tensor
+    positions: Tensor | None = None
+    targets: Tensor | None = None
+
+    @property
+    def numbers(self) -> Tensor:
+        """(M,) the number of each term among those of its row, from 0.
+
+        >>> Terms(torch.zeros(5), torch.tensor([1, 0, 1, 1, 0])).numbers
+        tensor([0, 0, 1, 2, 1])
+        """
+        order, counts = self.owners.argsort(stable=True), self.owners.bincount()
+        starts = (counts.cumsum(0) - counts)[self.owners[order]]
+        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - starts)
 
 
 class Objective(ABC):
@@ -68,6 +96,14 @@ class Objective(ABC):
     predictions: Callable[[Callable, Batch], Tensor] | None = None
     """Method `predictions(call, batch) -> (B,)`: the predicted class of each example, to be compared with
     `batch["labels"]`. None: the objective predicts no classes, and no accuracy is reported."""
+
+    terms: Callable[[Callable, Batch], Terms] | None = None
+    """Method `terms(call, batch) -> Terms`: the terms whose sums are the ℓ_i of `losses`. None: rows are scored whole,
+    and `Query.token_scores` is refused."""
+
+    def token_texts(self, targets: Sequence[int]) -> list[str]:
+        """The tokens with the ids `Terms.targets`, as the tokenizer writes them; the ids themselves without one."""
+        return [str(i) for i in targets] if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(targets)
 
     def of_epoch(self, epoch: int) -> Objective:
         """The objective with the random numbers (masks, negatives) of an epoch of training. Defaults to itself."""
@@ -165,8 +201,15 @@ def checked_objective(objective: object, owner: str) -> Objective:
     )
 
 
+def with_losses(objective: Objective, losses: Callable) -> Objective:
+    """The objective with another method `losses(call, batch)`."""
+    changed = copy.copy(objective)
+    object.__setattr__(changed, "losses", losses)  # most objectives are frozen
+    return changed
+
+
 class SumOfTerms(Objective):
-    """An objective whose loss sums over terms: `_terms(batch)`, (B,), says how many terms each example has.
+    """An objective whose loss sums over terms: `_terms(call, batch)` makes them, `_numbers(batch)`, (B,), counts them.
 
     With the field `reduction` "token", sums and counts are kept; with "example", each example is the mean of its terms
     and counts once.
@@ -175,14 +218,26 @@ class SumOfTerms(Objective):
     reduction: str
 
     def counts(self, batch: Batch) -> Tensor:
-        terms = self._terms(batch)
-        return self._reduce(torch.zeros_like(terms), terms)[1]
+        numbers = self._numbers(batch)
+        return self._reduce(torch.zeros_like(numbers), numbers)[1]
 
-    def _terms(self, batch: Batch) -> Tensor:
+    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        terms, numbers = self._terms(call, batch), self._numbers(batch)
+        sums = terms.losses.new_zeros(len(numbers)).index_add(0, terms.owners, terms.losses)
+        return self._reduce(sums, numbers.to(sums.dtype))
+
+    def terms(self, call: Callable, batch: Batch) -> Terms:
+        """The terms of `losses`."""
+        terms = self._terms(call, batch)
+        numbers = self._numbers(batch).to(terms.losses)[terms.owners]
+        return terms._replace(losses=self._reduce(terms.losses, numbers)[0])
+
+    def _terms(self, call: Callable, batch: Batch) -> Terms:
+        """The terms before they are reduced."""
         raise NotImplementedError
 
-    def _reduced(self, sums: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._reduce(sums, self._terms(batch).to(sums.dtype))
+    def _numbers(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
 
     def _reduce(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         if self.reduction == "example":

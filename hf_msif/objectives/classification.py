@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ._base import Batch, Objective, Rows, logits_of
+from ._base import Batch, Objective, Rows, Terms, logits_of
 from .images import channels_first, decoded, shrunk
 from .tokens import check_length, texts_of, tokenize
 
@@ -138,6 +138,11 @@ class _Classification(Objective):
             )
         sums = cross_entropy(logits, batch["labels"], reduction="none")
         return sums, torch.ones_like(sums)
+
+    def terms(self, call: Callable, batch: Batch) -> Terms:
+        """The one term of each example."""
+        losses, _ = self.losses(call, batch)
+        return Terms(losses, torch.arange(len(losses), device=losses.device))
 
     def predictions(self, call: Callable, batch: Batch) -> Tensor:
         """The class with the largest logit, (B,)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ._base import Batch, Rows, SumOfTerms, logits_of
+from ._base import Batch, Rows, SumOfTerms, Terms, logits_of
 from .tokens import check_length, ordinary_tokens, seeded, texts_of, tokenize
 
 
@@ -98,17 +98,17 @@ class MaskedLM(SumOfTerms):
         """The objective with the masks of an epoch of training; with `static` masks, itself."""
         return self if self.static else replace(self, first_draw=self.first_draw + epoch * self.draws)
 
-    def _terms(self, batch: Batch) -> Tensor:
+    def _numbers(self, batch: Batch) -> Tensor:
         size = batch["input_ids"].shape[0]
         counted = torch.bincount(batch["rows"], minlength=size).to(torch.get_default_dtype())
         return counted.view(-1, self.draws).mean(1)
 
-    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _terms(self, call: Callable, batch: Batch) -> Terms:
+        """The masked tokens, one draw after the other."""
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
         logits = logits_of(call(**inputs, positions=(batch["rows"], batch["columns"])), "MaskedLM", 2)
-        terms = cross_entropy(logits, batch["labels"], reduction="none")
-        sums = terms.new_zeros(batch["input_ids"].shape[0]).index_add(0, batch["rows"], terms)
-        return self._reduced(sums.view(-1, self.draws).mean(1), batch)
+        losses = cross_entropy(logits, batch["labels"], reduction="none") / self.draws
+        return Terms(losses, batch["rows"] // self.draws, batch["columns"], batch["labels"])
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,17 @@ class CausalLM(SumOfTerms):
         batch, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
         return batch | {"truncated": truncated}
 
-    def _terms(self, batch: Batch) -> Tensor:
+    def _numbers(self, batch: Batch) -> Tensor:
         return batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
 
-    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _terms(self, call: Callable, batch: Batch) -> Terms:
+        """The tokens after the first, in their order."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits = logits_of(call(input_ids=ids, attention_mask=mask), "CausalLM", 3)
-        terms = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        return self._reduced((terms * mask[:, 1:]).sum(1), batch)
+        owners, before = mask[:, 1:].nonzero(as_tuple=True)
+        targets = ids[owners, before + 1]
+        losses = cross_entropy(logits[owners, before], targets, reduction="none")
+        return Terms(losses, owners, before + 1, targets)
 
 
 @dataclass(frozen=True)
@@ -195,16 +198,22 @@ class BidirectionalLM(SumOfTerms):
         batch, truncated = tokenize(self.tokenizer, texts, self.max_length, return_labels=True)
         return batch | {"truncated": truncated}
 
-    def _terms(self, batch: Batch) -> Tensor:
+    def _numbers(self, batch: Batch) -> Tensor:
         return 2 * batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
 
-    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _terms(self, call: Callable, batch: Batch) -> Terms:
+        """The words after the first, each predicted from those before it; then the words before the last, each
+        predicted from those after it."""
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-        output, real = call(**inputs, output_logits=torch.is_grad_enabled()), batch["attention_mask"][:, 1:].bool()
-        terms = getattr(output, "losses", None)
-        if terms is None:
+        output = call(**inputs, output_logits=torch.is_grad_enabled())
+        owners, before = batch["attention_mask"][:, 1:].nonzero(as_tuple=True)
+        owners, positions = owners.repeat(2), torch.cat([before + 1, before])
+        targets, losses = batch["labels"][owners, positions], getattr(output, "losses", None)
+        if losses is None:
             logits = logits_of(output, "BidirectionalLM", 3)
-            targets = torch.stack([batch["labels"][:, 1:][real], batch["labels"][:, :-1][real]])
-            terms = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        sums = terms.new_zeros(len(real)).index_add(0, real.nonzero()[:, 0], terms.sum(0))
-        return self._reduced(sums, batch)
+            losses = cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        return Terms(losses.flatten(), owners, positions, targets)
+
+    def token_texts(self, targets: Sequence[int]) -> list[str]:
+        """The words of the vocabulary with these ids."""
+        return [self.tokenizer.words[i] for i in targets]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..errors import InputError
-from ._base import Batch, Rows, SumOfTerms
+from ._base import Batch, Rows, SumOfTerms, Terms
 from .tokens import check_length, ordinary_tokens, seeded, texts_of, tokenize
 
 
@@ -155,10 +155,11 @@ class SkipGram(SumOfTerms):
             "truncated": truncated
         }
 
-    def _terms(self, batch: Batch) -> Tensor:
+    def _numbers(self, batch: Batch) -> Tensor:
         return torch.bincount(batch["rows"], minlength=len(batch["truncated"])).to(torch.get_default_dtype())
 
-    def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _terms(self, call: Callable, batch: Batch) -> Terms:
+        """The pairs, centre by centre, each with the negatives of all draws; the target of a pair is its context."""
         candidates = batch["candidates"].unsqueeze(1)  # each pair a sentence of one word
         output = call(input_ids=batch["input_ids"].unsqueeze(1), candidates=candidates)
         logits = getattr(output, "logits", None)
@@ -168,6 +169,5 @@ class SkipGram(SumOfTerms):
                 f"SkipGram needs a model that compares each token with its candidates, such as "
                 f"SkipGramForPreTraining; {type(output).__name__} has {returned}."
             )
-        terms = -logsigmoid(logits[:, 0, 0]) - logsigmoid(-logits[:, 0, 1:]).sum(1) / self.draws
-        sums = terms.new_zeros(len(batch["truncated"])).index_add(0, batch["rows"], terms)
-        return self._reduced(sums, batch)
+        losses = -logsigmoid(logits[:, 0, 0]) - logsigmoid(-logits[:, 0, 1:]).sum(1) / self.draws
+        return Terms(losses, batch["rows"], targets=batch["candidates"][:, 0])

@@ -357,9 +357,12 @@ class Run:
             self.objective(name, model),
             self.rows(name),
             curvature=self.curvatures[name],
-            solver=self.solvers[name],
             seed=self.config.seed,
-            **{**{key: getattr(self.config.stages[name], key) for key in shared}, **settings},
+            **{
+                "solver": self.solvers[name],
+                **{key: getattr(self.config.stages[name], key) for key in shared},
+                **settings,
+            },
         )
 
     def check_untrained(self, name: str, model: Any) -> None:
@@ -371,8 +374,9 @@ class Run:
         """
         from ..engine.accelerated import Engine
         from ..influence.chain import BoundStage
+        from ..solvers import Auto
 
-        engine, implicit = Engine(progress=False), {"link": "implicit", "run": None, "alpha": 1.0}
+        engine, implicit = Engine(progress=False), {"link": "implicit", "run": None, "alpha": 1.0, "solver": Auto()}
         index, before = self.names.index(name), None
         if index:
             previous = self.names[index - 1]

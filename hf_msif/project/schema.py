@@ -122,8 +122,9 @@ class Solver(Section):
     rows together), squared_cg (eq. (16)), minres (indefinite), dense (small models), closed_form (with curvature:
     ekfac), stochastic (mini-batches of all rows), identity (baseline), or your own class, whose settings stand beside
     name"""
-    damping: NonNegative | Literal["auto"] | None = None
-    """λ added to the curvature; auto: damping_fraction × its largest eigenvalue"""
+    damping: NonNegative | Literal["auto", "training"] | None = None
+    """λ added to the curvature; auto: damping_fraction × its largest eigenvalue; training: 1/τ, one over the summed
+    learning rates of the stage's recorded run by SGD, whose folder is `run`"""
     damping_fraction: Positive | None = None
     """only used by damping: auto; default 0.001, for squared_cg (of squared eigenvalues) 1e-6"""
     tol: NonNegative | None = None
@@ -174,8 +175,8 @@ class StageConfig(Section):
     """how the stage is differentiated: implicit assumes that training ended at a minimum; unrolled goes back through
     the training run, which is recorded; or a differentiation of your own"""
     run: str | None = None
-    """folder of the training run where it was recorded elsewhere (by a RecordCallback); null: run_dir/NAME.run. A
-    differentiation of your own may read another folder here"""
+    """folder of the training run where it was recorded elsewhere (by a RecordCallback); null: run_dir/NAME.run. An
+    implicit stage reads it for solver.damping: training; a differentiation of your own may read another folder here"""
     max_growth: Positive | None = None
     """refuse an unrolled stage whose adjoint grows by more than this factor; null: a limit by the dtype"""
     curvature: Literal[tuple(CURVATURES)] | Dotted = "gauss_newton"  # type: ignore[valid-type]
@@ -368,8 +369,21 @@ class Config(Section):
                     f"{key} has polish and alpha: auto; expected α as a number: a polished stage is at the minimum "
                     "that its α makes."
                 )
-            if stage.link == "implicit" and (stage.run is not None or stage.max_growth is not None):
-                raise InputError(f"{key} has run or max_growth, which need link: unrolled.")
+            by_run = stage.solver.damping == "training"
+            if by_run and (stage.link != "implicit" or stage.run is None or stage.model.path is None):
+                raise InputError(
+                    f"{key}.solver.damping is 'training'; expected link: implicit, {key}.run, the folder of a "
+                    f"recorded run, and {key}.model.path, the model that this run left."
+                )
+            if by_run and (stage.training or stage.polish is not None):
+                raise InputError(
+                    f"{key}.solver.damping is 'training', for a model that the recorded run left; expected neither "
+                    "training nor polish, which would train it further."
+                )
+            if stage.link == "implicit" and (stage.max_growth is not None or (stage.run is not None and not by_run)):
+                raise InputError(
+                    f"{key} has run or max_growth, which need link: unrolled (or run solver.damping: training)."
+                )
             if stage.model.lora is not None and not index:
                 raise InputError(
                     f"{key}.model.lora is for later stages, whose encoder is inherited: leave it out, or put a "

@@ -7,6 +7,8 @@ much as the layer's forward pass per query, or the gradient of every example, on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +16,11 @@ from torch import Tensor
 
 from .. import vectors
 from ..adapters.functional import FunctionalModel
-from ..curvature.derivatives import Evaluation, directional_derivatives
+from ..curvature.derivatives import Evaluation, directional_derivatives, term_derivatives
 from ..curvature.layer_rules import Call, Embedding, Grouping, Layer, Linear, Local
 from ..curvature.layers import LayerMap
 from ..curvature.padding import without_tf32
-from ..objectives import Objective
+from ..objectives import Objective, Terms, with_losses
 from ..vectors import Block
 
 # The gradients of examples that exist at a time: so many that a processor's cache nearly holds them, or a GPU is busy.
@@ -56,6 +58,32 @@ class Layerwise:
     def slopes(self, batch: dict[str, Any], examples: int) -> tuple[Tensor, Tensor, Tensor]:
         """⟨u_q, ∇ℓ_i⟩ of each row and query, (B, Q); the losses and the counts, (B,)."""
         evaluation = Evaluation(self.model, self.objective, batch)
+        slopes, sums, counts = self._in_layers(evaluation, examples)
+        if self.rest:
+            forward = [directional_derivatives(evaluation, vectors.column(self.rest, q)) for q in range(self.columns)]
+            slopes = slopes + torch.stack([slope for slope, _, _ in forward], dim=1)
+        return slopes, sums, counts
+
+    def term_slopes(self, batch: dict[str, Any], examples: int, terms: Terms) -> Tensor:
+        """⟨u_q, ∇ℓ_t⟩ of each of the batch's terms and query, (M, Q).
+
+        One pass takes the first terms of all rows, the next one their second terms, …: as many passes as the longest
+        row has terms. What a layer holds at one token is not the share of a term, whose gradient passes other tokens.
+        """
+        slopes, numbers = terms.losses.new_zeros(len(terms.owners), self.columns), terms.numbers
+        for number in numbers.unique():
+            places = (numbers == number).nonzero().squeeze(1)
+            one_per_row = with_losses(self.objective, partial(_one_per_row, self.objective, places, examples))
+            of_rows, _, _ = self._in_layers(Evaluation(self.model, one_per_row, batch), examples)
+            slopes[places] = of_rows[terms.owners[places]].to(slopes)
+        if self.rest:
+            evaluation = Evaluation(self.model, self.objective, batch)
+            forward = [term_derivatives(evaluation, vectors.column(self.rest, q)) for q in range(self.columns)]
+            slopes = slopes + torch.stack([slope for slope, _ in forward], dim=1)
+        return slopes
+
+    def _in_layers(self, evaluation: Evaluation, examples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`slopes` in the parameters that layers make gradients of."""
         total: list[Tensor] = []
 
         def receive(layer: Layer, call: Call) -> None:
@@ -63,10 +91,17 @@ class Layerwise:
 
         sums, counts = self.layers.run(evaluation, examples, receive)
         slopes = torch.stack(total).sum(0) if total else sums.new_zeros(examples, self.columns)
-        if self.rest:
-            forward = [directional_derivatives(evaluation, vectors.column(self.rest, q)) for q in range(self.columns)]
-            slopes = slopes + torch.stack([slope for slope, _, _ in forward], dim=1)
         return slopes, sums, counts
+
+
+def _one_per_row(
+    objective: Objective, places: Tensor, examples: int, call: Callable, batch: dict
+) -> tuple[Tensor, Tensor]:
+    """The losses of the terms at `places`, at most one per row; zero for a row without one."""
+    assert objective.terms is not None
+    terms = objective.terms(call, batch)
+    sums = terms.losses.new_zeros(examples).index_add(0, terms.owners[places], terms.losses[places])
+    return sums, torch.ones_like(sums)
 
 
 class _Queries:

@@ -245,7 +245,7 @@ def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | 
             truncated = batch.get("truncated", torch.zeros(len(indices))).to(losses.device)
             columns = [column.double() for column in (losses, counts, truncated, influence)]
             values = torch.column_stack(columns).cpu().numpy()  # one transfer per batch
-            _check_finite(values, batch_rows)
+            check_finite(values, batch_rows)
             share.append((indices, values))
             if bar is not None:
                 bar.update(min(len(indices) * engine.processes, end - bar.n))
@@ -256,7 +256,8 @@ def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | 
     return Measured(influence=values[:, 3:], losses=values[:, 0], counts=values[:, 1], truncated=values[:, 2])
 
 
-def _check_finite(values: np.ndarray, rows: list[dict]) -> None:
+def check_finite(values: np.ndarray, rows: list[dict]) -> None:
+    """Refuses a NaN or inf in the lines of `values`, one per entry of `rows`."""
     finite = np.isfinite(values).all(1)
     bad_ids = [row["example_id"] for row, is_finite in zip(rows, finite, strict=True) if not is_finite]
     if bad_ids:

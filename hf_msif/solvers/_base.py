@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from ..errors import InputError
 from ..vectors import Block
 from .certificate import Solution
-from .damping import DampingSettings
+from .damping import TRAINING, DampingSettings
 from .operator import CountedOperator, Operator
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def as_solver(solver: object) -> Solver:
 
 
 def check_settings(solver: DampingSettings, counts: tuple[str, ...]) -> None:
-    """Raises InputError, naming the setting, unless λ ≥ 0 or "auto", fraction > 0, tol ≥ 0 and the `counts` ≥ 1."""
+    """Raises InputError, naming the setting, unless λ ≥ 0 or one of its names, fraction > 0, tol ≥ 0, `counts` ≥ 1."""
 
     def require(name: str, expected: str, above: float = -1.0) -> None:
         value = getattr(solver, name)
@@ -194,8 +194,8 @@ def check_settings(solver: DampingSettings, counts: tuple[str, ...]) -> None:
         if not number or value < 0 or value <= above or (name in counts and value != int(value)):
             raise InputError(f"{type(solver).__name__}({name}={value!r}): expected {expected}.")
 
-    if solver.damping != "auto":
-        require("damping", "a number >= 0 or 'auto'")
+    if solver.damping not in ("auto", TRAINING):
+        require("damping", "a number >= 0, 'auto' or 'training'")
     require("damping_fraction", "a number > 0", above=0)
     require("tol", "a number >= 0")
     for name in counts:

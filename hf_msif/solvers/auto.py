@@ -27,14 +27,15 @@ class Auto(Solver):
     """(A + λI)u = b by a solver that suits the problem; the certificate says which, and why.
 
     - a curvature that knows its inverse (EK-FAC): `ClosedForm`;
-    - a curvature that may be indefinite (the Hessian): `MinRes`, without damping unless a number is given;
+    - a curvature that may be indefinite (the Hessian): `MinRes`, without damping unless it is given;
     - at most `SMALL` parameters: `Dense`;
     - one right-hand side: `CG`;
     - several: `BlockCG`, in whose shared Krylov space they take about half of the products; from `MANY` on with the
       preconditioner `Nystrom`, if its vectors fit into `NYSTROM_BYTES`.
 
     Args:
-        damping: λ ≥ 0, or "auto": `damping_fraction` × the largest |eigenvalue|.
+        damping: λ ≥ 0, or "auto": `damping_fraction` × the largest |eigenvalue|. "training", here and in other
+            solvers but `SquaredCG`: 1/τ of the run that `Stage.run` names, see `influence.recorded.TrainingDamping`.
         tol: the relative residual at which a column is done.
         max_iter: the largest number of iterations of a column.
         damping_fraction: used by damping="auto" alone.

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from .lanczos import MOST_STEPS
 
+TRAINING = "training"  # 1/τ of the stage's recorded run, which an implicit stage puts in its place
 MARGIN = 1.03  # the largest eigenvalue over its estimate, at most: measured on the spectra of the tests
 
 
@@ -42,8 +43,13 @@ def damping(solver: DampingSettings, largest: Callable[[], float]) -> Damping:
         largest: the largest |eigenvalue| of the operator that λ is added to; called for "auto" alone.
 
     Raises:
-        InputError: the operator is zero.
+        InputError: the operator is zero; or damping is "training", which an implicit stage replaces by a number.
     """
+    if solver.damping == TRAINING:
+        raise InputError(
+            "damping='training' is 1 over the training time of a recorded run, which a solver alone does not know; "
+            "expected Stage(solver=..., run=FOLDER) of an implicit stage, or damping as a number."
+        )
     if solver.damping != "auto":
         return Damping(float(solver.damping), None)
     eigenvalue = largest()

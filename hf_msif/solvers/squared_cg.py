@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import vectors
+from ..errors import InputError
 from ..vectors import Block
 from ._base import Progress
 from ._krylov import KrylovSolver, LinearSystem, krylov
 from .certificate import Certificate, Solution
 from .cg import ConjugateGradients
-from .damping import Damping, bound_of, damping, damping_products
+from .damping import TRAINING, Damping, bound_of, damping, damping_products
 from .lanczos import largest_eigenvalue
 from .operator import CountedOperator, Operator
 
@@ -57,6 +58,14 @@ class SquaredCG(KrylovSolver):
     damping_fraction: float = 1e-6
 
     vectors_held: ClassVar[int] = 6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.damping == TRAINING:
+            raise InputError(
+                "SquaredCG(damping='training'): its λ is added to squared eigenvalues, 1/τ to eigenvalues; expected a "
+                "number or 'auto', or another solver such as CG."
+            )
 
     def init(self, operator: Operator) -> Damping:
         """λ, at the cost of a short Lanczos run when it must be derived."""

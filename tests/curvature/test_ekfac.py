@@ -18,7 +18,7 @@ from hf_msif.curvature import EKFAC, EKFACPreconditioner, GaussNewton, Hessian, 
 from hf_msif.curvature.derivatives import Evaluation
 from hf_msif.curvature.fisher import Empirical, Outputs, Sampled
 from hf_msif.engine import Engine
-from hf_msif.objectives import Objective
+from hf_msif.objectives import Objective, with_losses
 
 
 class Enumerated:
@@ -33,7 +33,7 @@ class Enumerated:
         self.pairs = [(term, label) for term in range(terms) for label in range(classes)]
 
     def objectives(self, objective, ids):
-        return [fisher.with_losses(objective, partial(self.losses, objective, *pair)) for pair in self.pairs]
+        return [with_losses(objective, partial(self.losses, objective, *pair)) for pair in self.pairs]
 
     def losses(self, objective, term, label, call, batch):
         outputs = Outputs(call)

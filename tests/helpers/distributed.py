@@ -59,6 +59,8 @@ def results(dtype, **settings):
         scores = query.score(rows, batch_size=3)
         found[f"scores/{name}"] = torch.tensor(np.stack([scores.influence(q) for q in range(3)]))
     found["alone"] = torch.tensor(query.score(CORPUS, stage="fine").influence(1))
+    terms = query.token_scores(CORPUS[:2])
+    found["terms"] = torch.tensor(terms[[f"influence_{q}" for q in range(3)]].to_numpy())
     group = made.query(TESTS, aggregate="mean")
     found |= {f"group/{n}": t for n, t in group.solutions["pre"].tensors().items()}
     found["N"] = torch.tensor([made.stage("pre").count, made.stage("fine").count])

@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_msif.objectives import Objective
+from hf_msif.objectives import Objective, Terms
 
 INPUTS = 3
 
@@ -83,6 +83,11 @@ class ToyObjective(Objective):
         logits = call(x=batch["x"]).logits
         sums = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none") * batch["terms"]
         return sums, batch["terms"]
+
+    def terms(self, call, batch):
+        sums, counts = self.losses(call, batch)
+        owners = torch.arange(len(sums), device=sums.device).repeat_interleave(counts.long())
+        return Terms((sums / counts)[owners], owners)
 
 
 def example_losses(model, parameters, rows):

@@ -73,6 +73,21 @@ def test_from_plan_to_scores(tmp_path, capsys):
     assert not list(run.rglob("sweep-*"))
 
 
+def test_an_implicit_stage_is_damped_by_its_training_time(made, tmp_path, capsys):
+    run, flags = made.parent / "run", ["--config", made, "--run_dir", tmp_path / "run"]
+    for stage, name in ((PRE, "pretraining"), (FINE, "finetuning")):
+        flags += [f"{stage}.model.path", run / name, f"{stage}.run", run / f"{name}.run", f"{stage}.training", "{}"]
+    flags += [f"{PRE}.model.config", "null", f"{PRE}.link", "implicit", f"{PRE}.solver.damping", "training"]
+    plan = answer(capsys, "plan", *flags)
+    assert "damping='training' is damping" in plan["text"]
+    stage = answer(capsys, "query", *flags)["stages"]["pretraining"]
+    rates = [0.1 * (7 - t) / 7 for t in range(7)]
+    tau = sum(rate * (1 - 0.5 ** (t + 1)) / 0.5 for t, rate in enumerate(rates))  # momentum 0.5
+    assert stage["solve"]["damping"] == pytest.approx(1 / tau)
+    assert "for the training time τ = " in stage["text"]
+    assert "× what damping='auto' takes" in stage["text"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("retrain", ["warm_start", "from_scratch"])
 def test_validate(copied, capsys, retrain):

@@ -157,7 +157,7 @@ ERRORS = {
     "not a choice": (["--stages.pretraining.task", "mlm"], ["task is mlm", "masked-lm, causal-lm"]),
     "neither number nor auto": (
         ["--stages.pretraining.solver.damping", "atuo"],
-        ["stages.pretraining.solver.damping is atuo", "a number at least 0 or auto or null"],
+        ["stages.pretraining.solver.damping is atuo", "a number at least 0 or one of auto, training or null"],
     ),
     "infinite": (["--stages.pretraining.alpha", ".inf"], ["stages.pretraining.alpha is .inf", "above 0"]),
     "too small": (["--test.number", "0"], ["test.number is 0", "at least 1"]),
@@ -208,6 +208,17 @@ ERRORS = {
     "a run without its link": (
         ["--stages.finetuning.run", "x"],
         ["stages.finetuning has run or max_growth, which need link: unrolled"],
+    ),
+    "a training time without a run": (
+        ["--stages.finetuning.solver.damping", "training"],
+        ["stages.finetuning.solver.damping is 'training'; expected link: implicit, stages.finetuning.run"],
+    ),
+    "a training time of a stage that is trained": (
+        [
+            *("--stages.pretraining.solver.damping", "training"),
+            *("--stages.pretraining.run", "x", "--stages.pretraining.model", "{path: x}"),
+        ],
+        ["stages.pretraining.solver.damping is 'training'", "expected neither training nor polish"],
     ),
     "growth without a run": (["--stages.finetuning.max_growth", "9"], ["run or max_growth, which need link"]),
     "no growth at all": (["--stages.finetuning.max_growth", "0"], ["stages.finetuning.max_growth is 0", "above 0"]),
