@@ -252,13 +252,7 @@ class _Run:
         self.weights: Tensor | None = None
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        hooks = [(layer, self._receive if self.receive else self._find) for layer in self.layers]
-        handles = [layer.module.register_forward_hook(partial(hook, layer), with_kwargs=True) for layer, hook in hooks]
-        try:
-            return self.evaluation.objective.losses(self._call, self.evaluation.batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        return self.evaluation.objective.losses(self._call, self.evaluation.batch)
 
     def _call(self, positions: tuple[Tensor, Tensor] | None = None, **inputs):
         tensors = [t for t in inputs.values() if isinstance(t, Tensor) and t.dim()]
@@ -266,7 +260,15 @@ class _Run:
         head_rows = None if positions is None else positions[0]
         self.at = Pass(self.examples, len(tensors[0]), tuple(lengths), head_rows, self.per_example)
         self.ambiguous |= self.at.inputs in [*lengths, *([] if head_rows is None else [len(head_rows)])]
-        return self.evaluation.model.bind({})(positions=positions, **inputs)
+        model = self.evaluation.model
+        model.gather_point(positions, inputs)  # now, since the passes that find it must not meet the hooks
+        hooks = [(layer, self._receive if self.receive else self._find) for layer in self.layers]
+        handles = [layer.module.register_forward_hook(partial(hook, layer), with_kwargs=True) for layer, hook in hooks]
+        try:
+            return model.bind({})(positions=positions, **inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _find(self, layer: Layer, _module, _args, _kwargs, output) -> None:
         if not isinstance(output, Tensor):
