@@ -49,7 +49,7 @@ class GatherPoint:
 
 
 class OrderError(RuntimeError):
-    """The last layer did not run its modules in the order in which its `GatherPoint` was found."""
+    """The last layer did not run as it did when its `GatherPoint` was found."""
 
 
 def forward(
@@ -159,14 +159,18 @@ class _LastLayer:
 
     def check(self, states: Tensor) -> None:
         """Raises `OrderError` unless the pass went as its point says; `states` are the encoder's output."""
-        if not self.passed or self.calls != self.point.calls or states.shape[:2] != self.shape:
-            raise OrderError(f"{type(self.point.layer).__name__} ran its modules in another order than before.")
+        if not self.passed or states.shape[:2] != self.shape:
+            raise self._other_order()
+
+    def _other_order(self) -> OrderError:
+        return OrderError(f"{type(self.point.layer).__name__} ran otherwise than when its GatherPoint was found.")
 
     def _enter(self, layer: nn.Module, args: tuple) -> tuple | None:
+        if self.gathered is not None:
+            raise self._other_order()
         self.calls += 1
-        usable = (
-            bool(args) and self._has_all(args[0]) and self.lead != self.shape
-        )  # else both kinds of states would look alike
+        # Where one row of M tokens is gathered whole, both kinds of states would look alike.
+        usable = bool(args) and self._has_all(args[0]) and self.lead != self.shape
         # A layer may exchange its modules for other ones; dropout would draw other numbers.
         modules = list(layer.modules()) if usable and self.calls == self.point.calls else []
         if not any(m is self.point.module for m in modules) or any(m.training for m in modules):
