@@ -14,7 +14,6 @@ from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.curvature import derivatives
 from hf_msif.curvature.derivatives import Evaluation
 from hf_msif.curvature.layers import LayerMap
-from hf_msif.objectives import MaskedLM
 
 OBJECTIVE = tiny.objective("masked")
 DERIVATIVES = {
@@ -86,26 +85,36 @@ def test_the_last_layer_runs_on_masked_tokens():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
 
 
-def test_batches_without_a_masked_token_and_with_all_of_them():
-    network = tiny.model("bert", "masked")
-    model, reference = FunctionalModel(network), plain(network)
-    empty = [{"example_id": 0, "text": ""}]
+def test_a_batch_without_a_masked_token():
+    model, empty = FunctionalModel(tiny.model("bert", "masked")), [{"example_id": 0, "text": ""}]
     evaluated(model, empty, "losses")  # shows nothing: the next batch is looked at
     assert not model.gather_points
     evaluated(model, tiny.rows(4), "losses")
     assert point_of(model) is not None
-    for quantity in ("losses", "gradient"):
-        assert not any(t.any() for t in vectors_of(evaluated(model, empty, quantity)))
-    every = tiny.objective("masked", mask_probability=1.0)
-    bare = MaskedLM(tiny.tokenizer(template=False), mask_probability=1.0)
-    row = [tiny.rows(3, shortest=4)[0]]
-    for objective in (every, bare):  # in the second one M = T
-        found, expected = (evaluated(m, row, "gradient", objective=objective) for m in (model, reference))
-        same(found, expected)
+    assert not any(t.any() for t in evaluated(model, empty, "gradient").values())
 
 
-def vectors_of(value):
-    return value.values() if isinstance(value, dict) else [value]
+def ibert():
+    """The inputs of its point have both the attention's output and the layer's input."""
+    torch.manual_seed(0)
+    return tiny.perturbed(
+        transformers.IBertForMaskedLM(transformers.IBertConfig(num_hidden_layers=1, **tiny._NARROW)), 0
+    )
+
+
+@pytest.mark.parametrize("network", [lambda: tiny.model("modernbert", "masked"), ibert], ids=["modernbert", "ibert"])
+def test_all_positions_of_one_row_in_any_order(network):
+    network = network().double()
+    model = FunctionalModel(network)
+    evaluated(model, tiny.rows(4), "losses")
+    assert point_of(model).at_start
+    batch = OBJECTIVE.collate(tiny.rows(1, shortest=9))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    columns = torch.tensor([3, 1, 2, *range(10, 3, -1), 0])
+    with model.evaluating(), torch.no_grad():
+        expected = network(**inputs).logits[0, columns]
+        found = model.bind({})(positions=(torch.zeros_like(columns), columns), **inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 # Models that cannot gather in the last layer ------------------------------------------------------------------------
@@ -123,9 +132,22 @@ class Shifted(nn.Module):
         return x + self.share * x.roll(1, dims=1)
 
 
-def shifted(share):
+class Reshaping(nn.Module):
+    """Fails on no tokens at all."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        x = self.inner(*args)
+        return x.view(*x.shape[:2], 2, -1).flatten(2)
+
+
+def with_output(change):
+    """BERT with another module at the end of its last layer."""
     network = tiny.model("bert", "masked")
-    network.bert.encoder.layer[-1].output = Shifted(network.bert.encoder.layer[-1].output, share)
+    network.bert.encoder.layer[-1].output = change(network.bert.encoder.layer[-1].output)
     return network
 
 
@@ -167,7 +189,7 @@ def longformer(window):
 
 
 UNSAFE = {
-    "tokens mixed by a share of zero, which has a gradient": lambda: shifted(0.0),
+    "tokens mixed by a share of zero, which has a gradient": lambda: with_output(lambda inner: Shifted(inner, 0.0)),
     "a head on the pooler": Pooled,
     "all hidden states": lambda: tiny.model("bert", "masked", output_hidden_states=True),
     "no attention in the last layer": without_attention,
@@ -184,12 +206,14 @@ def test_models_that_gather_after_the_encoder(network):
     assert point_of(model) is None
 
 
-def test_tokens_that_are_mixed_after_the_attention():
-    """They are gathered after that, though it is too late to save anything."""
-    network, rows = shifted(0.3), tiny.rows(5)
+@pytest.mark.parametrize("change", [lambda inner: Shifted(inner, 0.3), Reshaping], ids=["mixes", "reshapes"])
+def test_a_module_after_the_attention_that_needs_all_tokens(change):
+    """They are gathered after it, though it is too late to save anything."""
+    network = with_output(change)
     model, reference = FunctionalModel(network), plain(network)
-    for quantity in ("losses", "gradient"):
-        same(evaluated(model, rows, quantity), evaluated(reference, rows, quantity))
+    for rows in (tiny.rows(5), tiny.rows(1)):
+        for quantity in ("losses", "gradient"):
+            same(evaluated(model, rows, quantity), evaluated(reference, rows, quantity))
     point = point_of(model)
     assert (point.module, point.at_start) == (network.bert.encoder.layer[-1].output, False)
 
@@ -197,11 +221,13 @@ def test_tokens_that_are_mixed_after_the_attention():
 LATER = {
     # Longformer pads eleven tokens to twelve, and cuts the last one off what the last layer returns.
     "padded to a window": lambda: longformer(4),
-    "chunks of tokens": lambda: tiny.model("bert", "masked", layers=2, chunk_size_feed_forward=5),
+    "chunks of five tokens": lambda: tiny.model("bert", "masked", layers=2, chunk_size_feed_forward=5),
+    "chunks of two tokens": lambda: tiny.model("bert", "masked", layers=2, chunk_size_feed_forward=2),
 }
+LENGTHS = {"padded to a window": (8, 11, 8), "chunks of five tokens": (5, 10, 5), "chunks of two tokens": (10, 8, 4)}
 
 
-@pytest.mark.parametrize(("name", "lengths"), [("padded to a window", (8, 11, 8)), ("chunks of tokens", (5, 10, 5))])
+@pytest.mark.parametrize(("name", "lengths"), LENGTHS.items(), ids=LENGTHS)
 def test_batches_of_which_a_later_one_is_cut_otherwise(name, lengths):
     network = LATER[name]()
     model, reference = FunctionalModel(network), plain(network)
