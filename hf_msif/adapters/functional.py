@@ -16,8 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..engine.batching import TextSettings
 from ..errors import InputError
+from .gather_points import find_gather_point
 from .peft import unwrap
-from .positions import GatherPoint, OrderError, Positions, find_gather_point, forward
+from .positions import GatherPoint, OrderError, Positions, forward
 from .split import encoder
 
 
