@@ -126,9 +126,8 @@ class LastLayer:
     """
 
     def __init__(self, point: GatherPoint, positions: Positions, lead: tuple[int, ...]):
-        self.point, self.lead = point, lead
+        self.point, self.positions, self.lead = point, positions, lead
         self.shape = 1, len(positions[0])
-        self.index = positions[0] * lead[-1] + positions[1] if lead else None
         self.calls, self.passed = 0, False
         self.states: Tensor | None = None
         self.gathered: Tensor | None = None
@@ -196,4 +195,4 @@ class LastLayer:
 
     def _gather(self, x: Any) -> Any:
         """The rows at the positions of a tensor with the states of all tokens; anything else is returned as it is."""
-        return x.flatten(0, 1).index_select(0, self.index).unsqueeze(0) if self._has_all(x) else x
+        return x[self.positions].unsqueeze(0) if self._has_all(x) else x

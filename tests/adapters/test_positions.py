@@ -102,18 +102,21 @@ def ibert():
 
 
 @pytest.mark.parametrize("network", [lambda: tiny.model("modernbert", "masked"), ibert], ids=["modernbert", "ibert"])
-def test_all_positions_of_one_row_in_any_order(network):
+def test_positions_in_any_order(network):
     network = network().double()
     model = FunctionalModel(network)
     evaluated(model, tiny.rows(4), "losses")
     assert point_of(model).at_start
     batch = OBJECTIVE.collate(tiny.rows(1, shortest=9))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    columns = torch.tensor([3, 1, 2, *range(10, 3, -1), 0])
+    call = model.bind({})
     with model.evaluating(), torch.no_grad():
-        expected = network(**inputs).logits[0, columns]
-        found = model.bind({})(positions=(torch.zeros_like(columns), columns), **inputs).logits
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        for columns in (torch.tensor([3, 1, 2, *range(10, 3, -1), 0]), torch.tensor([2, -1, 0])):
+            expected = network(**inputs).logits[0, columns]
+            found = call(positions=(torch.zeros_like(columns), columns), **inputs).logits
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        with pytest.raises(IndexError):
+            call(positions=(torch.tensor([0]), torch.tensor([11])), **inputs)
 
 
 # Models that cannot gather in the last layer ------------------------------------------------------------------------
