@@ -102,8 +102,8 @@ class FunctionalModel:
     def gather_point(self, positions: Positions | None, inputs: dict[str, Any]) -> GatherPoint | None:
         """Where the model's last layer can gather the states at `positions`, see `find_gather_point`; None: nowhere.
 
-        The first batch with these inputs finds it out, by some passes over a few of its rows. In training mode nothing
-        is gathered early: dropout would draw other numbers.
+        The first batch with these inputs finds it out on four of its rows, which costs once as much as 1.2 forward
+        passes of 64 rows. In training mode nothing is gathered early: dropout would draw other numbers.
 
         Args:
             positions: (rows, columns), two index tensors (M,); None: the head runs at all positions.
