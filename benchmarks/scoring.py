@@ -36,7 +36,8 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from hf_msif import objectives
 from hf_msif.adapters import split
-from hf_msif.adapters.functional import FunctionalModel, forward
+from hf_msif.adapters.functional import FunctionalModel
+from hf_msif.adapters.positions import forward
 from hf_msif.curvature.derivatives import (
     Evaluation,
     directional_derivatives,

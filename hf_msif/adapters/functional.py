@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -17,7 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..engine.batching import TextSettings
 from ..errors import InputError
+from .gather_points import find_gather_point
 from .peft import unwrap
+from .positions import GatherPoint, OrderError, Positions, forward
 from .split import encoder
 
 
@@ -37,6 +38,7 @@ class FunctionalModel:
         buffers: name → detached buffer.
         linear_backward: whether autograd can differentiate the model's backward pass; None: it is not known yet, see
             `curvature.derivatives.gauss_newton_product`.
+        gather_points: where the last layer gathers the states at the masked positions, see `gather_point`.
 
     Raises:
         InputError: the model carries a state from batch to batch (`config.stateful`).
@@ -56,6 +58,7 @@ class FunctionalModel:
         self.parameters = {n: self._in_full_precision(p.detach(), device) for n, p in model.named_parameters()}
         self.buffers = {n: self._in_full_precision(b.detach(), device) for n, b in model.named_buffers()}
         self.linear_backward: bool | None = None
+        self.gather_points: dict[tuple, GatherPoint | None] = {}
 
     @staticmethod
     def _in_full_precision(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -72,23 +75,59 @@ class FunctionalModel:
 
         Returns:
             The function. With `positions=(rows, columns)`, two index tensors (M,), the head runs only at those token
-            positions and the logits have the shape (M, V), see `forward`.
+            positions and the logits have the shape (M, V), see `positions.forward`; in evaluation mode the last layer
+            runs only there after its attention, where it can, see `gather_point`.
         """
         varying = set(parameters)
         state = {**self.parameters, **parameters, **self.buffers}
 
-        def call(positions: tuple[Tensor, Tensor] | None = None, **inputs):
+        def run(kwargs: dict) -> Any:
+            return torch.func.functional_call(self.model, state, kwargs=kwargs)
+
+        def call(positions: Positions | None = None, **inputs):
+            point = self.gather_point(positions, inputs)
+            if point is not None and memo is not None and self._is_constant(point.layer, varying):
+                point = None  # the encoder's output is in the memo, or will be
             memoised = _memoised(self.model, varying, memo) if memo is not None else nullcontext()
             dual = any(forward_ad.unpack_dual(p).tangent is not None for p in parameters.values())
             with memoised, ConstantPadding() if dual else nullcontext():
-                return forward(
+                try:
+                    return forward(self.model, run, positions, inputs, point)
+                except OrderError:
+                    self.gather_points[_key(inputs)] = None
+                    return forward(self.model, run, positions, inputs)
+
+        return call
+
+    def gather_point(self, positions: Positions | None, inputs: dict[str, Any]) -> GatherPoint | None:
+        """Where the model's last layer can gather the states at `positions`, see `find_gather_point`; None: nowhere.
+
+        The first batch with these inputs finds it out on four of its rows, which costs once as much as 1.2 forward
+        passes of 64 rows. In training mode nothing is gathered early: dropout would draw other numbers.
+
+        Args:
+            positions: (rows, columns), two index tensors (M,); None: the head runs at all positions.
+            inputs: of the model.
+        """
+        if positions is None or self.model.training:
+            return None
+        key = _key(inputs)
+        if key not in self.gather_points and len(positions[0]):
+            with torch.autocast(positions[0].device.type, enabled=False), without_tf32():
+                self.gather_points[key] = find_gather_point(
                     self.model,
-                    lambda kwargs: torch.func.functional_call(self.model, state, kwargs=kwargs),
+                    lambda parameters, kwargs: torch.func.functional_call(
+                        self.model, {**parameters, **self.buffers}, kwargs=kwargs
+                    ),
+                    self.parameters,
                     positions,
                     inputs,
                 )
+        return self.gather_points.get(key)
 
-        return call
+    def _is_constant(self, module: nn.Module, varying: set[str]) -> bool:
+        own = {id(p) for p in module.parameters()}
+        return not any(id(p) in own for name, p in self.model.named_parameters() if name in varying)
 
     @contextmanager
     def evaluating(self, dropout: bool = False) -> Iterator[None]:
@@ -121,6 +160,26 @@ class FunctionalModel:
             if swap:
                 for config, kernel in attention:
                     config._attn_implementation = kernel
+
+
+def _key(inputs: dict[str, Any]) -> tuple:
+    """Which inputs a model is given, and the values of those that are no tensors, such as `output_attentions`."""
+    return tuple(sorted((n, "" if isinstance(value, Tensor) else repr(value)) for n, value in inputs.items()))
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, convolutions and matrix products on a GPU have all bits of float32, so that rounding is rounding."""
+    backends: Any = torch.backends
+    kernels = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    before = [kernel.fp32_precision for kernel in kernels]
+    try:
+        for kernel in kernels:
+            kernel.fp32_precision = "ieee"
+        yield
+    finally:
+        for kernel, precision in zip(kernels, before, strict=True):
+            kernel.fp32_precision = precision
 
 
 class ConstantPadding(TorchFunctionMode):
@@ -186,54 +245,6 @@ def _configs(model: nn.Module) -> list[PretrainedConfig]:
     for module in model.modules():
         visit(getattr(module, "config", None))
     return list(configs.values())
-
-
-def forward(
-    model: nn.Module, run: Callable[[dict], Any], positions: tuple[Tensor, Tensor] | None, inputs: dict[str, Any]
-) -> Any:
-    """Runs a model whose head is needed only at some token positions.
-
-    With positions the encoder's output is gathered before the head: a masked-LM head over a large vocabulary is most
-    of a small model's work, and only about 15 % of the tokens are masked.
-
-    Args:
-        model: the model, also with PEFT adapters.
-        run: calls the model with a dict of inputs; returns its output.
-        positions: (rows, columns), two index tensors (M,); None: all positions.
-        inputs: of the model. `use_cache=False` is added if the model knows it and `inputs` does not set it.
-
-    Returns:
-        The model's output; its `logits`, if it has any, have the shape (M, V) with positions.
-    """
-    if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
-        inputs = {"use_cache": False, **inputs}
-    if positions is None:
-        return run(inputs)
-    base = encoder(model)
-    headless = base is unwrap(model)
-    with _gathered(base, positions) if not headless else nullcontext():
-        output = run(inputs)
-    if getattr(output, "logits", None) is not None:  # if there are none, the objective raises the error
-        output.logits = output.logits[positions] if headless else output.logits[0]
-    return output
-
-
-@contextmanager
-def _gathered(base: nn.Module, positions: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """Inside, the base model's output has only the states at `positions`."""
-
-    def hook(_module, _args, output):
-        # One row of M tokens, (1, M, d): heads work on each position alone, and expect three dimensions.
-        if isinstance(output, tuple):
-            return (output[0][positions].unsqueeze(0), *output[1:])
-        output.last_hidden_state = output.last_hidden_state[positions].unsqueeze(0)
-        return output
-
-    handle = base.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -51,7 +51,9 @@ class Pass:
         """How rows with these leading axes belong to the examples.
 
         "rows": the first axis is that of the inputs; "broadcast": a table's row of positions for all inputs;
-        "positions": the tokens that the head sees; "probed": any other order, see `_Run`.
+        "positions": the tokens that the head sees; "probed": any other order, see `_Run`. A layer of which the sample
+        has calls of both kinds "rows" and "positions" gets the kind "either": one that is shared by the layers of an
+        encoder, the last of which runs on the tokens that the head sees.
         """
         if self.inputs % self.examples:  # examples have different numbers of inputs, such as pairs of words
             return "probed"
@@ -144,11 +146,14 @@ class LayerMap:
                 break
         self.per_example = run.at.inputs // size
         for layer in list(self.layers):
-            kinds = run.kinds.get(layer)
-            if kinds is None:  # not called; or called by another module, in whose gradient it is
+            found = run.kinds.get(layer)
+            if found is None:  # not called; or called by another module, in whose gradient it is
                 self.layers.remove(layer)
-            else:
-                layer.kind = kinds.pop() if len(kinds) == 1 else "probed"
+                continue
+            kinds = {kind for kind, _ in found}
+            layer.kind = kinds.pop() if len(kinds) == 1 else "probed"
+            if found == {("rows", 2), ("positions", 2)}:  # with one axis, as many rows as inputs would look alike
+                layer.kind = "either"
         made = {name for layer in self.layers for name in layer.names.values()}
         self.rest = {name: "no module that is called has it" for name in self.wanted if name not in made}
         wrong = self._wrong(evaluation, size)
@@ -247,18 +252,12 @@ class _Run:
         self.per_example = per_example
         self.evaluation, self.layers, self.receive, self.mixing = evaluation, layers, receive, mixing
         self.examples, self.ambiguous, self.leaves = examples, False, list[Tensor]()
-        self.kinds: dict[Layer, set[str]] = {}
+        self.kinds: dict[Layer, set[tuple[str, int]]] = {}  # of the calls, each with its number of leading axes
         self.at = Pass(examples)
         self.weights: Tensor | None = None
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        hooks = [(layer, self._receive if self.receive else self._find) for layer in self.layers]
-        handles = [layer.module.register_forward_hook(partial(hook, layer), with_kwargs=True) for layer, hook in hooks]
-        try:
-            return self.evaluation.objective.losses(self._call, self.evaluation.batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        return self.evaluation.objective.losses(self._call, self.evaluation.batch)
 
     def _call(self, positions: tuple[Tensor, Tensor] | None = None, **inputs):
         tensors = [t for t in inputs.values() if isinstance(t, Tensor) and t.dim()]
@@ -266,19 +265,30 @@ class _Run:
         head_rows = None if positions is None else positions[0]
         self.at = Pass(self.examples, len(tensors[0]), tuple(lengths), head_rows, self.per_example)
         self.ambiguous |= self.at.inputs in [*lengths, *([] if head_rows is None else [len(head_rows)])]
-        return self.evaluation.model.bind({})(positions=positions, **inputs)
+        model = self.evaluation.model
+        model.gather_point(positions, inputs)  # now, since the passes that find it must not meet the hooks
+        hooks = [(layer, self._receive if self.receive else self._find) for layer in self.layers]
+        handles = [layer.module.register_forward_hook(partial(hook, layer), with_kwargs=True) for layer, hook in hooks]
+        try:
+            return model.bind({})(positions=positions, **inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _find(self, layer: Layer, _module, _args, _kwargs, output) -> None:
         if not isinstance(output, Tensor):
             return
-        kind = self.at.kind(layer.lead(output), isinstance(layer, Embedding))
-        self.kinds.setdefault(layer, set()).add(kind)
+        lead = layer.lead(output)
+        kind = self.at.kind(lead, isinstance(layer, Embedding))
+        self.kinds.setdefault(layer, set()).add((kind, len(lead)))
 
     def _receive(self, layer: Layer, _module, args, kwargs, output) -> Tensor:
-        lead, at, x = layer.lead(output), self.at, layer.inputs(args, kwargs)
-        if not at.allows(layer.kind, lead):
+        lead, at, x, kind = layer.lead(output), self.at, layer.inputs(args, kwargs), layer.kind
+        if kind == "either":
+            kind = "rows" if lead[0] == at.inputs else "positions"
+        if not at.allows(kind, lead):
             raise _not_told_apart(layer, self.examples)
-        if layer.kind == "broadcast":
+        if kind == "broadcast":
             x, output = (t.expand(at.inputs, *t.shape[1:]) for t in (x, output))
             lead = layer.lead(output)
         x = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, x)
@@ -291,9 +301,9 @@ class _Run:
         def received(g: Tensor) -> None:
             # Autocast is the forward pass's; what is made of gradients has their type.
             with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-                if layer.kind != "probed":
+                if kind != "probed":
                     if self.weights is None:
-                        self._deliver(layer, x, g, lead, at.grouping(layer.kind))
+                        self._deliver(layer, x, g, lead, at.grouping(kind))
                 elif self.weights is None:
                     first.append(g.clone())
                 else:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..adapters.functional import FunctionalModel
+from ..adapters.functional import FunctionalModel, without_tf32
 from ..engine.accelerated import Engine, to_device
 from ..engine.batching import row_cost, row_shape
 from ..objectives import Objective
@@ -83,21 +82,6 @@ def rounding(model: FunctionalModel, objective: Objective, row: dict) -> float:
         )
     bend = (first - 2 * second + third).abs() / first.abs().clamp(min=1.0)
     return ROUNDING_IN_PARTS if float(bend.max()) > 1e-12 else ROUNDING[dtype]
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Inside, convolutions and matrix products on a GPU have all bits of float32, so that rounding is rounding."""
-    backends: Any = torch.backends
-    kernels = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-    before = [kernel.fp32_precision for kernel in kernels]
-    try:
-        for kernel in kernels:
-            kernel.fp32_precision = "ieee"
-        yield
-    finally:
-        for kernel, precision in zip(kernels, before, strict=True):
-            kernel.fp32_precision = precision
 
 
 def rows_of_all_lengths(rows: Sequence[dict], objective: Objective) -> list[dict]:

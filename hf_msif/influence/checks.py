@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import vectors
+from ..adapters.functional import without_tf32
 from ..curvature.derivatives import Evaluation
-from ..curvature.padding import ROUNDING, ROUNDING_OF_OTHERS, batch_effect, tempered, without_tf32
+from ..curvature.padding import ROUNDING, ROUNDING_OF_OTHERS, batch_effect, tempered
 from ..errors import InputError, first_line
 from .chain import BoundStage
 from .findings import Finding

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import vectors
-from ..adapters.functional import FunctionalModel
+from ..adapters.functional import FunctionalModel, without_tf32
 from ..curvature.derivatives import Evaluation, directional_derivatives, term_derivatives
 from ..curvature.layer_rules import Call, Embedding, Grouping, Layer, Linear, Local
 from ..curvature.layers import LayerMap
-from ..curvature.padding import without_tf32
 from ..objectives import Objective, Terms, with_losses
 from ..vectors import Block
 

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..adapters.fingerprint import model_identity
-from ..adapters.functional import forward
 from ..adapters.peft import unwrap
+from ..adapters.positions import forward
 from ..adapters.split import Split, split
 from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import write_json
