@@ -38,7 +38,7 @@ class Pass:
         inputs: number of rows of the model's inputs, B times the draws per example.
         lengths: the further sizes of the inputs, such as the number of tokens.
         positions: (M,) the input row of each token that the head sees; None: the head sees all of them.
-        per_example: how many inputs an example had in the sample; None: this is the sample.
+        per_example: how many inputs an example has, see `Objective.inputs_per_row`; None: it differs.
     """
 
     examples: int
@@ -46,6 +46,11 @@ class Pass:
     lengths: tuple[int, ...] = ()
     positions: Tensor | None = None
     per_example: int | None = None
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether all examples have equally many inputs; pairs of words have not."""
+        return self.per_example is not None and self.inputs == self.per_example * self.examples
 
     def kind(self, lead: tuple[int, ...], is_table: bool) -> str:
         """How rows with these leading axes belong to the examples.
@@ -55,7 +60,7 @@ class Pass:
         has calls of both kinds "rows" and "positions" gets the kind "either": one that is shared by the layers of an
         encoder, the last of which runs on the tokens that the head sees.
         """
-        if self.inputs % self.examples:  # examples have different numbers of inputs, such as pairs of words
+        if not self.is_regular:
             return "probed"
         flattened = len(lead) == 1 and lead[0] in [self.inputs * length for length in self.lengths]
         if lead and (lead[0] == self.inputs or flattened):
@@ -68,7 +73,7 @@ class Pass:
 
     def allows(self, kind: str, lead: tuple[int, ...]) -> bool:
         """Whether rows of this kind can have these leading axes."""
-        if kind != "probed" and self.per_example is not None and self.inputs != self.per_example * self.examples:
+        if kind != "probed" and not self.is_regular:
             return False
         if kind == "rows":
             return lead[0] % self.inputs == 0 if len(lead) == 1 else lead[0] == self.inputs
@@ -144,7 +149,6 @@ class LayerMap:
             run.losses()
             if not run.ambiguous:
                 break
-        self.per_example = run.at.inputs // size
         for layer in list(self.layers):
             found = run.kinds.get(layer)
             if found is None:  # not called; or called by another module, in whose gradient it is
@@ -221,7 +225,7 @@ class LayerMap:
         Raises:
             InputError: the rows of a layer cannot be told apart by example, though those of the sample could.
         """
-        run = _Run(evaluation, self.layers, examples, receive, mixing, self.per_example)
+        run = _Run(evaluation, self.layers, examples, receive, mixing)
         with torch.enable_grad():
             sums, counts = run.losses()
             if run.leaves:
@@ -247,9 +251,7 @@ class _Run:
         examples: int,
         receive: Receive | None = None,
         mixing: Callable[[Layer], None] | None = None,
-        per_example: int | None = None,
     ):
-        self.per_example = per_example
         self.evaluation, self.layers, self.receive, self.mixing = evaluation, layers, receive, mixing
         self.examples, self.ambiguous, self.leaves = examples, False, list[Tensor]()
         self.kinds: dict[Layer, set[tuple[str, int]]] = {}  # of the calls, each with its number of leading axes
@@ -263,7 +265,8 @@ class _Run:
         tensors = [t for t in inputs.values() if isinstance(t, Tensor) and t.dim()]
         lengths = [size for t in tensors for size in t.shape[1:]]
         head_rows = None if positions is None else positions[0]
-        self.at = Pass(self.examples, len(tensors[0]), tuple(lengths), head_rows, self.per_example)
+        per_example = self.evaluation.objective.inputs_per_row
+        self.at = Pass(self.examples, len(tensors[0]), tuple(lengths), head_rows, per_example)
         self.ambiguous |= self.at.inputs in [*lengths, *([] if head_rows is None else [len(head_rows)])]
         model = self.evaluation.model
         model.gather_point(positions, inputs)  # now, since the passes that find it must not meet the hooks

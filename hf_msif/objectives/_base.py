@@ -101,6 +101,10 @@ class Objective(ABC):
     """Method `terms(call, batch) -> Terms`: the terms whose sums are the ℓ_i of `losses`. None: rows are scored whole,
     and `Query.token_scores` is refused."""
 
+    inputs_per_row: int | None = 1
+    """How many inputs of the model (places on the first axis of its tensors) a row has in a batch, one row's after
+    another's; None: it differs from row to row. Scoring layer by layer must know which inputs are whose."""
+
     def token_texts(self, targets: Sequence[int]) -> list[str]:
         """The tokens with the ids `Terms.targets`, as the tokenizer writes them; the ids themselves without one."""
         return [str(i) for i in targets] if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(targets)

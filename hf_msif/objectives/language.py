@@ -94,6 +94,11 @@ class MaskedLM(SumOfTerms):
         batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
         return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
 
+    @property
+    def inputs_per_row(self) -> int:  # type: ignore[override]  # a setting decides what is a constant elsewhere
+        """`draws`, each with its mask."""
+        return self.draws
+
     def of_epoch(self, epoch: int) -> MaskedLM:
         """The objective with the masks of an epoch of training; with `static` masks, itself."""
         return self if self.static else replace(self, first_draw=self.first_draw + epoch * self.draws)

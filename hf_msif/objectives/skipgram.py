@@ -134,6 +134,8 @@ class SkipGram(SumOfTerms):
         uniform = seeded(self.seed, example_id, draw).random((pairs, self.negatives))
         return np.searchsorted(self._cumulative, uniform * self._cumulative[-1], side="right")
 
+    inputs_per_row = None  # as many as there are pairs in its sentence
+
     def collate(self, rows: Rows) -> Batch:
         """All P pairs of the rows, without padding: `input_ids` (P,) has the centres, `candidates` (P, 1 + K D) a
         context and its negatives, `rows` (P,) the row of each pair."""

@@ -204,20 +204,30 @@ def test_examples_with_different_numbers_of_inputs(seed):
     case = next(case for case in CASES if case.name == "skip-gram")
     network, objective, rows = case.model(), case.objective(), tiny.rows(7, seed=seed, shortest=2)
     assert Both(network, objective, rows).error < 1e-10
-    # Where all rows of the sample have equally many, a batch in which they differ is noticed.
-    model, equal = FunctionalModel(network), tiny.rows(5, seed=seed, longest=4, shortest=4)
-    names = ("encoder.embeddings.weight",)
-    direction = Direction(
-        model, objective, queries(model, names, 3), DirectCertificate("given", 3), lambda: equal, method="layerwise"
-    )
-    batch = objective.collate(rows)
-    with model.evaluating():
-        expected = direction.by("forward").influence(batch, rows).influence
-        torch.testing.assert_close(direction.by("auto").influence(batch, rows).influence, expected)
-        layers = direction._layerwise.layers.layers
-        if layers and layers[0].kind == "rows":
-            with pytest.raises(InputError, match="cannot be told apart by example in a batch of 7 rows"):
-                direction.influence(batch, rows)
+
+
+def test_as_many_inputs_as_in_the_sample_and_other_ones_per_example():
+    """Nothing in this batch's shapes says that its rows differ from those of the sample."""
+    case = next(case for case in CASES if case.name == "skip-gram")
+    network, objective = case.model(), case.objective()
+    words = tiny.rows(1, longest=12, shortest=12)[0]["text"].split()
+    sample = [{"example_id": i, "text": " ".join(words[i : i + 4])} for i in range(5)]
+    rows = [{"example_id": i, "text": " ".join(words[:n])} for i, n in enumerate((3, 5))]
+    pairs = [len(objective.collate([row])["input_ids"]) for row in (*rows, *sample[:2])]
+    assert pairs[0] != pairs[1]
+    assert sum(pairs[:2]) == sum(pairs[2:])
+    assert Both(network, objective, rows, sample=sample).error < 1e-10
+
+
+def test_an_objective_with_several_inputs_per_row_that_does_not_say_so():
+    """The order of its rows is then taken for unknown."""
+
+    class Silent(objectives.MaskedLM):
+        inputs_per_row = 1
+
+    both = Both(tiny.model("bert", "masked"), Silent(tiny.tokenizer(), draws=2), tiny.rows(7))
+    assert both.error < 1e-10
+    assert both.scorer.layers.probes
 
 
 class ChannelNorm(nn.Module):
