@@ -153,7 +153,9 @@ def batch_effect(
             1 / norm if norm > limit / 10 else 0.0 for norm in norms
         ]  # of a gradient of 0 only rounding is left
         losses = torch.cat([loss for loss, _ in alone])
-        gradient = torch.stack([weight * g for weight, (_, g) in zip(weights, alone, strict=True)]).sum(0)
+        gradient = torch.zeros_like(alone[0][1])
+        for weight, (_, g) in zip(weights, alone, strict=True):
+            gradient.add_(g, alpha=weight)
         beside_others = _difference((losses, gradient), measure(rows, weights))
         if beside_others > limit:
             for row, weight, (loss, g) in zip(rows, weights, alone, strict=True):
