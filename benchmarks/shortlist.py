@@ -5,8 +5,8 @@
 
 A masked language model is trained for a few hundred steps, and asked about sentences that it has not seen: u by CG,
 damping="auto". Recall is the share of the ten rows of largest and of the ten of smallest influence that are among the
-first 40 of each end by the cheap pass, mean of the queries. Costs are CPU seconds relative to the exact scores of the
-same rows, the median of five turns. The ways are
+first 40 of each end by the cheap pass, mean of the queries. The cost of bfloat16 is its CPU seconds relative to exact
+scores of the same rows, the median of five turns; at the end `score` makes its own shortlist. The ways are
 
 - bfloat16: the pass by which `score(keep=, dtype="bfloat16")` makes its shortlist;
 - query of rank r: u of each matrix cut to its r largest singular values. A row of 32 tokens costs as much with r = 8
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     model, objective, rows, _ = trained(settings)
     tests, data = rows[: settings.queries], rows[settings.queries :]
     stage = Stage("pretraining", model, objective, data, curvature_samples=settings.rows, batch_size=BATCH)
-    u = MultiStageInfluence([stage], progress=False).query(tests).solutions["pretraining"].tensors()
+    query = MultiStageInfluence([stage], progress=False).query(tests)
+    u = query.solutions["pretraining"].tensors()
     corpus = data[-settings.corpus :]
     batches = [(objective.collate(corpus[i : i + BATCH]), corpus[i : i + BATCH]) for i in range(0, len(corpus), BATCH)]
     functional = FunctionalModel(model)
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         costs.append({"queries": columns, "bfloat16 / exact": statistics.median(ratios)})
     print(tabulate(costs, headers="keys", tablefmt="github", floatfmt=".2f"))
+    query.score(corpus, keep=AT, dtype="bfloat16")
     print(f"{len(corpus):,} rows, {sum(t[0].numel() for t in u.values()):,} parameters, torch {torch.__version__}")
 
 

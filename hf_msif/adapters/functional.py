@@ -18,7 +18,7 @@ from ..engine.batching import TextSettings
 from ..errors import InputError
 from .gather_points import find_gather_point
 from .peft import unwrap
-from .positions import GatherPoint, OrderError, Positions, forward
+from .positions import GatherPoint, Positions, forward
 from .split import encoder
 
 
@@ -93,17 +93,19 @@ class FunctionalModel:
             with memoised, ConstantPadding() if dual else nullcontext():
                 try:
                     return forward(self.model, run, positions, inputs, point)
-                except OrderError:
-                    self.gather_points[_key(inputs)] = None
-                    return forward(self.model, run, positions, inputs)
+                except Exception:  # an error of the model itself comes again
+                    if point is None:
+                        raise
+                self.gather_points[_key(inputs)] = None
+                return forward(self.model, run, positions, inputs)
 
         return call
 
     def gather_point(self, positions: Positions | None, inputs: dict[str, Any]) -> GatherPoint | None:
         """Where the model's last layer can gather the states at `positions`, see `find_gather_point`; None: nowhere.
 
-        The first batch with these inputs finds it out on four of its rows, which costs once as much as 1.2 forward
-        passes of 64 rows. In training mode nothing is gathered early: dropout would draw other numbers.
+        The first batch with these inputs finds it out, by some passes over four of its rows. In training mode nothing
+        is gathered early: dropout would draw other numbers.
 
         Args:
             positions: (rows, columns), two index tensors (M,); None: the head runs at all positions.
@@ -191,7 +193,16 @@ class ConstantPadding(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        return _constant_padding(output, *args, **(kwargs or {})) if func is nn.functional.embedding else output
+        if func is nn.functional.embedding:
+            return _constant_padding(output, *args, **(kwargs or {}))
+        if func is torch.embedding:  # the same without a module, with the table first; −1: no row
+            table, tokens, padding = _arguments_of_embedding(*args, **(kwargs or {}))
+            return _constant_padding(output, tokens, table, None if padding == -1 else padding)
+        return output
+
+
+def _arguments_of_embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *_, **__) -> tuple:
+    return weight, indices, padding_idx
 
 
 def _constant_padding(

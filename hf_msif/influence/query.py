@@ -121,7 +121,8 @@ class Query:
 
         Args:
             rows: a `datasets.Dataset` or a list of dicts or of strings, each with the `example_id` that it has in the
-                stage's data (it seeds a sentence's mask): `scores.top(10).to_dict("records")`.
+                stage's data (it seeds a sentence's mask), and the columns that the objective reads: for sentences
+                in the column "text", `scores.top(10).to_dict("records")`.
             stage: name of the stage whose examples the rows are; defaults to the first. It must be an implicit one.
             method: "auto", "forward" or "layerwise", see `Direction.term_influence`. Both are exact.
 

@@ -20,10 +20,12 @@ def recorded_run(bound: BoundStage) -> Recording:
 
     Raises:
         InputError: it was trained on other rows than the stage's data, or on a part of them; it moved other
-            parameters; or it does not end at the stage's model.
+            parameters, or minimised other quadratic terms; or it does not end at the stage's model. (Whether its loss
+            was the stage's objective, an unrolled stage finds out when the run is replayed.)
     """
-    assert bound.stage.run is not None  # `Stage` has asked for it
-    name, run = bound.name, Recording.from_pretrained(bound.stage.run, bound.name)
+    stage, name = bound.stage, bound.name
+    assert stage.run is not None  # `Stage` has asked for it
+    run = Recording.from_pretrained(stage.run, name)
     if isinstance(bound.rows, Stream) or run.facts["rows"] != digest(bound.rows):
         raise InputError(
             f"stage {name!r}: the run in {run.folder} was trained on other rows than the stage's data; expected "
@@ -39,6 +41,12 @@ def recorded_run(bound: BoundStage) -> Recording:
         raise InputError(
             f"stage {name!r}: the run in {run.folder} and the stage's trainable do not agree on {names[:3]}; "
             "expected the same trained parameters."
+        )
+    alpha = run.alpha if stage.alpha in (None, "auto") else stage.alpha
+    if (run.weight_decay, run.alpha) != (stage.weight_decay, alpha):
+        raise InputError(
+            f"stage {name!r}: weight_decay={stage.weight_decay} and alpha={stage.alpha}, but the run in "
+            f"{run.folder} was trained with {run.weight_decay} and {run.alpha}; expected the run's own."
         )
     first = run.state(0, bound.engine.device)["parameters"]
     last = run.state(run.steps, bound.engine.device)["parameters"]
@@ -72,7 +80,8 @@ class TrainingDamping:
         clip: the norm to which gradients were clipped, which makes τ an upper bound; None: they were not.
         run: SHA-256 of the settings of the run.
         largest_eigenvalue: of the stage's curvature; None: it was not measured.
-        automatic: what damping="auto" would have taken; None: it was not measured.
+        automatic: what damping="auto" would have taken; None: it was not measured, or the curvature may be
+            indefinite.
     """
 
     value: float
@@ -105,16 +114,19 @@ class TrainingDamping:
         return cls(1 / run.time, run.time, run.steps, run.clip, digest(run.settings))
 
     def compared(self, operator: Curvature, solver: Solver) -> TrainingDamping:
-        """The same beside what `solver` would take for an operator by damping="auto"; at most 16 products."""
+        """The same beside what `solver` would take for an operator by damping="auto", where that is semidefinite; at
+        most 16 products."""
         largest, fraction = largest_eigenvalue(operator), getattr(solver, "damping_fraction", 0.0)
-        return replace(self, largest_eigenvalue=largest, automatic=fraction * largest)
+        automatic = fraction * largest if operator.semidefinite else None
+        return replace(self, largest_eigenvalue=largest, automatic=automatic)
 
     def __str__(self) -> str:
         text = f"damping {self.value:.3g} = 1/τ, for the training time τ = {self.time:.4g} of {self.steps:,} steps"
         if self.clip is not None:
             text += f" (at most: gradients were clipped at {self.clip:g})"
-        if self.largest_eigenvalue and self.automatic:
-            largest, share = self.largest_eigenvalue, self.value / self.largest_eigenvalue
-            text += f"; {share:.3g} × the largest eigenvalue {largest:.3g}, "
-            text += f"{self.value / self.automatic:.3g} × what damping='auto' takes"
+        if self.largest_eigenvalue:
+            share = self.value / self.largest_eigenvalue
+            text += f"; {share:.3g} × the largest eigenvalue {self.largest_eigenvalue:.3g}"
+        if self.automatic:
+            text += f", {self.value / self.automatic:.3g} × what damping='auto' takes"
         return text

@@ -123,7 +123,6 @@ class Unrolled(Differentiation):
             self.recording, self.replay = recording, self._replay(recording)
             return
         self.recording = recorded_run(bound)
-        self._check_settings()
         self.replay = self._replay(self.recording)
         self._check_start()
 
@@ -140,19 +139,6 @@ class Unrolled(Differentiation):
             before,
             name=bound.name,
         )
-
-    def _check_settings(self) -> None:
-        """Refuses a run with other quadratic terms than the stage's.
-
-        (Whether the loss of the run was the stage's objective is checked when the run is replayed.)
-        """
-        stage, run, name = self.bound.stage, self.recording, self.bound.name
-        alpha = run.alpha if stage.alpha in (None, "auto") else stage.alpha
-        if (run.weight_decay, run.alpha) != (stage.weight_decay, alpha):
-            raise InputError(
-                f"stage {name!r}: weight_decay={stage.weight_decay} and alpha={stage.alpha}, but the run in "
-                f"{run.folder} was trained with {run.weight_decay} and {run.alpha}; expected the run's own."
-            )
 
     def _check_start(self) -> None:
         """Refuses a run that does not start from the stage before.

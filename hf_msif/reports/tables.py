@@ -23,23 +23,20 @@ def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
 
     Returns:
         One row per test example and rank below min(k, rows of the corpus). Influences are signed: positive is harmful.
+        Without the columns of the smallest influence where the scores come from a shortlist, which does not seek it.
     """
     import pandas as pd
 
     rows = []
     for column in range(scores.columns):
         test = test_sentence(scores, column)
-        top, bottom = scores.top(k, query=column), scores.bottom(k, query=column)
-        rows += [
-            {
-                "test sentence": test,
-                "max |influence|": top.influence[i],
-                "sentence with it": _shown(top, i),
-                "min |influence|": bottom.influence[i],
-                "sentence with that": _shown(bottom, i),
-            }
-            for i in range(min(k, len(scores)))
-        ]
+        top = scores.top(k, query=column)
+        found = [{"max |influence|": top.influence[i], "sentence with it": _shown(top, i)} for i in range(len(top))]
+        if "shortlist" not in scores.metadata:
+            bottom = scores.bottom(k, query=column)
+            for i, row in enumerate(found):
+                row |= {"min |influence|": bottom.influence[i], "sentence with that": _shown(bottom, i)}
+        rows += [{"test sentence": test, **row} for row in found]
     return pd.DataFrame(rows)
 
 

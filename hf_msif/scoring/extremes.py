@@ -24,7 +24,7 @@ class ExtremesInMemory:
     """
 
     def __init__(self, extremes: Extremes):
-        self.extremes, self.truncated = extremes, 0
+        self.extremes, self.truncated, self.chain = extremes, 0, ""
 
     def missing(self, number: int, rows: Sequence[dict]) -> bool:
         return True
@@ -32,9 +32,10 @@ class ExtremesInMemory:
     def add(self, number: int, rows: Sequence[dict], frame: pd.DataFrame, truncated: int) -> None:
         self.extremes.add(frame)
         self.truncated += truncated
+        self.chain = extended(self.chain, rows)
 
     def finish(self, parts: int, metadata: dict) -> Scores:
-        summary = {"truncated": self.truncated, "kept": self.extremes.summary()}
+        summary = {"truncated": self.truncated, "kept": self.extremes.summary(), "rows_sha256": self.chain}
         return Scores(self.extremes.frame, {**metadata, **summary})
 
 
@@ -74,7 +75,7 @@ class ExtremesOnDisk:
     def missing(self, number: int, rows: Sequence[dict]) -> bool:
         if number >= self.done:
             return True
-        self.asked_chain = _extended(self.asked_chain, rows)
+        self.asked_chain = extended(self.asked_chain, rows)
         if number == self.done - 1 and self.asked_chain != self.chain:
             raise self.folder.corpus_changed(
                 f"some of the rows up to {rows[-1]['example_id']!r} are not those that were scored"
@@ -84,7 +85,7 @@ class ExtremesOnDisk:
     def add(self, number: int, rows: Sequence[dict], frame: pd.DataFrame, truncated: int) -> None:
         self.extremes.add(frame)
         self.done, self.truncated = number + 1, self.truncated + truncated
-        self.chain = _extended(self.chain, rows)
+        self.chain = extended(self.chain, rows)
         if time.monotonic() - self.saved >= self.SAVE_EVERY:
             facts = {"done": self.done, "chain": self.chain, "truncated": self.truncated}
             self._write({**facts, "moments": self.extremes.state()}, self.account)
@@ -102,12 +103,12 @@ class ExtremesOnDisk:
         """
         if parts < self.done:
             raise self.folder.corpus_changed("it has fewer rows than were scored")
-        summary = {"truncated": self.truncated, "kept": self.extremes.summary()}
+        summary = {"truncated": self.truncated, "kept": self.extremes.summary(), "rows_sha256": self.chain}
         self._write({**metadata, **summary}, self.folder.finished)
         self.folder.remove()
         return Scores.from_parquet(self.folder.finished)
 
 
-def _extended(chain: str, rows: Sequence[dict]) -> str:
-    """The hash chain of all rows before, extended by `rows`."""
+def extended(chain: str, rows: Sequence[dict]) -> str:
+    """The hash chain of all rows before, extended by the rows of a part: `rows_sha256` of the scores that are kept."""
     return hashlib.sha256(f"{chain}{rows_digest(rows)}".encode()).hexdigest()

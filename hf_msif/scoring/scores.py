@@ -150,8 +150,14 @@ class Scores:
             query: number of the query column.
 
         Raises:
-            InputError: there is no such order or query column, or fewer than k rows of each order were kept.
+            InputError: there is no such order or query column, or fewer than k rows of each order were kept; or by is
+                "absolute", and the rows come from a shortlist, which does not seek those of least influence.
         """
+        if by == "absolute" and "shortlist" in self.metadata:
+            raise InputError(
+                f"these scores come from a shortlist in {self.metadata['shortlist']['dtype']}, which does not seek "
+                "the rows of least absolute influence: score without dtype."
+            )
         return self._picked(self._order(by, query)[::-1][:k], query)
 
     def to_pandas(self) -> pd.DataFrame:

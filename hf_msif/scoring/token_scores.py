@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..curvature.derivatives import Evaluation
 from ..engine.corpus import as_rows
 from ..errors import InputError
 from ..objectives import Objective, Terms
-from .scorer import Scorable, check_finite
+from .scorer import RowInfluence, Scorable, check_finite
 from .scores import influence_columns
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def token_scores(scorable: Scorable, rows, influence: Callable[[dict, list[dict]
         for indices, batch in engine.batches(rows, objective, scorable.batch_size):
             batch_rows = [rows[i] for i in indices]
             values, terms = influence(batch, batch_rows)
-            _check_sums(Evaluation(scorable.model, objective, batch), terms, batch_rows)
+            _check_sums(type(objective).__name__, scorable.influence(batch, batch_rows), values, terms, batch_rows)
             unknown = torch.full_like(terms.owners, -1)
             places = torch.tensor(indices, device=terms.owners.device)[terms.owners]
             positions, targets = (unknown if t is None else t for t in (terms.positions, terms.targets))
@@ -89,16 +88,20 @@ def _check_terms(objective: Objective, stage: str) -> None:
         )
 
 
-def _check_sums(evaluation: Evaluation, terms: Terms, rows: list[dict]) -> None:
-    """Refuses terms that do not sum to the losses, as those of a subclass that changed its losses alone."""
-    with torch.no_grad():
-        losses, _ = evaluation.losses({})
-    sums = torch.zeros_like(losses).index_add(0, terms.owners, terms.losses)
-    wrong = (sums - losses).abs() > torch.finfo(losses.dtype).eps ** 0.5 * losses.abs()
-    if wrong.any():
-        i = int(wrong.nonzero()[0, 0])
-        raise InputError(
-            f"the terms that {type(evaluation.objective).__name__} says for the row {rows[i]['example_id']!r} sum to "
-            f"{float(sums[i]):.6g}, but its loss is {float(losses[i]):.6g}; expected the same number: let `terms` and "
-            "`losses` follow each other."
-        )
+def _check_sums(objective: str, of_rows: RowInfluence, values: Tensor, terms: Terms, rows: list[dict]) -> None:
+    """Refuses terms that do not sum to the losses, and their influences to those of rows: as those of a subclass that
+    changed its losses alone, or that cut its terms from the graph."""
+    accuracy = torch.finfo(of_rows.losses.dtype).eps ** 0.5
+    for what, parts, whole in (
+        ("losses", terms.losses.unsqueeze(1), of_rows.losses.unsqueeze(1)),
+        ("influences", values, of_rows.influence),
+    ):
+        sums = torch.zeros_like(whole).index_add(0, terms.owners, parts.to(whole))
+        wrong = (sums - whole).abs() > accuracy * torch.maximum(whole.abs(), whole.abs().amax(0))
+        if wrong.any():
+            i, q = wrong.nonzero()[0].tolist()
+            raise InputError(
+                f"the {what} of the terms that {objective} says for the row {rows[i]['example_id']!r} sum to "
+                f"{float(sums[i, q]):.6g}, but that of the row is {float(whole[i, q]):.6g}; expected the same number: "
+                "let `terms` and `losses` follow each other."
+            )

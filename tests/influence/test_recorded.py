@@ -178,6 +178,8 @@ def test_what_no_training_time_is_known_of_is_refused(trained, tmp_path):
         trained.stage(SOLVERS[0], rows=ROWS[1:])
     with pytest.raises(InputError, match="do not agree on"):
         trained.stage(SOLVERS[0], trainable=["head.*"])
+    with pytest.raises(InputError, match=r"weight_decay=0\.3 and alpha=.* expected the run's own"):
+        trained.stage(SOLVERS[0], weight_decay=0.3)
     adam = Trained(tmp_path, num_train_epochs=2, optim="adamw_torch")
     with pytest.raises(InputError, match=r"was made by AdamW, for which 1/τ is another number for every parameter"):
         adam.stage(SOLVERS[0])

@@ -131,6 +131,25 @@ def test_top_as_json_is_what_the_scores_say(made, capsys, by):
             assert row["removal_effect"] == -row["influence"] / scores.metadata["N"]
 
 
+@pytest.mark.parametrize(("stage", "name"), [("pretraining", "scores"), ("finetuning", "scores-finetuning")])
+def test_a_shortlist_keeps_the_users_files(copy, capsys, stage, name):
+    run = copy / "run"
+    reduced = ("--keep", "top=2", "--corpus.dtype", "bfloat16", "--corpus.stage", stage)
+    arguments = ("score", "--config", copy / "config.yaml", *reduced)
+    mine = run / f"{name}.shortlist.parquet"
+    mine.write_text("my own file")
+    assert msif(*arguments) == 2
+    assert f"{mine} exists, and msif did not write it" in capsys.readouterr().err
+    assert mine.read_text() == "my own file"
+    mine.unlink()
+    assert msif(*arguments) == 0
+    said = capsys.readouterr().out
+    assert "shortlist: " in said
+    assert "min |influence|" not in said
+    assert not mine.exists()
+    assert Scores.from_parquet(run / f"{name}.parquet").metadata["shortlist"]["dtype"] == "bfloat16"
+
+
 def test_score_of_the_last_stage_and_of_a_group(copy):
     options = ("--config", copy / "config.yaml", "--test.aggregate", "sum", "--corpus.stage=finetuning", "--json")
     assert msif("query", *options) == 0

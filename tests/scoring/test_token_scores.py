@@ -171,6 +171,13 @@ class OffByAThousandth(ToyObjective):
 
 
 @dataclass(frozen=True)
+class Detached(ToyObjective):
+    def terms(self, call, batch):
+        terms = super().terms(call, batch)
+        return terms._replace(losses=terms.losses.detach())
+
+
+@dataclass(frozen=True)
 class Silent(ToyObjective):
     terms = None
 
@@ -179,7 +186,8 @@ class Silent(ToyObjective):
     ("objective", "message"),
     [
         (Silent(), "the objective Silent does not say its terms; expected a method terms"),
-        (OffByAThousandth(), r"terms that OffByAThousandth says for the row 0 sum to .*, but its loss is"),
+        (OffByAThousandth(), r"the losses of the terms that OffByAThousandth says for the row 0 sum to"),
+        (Detached(), r"the influences of the terms that Detached says for the row 0 sum to -?0, but that of the row"),
     ],
 )
 def test_terms_that_are_missing_or_wrong_are_refused(objective, message):

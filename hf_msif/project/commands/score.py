@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     if not (folder / "query.json").is_file():
         raise InputError(f"there is no query in {project.folder} yet; run msif query with the same --config first.")
     path, table_path = project.output("scores.parquet"), project.output("table1")
-    first_pass = project.output(first_pass_name("scores.parquet"))
+    first_pass = path.with_name(first_pass_name(path.name))
     files = [path, first_pass, *files_of_table(table_path)]
     if _has_figure(project):
         files.append(project.output("figure3.png"))
