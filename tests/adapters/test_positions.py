@@ -268,10 +268,12 @@ class Moody(nn.Module):
             return self.inner.output(self.inner.intermediate(states), states)
         if self.way == "without modules":
             return 2 * states
+        if self.way == "for several rows" and len(states) == 1:
+            raise ValueError("expected several rows")
         return self.inner(states, *args, **kwargs)
 
 
-@pytest.mark.parametrize("way", ["without attention", "without modules"])
+@pytest.mark.parametrize("way", ["without attention", "without modules", "for several rows"])
 def test_a_layer_that_goes_another_way_later(way):
     network, rows = tiny.model("bert", "masked", layers=2), tiny.rows(5)
     network.bert.encoder.layer[-1] = layer = Moody(network.bert.encoder.layer[-1])

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from helpers import tiny
 from helpers.tiny import dense_gauss_newton
 
 from hf_msif import vectors
-from hf_msif.adapters.functional import FunctionalModel
+from hf_msif.adapters.functional import ConstantPadding, FunctionalModel
 from hf_msif.curvature import derivatives
 from hf_msif.curvature.derivatives import Evaluation
 
@@ -194,6 +195,18 @@ def test_a_lookup_at_padding_idx_is_a_constant_in_all_derivatives(padding_read):
         tiny.close(alone, {n: t[q:] for n, t in expected.items()}, 1e-11)
     matrix = vectors.flatten(v) @ vectors.flatten(case.run(derivatives.hessian_product, v, case.names)).T
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-10 * float(matrix.abs().max()))
+
+
+@pytest.mark.parametrize("lookup", [torch.embedding, lambda w, i, p: torch.nn.functional.embedding(i, w, p - len(w))])
+def test_other_lookups_at_padding_idx(lookup):
+    """Without a module, and with a row that is counted from the end."""
+    table, tokens = torch.randn(5, 3), torch.tensor([[1, 0, 4]])
+    with forward_ad.dual_level(), ConstantPadding():
+        dual = forward_ad.make_dual(table, torch.ones_like(table))
+        tangent = forward_ad.unpack_dual(lookup(dual, tokens, 0)).tangent
+        every = forward_ad.unpack_dual(torch.embedding(dual, tokens)).tangent
+    assert tangent.sum(2).tolist() == [[3, 0, 3]]
+    assert every.sum(2).tolist() == [[3, 3, 3]]
 
 
 class Calls:
