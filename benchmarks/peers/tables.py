@@ -219,9 +219,11 @@ def plot(frame: pd.DataFrame, path: str | Path, measures: Sequence[str] = ("spea
     for axes, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
         for library, group in rows.groupby("library", sort=False):
             axes.scatter(group["seconds"], group[measure], label=library)
-            for _, row in group.iterrows():
-                axes.annotate(row["method"], (row["seconds"], row[measure]), fontsize=7, xytext=(3, 3),
-                              textcoords="offset points")  # fmt: skip
+        for place, (_, row) in enumerate(rows.sort_values("seconds").iterrows()):
+            above = place % 2 == 0  # neighbours do not write over each other
+            axes.annotate(row["method"], (row["seconds"], row[measure]), fontsize=7, xytext=(3, 3 if above else -9),
+                          textcoords="offset points")  # fmt: skip
+        axes.margins(x=0.12)
         axes.set(xscale="log", xlabel="CPU seconds", ylabel=AGREEMENT[measure])
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
