@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -20,17 +21,22 @@ from .tokens import check_length, ordinary_tokens, seeded, texts_of, tokenize
 class MaskedLM(SumOfTerms):
     """Masked language modelling with masks that are a pure function of (seed, example id, draw).
 
-    ℓ_i = (1/D) Σ_draws Σ_masked −log p(token | masked sentence). Of a sentence's n ordinary tokens max(1, round(p·n))
-    are chosen; of these 80 % become `[MASK]`, 10 % a random token, 10 % stay (Devlin et al., 2019). The head runs on
-    them only.
+    ℓ_i = (1/D) Σ_draws Σ_masked −log p(token | masked sentence). The head runs on the masked tokens only.
+
+    - masks="random", as BERT is trained: each draw chooses max(1, round(p·n)) of a sentence's n ordinary tokens, of
+      which 80 % become `[MASK]`, 10 % a random token, 10 % stay (Devlin et al., 2019).
+    - masks="folds", for influence: the tokens are shuffled once, and each draw takes the next p·n of them, going
+      round, which all become `[MASK]`. With p = 1/D each token is masked exactly once, where independent draws leave
+      to chance which tokens a score knows. (A draw of a sentence with fewer than 1/p tokens may take none.)
 
     Args:
         tokenizer: a tokenizer with a mask token.
         seed: of the masks.
-        mask_probability: p.
+        mask_probability: p; with folds 1/D is recommended.
         draws: D, the number of masks per sentence, whose losses are averaged (the variance of a score falls as 1/D,
             the cost grows as D).
         first_draw: number of the first draw; epoch e of training takes the draws from first_draw + e · draws.
+        masks: "random" or "folds".
         static: training keeps the same masks in every epoch instead.
         max_length: tokens after which a sentence is cut, and counted as truncated; defaults to the tokenizer's limit.
         reduction: "token" (N counts masked tokens, as Hugging Face trains) or "example" (each sentence is the mean of
@@ -47,6 +53,7 @@ class MaskedLM(SumOfTerms):
     mask_probability: float = 0.15
     draws: int = 1
     first_draw: int = 0
+    masks: str = "random"
     static: bool = False
     max_length: int | None = None
     reduction: str = "token"
@@ -65,24 +72,25 @@ class MaskedLM(SumOfTerms):
                 f"MaskedLM got mask_probability={self.mask_probability} and draws={self.draws}; expected a "
                 "probability in (0, 1] and at least one draw."
             )
+        if self.masks not in ("random", "folds"):
+            raise InputError(f"MaskedLM got masks={self.masks!r}; expected 'random' or 'folds'.")
         check_length(self.tokenizer, self.max_length, "MaskedLM")
 
     def collate(self, rows: Rows) -> Batch:
         encoded, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
-        ids, vocabulary = encoded["input_ids"].numpy(), len(self.tokenizer)
-        inputs = np.repeat(ids, self.draws, axis=0)
+        inputs = np.repeat(encoded["input_ids"].numpy(), self.draws, axis=0)
         lines, columns, actions, substitutes = [], [], [], []
         for i, (row, ordinary) in enumerate(zip(rows, ordinary_tokens(self.tokenizer, encoded), strict=True)):
             (candidates,) = ordinary.nonzero()
             if len(candidates) == 0:
                 continue
-            number = max(1, round(self.mask_probability * len(candidates)))
+            draw = self._fold if self.masks == "folds" else self._random
             for d in range(self.draws):
-                generator = seeded(self.seed, row["example_id"], self.first_draw + d)
-                lines += [i * self.draws + d] * number
-                columns.append(np.sort(generator.choice(candidates, size=number, replace=False)))
-                actions.append(generator.random(number))
-                substitutes.append(generator.integers(vocabulary, size=number))
+                places, action, substitute = draw(row["example_id"], self.first_draw + d, candidates)
+                lines += [i * self.draws + d] * len(places)
+                columns.append(places)
+                actions.append(action)
+                substitutes.append(substitute)
         where = np.array(lines, dtype=np.int64), np.concatenate([np.zeros(0, dtype=np.int64), *columns])
         labels = inputs[where]
         if columns:
@@ -93,6 +101,19 @@ class MaskedLM(SumOfTerms):
         batch["input_ids"] = torch.from_numpy(inputs)
         batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
         return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
+
+    def _random(self, example_id: Any, draw: int, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places of the masked tokens; a number in [0, 1) for each that says what becomes of it; and random tokens."""
+        number, generator = max(1, round(self.mask_probability * len(candidates))), seeded(self.seed, example_id, draw)
+        places = np.sort(generator.choice(candidates, size=number, replace=False))
+        return places, generator.random(number), generator.integers(len(self.tokenizer), size=number)
+
+    def _fold(self, example_id: Any, draw: int, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of the next tokens in the order of the sentence, each of which becomes `[MASK]`."""
+        order = seeded(self.seed, example_id, 0).permutation(candidates)
+        first, end = (math.floor(d * self.mask_probability * len(order) + 1e-9) for d in (draw, draw + 1))
+        places = np.sort(order[np.arange(first, end) % len(order)])
+        return places, np.zeros(len(places)), np.zeros(len(places), dtype=np.int64)
 
     @property
     def inputs_per_row(self) -> int:  # type: ignore[override]  # a setting decides what is a constant elsewhere
