@@ -29,7 +29,7 @@ REMOVED = 30  # sentences that the check by retraining leaves out
 # Further steps of pretraining without them, from the finished model: from scratch, chance would hide the difference.
 CONTINUED_STEPS = 700
 MASK_PROBABILITY = 0.25
-DRAWS = 4  # masks per sentence in the influence: one mask often misses the word that matters
+DRAWS = 8  # masks per sentence in the influence, each with other words, so that none is missed
 DAMPING = 0.1
 HEAD_DECAY = 0.02  # an unregularised head is ill-conditioned, and its refit then hides what the encoder knows
 CURVATURE_SAMPLES = 320
@@ -211,8 +211,8 @@ def _chain(data: World, tokenizer, pretrained, finetuned, progress: bool, solver
     pretraining = Stage(
         "pretraining",
         pretrained,
-        # Draws that training did not use: the influence is that of the sentence, not of the masks it was trained with.
-        objectives.MaskedLM(tokenizer, mask_probability=MASK_PROBABILITY, draws=DRAWS, first_draw=1000),
+        # Other masks than those of training: the influence is that of the sentence, not of what hid it.
+        objectives.MaskedLM(tokenizer, masks="folds", mask_probability=1 / DRAWS, draws=DRAWS),
         data.corpus,
         curvature_samples=CURVATURE_SAMPLES,
         solver=solver or solvers.CG(damping=DAMPING, tol=0.01),
