@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from solvers import trained
+from solvers import parser_of_training, trained
 from tabulate import tabulate
 from torch import Tensor
 
@@ -144,18 +144,9 @@ def seconds(work: Callable, *arguments: object) -> float:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="a text file of sentences; defaults to generated ones")
-    parser.add_argument("--threads", type=int, help="threads of the CPU; defaults to PyTorch's choice")
-    parser.add_argument("--vocabulary", type=int, default=8000)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--sentences", type=int, default=8000, help="sentences of the training")
-    parser.add_argument("--steps", type=int, default=200, help="steps of the training, of 32 sentences each")
-    parser.add_argument("--rows", type=int, default=32, help="rows of the Gauss-Newton matrix")
+    parser = parser_of_training(__doc__.splitlines()[0])
     parser.add_argument("--queries", type=int, default=4)
     parser.add_argument("--corpus", type=int, default=1000, help="rows that are scored")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 

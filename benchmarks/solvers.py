@@ -147,7 +147,19 @@ def bars(reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of_training(__doc__.splitlines()[0])
+    parser.add_argument("--queries", type=int, default=8)
+    parser.add_argument("--tol", type=float, default=1e-3)
+    parser.add_argument("--multiple", type=int, default=20, help="of CG's products, at which SquaredCG is stopped")
+    parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="MinRes and SquaredCG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
+    return parser.parse_args(argv)
+
+
+def parser_of_training(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that `trained` reads, and the number of rows of the curvature."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", help="a text file of sentences; defaults to generated ones")
     parser.add_argument("--threads", type=int, help="threads of the CPU; defaults to PyTorch's choice")
     parser.add_argument("--vocabulary", type=int, default=8000)
@@ -156,14 +168,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sentences", type=int, default=8000, help="sentences of the training")
     parser.add_argument("--steps", type=int, default=200, help="steps of the training, of 32 sentences each")
     parser.add_argument("--rows", type=int, default=32, help="rows of the Gauss-Newton matrix")
-    parser.add_argument("--queries", type=int, default=8)
-    parser.add_argument("--tol", type=float, default=1e-3)
-    parser.add_argument("--multiple", type=int, default=20, help="of CG's products, at which SquaredCG is stopped")
-    parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="MinRes and SquaredCG")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
-    return parser.parse_args(argv)
+    return parser
 
 
 def system(settings: argparse.Namespace) -> tuple[Operator, Block, float]:

@@ -78,7 +78,7 @@ class FunctionalModel:
             positions and the logits have the shape (M, V), see `positions.forward`; in evaluation mode the last layer
             runs only there after its attention, where it can, see `gather_point`.
         """
-        varying = set(parameters)
+        varying = {id(p) for name, p in self.model.named_parameters() if name in parameters}
         state = {**self.parameters, **parameters, **self.buffers}
 
         def run(kwargs: dict) -> Any:
@@ -86,7 +86,7 @@ class FunctionalModel:
 
         def call(positions: Positions | None = None, **inputs):
             point = self.gather_point(positions, inputs)
-            if point is not None and memo is not None and self._is_constant(point.layer, varying):
+            if point is not None and memo is not None and _is_constant(point.layer, varying):
                 point = None  # the encoder's output is in the memo, or will be
             memoised = _memoised(self.model, varying, memo) if memo is not None else nullcontext()
             dual = any(forward_ad.unpack_dual(p).tangent is not None for p in parameters.values())
@@ -126,10 +126,6 @@ class FunctionalModel:
                     inputs,
                 )
         return self.gather_points.get(key)
-
-    def _is_constant(self, module: nn.Module, varying: set[str]) -> bool:
-        own = {id(p) for p in module.parameters()}
-        return not any(id(p) in own for name, p in self.model.named_parameters() if name in varying)
 
     @contextmanager
     def evaluating(self, dropout: bool = False) -> Iterator[None]:
@@ -259,7 +255,7 @@ def _configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 @contextmanager
-def _memoised(model: nn.Module, varying: set[str], memo: dict) -> Iterator[None]:
+def _memoised(model: nn.Module, varying: set[int], memo: dict) -> Iterator[None]:
     """Inside, the constant parts of the base model return their outputs from `memo`, which their first call fills.
 
     Constant is the whole base model if none of its parameters varies; else each of its children whose parameters and
@@ -290,22 +286,22 @@ def _memoised(model: nn.Module, varying: set[str], memo: dict) -> Iterator[None]
                 module.forward = replaced
 
 
-def _constant_modules(model: nn.Module, varying: set[str]) -> list[tuple[str, nn.Module]]:
-    """The modules, with their names as keys of a memo, that depend on no parameter in `varying`."""
-    varying_ids = {id(p) for name, p in model.named_parameters() if name in varying}
+def _is_constant(module: nn.Module, varying: set[int]) -> bool:
+    """Whether a module has parameters, and the ids of none of them are in `varying`."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(id(p) in varying for p in parameters)
 
-    def constant(module: nn.Module) -> bool:
-        parameters = list(module.parameters())
-        return bool(parameters) and not any(id(p) in varying_ids for p in parameters)
 
+def _constant_modules(model: nn.Module, varying: set[int]) -> list[tuple[str, nn.Module]]:
+    """The modules, with their names as keys of a memo, that depend on no parameter whose id is in `varying`."""
     base = encoder(model)
     if base is unwrap(model):
         return []
-    if constant(base):
+    if _is_constant(base, varying):
         return [("base_model", base)]
     # A ModuleList has no `forward` to replace.
     children = [(n, m) for n, m in base.named_children() if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
-    return [(n, m) for n, m in children if constant(m)]
+    return [(n, m) for n, m in children if _is_constant(m, varying)]
 
 
 def memo_bytes(memo: dict) -> int:

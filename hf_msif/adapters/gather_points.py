@@ -60,13 +60,13 @@ def find_gather_point(
 def _sample(positions: Positions, inputs: dict[str, Any]) -> tuple[Positions, dict[str, Any]]:
     """A few rows of the inputs that have positions, and these positions in another order."""
     (rows, columns), size = positions, batch_shape(inputs)[0]
-    some = rows.unique()[:SAMPLE_ROWS]
-    inside = torch.isin(rows, some)
+    sampled_rows = rows.unique()[:SAMPLE_ROWS]
+    inside = torch.isin(rows, sampled_rows)
     inputs = {
-        name: value[some] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        name: value[sampled_rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
         for name, value in inputs.items()
     }
-    return (torch.searchsorted(some, rows[inside]).flip(0), columns[inside].flip(0)), inputs
+    return (torch.searchsorted(sampled_rows, rows[inside]).flip(0), columns[inside].flip(0)), inputs
 
 
 def _search(model: nn.Module, run: Callable[[dict], Any], positions: Positions, inputs: dict) -> GatherPoint | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.functional import ConstantPadding, FunctionalModel
+from ..objectives import numbers_within
 from ..vectors import Block
 
 
@@ -57,12 +58,8 @@ class Grouping:
     def _slots(self) -> tuple[Tensor, int]:
         """The place of each row among those of its example, and the number of places."""
         assert self.index is not None
-        counts = torch.bincount(self.index, minlength=self.examples)
-        order = self.index.argsort(stable=True)
-        starts = counts.cumsum(0) - counts
-        slots = torch.empty_like(order)
-        slots[order] = torch.arange(len(order), device=order.device) - starts[self.index[order]]
-        return slots, int(counts.max())
+        slots = numbers_within(self.index)
+        return slots, int(slots.max()) + 1 if len(slots) else 0
 
 
 @dataclass

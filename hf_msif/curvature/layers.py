@@ -150,13 +150,13 @@ class LayerMap:
             if not run.ambiguous:
                 break
         for layer in list(self.layers):
-            found = run.kinds.get(layer)
-            if found is None:  # not called; or called by another module, in whose gradient it is
+            calls = run.kinds.get(layer)
+            if calls is None:  # not called; or called by another module, in whose gradient it is
                 self.layers.remove(layer)
                 continue
-            kinds = {kind for kind, _ in found}
+            kinds = {kind for kind, _ in calls}
             layer.kind = kinds.pop() if len(kinds) == 1 else "probed"
-            if found == {("rows", 2), ("positions", 2)}:  # with one axis, as many rows as inputs would look alike
+            if calls == {("rows", 2), ("positions", 2)}:  # with one axis, as many rows as inputs would look alike
                 layer.kind = "either"
         made = {name for layer in self.layers for name in layer.names.values()}
         self.rest = {name: "no module that is called has it" for name in self.wanted if name not in made}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from ..curvature import Curvature
 from ..engine.hashing import digest
 from ..engine.stream import Stream
@@ -15,8 +17,8 @@ from ..training.recording import Recording
 from .chain import BoundStage
 
 
-def recorded_run(bound: BoundStage) -> Recording:
-    """The run in the folder `Stage.run`.
+def recorded_run(bound: BoundStage) -> tuple[Recording, dict[str, Tensor]]:
+    """The run in the folder `Stage.run`, and the parameters that it started from.
 
     Raises:
         InputError: it was trained on other rows than the stage's data, or on a part of them; it moved other
@@ -58,7 +60,7 @@ def recorded_run(bound: BoundStage) -> Recording:
                 f"stage {name!r}: {n!r} of its model differs from the end of the run in {run.folder} by "
                 f"{difference:.1e} of how far the run moved it; expected the model as that run left it."
             )
-    return run
+    return run, first
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class TrainingDamping:
         Raises:
             InputError: the run is not that of the stage, or not one of SGD.
         """
-        run = recorded_run(bound)
+        run, _ = recorded_run(bound)
         if not isinstance(run.optimiser, SGD):
             raise InputError(
                 f"stage {bound.name!r}: damping is 'training', but the run in {run.folder} was made by "

@@ -79,7 +79,7 @@ def damping_sweep(
             warnings.warn(f"stage {name!r}: no ranking at damping {damping:g}: {reason}. {certificate}", stacklevel=2)
             continue
         scores = Query({name: solution}, rows, losses, None, chain).score(corpus, stage=name)
-        values = np.stack([scores.influence(q) for q in range(scores.columns)])
+        values = scores.influences().T
         row["spread"] = float(values.std(axis=1).mean())
         if before is not None:
             row["top_k_kept"], row["rank_correlation"] = _compare(before, values, k)

@@ -122,9 +122,9 @@ class Unrolled(Differentiation):
         if recording is not None:  # the run is planned: it has no states to be checked
             self.recording, self.replay = recording, self._replay(recording)
             return
-        self.recording = recorded_run(bound)
+        self.recording, first = recorded_run(bound)
         self.replay = self._replay(self.recording)
-        self._check_start()
+        self._check_start(first)
 
     def _replay(self, recording: Recording) -> Replay:
         bound = self.bound
@@ -140,15 +140,15 @@ class Unrolled(Differentiation):
             name=bound.name,
         )
 
-    def _check_start(self) -> None:
-        """Refuses a run that does not start from the stage before.
+    def _check_start(self, first: dict[str, Tensor]) -> None:
+        """Refuses a run that does not start from the stage before; `first` are the parameters that it started from.
 
         A head that starts with the values of the stage before is inherited, too.
         """
         bound, run, name = self.bound, self.recording, self.bound.name
         if bound.before is None:
             return
-        before, first = bound.before.model.parameters, run.state(0, bound.engine.device)["parameters"]
+        before = bound.before.model.parameters
         for n, source in bound.split.inherited.items():
             if n in first and not torch.allclose(bound.leading(n, first[n]), before[source].to(first[n]), rtol=1e-6):
                 raise InputError(

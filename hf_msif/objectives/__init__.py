@@ -4,7 +4,7 @@ An objective of your own subclasses `Objective` and writes two methods, `collate
 batch) -> (sums, counts)`; `Objective` names everything else that an objective may say, with its default.
 """
 
-from ._base import Objective, Terms, checked_objective, with_losses
+from ._base import Objective, Terms, checked_objective, numbers_within, with_losses
 from .classification import ImageClassification, SequenceClassification
 from .language import BidirectionalLM, CausalLM, MaskedLM
 from .skipgram import SkipGram
@@ -20,6 +20,7 @@ __all__ = [
     "SkipGram",
     "Terms",
     "checked_objective",
+    "numbers_within",
     "tokenized",
     "with_losses",
 ]

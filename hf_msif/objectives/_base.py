@@ -16,6 +16,17 @@ Batch = dict[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
 
+def numbers_within(owners: Tensor) -> Tensor:
+    """The number of each entry among those of equal value, from 0.
+
+    >>> numbers_within(torch.tensor([1, 0, 1, 1, 0]))
+    tensor([0, 0, 1, 2, 1])
+    """
+    order, counts = owners.argsort(stable=True), owners.bincount()
+    starts = (counts.cumsum(0) - counts)[owners[order]]
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - starts)
+
+
 class Terms(NamedTuple):
     """The terms of which the losses of a batch are sums: ℓ_i = Σ losses_t over the terms t with owners_t = i.
 
@@ -34,14 +45,8 @@ class Terms(NamedTuple):
 
     @property
     def numbers(self) -> Tensor:
-        """(M,) the number of each term among those of its row, from 0.
-
-        >>> Terms(torch.zeros(5), torch.tensor([1, 0, 1, 1, 0])).numbers
-        tensor([0, 0, 1, 2, 1])
-        """
-        order, counts = self.owners.argsort(stable=True), self.owners.bincount()
-        starts = (counts.cumsum(0) - counts)[self.owners[order]]
-        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - starts)
+        """(M,) the number of each term among those of its row, from 0."""
+        return numbers_within(self.owners)
 
 
 class Objective(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -84,9 +84,8 @@ class MaskedLM(SumOfTerms):
             (candidates,) = ordinary.nonzero()
             if len(candidates) == 0:
                 continue
-            draw = self._fold if self.masks == "folds" else self._random
-            for d in range(self.draws):
-                places, action, substitute = draw(row["example_id"], self.first_draw + d, candidates)
+            draws = (self._folds if self.masks == "folds" else self._random)(row["example_id"], candidates)
+            for d, (places, action, substitute) in enumerate(draws):
                 lines += [i * self.draws + d] * len(places)
                 columns.append(places)
                 actions.append(action)
@@ -102,18 +101,26 @@ class MaskedLM(SumOfTerms):
         batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
         return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
 
-    def _random(self, example_id: Any, draw: int, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Places of the masked tokens; a number in [0, 1) for each that says what becomes of it; and random tokens."""
-        number, generator = max(1, round(self.mask_probability * len(candidates))), seeded(self.seed, example_id, draw)
-        places = np.sort(generator.choice(candidates, size=number, replace=False))
-        return places, generator.random(number), generator.integers(len(self.tokenizer), size=number)
+    @property
+    def _draws(self) -> range:
+        return range(self.first_draw, self.first_draw + self.draws)
 
-    def _fold(self, example_id: Any, draw: int, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same of the next tokens in the order of the sentence, each of which becomes `[MASK]`."""
+    def _random(self, example_id: Any, candidates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each draw: places of the masked tokens; a number in [0, 1) for each that says what becomes of it; and
+        random tokens."""
+        number, vocabulary = max(1, round(self.mask_probability * len(candidates))), len(self.tokenizer)
+        for draw in self._draws:
+            generator = seeded(self.seed, example_id, draw)
+            places = np.sort(generator.choice(candidates, size=number, replace=False))
+            yield places, generator.random(number), generator.integers(vocabulary, size=number)
+
+    def _folds(self, example_id: Any, candidates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The same, of the next tokens in the order of the sentence, each of which becomes `[MASK]`."""
         order = seeded(self.seed, example_id, 0).permutation(candidates)
-        first, end = (math.floor(d * self.mask_probability * len(order) + 1e-9) for d in (draw, draw + 1))
-        places = np.sort(order[np.arange(first, end) % len(order)])
-        return places, np.zeros(len(places)), np.zeros(len(places), dtype=np.int64)
+        for draw in self._draws:
+            first, end = (math.floor(d * self.mask_probability * len(order) + 1e-9) for d in (draw, draw + 1))
+            places = np.sort(order[np.arange(first, end) % len(order)])
+            yield places, np.zeros(len(places)), np.zeros(len(places), dtype=np.int64)
 
     @property
     def inputs_per_row(self) -> int:  # type: ignore[override]  # a setting decides what is a constant elsewhere

@@ -122,6 +122,10 @@ class Scores:
         """
         return self._source.column(f"influence{self._suffix(query)}")
 
+    def influences(self) -> np.ndarray:
+        """Influences on the losses of all test examples, (rows, Q), in corpus order."""
+        return np.stack([self.influence(q) for q in range(self.columns)], axis=1)
+
     def removal_effects(self) -> np.ndarray:
         """Predicted changes of all test losses on removal of each row, (rows, Q)."""
         return self.frame[[f"removal_effect{self._suffix(q)}" for q in range(self.columns)]].to_numpy()

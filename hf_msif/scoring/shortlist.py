@@ -71,18 +71,18 @@ def shortlist(
     engine, source = scorable.engine, as_corpus(corpus, "the corpus")
     first = _first_pass(scorable, source, WIDTH * keep, dtype, batch_size, output_dir, resume, part_rows)
     total = first.metadata["kept"]["all"][0]["count"]
-    frame = first.frame[_at_the_ends(_influences(first), WIDTH * keep)].reset_index(drop=True)
+    frame = first.frame[_at_the_ends(first.influences(), WIDTH * keep)].reset_index(drop=True)
     candidates, sample = _rows(engine, source, frame["example_id"].tolist(), first, part_rows)
     exact = score(scorable, candidates, batch_size)
     facts = {
         "dtype": dtype,
         "candidates": len(candidates),
         **_recall(scorable, sample, batch_size or scorable.batch_size, dtype, keep),
-        **_depth(_influences(Scores(frame, first.metadata)), _influences(exact), keep),
+        **_depth(Scores(frame, first.metadata).influences(), exact.influences(), keep),
     }
     if engine.is_main:
         _tell(facts, keep, total)
-    kept = exact.frame[_at_the_ends(_influences(exact), keep)].drop(columns="duplicates").reset_index(drop=True)
+    kept = exact.frame[_at_the_ends(exact.influences(), keep)].drop(columns="duplicates").reset_index(drop=True)
     metadata = {name: value for name, value in first.metadata.items() if name != "depends_on"}
     metadata |= {"kept": {**first.metadata["kept"], "keep": keep}, "shortlist": facts}
     scores = Scores(kept, metadata)
@@ -160,48 +160,44 @@ def _rows(
 def _recall(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str, keep: int) -> dict[str, Any]:
     """`recall` and what belongs to it, see `shortlist`; and the time that a row takes in `dtype`, relative to exact
     scores."""
-    influences, seconds = [], []
+    orders, seconds = [], []
     with scorable.model.evaluating():
         for precision in (dtype, None):
             started = time.perf_counter()
-            influences.append(measure(scorable, rows, batch_size, precision).influence)
+            measured = measure(scorable, rows, batch_size, precision)
             seconds.append(time.perf_counter() - started)
+            orders.append(_orders(measured.influence))
     at = min(RECALL_AT, keep, len(rows) // (4 * WIDTH))
     facts: dict[str, Any] = {"recall_rows": len(rows), "recall_at": at, "relative_time": seconds[0] / seconds[1]}
     if not at:
         return {**facts, "recall": None, "lowest_recall": None}
-    shares = [np.isin(other[:at], one[: WIDTH * at]).mean() for one, other in _orders(*influences)]
+    shares = [np.isin(other[:at], one[: WIDTH * at]).mean() for one, other in zip(*orders, strict=True)]
     return {**facts, "recall": float(np.mean(shares)), "lowest_recall": float(min(shares))}
 
 
 def _depth(reduced: np.ndarray, exact: np.ndarray, keep: int) -> dict[str, int]:
     """`deepest` and `length`, see `shortlist`, of candidates in the same order."""
     deepest, length = 0, min(len(exact), WIDTH * keep)
-    for one, other in _orders(reduced, exact):
+    for one, other in zip(_orders(reduced), _orders(exact), strict=True):
         places = np.empty(len(one), dtype=int)
         places[one] = np.arange(1, len(one) + 1)
         deepest = max(deepest, int(places[other[:keep]].max()))
     return {"deepest": min(deepest, length + 1), "length": length}
 
 
-def _influences(scores: Scores) -> np.ndarray:
-    """(rows, Q)."""
-    return np.stack([scores.influence(q) for q in range(scores.columns)], axis=1)
-
-
 def _at_the_ends(influences: np.ndarray, number: int) -> np.ndarray:
     """Whether a row is among the `number` rows of largest or of smallest influence of some column, (rows,)."""
-    found = np.zeros(len(influences), dtype=bool)
-    for order, _ in _orders(influences, influences):
-        found[order[:number]] = True
-    return found
+    at_an_end = np.zeros(len(influences), dtype=bool)
+    for order in _orders(influences):
+        at_an_end[order[:number]] = True
+    return at_an_end
 
 
-def _orders(reduced: np.ndarray, exact: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(order by the first, order by the second) of the rows, largest first and smallest first, for each column."""
-    for one, other in zip(reduced.T, exact.T, strict=True):
+def _orders(influences: np.ndarray) -> Iterator[np.ndarray]:
+    """The orders of the rows, of each column largest first, then smallest first."""
+    for column in influences.T:
         for sign in (-1, 1):
-            yield np.argsort(sign * one, kind="stable"), np.argsort(sign * other, kind="stable")
+            yield np.argsort(sign * column, kind="stable")
 
 
 def _tell(facts: dict[str, Any], keep: int, total: int) -> None:

@@ -98,7 +98,7 @@ def compare(
             "compare got scores of which only the extremes were kept (--keep); their means are not those of the "
             "corpus. Expected all scores: score without --keep."
         )
-    values = [np.stack([s.influence(q) for q in range(s.columns)], axis=1) for s in (first, second)]
+    values = [s.influences() for s in (first, second)]
     if not all(np.isfinite(v).all() for v in values):
         raise InputError(
             "compare got influences that are not finite; expected scores of models whose losses are finite."
