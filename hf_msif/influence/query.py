@@ -22,7 +22,7 @@ from ..scoring.token_scores import token_scores
 from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
-from .direction import Direction
+from .direction import Direction, Directions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,7 +141,7 @@ class Query:
         """
         bound = self.chain.stage(stage)
         solution = self._solution(bound, method)
-        if not isinstance(solution, Direction):
+        if not isinstance(solution, (Direction, Directions)):
             raise InputError(
                 f"stage {bound.name!r} is differentiated by link={bound.stage.link_name!r}, whose rows are not scored "
                 "by derivatives of their losses; expected an implicit stage: score its rows whole."
@@ -151,7 +151,7 @@ class Query:
     def _solution(self, bound: BoundStage, method: str) -> StageSolution:
         """The solution of a stage, which scores its rows by that method."""
         solution = self.solutions[bound.name]
-        if isinstance(solution, Direction):
+        if isinstance(solution, (Direction, Directions)):
             solution = solution.by(method)
             solution.prepare()
         elif method != "auto":
