@@ -185,9 +185,11 @@ class Directions:
         return RowInfluence(torch.stack([one.influence for one in each]).sum(0), losses, counts)
 
     def term_influence(self, batch: dict[str, Any], rows: list[dict]) -> TermInfluence:
-        """The same of each term of the rows, as `Direction.term_influence`; with the losses of the last state."""
-        each = [part.term_influence(batch, rows) for part in self.parts]
-        return each[-1]._replace(influence=torch.stack([one.influence for one in each]).sum(0))
+        """The same of each term of the rows, as `Direction.term_influence`."""
+        each = [part.term_influence(batch, rows).influence for part in self.parts]
+        with torch.no_grad():
+            terms = Evaluation(self.final, self.parts[0].objective, batch).terms({})
+        return TermInfluence(torch.stack(each).sum(0), terms)
 
     @property
     def copied_bytes(self) -> int:

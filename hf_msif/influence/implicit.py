@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import training, vectors
 from ..curvature import Curvature, auto
 from ..curvature.sharded import Sharded
+from ..curvature.whitened import Whitened
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.stream import Stream
@@ -31,11 +32,12 @@ from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
+from .coordinates import whitened
 from .cost import Cost, activation_bytes
 from .differentiation import Differentiation, Retraining, StageCertificate
 from .direction import Direction
 from .implicit_cost import curvature_examples, implicit_cost
-from .recorded import TrainingDamping
+from .recorded import TrainingDamping, trajectory_of
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -79,7 +81,7 @@ class Implicit(Differentiation):
 
     Raises:
         InputError: the data are a stream and `curvature_samples` is None; inherited parameters are trained and
-            `alpha` is None; or damping is "training" and the run is not one of SGD, or not that of the stage.
+            `alpha` is None; or damping is "training" and the run is not that of the stage.
     """
 
     needs_run = False
@@ -99,7 +101,8 @@ class Implicit(Differentiation):
             raise missing_alpha(split)
         self.training_damping: TrainingDamping | None = None
         if getattr(self.solver, "damping", None) == TRAINING:
-            self.training_damping = TrainingDamping.of(bound)
+            self.trajectory = trajectory_of(bound, final=True)
+            self.training_damping = TrainingDamping.of(bound, self.trajectory)
             self.solver = self.solver.with_damping(self.training_damping.value)
 
     # --- curvature
@@ -116,6 +119,17 @@ class Implicit(Differentiation):
         if self.solver.minibatches:
             operator.holds_batches = False  # type: ignore[misc]  # its own value
         return operator
+
+    @cached_property
+    def system(self) -> Curvature | Whitened:
+        """What is solved: `operator`, or with damping="training" that in the coordinates of the run's optimiser."""
+        return self.in_coordinates(self.operator)
+
+    def in_coordinates(self, operator: Curvature) -> Curvature | Whitened:
+        """An operator of the stage, in the coordinates in which it is solved."""
+        if self.training_damping is None or self.training_damping.optimiser == "SGD":
+            return operator
+        return whitened(operator, self.trajectory, self.trajectory.load(len(self.trajectory.segments) - 1))
 
     @cached_property
     def curvature_kind(self) -> tuple[Callable[..., Curvature], str | None]:
@@ -250,14 +264,16 @@ class Implicit(Differentiation):
 
         The solver's vectors are sharded over the processes if the engine asks for it and the solver allows it.
         """
-        engine, operator = self.bound.engine, self.operator
+        engine, operator, system = self.bound.engine, self.operator, self.system
+        if isinstance(system, Whitened):
+            b = system.scaled(b)
         solver, why = self.solver_for(vectors.columns(b))
         solver_checkpoint = None
         if checkpoint is not None:
             operator.keep_in(checkpoint.path.parent)
         with engine.solver_bar(self.bound.name, solver) as progress:
             if engine.sharded and solver.shardable:
-                sharded = Sharded(operator, engine)
+                sharded = Sharded(system, engine)
                 if checkpoint is not None:
                     solver_checkpoint = SolverCheckpoint(checkpoint, sharded.join_rows, sharded.cut_rows)
                 state = self._solver_state(solver, sharded)
@@ -268,13 +284,15 @@ class Implicit(Differentiation):
                     solver_checkpoint = SolverCheckpoint(
                         checkpoint, vectors.flatten, lambda rows: vectors.unflatten(rows, b, rows.dtype)
                     )
-                state = self._solver_state(solver, operator)
-                solution = solve(operator, b, solver, state, progress, solver_checkpoint)
+                state = self._solver_state(solver, system)
+                solution = solve(system, b, solver, state, progress, solver_checkpoint)
+        if isinstance(system, Whitened):
+            solution = replace(solution, value=system.scaled(solution.value))
         return solution if why is None else replace(solution, certificate=replace(solution.certificate, choice=why))
 
     def solver_for(self, columns: int) -> tuple[Solver, str | None]:
         """The solver for Q = `columns` right-hand sides, and why `solvers.Auto` chose it (None: it was given)."""
-        return self.solver.chosen(problem(self.operator, columns, self.bound.engine.sharded))
+        return self.solver.chosen(problem(self.system, columns, self.bound.engine.sharded))
 
     def _solver_state(self, solver: Solver, operator: Operator) -> Any:
         """What the solver computes once per operator (damping, factorisation); later queries use it again."""
@@ -296,6 +314,7 @@ class Implicit(Differentiation):
             )
         changed = self.with_solver(self.solver.with_damping(damping))
         changed.training_damping = None
+        vars(changed).pop("system", None)
         return changed
 
     def dampings(self) -> list[float]:
@@ -345,7 +364,7 @@ class Implicit(Differentiation):
     @cached_property
     def _compared_damping(self) -> TrainingDamping:
         assert self.training_damping is not None
-        return self.training_damping.compared(self.operator, self.solver)
+        return self.training_damping.compared(self.system, self.solver)
 
     def summary(self, certificate: StageCertificate, facts: Mapping[str, Any]) -> str:
         lines = [str(certificate)]

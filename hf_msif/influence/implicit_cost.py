@@ -11,6 +11,7 @@ from .. import vectors
 from ..adapters.functional import memo_bytes
 from ..curvature.base import MEMO_BYTES
 from ..curvature.derivatives import Evaluation, example_gradients
+from ..curvature.whitened import Whitened
 from ..engine.corpus import first_rows
 from ..engine.stream import Stream
 from ..solvers import Solver
@@ -55,7 +56,7 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
     worst = usual = solver.products(size, columns)
     damping = implicit.training_damping
     if damping is not None:
-        damping = damping.compared(implicit.curvature(_few_rows(implicit, examples)), solver)
+        damping = damping.compared(implicit.in_coordinates(implicit.curvature(_few_rows(implicit, examples))), solver)
     found, rows = _forecast(implicit, solver, passes, columns, examples, adjoint)
     if found is not None:
         before = worst - found.most  # of `Solver.init`
@@ -186,4 +187,7 @@ def _forecast(
         batch = bound.collate(_some_rows(implicit, columns))
         with bound.model.evaluating():
             b = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
-    return forecast(operator, b, solver), rows
+    system = implicit.in_coordinates(operator)
+    if isinstance(system, Whitened):
+        b = system.scaled(b)
+    return forecast(system, b, solver), rows

@@ -39,7 +39,7 @@ class SegmentReport:
         smallest_ritz, largest_ritz: bounds of A_l's spectrum, from within.
         reach: the largest rate times the largest Ritz value; beyond 1 the limits of small rates do not hold.
         unstable: whether eigenvalues beyond the stability of the rates were taken for converged (`UNSTABLE`).
-        growth: ‖λ‖ at the start of the segment, relative to ‖a‖.
+        growth: ‖λ‖ at the start of the segment, relative to ‖a‖; empty where it is not asked for.
     """
 
     begin: int
@@ -98,9 +98,10 @@ class SegmentsCertificate:
             line = (
                 f"steps {report.begin + 1:,} to {report.end:,} at the state after {report.step:,}: τ = "
                 f"{report.time:.3g}, eigenvalues {report.smallest_ritz:.2g} to {report.largest_ritz:.2g}, at most "
-                f"{max(report.iterations)} iterations, error {max(report.error):.1e} (expected at most {self.tol:g}), "
-                f"adjoint {max(report.growth):.2g} times its size at the end"
+                f"{max(report.iterations)} iterations, error {max(report.error):.1e} (expected at most {self.tol:g})"
             )
+            if report.growth:
+                line += f", adjoint {max(report.growth):.2g} times its size at the end"
             if report.unstable:
                 line += "; directions too curved for the rates count as converged"
             lines.append(line)

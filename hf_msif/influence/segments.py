@@ -28,7 +28,6 @@ from torch import Tensor
 from .. import training, vectors
 from ..adapters.functional import FunctionalModel
 from ..curvature import Curvature, auto
-from ..curvature.derivatives import Evaluation, gradient
 from ..curvature.whitened import Whitened
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint
@@ -39,22 +38,21 @@ from ..errors import InputError
 from ..solvers import Auto
 from ..training.objective import QuadraticTerms, without_terms
 from ..training.optimisers import SGD
-from ..training.trainer_folders import of_trainer
-from ..training.trajectory import Snapshot, Trajectory, of_recording
+from ..training.trajectory import Snapshot, Trajectory
 from ..vectors import Block
 from .backward import REMEDIES, growth_limit
 from .chain import BoundStage
+from .coordinates import whitened
 from .cost import Cost
 from .differentiation import Differentiation, Retraining, StageCertificate
 from .direction import Direction, Directions
 from .implicit_cost import curvature_examples
-from .recorded import recorded_run
+from .recorded import trajectory_of
 from .segment_sweep import SegmentsCertificate, Sweep, go_back
 from .segments_cost import segments_cost, solver_bytes, usual_iterations
 from .stage import Stage
 from .unrolled import RunAgain
 
-SEGMENTS = 3  # of a recorded run, where `Stage.checkpoints` does not say how many
 SKETCH_ITERATIONS = 10
 
 
@@ -92,29 +90,10 @@ class Segments(Differentiation):
                 f"the data of stage {stage.name!r} is a stream, and curvature_samples is None; expected the number of "
                 "rows on which the curvature is estimated."
             )
-        self.alpha: float | None = stage.alpha  # type: ignore[assignment]  # "auto" was refused
         self.tol, self.max_iter = stage.solver.tol, stage.solver.max_iter
-        self.trajectory = trajectory or self._trajectory()
+        self.trajectory = trajectory or trajectory_of(bound)
         self._snapshots: dict[int, Snapshot] = {}
         self._models: dict[int, FunctionalModel] = {}
-
-    def _trajectory(self) -> Trajectory:
-        stage, checkpoints = self.bound.stage, self.bound.stage.checkpoints
-        if isinstance(checkpoints, Trajectory):
-            return checkpoints
-        if checkpoints is None or isinstance(checkpoints, int):
-            if stage.run is None:
-                raise InputError(
-                    f"stage {stage.name!r}: link is 'segments', with neither checkpoints nor run; expected "
-                    "checkpoints='.../checkpoint-*', the folders that a Trainer saved, or run, a recorded run."
-                )
-            run, first = recorded_run(self.bound)
-            if self.bound.before is not None:
-                before = self.bound.before.model.parameters
-                self.bound.split = self.bound.split.with_inherited_head(first, before)
-            self.alpha = run.alpha
-            return of_recording(run, checkpoints or min(SEGMENTS, run.steps, len(run.saved_steps) - 1))
-        return of_trainer(checkpoints, stage.model, self.bound.split.trained, stage.name)
 
     # --- the states
 
@@ -186,8 +165,9 @@ class Segments(Differentiation):
         """The quadratic terms of F, with the SGD's own weight decay, which acts like that of F."""
         bound, stage = self.bound, self.bound.stage
         parameters = vectors.select(bound.model.parameters, bound.split.trained)
+        assert not isinstance(stage.alpha, str)  # "auto" was refused
         before = bound.before.model.parameters if bound.before else None
-        terms = QuadraticTerms.of(stage.model, bound.split, parameters, stage.weight_decay, self.alpha, before)
+        terms = QuadraticTerms.of(stage.model, bound.split, parameters, stage.weight_decay, stage.alpha, before)
         optimiser = self.trajectory.optimiser
         if isinstance(optimiser, SGD) and optimiser.weight_decay:
             for name in self.trajectory.decayed & set(parameters):
@@ -195,39 +175,8 @@ class Segments(Differentiation):
         return terms
 
     def whitened(self, operator: Curvature, i: int) -> Whitened:
-        """A_i = P^½ H P^½, with AdamW's decoupled weight decay on its diagonal."""
-        trajectory, snapshot = self.trajectory, self.snapshot(i)
-        parameters = operator.parameters
-        if isinstance(trajectory.optimiser, SGD):
-            roots = {name: torch.ones_like(p) for name, p in parameters.items()}
-            return Whitened(operator, roots)
-        if snapshot.second_moments is None:
-            snapshot = snapshot._replace(second_moments=self._mean_squares(operator))
-        known = trajectory.roots(snapshot)
-        assert known is not None
-        roots = {name: known[name].to(p) for name, p in parameters.items()}
-        decay = trajectory.optimiser.weight_decay
-        return Whitened(operator, roots, {name: decay for name in trajectory.decayed if name in roots and decay})
-
-    def _mean_squares(self, operator: Curvature) -> dict[str, Tensor]:
-        """E[g²] over batches of the stage's `batch_size` rows: about what AdamW's second moments average."""
-        like = vectors.stack([operator.parameters])
-        bound, batches = self.bound, 0
-
-        def squares():
-            nonlocal batches
-            for _, batch in bound.engine.batches(operator.rows, bound.objective, bound.stage.batch_size):
-                evaluation = Evaluation(operator.model, bound.objective, batch)
-                with torch.no_grad():
-                    count = float(evaluation.losses({})[1].sum())
-                slopes = gradient(evaluation, operator.parameters)
-                batches += 1
-                yield {name: (g / max(count, 1.0)).square().unsqueeze(0) for name, g in slopes.items()}
-
-        with operator.model.evaluating():
-            total = bound.engine.sum(like, squares())
-        number = sum(bound.engine.gather([batches]))
-        return {name: t[0] / number for name, t in total.items()}
+        """A_i = P^½ H P^½."""
+        return whitened(operator, self.trajectory, self.snapshot(i))
 
     # --- the pull-back
 
@@ -261,7 +210,7 @@ class Segments(Differentiation):
             with bound.engine.solver_bar(bound.name, bound.stage.solver) as progress:
                 settings = (carries, self.tol, self.max_iter, bound.engine, progress)
                 u, sweep.slots, report = go_back(segments[i], system, descent, sweep.slots, *settings)
-            growth = vectors.norm(sweep.slots[0]) / norms
+            growth = vectors.norm(sweep.slots[0]) / norms if carries else norms.new_zeros(0)
             if not bool((growth <= limit).all()):
                 raise InputError(
                     f"stage {bound.name!r}: on the way back the adjoint grew {float(growth.max()):.1e} times up to "
@@ -330,7 +279,7 @@ class Segments(Differentiation):
         segments = [segment._asdict() for segment in self.trajectory.segments]
         return {
             "weight_decay": self.bound.stage.weight_decay,
-            "alpha": self.alpha,
+            "alpha": self.bound.stage.alpha,
             "alpha_estimate": None,
             "curvature": self.bound.stage.curvature_name,
             "curvature_choice": self.curvature_kind[1],

@@ -55,9 +55,9 @@ class Stage:
         run: folder of the recorded run of an unrolled stage, from `training.record` or a `RecordCallback`; or of an
             implicit stage whose solver has damping="training", which is 1/τ of this run (`recorded.TrainingDamping`).
             A differentiation of your own may read another folder here.
-        checkpoints: of a stage in segments: the folders of a Trainer, as a pattern or a list
-            ("runs/pretraining/checkpoint-*"); a `training.trajectory.Trajectory`; or the number of segments into which
-            the run in `run` is cut.
+        checkpoints: of a stage in segments, and for damping="training": the folders of a Trainer, as a pattern or a
+            list ("runs/pretraining/checkpoint-*"); a `training.trajectory.Trajectory`; or the number of segments into
+            which the run in `run` is cut.
         max_growth: a pull-back through a run whose adjoint grows by a larger factor is refused. Defaults to 1e-3
             divided by the rounding unit of the run's dtype.
         curvature: "gauss_newton", "hessian", "ekfac", "auto" (Gauss-Newton, or EK-FAC where a solve would take more
@@ -117,9 +117,14 @@ class Stage:
                 f"stage {self.name!r}: link is a lambda, by which a saved query could not be told from another one; "
                 "expected a class, a named function, or a functools.partial of one."
             )
-        needs_run = getattr(self.differentiation, "needs_run", None)
+        needs_run, by_run = getattr(self.differentiation, "needs_run", None), self.link == "segments"
         if needs_run is False and getattr(self.solver, "damping", None) == TRAINING:
-            needs_run = True
+            needs_run, by_run = self.checkpoints is None, True
+        if self.checkpoints is not None and not by_run and not callable(self.link):
+            raise InputError(
+                f"stage {self.name!r}: checkpoints is given, but link is {self.link_name!r}; expected "
+                "link='segments', or a solver with damping='training'."
+            )
         if needs_run is not None and needs_run != (self.run is not None):
             raise InputError(
                 f"stage {self.name!r}: link is {self.link_name!r} and run is {self.run!r}; expected the folder of a "

@@ -36,8 +36,8 @@ def linear_form(optimiser: SGD | AdamW, rates: Sequence[float], begin: int = 0) 
 def responses(descent: SGD, rates: Sequence[float], eigenvalues: Tensor) -> Tensor:
     """What a cotangent after the steps becomes before them, and how it answers a constant force during them.
 
-    Along an eigenvector of curvature σ the gradient at φ is σφ, and a step is linear in (φ, m). Back through the steps,
-    λ ← Jᵀλ; for plain descent
+    Along an eigenvector of curvature σ the gradient at φ is σφ, and a step is linear in (φ, m). Back through the
+    steps, λ ← Jᵀλ; for plain descent
 
         λ_before = Π_t (1 − η_t σ) λ,      u = Σ_t η_t Π_{s>t} (1 − η_s σ) λ,
 

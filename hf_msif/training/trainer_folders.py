@@ -223,8 +223,8 @@ def _second_moments(folder: Path, model: nn.Module, trained: Sequence[str], name
     else:
         raise InputError(
             f"stage {name!r}: the optimiser of {folder} has {len(numbers)} tensors, which are not those that the "
-            f"stage trains ({len(wanted)}, in the order of a Trainer); expected its trainable, or requires_grad, to say "
-            "what that run trained."
+            f"stage trains ({len(wanted)}, in the order of a Trainer); expected its trainable, or requires_grad, to "
+            "say what that run trained."
         )
     moments = {}
     for n, i in zip(ordered, numbers, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,6 +51,9 @@ class Trajectory:
         load: number of a segment → its `Snapshot`.
         decayed: the names on which the optimiser's own weight decay acts.
         origin: where it was read, for people.
+        clip: the norm to which gradients were clipped, which makes τ an upper bound; None: they were not, or it is not
+            known.
+        fingerprint: of whatever else it depends on.
     """
 
     optimiser: SGD | AdamW
@@ -59,6 +62,8 @@ class Trajectory:
     load: Callable[[int], Snapshot]
     decayed: frozenset[str]
     origin: str
+    clip: float | None = None
+    fingerprint: str = ""
 
     @property
     def steps(self) -> int:
@@ -75,21 +80,17 @@ class Trajectory:
         segment = segment or Segment(0, self.steps, 0)
         return float(responses(*self.descent(segment), torch.zeros(1))[0, 0, 0])
 
-    def roots(self, snapshot: Snapshot) -> dict[str, Tensor] | None:
-        """P^½ of AdamW, P = 1/(√v̂ + ε), by name; None for SGD, whose P is 1.
+    def roots(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """P^½ of AdamW, P = 1/(√v̂ + ε), by name; nothing for SGD, whose P is 1.
 
         P counts as 0 where v̂ is 0: no gradient has ever come there, and the run has never moved that entry.
 
-        Raises:
-            InputError: the snapshot does not have its second moments.
+        Args:
+            snapshot: with its second moments, unless the optimiser is SGD.
         """
         if isinstance(self.optimiser, SGD):
-            return None
-        if snapshot.second_moments is None:
-            raise InputError(
-                f"the second moments of AdamW are not known in {self.origin}; expected checkpoints with the state of "
-                "the optimiser, or second_moments='estimate'."
-            )
+            return {}
+        assert snapshot.second_moments is not None
         eps, roots = self.optimiser.eps, {}
         for name, v in snapshot.second_moments.items():
             size = (v + eps**2).sqrt() if self.optimiser.eps_inside_root else v.sqrt() + eps
@@ -104,6 +105,7 @@ class Trajectory:
             "rates": digest(list(self.rates)),
             "segments": [list(segment) for segment in self.segments],
             "decayed": digest(sorted(self.decayed)),
+            "fingerprint": self.fingerprint,
         }
 
 
@@ -134,23 +136,23 @@ def of_recording(recording: Recording, segments: int) -> Trajectory:
 
     Args:
         recording: the run.
-        segments: L.
+        segments: L; 0: one segment, with the end of the run.
 
     Raises:
         InputError: the run has fewer states on disk.
     """
     steps, adam = recording.steps, isinstance(recording.optimiser, AdamW)
     saved = [step for step in recording.saved_steps if step or not adam]  # at the start, Adam has no moments
-    if not 1 <= segments <= min(len(saved), steps):
+    if not 0 <= segments <= min(len(saved), steps):
         raise InputError(
             f"checkpoints is {segments}, but the run in {recording.folder} of {steps} steps has {len(saved)} saved "
             f"states; expected at least 1 and at most {min(len(saved), steps)}."
         )
-    bounds = [round(i * steps / segments) for i in range(segments + 1)]
+    bounds = [round(i * steps / segments) for i in range(segments + 1)] if segments else []
     cut = [
         Segment(begin, end, min(saved, key=lambda step: (abs(2 * step - begin - end), step)))
         for begin, end in itertools.pairwise(bounds)
-    ]
+    ] or [Segment(0, steps, steps)]
 
     def load(i: int) -> Snapshot:
         state, moments = recording.state(cut[i].step), None
@@ -159,8 +161,16 @@ def of_recording(recording: Recording, segments: int) -> Trajectory:
             moments = {name: v / correction for name, v in state["second_moment"].items()}
         return Snapshot(state["parameters"], {}, moments)
 
-    origin = f"the recorded run in {recording.folder}"
-    return Trajectory(recording.optimiser, recording.schedule.rates, tuple(cut), load, recording.decayed, origin)
+    return Trajectory(
+        recording.optimiser,
+        recording.schedule.rates,
+        tuple(cut),
+        load,
+        recording.decayed,
+        origin=f"the recorded run in {recording.folder}",
+        clip=recording.clip,
+        fingerprint=digest(recording.settings),
+    )
 
 
 def of_models(
@@ -168,7 +178,7 @@ def of_models(
     steps: Sequence[int],
     rates: Sequence[float],
     optimiser: SGD | AdamW,
-    decayed: Sequence[str] = (),
+    decayed: Collection[str] = (),
     second_moments: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Trajectory:
     """A run from models that were saved along it, such as the revisions of a model on the Hub.
@@ -182,8 +192,8 @@ def of_models(
         optimiser: `training.optimisers.SGD(...)` or `AdamW(...)`.
         decayed: the names on which the optimiser's weight decay acts; `adapters.split.decayed_names(model)` are those
             of a `Trainer`.
-        second_moments: v̂ of AdamW at each model, corrected for its bias. None: they are estimated by the mean square
-            of the gradients of batches (`influence.segments`).
+        second_moments: v̂ of AdamW at each model, corrected for its bias. None: they are estimated from the gradients
+            of rows (`influence.coordinates`).
 
     Raises:
         InputError: the lists do not fit together.
@@ -192,8 +202,8 @@ def of_models(
     ascending = all(a < b for a, b in itertools.pairwise(steps))
     if len(lengths) > 1 or not models or not ascending or min(steps) < 0 or max(steps) > len(rates):
         raise InputError(
-            f"got {len(models)} models, the steps {list(steps)[:5]} and {len(rates)} rates; expected one step per model, "
-            "ascending, none beyond the number of rates, and one rate per step of the run."
+            f"got {len(models)} models, the steps {list(steps)[:5]} and {len(rates)} rates; expected one step per "
+            "model, ascending, none beyond the number of rates, and one rate per step of the run."
         )
     cut, places = nearest(steps, len(rates))
 
