@@ -225,7 +225,10 @@ ERRORS = {
             *("--stages.pretraining.solver.damping", "training"),
             *("--stages.pretraining.run", "x", "--stages.pretraining.model", "{path: x}"),
         ],
-        ["stages.pretraining.solver.damping is 'training', with a run from elsewhere", "no training, which would move"],
+        [
+            "stages.pretraining.solver.damping is 'training', with a run from elsewhere",
+            "no training, which would move",
+        ],
     ),
     "segments of a polished stage": (
         ["--stages.finetuning.link", "segments", "--stages.finetuning.polish", "{}"],
