@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import runs
+from helpers import runs, tiny
 from helpers.runs import PATTERNS, ROWS, TESTS, Run, pair, trained_names, unrolled_chain
 from helpers.toy import toy_rows
 from transformers import PretrainedConfig, PreTrainedModel
@@ -304,3 +304,25 @@ def test_what_does_not_fit_is_refused(recorded):
         unrolled_chain(run, before, model, None, "head", link="segments", checkpoints=given).query(TESTS)
     with pytest.raises(InputError, match="got 1 models, the steps"):
         trajectory.of_models([model], [9], [0.1], SGD())
+
+
+def test_adapters_alone_may_be_trained():
+    """LoRA: the encoder is frozen. In a time so short that curvature does not matter, u = τ a."""
+    peft = pytest.importorskip("peft")
+    narrow = {"hidden_size": 8, "intermediate_size": 6, "attention": "eager"}
+    before = tiny.model("bert", "masked", **narrow)
+    adapted = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(tiny.finetuned(before, "bert", **narrow), adapted)
+    tiny.perturbed(torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad), 5)
+    given = trajectory.of_models([model], [2], [1e-9, 2e-9], SGD())
+    patterns = ["*.lora_*", "*.modules_to_save.*"]
+    settings = {"trainable": patterns, "link": "segments", "checkpoints": given, "solver": solvers.Auto(tol=1e-10)}
+    msif = tiny.chain(before, model, tol=1e-10, **settings)
+    query, short = msif.query(tiny.rows(2, seed=8)), solvers.Identity()
+    for stage in ("pre", "fine"):
+        plain = tiny.chain(before, model, tol=1e-10, trainable=patterns, solver=short).query(tiny.rows(2, seed=8))
+        rows = tiny.rows(5, seed=2)
+        found, expected = (q.score(rows, stage=stage).influences() for q in (query, plain))
+        if stage == "fine":
+            assert abs(found - 3e-9 * expected).max() < 1e-6 * abs(found).max()
+        assert abs(found).min() > 0
