@@ -52,8 +52,8 @@ from .differentiation import Differentiation, Retraining, StageCertificate
 from .direction import Direction, Directions
 from .implicit_cost import curvature_examples
 from .recorded import trajectory_of
-from .segment_sweep import SegmentsCertificate, Sweep, go_back
-from .segments_cost import segments_cost, solver_bytes, usual_iterations
+from .segment_sweep import SegmentsCertificate, Sweep, go_back, in_parts, joined
+from .segments_cost import columns_at_a_time, segments_cost, solver_bytes, usual_iterations
 from .stage import Stage
 from .unrolled import RunAgain
 
@@ -213,7 +213,11 @@ class Segments(Differentiation):
             carries = i > 0 or not set(split.inherited).isdisjoint(split.trained)
             with bound.engine.solver_bar(bound.name, bound.stage.solver) as progress:
                 settings = (carries, self.tol, self.max_iter, bound.engine, progress)
-                u, sweep.slots, report = go_back(segments[i], system, descent, sweep.slots, *settings)
+                parts = [
+                    go_back(segments[i], system, descent, slots, *settings)
+                    for slots in in_parts(sweep.slots, columns_at_a_time(self, vectors.columns(adjoint)))
+                ]
+            u, sweep.slots, report = joined(parts)
             growth = vectors.norm(sweep.slots[0]) / norms if carries else norms.new_zeros(0)
             if not bool((growth <= limit).all()):
                 raise InputError(

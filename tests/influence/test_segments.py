@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers
-from hf_msif.influence import segments
+from hf_msif.influence import segments, segments_cost
 from hf_msif.training import trajectory
 from hf_msif.training.optimisers import SGD, AdamW
 from hf_msif.training.recording import Recording
@@ -237,6 +237,21 @@ def test_an_interrupted_query_goes_on_with_the_next_segment(recorded, tmp_path, 
     found = three(recorded).query(TESTS, checkpoints=tmp_path).score(toy_rows(2, 12)).influences()
     assert solved == [6, 3, 0, 0]
     assert (found == whole).all()
+
+
+def test_columns_one_after_another_find_the_same(recorded, monkeypatch):
+    """Where the Krylov vectors of all of them would not fit."""
+    rows = recorded[0].rows
+    together = three(recorded).query(TESTS)
+    monkeypatch.setattr(segments_cost, "KRYLOV_BYTES", 1)
+    apart = three(recorded).query(TESTS)
+    for stage in ("first", "second"):
+        expected, found = (q.score(rows, stage=stage).influences() for q in (together, apart))
+        assert abs(found - expected).max() < 1e-10 * abs(expected).max()
+    reports = [query.certificates["second"].segments for query in (together, apart)]
+    for one, other in zip(*reports, strict=True):
+        assert one.iterations == other.iterations
+        assert len(other.error) == 2
 
 
 def test_a_column_that_is_not_solved_says_so(recorded):
