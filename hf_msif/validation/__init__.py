@@ -6,6 +6,9 @@
     result = validation.leave_one_out(bank, scores, baselines=validation.baselines(msif, tests, corpus))
     print(result)                                        # r, slope and intervals of every method, and the ceiling
 
+By default a prediction is compared with what the run itself does without the examples (`OwnTruth`); with
+`truth=ExpectedTruth(8)` and a bank of `FromScratch`, with the mean over eight other starts.
+
 Every number is a *removal effect*: the change of a test loss when training examples are removed and all stages are
 trained again. Positive means that the examples helped.
 """
@@ -15,12 +18,16 @@ from .baselines import BASELINES, baselines
 from .experiments import Validation, datamodelling_score, leave_one_out, remove_groups
 from .measures import Correlation, correlation
 from .retraining import FromScratch, WarmStart
+from .truth import ExpectedTruth, Measurement, OwnTruth
 
 __all__ = [
     "BASELINES",
     "Bank",
     "Correlation",
+    "ExpectedTruth",
     "FromScratch",
+    "Measurement",
+    "OwnTruth",
     "Retrained",
     "Validation",
     "WarmStart",

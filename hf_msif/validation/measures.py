@@ -1,9 +1,12 @@
-"""Correlation and slope of predicted and measured effects, with bootstrap intervals."""
+"""Correlation and slope of predicted and measured effects, and of two halves of a measurement, with intervals."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -70,24 +73,103 @@ def correlation(
     >>> round(agreement.pearson_r, 4), round(agreement.spearman_r, 4), round(agreement.slope, 4)
     (0.9944, 1.0, 2.3)
     """
-    x, y = (np.asarray(values, dtype=np.float64) for values in (predicted, measured))
-    if x.shape != y.shape or x.ndim not in (1, 2) or len(x) < 3:
+    return _mean_agreement([(predicted, measured)], resamples, level, seed)
+
+
+def split_half(repetitions: ArrayLike, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Correlation:
+    """The correlation of the means of two halves of repeated measurements, a mean over ways to halve them.
+
+    It is the reliability of a mean of ⌊K/2⌋ repetitions; `spearman_brown` gives that of all K. There are at most 35
+    ways, which is all of them for K = 8; where there are more, 35 are drawn. Of an odd K each way leaves out one.
+
+    Args:
+        repetitions: measured effects (K, n) or (K, n, Q): K ≥ 2 repetitions, n removals, Q test columns.
+        resamples, level: as for `correlation`.
+        seed: of the ways that are drawn, and of the resampling.
+
+    Raises:
+        InputError: there are fewer than two repetitions or three rows, or a value is not finite.
+
+    >>> effects = np.arange(5.0) + np.array([[0], [1], [0], [2]])  # repetitions that differ by a constant
+    >>> round(split_half(effects).pearson_r, 6)
+    1.0
+    """
+    effects = np.asarray(repetitions, dtype=np.float64)
+    if effects.ndim not in (2, 3) or len(effects) < 2:
         raise InputError(
-            f"correlation got shapes {x.shape} and {y.shape}; expected two equal ones, (n,) or (n, Q), with n ≥ 3."
+            f"split_half got an array of shape {effects.shape}; expected (K, n) or (K, n, Q) with K ≥ 2 repetitions."
         )
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise InputError("correlation got values that are not finite: look for a retraining that diverged.")
-    x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
+    pairs = [(effects[a].mean(0), effects[b].mean(0)) for a, b in _halves(len(effects), seed)]
+    return _mean_agreement(pairs, resamples, level, seed)
+
+
+def spearman_brown(halves: Correlation, factor: float) -> Correlation:
+    """The reliability of a mean of `factor` times as many repetitions: f r / (1 + (f − 1) r) (Spearman, Brown, 1910).
+
+    It holds for Pearson's r of repetitions with equal and independent errors, and for the slope between two such
+    means, which is a reliability too; for ranks it is an approximation. A value that is not positive shows no
+    reliability at all, and stays as it is.
+
+    Args:
+        halves: what `split_half` returned.
+        factor: number of all repetitions over the number in one half.
+
+    >>> halves = correlation([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0])
+    >>> round(halves.pearson_r, 3), round(spearman_brown(halves, 2).pearson_r, 3)  # 2 · 0.6 / 1.6
+    (0.6, 0.75)
+    """
+
+    def lengthened(r: float) -> float:
+        return factor * r / (1 + (factor - 1) * r) if r > 0 else r
+
+    numbers = {}
+    for name in ("pearson", "spearman"):
+        numbers[f"{name}_r"] = lengthened(getattr(halves, f"{name}_r"))
+    numbers["slope"] = lengthened(halves.slope)
+    for name in ("pearson_interval", "spearman_interval", "slope_interval"):
+        low, high = getattr(halves, name)
+        numbers[name] = (lengthened(low), lengthened(high))
+    return replace(halves, **numbers)
+
+
+def _halves(number: int, seed: int, most: int = 35) -> list[tuple[list[int], list[int]]]:
+    """Ways to take two halves of ⌊number/2⌋ from range(number): all, or `most` random ones where there are more."""
+    size = number // 2
+    ways = math.comb(number, size) * math.comb(number - size, size) // 2
+    if ways > most:
+        generator = np.random.default_rng(seed)
+        orders = [generator.permutation(number).tolist() for _ in range(most)]
+        return [(order[:size], order[size : 2 * size]) for order in orders]
+    halves = []
+    for first in itertools.combinations(range(number), size):
+        rest = [i for i in range(first[0] + 1, number) if i not in first]  # each pair once
+        halves += [(list(first), list(second)) for second in itertools.combinations(rest, size)]
+    return halves
+
+
+def _mean_agreement(
+    pairs: Sequence[tuple[ArrayLike, ArrayLike]], resamples: int, level: float, seed: int
+) -> Correlation:
+    """The mean over pairs of (n,) or (n, Q) of their `statistics`; a bootstrap sample has the same rows of all."""
+    columns = [[np.asarray(values, dtype=np.float64) for values in pair] for pair in pairs]
+    for x, y in columns:
+        if x.shape != y.shape or x.ndim not in (1, 2) or len(x) < 3:
+            raise InputError(
+                f"correlation got shapes {x.shape} and {y.shape}; expected two equal ones, (n,) or (n, Q), with n ≥ 3."
+            )
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise InputError("correlation got values that are not finite: look for a retraining that diverged.")
+    # The pairs side by side, as if they were columns: a mean over columns is then one over pairs, too.
+    x, y = (np.hstack([pair[side].reshape(len(pair[side]), -1) for pair in columns]) for side in (0, 1))
     estimates = statistics(x[None], y[None])[:, 0]
     generator = np.random.default_rng(seed)
     resampled, chunk = [], max(1, 2**22 // x.size)
     for start in range(0, resamples, chunk):
         rows = generator.integers(len(x), size=(min(chunk, resamples - start), len(x)))
         resampled.append(statistics(x[rows], y[rows]))
-    edges = [50 * (1 - level), 50 * (1 + level)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice")  # NaN is right for a constant measurement
-        ends = np.nanpercentile(np.hstack(resampled), edges, axis=1).T
+        ends = np.nanpercentile(np.hstack(resampled), edges(level), axis=1).T
     pearson, spearman, slope = ((float(low), float(high)) for low, high in ends)
     return Correlation(
         pearson_r=float(estimates[0]),
@@ -97,9 +179,19 @@ def correlation(
         slope=float(estimates[2]),
         slope_interval=slope,
         n=len(x),
-        columns=x.shape[1],
+        columns=x.shape[1] // len(columns),
         level=level,
     )
+
+
+def aggregated(values: np.ndarray, aggregate: str | None) -> np.ndarray:
+    """Effects (n, Q), or their "sum" or "mean" over the columns, (n, 1)."""
+    return values if aggregate is None else getattr(values, aggregate)(axis=1, keepdims=True)
+
+
+def edges(level: float) -> list[float]:
+    """The two percentiles between which a share `level` of a bootstrap lies."""
+    return [50 * (1 - level), 50 * (1 + level)]
 
 
 def statistics(x: np.ndarray, y: np.ndarray) -> np.ndarray:

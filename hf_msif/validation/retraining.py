@@ -24,6 +24,8 @@ from ..objectives import Objective
 from ..training.polish import PolishReport, polish
 from .bank import Retrained
 
+VARIED = ("weights", "order")  # what a start may draw
+
 
 class _Retrainer:
     """What both ways of retraining share: the stages, which of them loses examples, and the measurement."""
@@ -180,6 +182,17 @@ class WarmStart(_Retrainer):
             self._finished = models
         return self._finished
 
+    def check_starts(self, seeds: Sequence[int]) -> None:
+        """Refuses other starts: a warm start has one.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "WarmStart trains the finished models again, so there is no other start over which an effect could be "
+            "expected; expected FromScratch, or OwnTruth (msif: validation.retrain: from_scratch, or truth: own)."
+        )
+
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
         """Test losses after retraining without the ids in `omit`."""
         models, reports = list(self.finished()), []
@@ -200,6 +213,9 @@ class FromScratch(_Retrainer):
     """Every stage is trained again from fresh parameters: by `TrainingArguments`, then polished, or either alone; an
     unrolled stage by the steps of a run, `training.record`.
 
+    A seed is a *start*: it draws what `vary` names, and everything else is as under the seed `start`. What the
+    objectives draw (masks, negatives) has seeds of its own, and is the same under every start.
+
     Args:
         stages, tests, stage, tol, engine, polish_settings: as for `WarmStart`; the stages' models serve as
             architecture alone.
@@ -209,10 +225,13 @@ class FromScratch(_Retrainer):
         arguments: Hugging Face's `TrainingArguments` of every stage (their seed is set; `save_strategy="no"`, since a
             retraining must not resume another one), or None: no training, so that `polish` does it all. Also a list
             with None for some of the stages.
+        vary: what a seed draws, of "weights" (the initial weights, by `make`) and "order" (the order of the batches,
+            and dropout).
         polished: polish every stage after training, or a list that says which; defaults to all that are implicit.
 
     Raises:
-        InputError: a stage with neither; arguments that save checkpoints, or not one per stage.
+        InputError: a stage with neither; arguments that save checkpoints, or not one per stage; `vary` names
+            something else, or nothing.
     """
 
     def __init__(
@@ -225,11 +244,14 @@ class FromScratch(_Retrainer):
         stage: str | None = None,
         start: int = 0,
         perturbation: float = 1e-6,
+        vary: Collection[str] = ("weights",),
         tol: float | None = None,
         engine: Engine | None = None,
         **polish_settings,
     ):
         super().__init__(stages, tests, stage, tol, polish_settings, engine)
+        if not vary or not set(vary) <= set(VARIED):
+            raise InputError(f"vary is {vary!r}; expected one or both of {', '.join(VARIED)}.")
         arguments = [None] * len(stages) if arguments is None else list(arguments)
         if polished is None:
             polished = [retraining.polishes for retraining in self.retrainings]
@@ -252,7 +274,7 @@ class FromScratch(_Retrainer):
                     "TrainingArguments and no polish."
                 )
         self.make, self.arguments, self.polished = make, arguments, polished
-        self.start, self.perturbation = start, perturbation
+        self.start, self.perturbation, self.vary = start, perturbation, tuple(sorted(set(vary)))
 
     @property
     def settings(self) -> dict:
@@ -264,14 +286,44 @@ class FromScratch(_Retrainer):
         arguments = [{} if a is None else a.to_dict() for a in self.arguments]
         plain = [{k: v for k, v in a.items() if k not in passing} for a in arguments]
         settings |= {"arguments": plain, "polished": self.polished}
-        return {**settings, "start": self.start, "perturbation": self.perturbation}
+        return {**settings, "start": self.start, "perturbation": self.perturbation, "vary": self.vary}
+
+    def check_starts(self, seeds: Sequence[int]) -> None:
+        """Refuses seeds that are not other starts of the stage that loses examples.
+
+        Raises:
+            InputError: one is the run's own start, or is negative (its start moved a little); or the stage and those
+                before it begin at the same weights under all of them, and the order of their batches does not vary.
+        """
+        own = [seed for seed in seeds if seed < 0 or seed == self.start]
+        if own:
+            raise InputError(
+                f"the starts {list(seeds)} hold {own[0]}, the run's own start ({self.start}) or a negative seed, "
+                "which is that start moved a little; expected other starts alone."
+            )
+        stages = range(self.target + 1)
+        if "order" in self.vary and any(self.arguments[k] is not None for k in stages):
+            return
+        one, other = self.make(seeds[0]), self.make(seeds[1])
+        fresh = [(k, n) for k in stages for n in self.roles[k].trained if n not in self.roles[k].inherited]
+        if "weights" not in self.vary or all(
+            torch.equal(one[k].get_parameter(n), other[k].get_parameter(n)) for k, n in fresh
+        ):
+            raise InputError(
+                f"stage {self.stages[self.target].name!r} starts from the same weights under every seed, so that "
+                "there are no other starts over which its effects could be expected; expected a stage that is trained "
+                "from scratch, batches in another order (vary=('order',); msif: validation.vary), or OwnTruth "
+                "(msif: validation.truth: own)."
+            )
 
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
         """Test losses after training without the ids in `omit`."""
         from transformers import set_seed
 
-        models, reports, noise = list(self.make(seed if seed >= 0 else self.start)), [], -seed
+        noise = -seed
         seed = self.start if noise > 0 else seed
+        models: list[nn.Module] = list(self.make(seed if "weights" in self.vary else self.start))
+        seed, reports = seed if "order" in self.vary else self.start, []
         for k, retraining in enumerate(self.retrainings):
             _hold(models[k], self.roles[k].held)
             set_seed(seed)
