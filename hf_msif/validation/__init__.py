@@ -18,10 +18,11 @@ from .baselines import BASELINES, baselines
 from .experiments import Validation, datamodelling_score, leave_one_out, remove_groups
 from .measures import Correlation, correlation
 from .retraining import FromScratch, WarmStart
-from .truth import ExpectedTruth, Measurement, OwnTruth
+from .truth import OTHER_STARTS, ExpectedTruth, Measurement, OwnTruth
 
 __all__ = [
     "BASELINES",
+    "OTHER_STARTS",
     "Bank",
     "Correlation",
     "ExpectedTruth",

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -122,10 +123,9 @@ def spearman_brown(halves: Correlation, factor: float) -> Correlation:
     def lengthened(r: float) -> float:
         return factor * r / (1 + (factor - 1) * r) if r > 0 else r
 
-    numbers = {}
-    for name in ("pearson", "spearman"):
-        numbers[f"{name}_r"] = lengthened(getattr(halves, f"{name}_r"))
-    numbers["slope"] = lengthened(halves.slope)
+    numbers: dict[str, Any] = {
+        name: lengthened(getattr(halves, name)) for name in ("pearson_r", "spearman_r", "slope")
+    }
     for name in ("pearson_interval", "spearman_interval", "slope_interval"):
         low, high = getattr(halves, name)
         numbers[name] = (lengthened(low), lengthened(high))

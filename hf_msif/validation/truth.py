@@ -48,6 +48,14 @@ class Truth(Protocol):
         """The seeds of all retrainings that a measurement takes from the bank."""
         ...
 
+    def check(self, bank: Bank) -> None:
+        """Refuses a bank whose way of retraining has no such truth, before anything is trained.
+
+        Raises:
+            InputError: says why it has none.
+        """
+        ...
+
     def effects(self, bank: Bank, omissions: Sequence[Collection], aggregate: str | None) -> np.ndarray:
         """Measured removal effects alone, without a ceiling: (n, Q)."""
         ...
@@ -106,6 +114,9 @@ class OwnTruth:
     @property
     def retrainings(self) -> list[int]:
         return [*self.seeds, *self.ceiling_seeds]
+
+    def check(self, bank: Bank) -> None:
+        pass  # a run can always be compared with itself
 
     def effects(self, bank: Bank, omissions: Sequence[Collection], aggregate: str | None) -> np.ndarray:
         return aggregated(bank.effects(omissions, self.seeds), aggregate)
@@ -166,9 +177,12 @@ class ExpectedTruth:
     def retrainings(self) -> tuple[int, ...]:
         return self.seeds
 
+    def check(self, bank: Bank) -> None:
+        bank.check_starts(self.seeds)
+
     def by_start(self, bank: Bank, omissions: Sequence[Collection], aggregate: str | None) -> np.ndarray:
         """The effects under each start, (K, n, Q)."""
-        bank.check_starts(self.seeds)
+        self.check(bank)
         one, other = (bank.losses([()], seed) for seed in self.seeds[:2])
         if np.array_equal(one, other):
             raise InputError(

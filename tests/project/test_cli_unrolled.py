@@ -100,6 +100,21 @@ def test_validate(copied, capsys, retrain):
 
 
 @pytest.mark.slow
+def test_validate_against_the_mean_over_other_starts(copied, capsys):
+    report = answer(capsys, "validate", "--config", copied, "--validation.truth", "expected", "--validation.starts", 2)
+    assert report["retrainings"] == 10  # four rows and none, from two starts
+    assert report["settings"]["truth"] == "expected"
+    assert report["settings"]["starts"] == [1000, 1001]
+    assert {"ceiling", "halves", "implicit", "random"} <= set(report)
+    assert report["validation"].endswith("leave_one_out-expected.json")
+    assert "against the mean of retrainings from 2 other starts" in report["text"]
+    own = ("--validation.retrain", "from_scratch", "--validation.seeds", "[1001]", "--validation.ceiling_seeds", "[]")
+    report = answer(capsys, "validate", "--config", copied, *own)
+    assert report["retrainings"] == 0  # the truths share what is the same
+    assert report["settings"]["truth"] == "own"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretraining", "finetuning"])
 def test_an_interrupted_training_goes_on(copied, capsys, monkeypatch, stage):
     whole, report = weights(copied, stage), snapshot(copied.parent / "run" / stage)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ...scoring.scores import Scores
     from ...validation import Bank
     from ...validation.experiments import Validation
+    from ...validation.truth import Truth
     from ..run import Run
 
 HELP = "remove rows, train all stages again, and compare with the prediction"
@@ -35,12 +36,14 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     from ..retraining import checkpoint_folders, refuse_streams
 
     refuse_streams(project, "validate")
-    path = project.output(f"validation/{project.config.validation.experiment}")
+    settings = project.config.validation
+    kind = settings.experiment if settings.truth == "own" else f"{settings.experiment}-{settings.truth}"
+    path = project.output(f"validation/{kind}")
     files = [path.with_name(f"{path.name}{end}") for end in ENDINGS]
     into = [path.parent, project.folder / "bank"]
     with project.outputs.writing(files, into):
         check_query(project, project.folder / "query", needed=False)
-        with checkpoint_folders(project, project.config.validation.retrain):
+        with checkpoint_folders(project, settings.way):
             return _validate(project, path, files)
 
 
@@ -61,14 +64,15 @@ def _validate(project: Run, path: Path, files: list[Path]) -> dict:
     # The random subsets of a datamodelling score are drawn from all rows that the stage was trained on.
     whole = settings.experiment == "datamodelling_score"
     corpus = project.rows(stage) if whole else project.corpus()
-    retrain = retraining(project, chain, tests, settings.retrain)
+    retrain, truth = retraining(project, chain, tests, settings.way, settings.vary), _truth(project)
+    bank = validation.Bank(retrain, project.folder / "bank", progress=project.progress)
+    truth.check(bank)
     scores = chain.query(tests, project.aggregate).score(corpus, stage=stage)
     groups = {}
     if settings.experiment == "remove_groups":
         groups = _groups_along_ranking(scores, settings.groups, settings.group_size)
     baselines = validation.baselines(chain, tests, corpus, stage, methods, project.config.seed)
-    bank = validation.Bank(retrain, project.folder / "bank", progress=project.progress)
-    result = _experiment(project, bank, scores, groups, baselines)
+    result = _experiment(project, bank, scores, groups, baselines=baselines, truth=truth)
     add_names(path.parent, "validation", [file.name for file in files])
     report = {**result.to_dict(), "seconds": round(time.perf_counter() - started, 1)}
     report |= {"retrainings": bank.computed, "accuracy": _accuracies(project, models)}
@@ -113,30 +117,41 @@ def _groups_along_ranking(scores: Scores, number: int, size: int) -> dict[str, l
     return {f"{start}–{start + size - 1}": [ids[i] for i in order[start : start + size]] for start in starts}
 
 
-def _experiment(project: Run, bank: Bank, scores: Scores, groups: dict[str, list], baselines: dict) -> Validation:
+def _experiment(project: Run, bank: Bank, scores: Scores, groups: dict[str, list], **shared: Any) -> Validation:
     """The experiment that the configuration names."""
     from ... import validation
 
-    settings, seed = project.config.validation, project.config.seed
-    # From scratch, a seed draws the initial weights, and -1 is the configuration's own start plus a little noise. A
-    # warm start begins at the finished models under seed 0, and at these plus a little noise under any other.
-    from_scratch = settings.retrain == "from_scratch"
-    ceiling_seeds = settings.ceiling_seeds
-    if ceiling_seeds is None:
-        ceiling_seeds = [-1] if from_scratch else [1]
-    shared: dict[str, Any] = {
-        "baselines": baselines,
-        "aggregate": project.aggregate,
-        "seeds": settings.seeds or [seed if from_scratch else 0],
-        "ceiling_seeds": ceiling_seeds,
-    }
+    settings = project.config.validation
+    shared["aggregate"] = project.aggregate
     if settings.experiment == "leave_one_out":
         return validation.leave_one_out(bank, scores, examples=settings.examples, **shared)
     if settings.experiment == "remove_groups":
         return validation.remove_groups(bank, scores, groups, **shared)
     return validation.datamodelling_score(
-        bank, scores, subsets=settings.subsets, fraction=settings.fraction, seed=seed, **shared
+        bank,
+        scores,
+        subsets=settings.subsets,
+        fraction=settings.fraction,
+        seed=project.config.seed,
+        **shared,
     )
+
+
+def _truth(project: Run) -> Truth:
+    """What the configuration compares predictions with."""
+    from ... import validation
+
+    settings, seed = project.config.validation, project.config.seed
+    if settings.truth == "expected":
+        others = range(validation.OTHER_STARTS, validation.OTHER_STARTS + settings.starts + 1)
+        return validation.ExpectedTruth([start for start in others if start != seed][: settings.starts])
+    # From scratch, a seed draws the initial weights, and -1 is the configuration's own start plus a little noise. A
+    # warm start begins at the finished models under seed 0, and at these plus a little noise under any other.
+    from_scratch = settings.way == "from_scratch"
+    ceiling_seeds = settings.ceiling_seeds
+    if ceiling_seeds is None:
+        ceiling_seeds = [-1] if from_scratch else [1]
+    return validation.OwnTruth(settings.seeds or [seed if from_scratch else 0], ceiling_seeds)
 
 
 def _accuracies(project: Run, models: dict[str, Any]) -> dict[str, float]:
