@@ -245,9 +245,9 @@ class Corpus(Section):
 class Validation(Section):
     """Which rows `msif validate` removes, and how it trains again."""
 
-    experiment: Literal["leave_one_out", "remove_groups", "datamodelling_score"] = "leave_one_out"
+    experiment: Literal["leave_one_out", "remove_groups", "datamodelling_score", "remove_top"] = "leave_one_out"
     """leave_one_out: single rows of the largest absolute influence; remove_groups: groups along the ranking;
-    datamodelling_score: random subsets (LDS)"""
+    datamodelling_score: random subsets (LDS); remove_top: the rows that help most, against random ones"""
     truth: Literal["own", "expected"] = "own"
     """own: what the trained run itself does without the rows; expected: what training does without them in the mean
     over other starts"""
@@ -269,6 +269,10 @@ class Validation(Section):
     """datamodelling_score: number of random subsets"""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """datamodelling_score: share of the rows in a subset"""
+    top_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """remove_top: share of the rows that is left out"""
+    draws: Annotated[int, Field(ge=2)] = 20
+    """remove_top: number of draws of as many random rows"""
     seeds: Annotated[list[int], Field(min_length=1)] | None = None
     """own: seeds of the retrainings that are averaged; null: one retraining that starts as the run did"""
     ceiling_seeds: list[int] | None = None

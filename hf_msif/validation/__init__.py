@@ -16,7 +16,8 @@ trained again. Positive means that the examples helped.
 from .bank import Bank, Retrained
 from .baselines import BASELINES, baselines
 from .experiments import Validation, datamodelling_score, leave_one_out, remove_groups
-from .measures import Correlation, correlation
+from .measures import Correlation, LossDifference, Recall, correlation, loss_difference
+from .rankings import PlantedRecall, TopRemoval, planted_recall, remove_top
 from .retraining import FromScratch, WarmStart
 from .truth import OTHER_STARTS, ExpectedTruth, Measurement, OwnTruth
 
@@ -27,14 +28,21 @@ __all__ = [
     "Correlation",
     "ExpectedTruth",
     "FromScratch",
+    "LossDifference",
     "Measurement",
     "OwnTruth",
+    "PlantedRecall",
+    "Recall",
     "Retrained",
+    "TopRemoval",
     "Validation",
     "WarmStart",
     "baselines",
     "correlation",
     "datamodelling_score",
     "leave_one_out",
+    "loss_difference",
+    "planted_recall",
     "remove_groups",
+    "remove_top",
 ]

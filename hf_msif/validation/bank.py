@@ -86,15 +86,6 @@ class Bank:
             add_names(self.folder, "retrainings", ("settings-*.json", 32 * "[0-9a-f]" + ".json"))
             write_json(self.folder / f"settings-{self.fingerprint[:12]}.json", self.settings, indent=None)
 
-    def check_starts(self, seeds: Sequence[int]) -> None:
-        """Refuses seeds that are not other starts of training, where `retrain` says so.
-
-        Raises:
-            InputError: `retrain` has one start only, or the seeds draw nothing, or the run's own start.
-        """
-        if hasattr(self.retrain, "check_starts"):  # of a plain function, every seed counts as a start
-            self.retrain.check_starts(seeds)
-
     def losses(self, omissions: Sequence[Collection], seed: int = 0) -> np.ndarray:
         """Test losses after retraining without each of the sets of ids: float64, shape (sets, Q).
 

@@ -200,7 +200,7 @@ def leave_one_out(
     >>> result.labels, round(result.to_dict()["pearson_r"], 6), round(result.to_dict()["slope"], 6)
     (['a', 'b', 'c'], 1.0, 2.0)
     """
-    methods, ids, row_of = _methods(predicted, ids, baselines, aggregate)
+    methods, ids, row_of = effects_of_methods(predicted, ids, baselines, aggregate)
     if isinstance(examples, int):
         strength = np.abs(methods[METHOD]).sum(1)
         removed_ids = [ids[i] for i in np.argsort(-strength, kind="stable")[:examples]]
@@ -250,7 +250,7 @@ def remove_groups(
     >>> result.removals["measured"].tolist(), result.removals["influence"].tolist()
     ([1.0, 9.0, 9.0], [1.0, 9.0, 9.0])
     """
-    methods, _, row_of = _methods(predicted, ids, baselines, aggregate)
+    methods, _, row_of = effects_of_methods(predicted, ids, baselines, aggregate)
     omissions = [list(group) for group in groups.values()]
     labels = list(groups)
     return _compare("remove_groups", bank, methods, row_of, omissions, labels, aggregate, truth, resamples, {})
@@ -303,7 +303,7 @@ def datamodelling_score(
     >>> round(result.to_dict()["spearman_r"], 6), result.settings["removed"]
     (1.0, 4)
     """
-    methods, ids, row_of = _methods(predicted, ids, baselines, aggregate)
+    methods, ids, row_of = effects_of_methods(predicted, ids, baselines, aggregate)
     if not 0 < fraction < 1:
         raise InputError(
             f"fraction is {fraction}; expected the share of the rows that each subset keeps, between 0 and 1."
@@ -327,13 +327,17 @@ def random_omissions(ids: Sequence, subsets: int, fraction: float, seed: int = 0
     return [[ids[i] for i in generator.choice(len(ids), size, replace=False)] for _ in range(subsets)]
 
 
-def _methods(
+def effects_of_methods(
     predicted: Scores | np.ndarray,
     ids: Sequence | None,
     baselines: Mapping[str, Scores | np.ndarray] | None,
     aggregate: str | None,
 ) -> tuple[dict[str, np.ndarray], list, dict[Any, int]]:
-    """Three results: method → removal effects (rows, Q), aggregated over columns if asked for; ids; id → row."""
+    """Three results: method → predicted removal effects (rows, Q), aggregated if asked for; ids; id → row.
+
+    Raises:
+        InputError: numbers of rows differ, an array has no ids, or the scores are aggregated in another way.
+    """
     if aggregate not in (None, "sum", "mean"):
         raise InputError(f"aggregate is {aggregate!r}; expected 'sum', 'mean' or None.")
     if ids is None:

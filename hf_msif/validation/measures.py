@@ -132,6 +132,131 @@ def spearman_brown(halves: Correlation, factor: float) -> Correlation:
     return replace(halves, **numbers)
 
 
+@dataclass(frozen=True)
+class LossDifference:
+    """How much more a test loss rises without the first rows of a ranking than without random rows.
+
+    Attributes:
+        difference: loss after training without the rows that a method puts first − loss after training without as
+            many random ones, means over columns and draws; positive where the method finds rows that help.
+        interval: its percentile bootstrap interval over the random draws.
+        above: share of the draws whose loss, a mean over columns, is the lower one.
+        draws: number of random draws.
+        columns: number of test columns.
+        level: confidence level of the interval.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    above: float
+    draws: int
+    columns: int
+    level: float
+
+    def to_dict(self) -> dict:
+        """Plain lists and numbers, ready for JSON."""
+        return {**asdict(self), "interval": list(self.interval)}
+
+
+def loss_difference(
+    without_first: ArrayLike, without_random: ArrayLike, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> LossDifference:
+    """The query loss difference: without the first rows of a ranking against without random rows.
+
+    Args:
+        without_first: test losses after training without the first rows, or their changes, (Q,).
+        without_random: the same after training without random rows, (R, Q), one row per draw.
+        resamples: number of bootstrap samples of the draws.
+        level: confidence level of the percentile interval.
+        seed: of the resampling.
+
+    Raises:
+        InputError: the shapes do not fit, there are fewer than two draws, or a value is not finite.
+
+    >>> found = loss_difference([2.0, 3.0], [[1.0, 1.0], [1.0, 2.0]])
+    >>> found.difference, found.above
+    (1.25, 1.0)
+    """
+    first, random = (np.asarray(values, dtype=np.float64) for values in (without_first, without_random))
+    if first.ndim != 1 or random.ndim != 2 or random.shape[1] != len(first) or len(random) < 2:
+        raise InputError(
+            f"loss_difference got shapes {first.shape} and {random.shape}; expected (Q,) and (R, Q) with R ≥ 2 draws."
+        )
+    if not (np.isfinite(first).all() and np.isfinite(random).all()):
+        raise InputError("loss_difference got values that are not finite: look for a retraining that diverged.")
+    differences = first.mean() - random.mean(1)
+    return LossDifference(
+        difference=float(differences.mean()),
+        interval=_interval_of_mean(differences, resamples, level, seed),
+        above=float((differences > 0).mean()),
+        draws=len(random),
+        columns=len(first),
+        level=level,
+    )
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The share of planted rows among the first k of a ranking, for several k.
+
+    Attributes:
+        k: numbers of rows that are looked at.
+        recall: per k, the mean over units of (planted rows among the first k) / (planted rows).
+        interval: per k, its percentile bootstrap interval over units; NaN where there is one unit.
+        chance: per k, what a random order has on average, k / rows.
+        units: number of units.
+        of: what a unit is, "tests" or "seeds".
+        level: confidence level of the intervals.
+    """
+
+    k: tuple[int, ...]
+    recall: tuple[float, ...]
+    interval: tuple[tuple[float, float], ...]
+    chance: tuple[float, ...]
+    units: int
+    of: str
+    level: float
+
+    def to_dict(self) -> dict:
+        """Plain lists and numbers, ready for JSON."""
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return plain | {"interval": [list(pair) for pair in self.interval]}
+
+
+def recalls(order: ArrayLike, planted: ArrayLike, k: Sequence[int]) -> np.ndarray:
+    """recall@k = (planted rows among the first k) / (planted rows), float64, shape (Q, len(k)).
+
+    Args:
+        order: the rows of each ranking from first to last, (rows, Q).
+        planted: whether a row is planted, boolean, (rows, Q).
+        k: numbers of first rows.
+
+    >>> recalls([[2], [0], [1]], [[True], [False], [True]], k=[1, 2, 3])  # rows 0 and 2 are planted
+    array([[0.5, 1. , 1. ]])
+    """
+    planted = np.asarray(planted, dtype=bool)
+    hits = np.take_along_axis(planted, np.asarray(order), axis=0).cumsum(0)
+    return (hits[np.asarray(k) - 1] / hits[-1]).T
+
+
+def mean_recall(
+    units: ArrayLike, k: Sequence[int], chance: Sequence[float], of: str, resamples: int = 1000, level: float = 0.95
+) -> Recall:
+    """The mean of `units`, recalls (units, len(k)), with intervals over them."""
+    units = np.asarray(units, dtype=np.float64)
+    nothing = (math.nan, math.nan)
+    intervals = [_interval_of_mean(values, resamples, level, 0) if len(units) > 1 else nothing for values in units.T]
+    recall = tuple(units.mean(0).tolist())
+    return Recall(tuple(k), recall, tuple(intervals), tuple(chance), len(units), of, level)
+
+
+def _interval_of_mean(values: np.ndarray, resamples: int, level: float, seed: int) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of values (n,)."""
+    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[rows].mean(1), edges(level))
+    return float(low), float(high)
+
+
 def _halves(number: int, seed: int, most: int = 35) -> list[tuple[list[int], list[int]]]:
     """Ways to take two halves of ⌊number/2⌋ from range(number): all, or `most` random ones where there are more."""
     size = number // 2

@@ -8,7 +8,7 @@ They are two questions, and may rank methods in opposite orders. Both take their
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,12 +44,20 @@ class Truth(Protocol):
     """What predictions are compared with."""
 
     @property
-    def retrainings(self) -> Sequence[int]:
-        """The seeds of all retrainings that a measurement takes from the bank."""
+    def seeds(self) -> Sequence[int]:
+        """The seeds of the retrainings of which `effects` are the mean."""
         ...
 
-    def check(self, bank: Bank) -> None:
-        """Refuses a bank whose way of retraining has no such truth, before anything is trained.
+    @property
+    def retrainings(self) -> Sequence[int]:
+        """`seeds`, and those of the ceiling: all that `measure` takes from the bank."""
+        ...
+
+    def check(self, retrain: Callable) -> None:
+        """Refuses a way of retraining that has no such truth, before anything is trained.
+
+        Args:
+            retrain: a bank's.
 
         Raises:
             InputError: says why it has none.
@@ -115,7 +123,7 @@ class OwnTruth:
     def retrainings(self) -> list[int]:
         return [*self.seeds, *self.ceiling_seeds]
 
-    def check(self, bank: Bank) -> None:
+    def check(self, retrain: Callable) -> None:
         pass  # a run can always be compared with itself
 
     def effects(self, bank: Bank, omissions: Sequence[Collection], aggregate: str | None) -> np.ndarray:
@@ -177,12 +185,13 @@ class ExpectedTruth:
     def retrainings(self) -> tuple[int, ...]:
         return self.seeds
 
-    def check(self, bank: Bank) -> None:
-        bank.check_starts(self.seeds)
+    def check(self, retrain: Callable) -> None:
+        if hasattr(retrain, "check_starts"):  # of a plain function, every seed counts as another start
+            retrain.check_starts(self.seeds)
 
     def by_start(self, bank: Bank, omissions: Sequence[Collection], aggregate: str | None) -> np.ndarray:
         """The effects under each start, (K, n, Q)."""
-        self.check(bank)
+        self.check(bank.retrain)
         one, other = (bank.losses([()], seed) for seed in self.seeds[:2])
         if np.array_equal(one, other):
             raise InputError(

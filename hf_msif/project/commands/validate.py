@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ...scoring.scores import Scores
     from ...validation import Bank
     from ...validation.experiments import Validation
+    from ...validation.rankings import TopRemoval
     from ...validation.truth import Truth
     from ..run import Run
 
@@ -61,17 +62,17 @@ def _validate(project: Run, path: Path, files: list[Path]) -> dict:
     models, tests = project.models(), project.tests()
     chain = project.chain(models)
     check_query_content(project, chain, tests)
-    # The random subsets of a datamodelling score are drawn from all rows that the stage was trained on.
-    whole = settings.experiment == "datamodelling_score"
+    # Random subsets and draws are taken from all rows that the stage was trained on.
+    whole = settings.experiment in ("datamodelling_score", "remove_top")
     corpus = project.rows(stage) if whole else project.corpus()
     retrain, truth = retraining(project, chain, tests, settings.way, settings.vary), _truth(project)
-    bank = validation.Bank(retrain, project.folder / "bank", progress=project.progress)
-    truth.check(bank)
+    truth.check(retrain)
     scores = chain.query(tests, project.aggregate).score(corpus, stage=stage)
     groups = {}
     if settings.experiment == "remove_groups":
         groups = _groups_along_ranking(scores, settings.groups, settings.group_size)
     baselines = validation.baselines(chain, tests, corpus, stage, methods, project.config.seed)
+    bank = validation.Bank(retrain, project.folder / "bank", progress=project.progress)
     result = _experiment(project, bank, scores, groups, baselines=baselines, truth=truth)
     add_names(path.parent, "validation", [file.name for file in files])
     report = {**result.to_dict(), "seconds": round(time.perf_counter() - started, 1)}
@@ -117,7 +118,9 @@ def _groups_along_ranking(scores: Scores, number: int, size: int) -> dict[str, l
     return {f"{start}–{start + size - 1}": [ids[i] for i in order[start : start + size]] for start in starts}
 
 
-def _experiment(project: Run, bank: Bank, scores: Scores, groups: dict[str, list], **shared: Any) -> Validation:
+def _experiment(
+    project: Run, bank: Bank, scores: Scores, groups: dict[str, list], **shared: Any
+) -> Validation | TopRemoval:
     """The experiment that the configuration names."""
     from ... import validation
 
@@ -127,14 +130,10 @@ def _experiment(project: Run, bank: Bank, scores: Scores, groups: dict[str, list
         return validation.leave_one_out(bank, scores, examples=settings.examples, **shared)
     if settings.experiment == "remove_groups":
         return validation.remove_groups(bank, scores, groups, **shared)
-    return validation.datamodelling_score(
-        bank,
-        scores,
-        subsets=settings.subsets,
-        fraction=settings.fraction,
-        seed=project.config.seed,
-        **shared,
-    )
+    shared["seed"] = project.config.seed
+    if settings.experiment == "remove_top":
+        return validation.remove_top(bank, scores, fraction=settings.top_fraction, draws=settings.draws, **shared)
+    return validation.datamodelling_score(bank, scores, subsets=settings.subsets, fraction=settings.fraction, **shared)
 
 
 def _truth(project: Run) -> Truth:
