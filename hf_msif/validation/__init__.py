@@ -19,6 +19,7 @@ from .experiments import Validation, datamodelling_score, leave_one_out, remove_
 from .measures import Correlation, LossDifference, Recall, correlation, loss_difference
 from .rankings import PlantedRecall, TopRemoval, planted_recall, remove_top
 from .retraining import FromScratch, WarmStart
+from .smoothness import Metasmoothness, metasmoothness
 from .truth import OTHER_STARTS, ExpectedTruth, Measurement, OwnTruth
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "FromScratch",
     "LossDifference",
     "Measurement",
+    "Metasmoothness",
     "OwnTruth",
     "PlantedRecall",
     "Recall",
@@ -42,6 +44,7 @@ __all__ = [
     "datamodelling_score",
     "leave_one_out",
     "loss_difference",
+    "metasmoothness",
     "planted_recall",
     "remove_groups",
     "remove_top",

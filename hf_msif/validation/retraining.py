@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import Split
 from ..adapters.functional import FunctionalModel
@@ -80,10 +80,13 @@ class _Retrainer:
         shared = {"retraining": type(self).__name__, "tol": self.tol, "polish": self.polish_settings}
         return {**shared, "stage": self.stages[self.target].name, "tests": digest(self.tests), "stages": stages}
 
-    def terms(self, k: int, models: Sequence[nn.Module], omit: Collection) -> dict[str, Any]:
+    def terms(
+        self, k: int, models: Sequence[nn.Module], omit: Collection, weights: Tensor | None = None
+    ) -> dict[str, Any]:
         """F of stage k, as `train`, `record` and `polish` take it."""
         s = self.stages[k]
-        return {
+        weighted = {} if weights is None or k != self.target else {"weights": weights}
+        return weighted | {
             "previous": models[k - 1] if k else None,
             "trainable": s.trainable,
             "weight_decay": s.weight_decay,
@@ -100,11 +103,11 @@ class _Retrainer:
         settings |= self.terms(k, models, omit)
         return polish(models[k], s.objective, s.data, engine=self.engine, **settings)
 
-    def measured(self, model: nn.Module, reports: Sequence[PolishReport]) -> Retrained:
+    def measured(self, models: Sequence[nn.Module], reports: Sequence[PolishReport]) -> Retrained:
         """The loss (a sum over its terms) of every test example of the last stage; how every stage was polished, and
         the accuracy on the tests where the objective predicts classes, in the notes."""
         objective, size = self.test_objective, self.stages[-1].batch_size if self.test_objective.pads else 1
-        functional, losses, right = FunctionalModel(model, self.engine.device), [], 0
+        functional, losses, right = FunctionalModel(models[-1], self.engine.device), [], 0
         predictions = objective.predictions
         with torch.no_grad(), functional.evaluating():
             for start in range(0, len(self.tests), size):
@@ -170,6 +173,11 @@ class WarmStart(_Retrainer):
     def settings(self) -> dict:
         return {**super().settings, "perturbation": self.perturbation}
 
+    @property
+    def repeats_run(self) -> bool:
+        """Whether the stage that loses examples repeats a recorded run, rather than being polished."""
+        return not self.retrainings[self.target].polishes
+
     def finished(self) -> list[nn.Module]:
         """The stages' models at their stationary points, which every retraining starts from; made once."""
         if self._finished is None:
@@ -195,6 +203,26 @@ class WarmStart(_Retrainer):
 
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
         """Test losses after retraining without the ids in `omit`."""
+        return self.measured(*self.again(omit, seed))
+
+    def again(
+        self, omit: Collection = (), seed: int = 0, weights: Tensor | None = None
+    ) -> tuple[list[nn.Module], list[PolishReport]]:
+        """The models of all stages after retraining, and how those that are polished were.
+
+        Args:
+            omit: the ids to leave out.
+            seed: other than 0: the start is moved a little.
+            weights: ω of every row of the stage that loses examples, in the place of `omit`.
+
+        Raises:
+            InputError: weights, but that stage is polished and repeats no run.
+        """
+        if weights is not None and not self.repeats_run:
+            raise InputError(
+                f"stage {self.stages[self.target].name!r} is polished, and only a run is repeated with weights of its "
+                "rows; expected link='unrolled' with its run."
+            )
         models, reports = list(self.finished()), []
         for k in range(self.target, len(models)):
             models[k], retraining = copy.deepcopy(models[k]), self.retrainings[k]
@@ -204,9 +232,9 @@ class WarmStart(_Retrainer):
             if seed:
                 perturb(models[k], self.roles[k].trained, self.perturbation, seed + 1000 * k)
             polish_again = partial(self.polish, k, models)
-            terms = self.terms(k, models, omit)
+            terms = self.terms(k, models, omit, weights)
             reports.append(retraining.warm_start(models[k], terms, polish_again, self._prepared[k]))
-        return self.measured(models[-1], [report for report in reports if report is not None])
+        return models, [report for report in reports if report is not None]
 
 
 class FromScratch(_Retrainer):
@@ -337,7 +365,7 @@ class FromScratch(_Retrainer):
                 retraining.from_scratch(models[k], arguments, self.terms(k, models, omit))
             if self.polished[k]:
                 reports.append(self.polish(k, models, omit))
-        return self.measured(models[-1], reports)
+        return self.measured(models, reports)
 
 
 def _retraining(stage: Stage, before: Stage | None, engine: Engine) -> Retraining:

@@ -97,6 +97,14 @@ def test_validate(copied, capsys, retrain):
     assert report["pearson_r"] > 0.99
     assert report["ceiling"]["pearson_r"] > 0.99
     assert {"implicit", "random"} <= set(report)
+    if retrain == "from_scratch":
+        assert report["metasmoothness"] is None
+    else:
+        assert report["metasmoothness"]["losses"] > 0.9
+        assert report["metasmoothness"]["smooth"] is True
+        near, far = report["metasmoothness"]["first_order_error"]
+        assert far == pytest.approx(2 * near, rel=0.1)  # of second order
+        assert near < 0.2
 
 
 @pytest.mark.slow

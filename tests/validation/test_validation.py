@@ -162,6 +162,18 @@ def test_a_record_says_what_it_is(tmp_path):
         Bank(lambda omit, seed: [0.0], tmp_path, {}, progress=False).losses([["a", "b"]], seed=4)
 
 
+def test_another_result_is_computed_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        bank = Bank(Linear(np.ones((3, 1))), tmp_path, progress=False)
+        assert bank.once("smoothness", lambda: calls.append(1) or {"value": 0.5}) == {"value": 0.5}
+        assert bank.once("another", lambda: {"value": 2}) == {"value": 2}
+    assert len(calls) == 1
+    assert bank.computed == 0
+    bank.losses([[0]])
+    assert bank.computed == 1
+
+
 def test_messages_of_the_bank(tmp_path):
     with pytest.raises(InputError, match="pass settings="):
         Bank(lambda omit, seed: [0.0], tmp_path)

@@ -73,10 +73,11 @@ def _validate(project: Run, path: Path, files: list[Path]) -> dict:
         groups = _groups_along_ranking(scores, settings.groups, settings.group_size)
     baselines = validation.baselines(chain, tests, corpus, stage, methods, project.config.seed)
     bank = validation.Bank(retrain, project.folder / "bank", progress=project.progress)
+    smoothness = _smoothness(project, bank, scores) if settings.truth == "own" else None
     result = _experiment(project, bank, scores, groups, baselines=baselines, truth=truth)
     add_names(path.parent, "validation", [file.name for file in files])
     report = {**result.to_dict(), "seconds": round(time.perf_counter() - started, 1)}
-    report |= {"retrainings": bank.computed, "accuracy": _accuracies(project, models)}
+    report |= {"metasmoothness": smoothness, "retrainings": bank.computed, "accuracy": _accuracies(project, models)}
     write_json(f"{path}.json", report)
     write_atomically(f"{path}.parquet", lambda part: result.removals.to_parquet(part, index=False))
     report["figure"] = write_figure(path.with_suffix(".png"), result.plot)
@@ -134,6 +135,28 @@ def _experiment(
     if settings.experiment == "remove_top":
         return validation.remove_top(bank, scores, fraction=settings.top_fraction, draws=settings.draws, **shared)
     return validation.datamodelling_score(bank, scores, subsets=settings.subsets, fraction=settings.fraction, **shared)
+
+
+def _smoothness(project: Run, bank: Bank, scores: Scores) -> dict | None:
+    """Whether the run of the ranked stage can be predicted at all, printed before time is spent on retrainings; None
+    where no run is repeated."""
+    from ... import validation
+    from ...engine.hashing import digest
+
+    retrain = bank.retrain
+    if not isinstance(retrain, validation.WarmStart) or not retrain.repeats_run:
+        return None
+    own_rows = {row["example_id"] for row in project.rows(project.ranked)}
+    predicted = scores if own_rows.issuperset(scores.frame["example_id"]) else None
+
+    def compute() -> dict:
+        found = validation.metasmoothness(retrain, predicted, aggregate=project.aggregate)
+        return {**found.to_dict(), "text": str(found)}
+
+    effects = None if predicted is None else digest([{"effects": predicted.removal_effects()}])
+    smoothness = bank.once(f"metasmoothness, predicted by {effects}", compute)
+    print(smoothness["text"], flush=True)
+    return smoothness
 
 
 def _truth(project: Run) -> Truth:
