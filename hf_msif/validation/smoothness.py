@@ -17,7 +17,7 @@ from .measures import aggregated
 from .retraining import WarmStart
 
 SMOOTH = 0.9  # similarity from which on a first-order prediction of the run has something to predict
-NEARLY_LINEAR = 0.5  # second-order share up to which it predicts most of what happens
+NEARLY_LINEAR = 0.5  # relative error of a first-order prediction up to which it says most of what happens
 REMEDIES = (
     "a smaller learning rate, larger batches, warm-up, an average of the last weights, Adam's eps inside the root "
     "(optim_args: eps_inside_root=true) or larger, or the expected truth in the place of the own one"
@@ -49,8 +49,10 @@ class Metasmoothness:
 
     @property
     def smooth(self) -> bool:
-        """Whether both similarities are at least 0.9, and the second order at most half of the first."""
-        return min(self.losses, self.parameters) >= SMOOTH and self.second_order <= NEARLY_LINEAR
+        """Whether both similarities are at least 0.9, and the second order and the errors of the prediction,
+        where there is one, at most a half."""
+        errors = (self.second_order, *(self.first_order_error or ()))
+        return min(self.losses, self.parameters) >= SMOOTH and max(errors) <= NEARLY_LINEAR
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: the attributes, and "smooth"."""
