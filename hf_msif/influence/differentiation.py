@@ -254,7 +254,8 @@ class Retraining:
 
         Args:
             terms: what defines F, keyword arguments of `training.polish` and `training.record`: previous, trainable,
-                weight_decay, alpha, resized, omit (the example ids to leave out), name.
+                weight_decay, alpha, resized, omit (the example ids to leave out), name; where rows are weighted, which
+                asks only a stage that is not polished, weights (ω of every row).
             polish: `polish(omit, **settings)` is `training.polish` of this model.
             prepared: what `prepare` returned.
 

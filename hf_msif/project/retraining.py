@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def retraining(
-    run: Run, chain: MultiStageInfluence, tests: list[dict], how: str
+    run: Run, chain: MultiStageInfluence, tests: list[dict], how: str, vary: Sequence[str] = ("weights",)
 ) -> validation.WarmStart | validation.FromScratch:
     """Retrains the configuration's stages without some rows of the ranked stage.
 
@@ -28,6 +28,7 @@ def retraining(
         tests: rows of the last stage whose losses are measured.
         how: "warm_start" goes on from the finished models of the ranked stage and the later ones, "from_scratch"
             trains all stages from new initial weights.
+        vary: what another seed of the latter draws, "weights" or "order".
 
     Raises:
         InputError: `polish` settings that differ between stages, or a warm start of a stage that is not polished.
@@ -56,7 +57,7 @@ def retraining(
     ]
     polished = [settings is not None for settings in polish_settings.values()]
     return validation.FromScratch(
-        stages, tests, run.new_models, arguments, polished, run.ranked, run.config.seed, **shared_settings
+        stages, tests, run.new_models, arguments, polished, run.ranked, run.config.seed, vary=vary, **shared_settings
     )
 
 

@@ -259,12 +259,20 @@ class Corpus(Section):
 class Validation(Section):
     """Which rows `msif validate` removes, and how it trains again."""
 
-    experiment: Literal["leave_one_out", "remove_groups", "datamodelling_score"] = "leave_one_out"
+    experiment: Literal["leave_one_out", "remove_groups", "datamodelling_score", "remove_top"] = "leave_one_out"
     """leave_one_out: single rows of the largest absolute influence; remove_groups: groups along the ranking;
-    datamodelling_score: random subsets (LDS)"""
-    retrain: Literal["warm_start", "from_scratch"] = "warm_start"
+    datamodelling_score: random subsets (LDS); remove_top: the rows that help most, against random ones"""
+    truth: Literal["own", "expected"] = "own"
+    """own: what the trained run itself does without the rows; expected: what training does without them in the mean
+    over other starts"""
+    starts: Annotated[int, Field(ge=2)] = 8
+    """expected: number of other starts, each of which trains all stages again; an even number halves best for the
+    ceiling"""
+    vary: Annotated[list[Literal["weights", "order"]], Field(min_length=1)] = ["weights"]
+    """from_scratch: what another start draws anew: initial weights, and the order of the batches (with dropout)"""
+    retrain: Literal["warm_start", "from_scratch"] | None = None
     """warm_start polishes the trained stages again, or repeats the runs of unrolled stages; from_scratch repeats
-    `training` and `polish` from new weights"""
+    `training` and `polish` from new weights; null: warm_start for the own truth, from_scratch for the expected one"""
     examples: Annotated[int, Field(ge=3)] = 100
     """leave_one_out: number of rows"""
     groups: Annotated[int, Field(ge=3)] = 20
@@ -275,14 +283,38 @@ class Validation(Section):
     """datamodelling_score: number of random subsets"""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """datamodelling_score: share of the rows in a subset"""
+    top_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """remove_top: share of the rows that is left out"""
+    draws: Annotated[int, Field(ge=2)] = 20
+    """remove_top: number of draws of as many random rows"""
     seeds: Annotated[list[int], Field(min_length=1)] | None = None
-    """seeds of the retrainings that are averaged; null: one retraining that starts as the run did"""
+    """own: seeds of the retrainings that are averaged; null: one retraining that starts as the run did"""
     ceiling_seeds: list[int] | None = None
-    """seeds of a second measurement, whose correlation with the first is the ceiling; null: the start of the run
+    """own: seeds of a second measurement, whose correlation with the first is the ceiling; null: the start of the run
     moved by 1e-6; []: no second measurement"""
     baselines: list[str] | None = None
     """names of functions in `hf_msif.validation` (identity, gradient_dot, tfidf, ...); null: all that apply;
     []: none"""
+
+    @property
+    def way(self) -> Literal["warm_start", "from_scratch"]:
+        """How stages are trained again."""
+        return self.retrain or ("warm_start" if self.truth == "own" else "from_scratch")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Validation:
+        if self.truth == "expected":
+            if self.retrain == "warm_start":
+                raise InputError(
+                    "validation.retrain is warm_start, which goes on from the finished models, but validation.truth "
+                    "is expected, a mean over other starts; expected from_scratch, or truth: own."
+                )
+            if self.seeds is not None or self.ceiling_seeds is not None:
+                raise InputError(
+                    "validation.seeds and ceiling_seeds are those of truth: own; for truth: expected, give the number "
+                    "of validation.starts."
+                )
+        return self
 
 
 class Cleanse(Section):

@@ -105,6 +105,7 @@ def rerun(
     trainable: str | Sequence[str] = "all",
     resized: bool = False,
     omit: Collection[Any] = (),
+    weights: torch.Tensor | None = None,
     name: str = "stage",
     engine: Engine | None = None,
 ) -> None:
@@ -118,18 +119,19 @@ def rerun(
         previous: the model of the stage before, to whose values α ties.
         trainable, resized: those of the run; they give the parameters their roles.
         omit: example ids whose losses have the weight zero; Σ count_i stays that of all rows of a batch.
+        weights: ω of every row in the order of `data`, (rows,), in the place of `omit`; Σ count_i stays as it is.
         name: the stage's name, for messages.
         engine: runs the passes; made when none is given.
 
     Raises:
-        InputError: bad rows, or ids in `omit` that no row has.
+        InputError: bad rows, ids in `omit` that no row has, or not one weight per row.
         DivergedError: a parameter stopped being finite.
     """
     engine = engine or Engine(progress=False)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles, functional = split(name, model, previous, trainable, resized), FunctionalModel(model, engine.device)
     recording = replace(recording, folder=None)
-    replay = Replay(functional, objective, rows, recording, engine, roles, previous, omit, name)
+    replay = Replay(functional, objective, rows, recording, engine, roles, previous, omit, name, weights)
     _run(replay, *_resume(recording, functional, name), model, name)
 
 

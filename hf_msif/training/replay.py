@@ -34,6 +34,7 @@ from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation
 from ..engine.accelerated import Engine
 from ..engine.corpus import checked_omission
+from ..errors import InputError
 from ..objectives import Objective
 from ..vectors import Block
 from .objective import QuadraticTerms, data_term, example_weights
@@ -91,9 +92,10 @@ class Replay:
         previous: the model of the stage before, whose values α ties to (its module, or name → tensor).
         omit: example ids whose losses have the weight zero.
         name: the stage's name, for messages.
+        weights: ω of every row, (rows,), in the place of 1 and, for those in `omit`, 0.
 
     Raises:
-        InputError: ids in `omit` that no row has, or all.
+        InputError: ids in `omit` that no row has, or all; not one weight per row.
     """
 
     def __init__(
@@ -107,13 +109,19 @@ class Replay:
         previous: nn.Module | Mapping[str, Tensor] | None = None,
         omit: Collection[Any] = (),
         name: str = "stage",
+        weights: Tensor | None = None,
     ):
         omit = checked_omission(omit, rows, name)
+        weights = example_weights(rows, omit) if weights is None else weights
+        if weights.shape != (len(rows),):
+            raise InputError(
+                f"stage {name!r}: weights have the shape {tuple(weights.shape)}; expected one per row, ({len(rows)},)."
+            )
         self.model, self.objective, self.rows, self.recording = model, objective, rows, recording
         self.engine, self.frozen = engine, roles.frozen
         parameters = {n: model.parameters[n] for n in recording.trained}
         self.dtype = next(iter(parameters.values())).dtype
-        self.weights = example_weights(rows, omit).to(engine.device, self.dtype)
+        self.weights = weights.to(engine.device, self.dtype)
         self.quadratic = QuadraticTerms.of(
             model.model, roles, parameters, recording.weight_decay, recording.alpha, previous, recording.decayed
         )

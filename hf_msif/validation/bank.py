@@ -123,11 +123,24 @@ class Bank:
             entries.append(entry)
         return entries
 
+    def once(self, name: str, compute: Callable[[], dict]) -> dict:
+        """Another result under the same settings, JSON-able: computed once, and stored beside the retrainings.
+
+        Args:
+            name: which result, with all on which it depends beside the settings.
+            compute: returns it.
+        """
+        key = self._key({"result": name}, 0)
+        entry = self._read(key)
+        if entry is None:
+            entry = self._keep(key, {"name": name, "fingerprint": self.fingerprint, "result": compute()})
+        return entry["result"]
+
     def unreached(self, omissions: Sequence[Collection], seeds: Sequence[int]) -> int:
         """Number of these retrainings, with those of all examples, that missed their stationary point."""
         return sum(not entry["reached"] for seed in seeds for entry in self.entries([(), *omissions], seed))
 
-    def _key(self, omitted: list, seed: int) -> str:
+    def _key(self, omitted: list | dict, seed: int) -> str:
         return hashlib.sha256(_json([self.fingerprint, omitted, seed]).encode()).hexdigest()[:32]
 
     def _read(self, key: str) -> dict | None:
@@ -153,10 +166,14 @@ class Bank:
             )
         entry = {"omitted": omitted, "seed": seed, "fingerprint": self.fingerprint, "losses": losses}
         entry |= {"reached": result.reached, "notes": result.notes, "seconds": round(time.perf_counter() - started, 3)}
-        self._entries[key] = entry
+        self._keep(key, entry)
         self.computed += 1
+
+    def _keep(self, key: str, entry: dict) -> dict:
+        self._entries[key] = entry
         if self.folder is not None:
             write_json(self.folder / f"{key}.json", entry, indent=None)
+        return entry
 
 
 def _ordered(omission: Collection) -> list:

@@ -12,7 +12,8 @@ import numpy as np
 from ..errors import InputError
 from ..scoring.scores import Scores
 from .bank import Bank
-from .measures import Correlation, correlation
+from .measures import Correlation, aggregated, correlation
+from .truth import Measurement, OwnTruth, Truth
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,27 +30,35 @@ class Validation:
 
     Attributes:
         kind: "leave_one_out", "remove_groups" or "datamodelling_score".
+        truth: what the predictions are compared with, in words.
         correlations: "influence" and the name of every baseline → `Correlation`. The LDS is the `spearman_r` of a
             "datamodelling_score".
-        ceiling: the correlation of the measurement with a second one under other seeds, which no method can be
-            expected to exceed; None if there was no second measurement.
+        measurement: the measured removal effects (n, Q); Q = 1 if the effects were aggregated over test columns; and
+            their ceiling, which no other measurement can be expected to exceed.
         omissions: the n sets of ids that were left out.
         labels: a name for each of them.
-        measured: measured removal effects (n, Q); Q = 1 if the effects were aggregated over test columns.
-        repeated: the second measurement (n, Q), under the seeds of the ceiling; None if there was none.
         predicted: method → predicted removal effects (n, Q).
         settings: seeds, fraction, number of retrainings that missed their stationary point, and so on.
     """
 
     kind: str
+    truth: str
     correlations: dict[str, Correlation]
-    ceiling: Correlation | None
+    measurement: Measurement
     omissions: list[list]
     labels: list[Hashable]
-    measured: np.ndarray
-    repeated: np.ndarray | None
     predicted: dict[str, np.ndarray]
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> np.ndarray:
+        """The measured removal effects, (n, Q)."""
+        return self.measurement.effects
+
+    @property
+    def ceiling(self) -> Correlation | None:
+        """How a second measurement would correlate with this one; None if that was not measured."""
+        return self.measurement.ceiling
 
     @property
     def table(self) -> pd.DataFrame:
@@ -68,22 +77,33 @@ class Validation:
 
     @property
     def removals(self) -> pd.DataFrame:
-        """One row per removal: label, number of examples, measured and predicted effect (means over columns)."""
+        """One row per removal: label, number of examples, measured and predicted effect (means over columns); the
+        standard error over the starts where the truth is the expected one."""
         import pandas as pd
 
+        measurement = self.measurement
         table = {"removed": self.labels, "examples": [len(o) for o in self.omissions]}
         table["measured"] = self.measured.mean(1)
-        if self.repeated is not None:
-            table["measured_again"] = self.repeated.mean(1)
+        if measurement.repeated is not None:
+            table["measured_again"] = measurement.repeated.mean(1)
+        if measurement.by_start is not None:
+            means = measurement.by_start.mean(2)
+            table["standard_error"] = means.std(0, ddof=1) / np.sqrt(len(means))
         return pd.DataFrame(table | {name: values.mean(1) for name, values in self.predicted.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: the fields of the influence's `Correlation` (`pearson_r`, `spearman_r`, `slope`, `n`, …); the
-        same fields under "ceiling" and under each baseline's name; "kind" and "settings"."""
+        same fields under "ceiling", under "halves" where the truth has halves, and under each baseline's name;
+        "kind" and "settings"."""
         influence = self.correlations[METHOD].to_dict()
         others = {name: c.to_dict() for name, c in self.correlations.items() if name != METHOD}
-        ceiling = None if self.ceiling is None else self.ceiling.to_dict()
-        return {"kind": self.kind, **influence, "ceiling": ceiling, **others, "settings": self.settings}
+        ceilings = {name: None if c is None else c.to_dict() for name, c in self._ceilings.items()}
+        return {"kind": self.kind, **influence, **ceilings, **others, "settings": self.settings}
+
+    @property
+    def _ceilings(self) -> dict[str, Correlation | None]:
+        halves = self.measurement.halves
+        return {"ceiling": self.ceiling} | ({} if halves is None else {"halves": halves})
 
     def __str__(self) -> str:
         from tabulate import tabulate
@@ -91,17 +111,15 @@ class Validation:
         def interval(pair: tuple[float, float]) -> str:
             return f"[{pair[0]:.3f}, {pair[1]:.3f}]"
 
+        lines = {**self.correlations, **{f"({name})": c for name, c in self._ceilings.items() if c is not None}}
         rows = [
             [name, c.pearson_r, interval(c.pearson_interval), c.spearman_r, interval(c.spearman_interval), c.slope]
-            for name, c in self.correlations.items()
+            for name, c in lines.items()
         ]
-        if self.ceiling is not None:
-            c = self.ceiling
-            row = ["(ceiling)", c.pearson_r, interval(c.pearson_interval)]
-            rows.append([*row, c.spearman_r, interval(c.spearman_interval), c.slope])
         c = self.correlations[METHOD]
         head = (
-            f"{self.kind.replace('_', ' ')}: n = {c.n} removals, {c.columns} test column(s), {c.level:.0%} intervals"
+            f"{self.kind.replace('_', ' ')} against {self.truth}: n = {c.n} removals, {c.columns} test column(s), "
+            f"{c.level:.0%} intervals"
         )
         if missed := self.settings.get("unreached"):
             head += f"; {missed} retrainings missed their stationary point"
@@ -150,8 +168,7 @@ def leave_one_out(
     examples: int | Sequence = 100,
     baselines: Mapping[str, Scores | np.ndarray] | None = None,
     aggregate: str | None = "sum",
-    seeds: Sequence[int] = (0,),
-    ceiling_seeds: Sequence[int] = (1,),
+    truth: Truth = OwnTruth(),  # noqa: B008
     resamples: int = 1000,
 ) -> Validation:
     """Removes single examples, trains all stages again, and compares the effects with predictions (§4.1, Fig. 2).
@@ -165,8 +182,8 @@ def leave_one_out(
         baselines: name → `Scores` or array (rows, Q) of other methods, in the same order; see `validation.baselines`.
         aggregate: "sum" or "mean" of the effects over the test columns (the paper sums); None: a correlation per
             column, and the mean of these.
-        seeds: the measurement is the mean over retrainings with these seeds.
-        ceiling_seeds: seeds of the second measurement, from which the ceiling is computed; empty: no ceiling.
+        truth: what is measured: `OwnTruth` (what this run does without the examples) or `ExpectedTruth` (what training
+            does without them, in the mean over other starts).
         resamples: number of bootstrap samples of the removals.
 
     Returns:
@@ -175,7 +192,7 @@ def leave_one_out(
 
     Raises:
         InputError: numbers of rows or columns differ, there is no row with an id, the scores are aggregated in
-            another way, `seeds` and `ceiling_seeds` overlap, or there are fewer than three removals.
+            another way, the bank has no such truth, or there are fewer than three removals.
 
     >>> effects = {"a": 3.0, "b": -2.0, "c": 1.0, "d": 0.5}  # effects that add up, and predictions of half their size
     >>> bank = Bank(lambda omit, seed: [7.0 + sum(effects[i] for i in omit)], progress=False)
@@ -183,7 +200,7 @@ def leave_one_out(
     >>> result.labels, round(result.to_dict()["pearson_r"], 6), round(result.to_dict()["slope"], 6)
     (['a', 'b', 'c'], 1.0, 2.0)
     """
-    methods, ids, row_of = _methods(predicted, ids, baselines, aggregate)
+    methods, ids, row_of = effects_of_methods(predicted, ids, baselines, aggregate)
     if isinstance(examples, int):
         strength = np.abs(methods[METHOD]).sum(1)
         removed_ids = [ids[i] for i in np.argsort(-strength, kind="stable")[:examples]]
@@ -192,17 +209,7 @@ def leave_one_out(
     omissions = [[i] for i in removed_ids]
     settings = {"examples": len(removed_ids)}
     return _compare(
-        "leave_one_out",
-        bank,
-        methods,
-        row_of,
-        omissions,
-        removed_ids,
-        aggregate,
-        seeds,
-        ceiling_seeds,
-        resamples,
-        settings,
+        "leave_one_out", bank, methods, row_of, omissions, removed_ids, aggregate, truth, resamples, settings
     )
 
 
@@ -213,8 +220,7 @@ def remove_groups(
     ids: Sequence | None = None,
     baselines: Mapping[str, Scores | np.ndarray] | None = None,
     aggregate: str | None = "sum",
-    seeds: Sequence[int] = (0,),
-    ceiling_seeds: Sequence[int] = (1,),
+    truth: Truth = OwnTruth(),  # noqa: B008
     resamples: int = 1000,
 ) -> Validation:
     """Removes groups of examples; the prediction for a group is the sum of its members' effects, eq. (8).
@@ -227,8 +233,8 @@ def remove_groups(
         baselines: name → `Scores` or array (rows, Q) of other methods, in the same order; see `validation.baselines`.
         aggregate: "sum" or "mean" of the effects over the test columns; None: a correlation per column, and the
             mean of these.
-        seeds: the measurement is the mean over retrainings with these seeds.
-        ceiling_seeds: seeds of the second measurement, from which the ceiling is computed; empty: no ceiling.
+        truth: what is measured: `OwnTruth` (what this run does without the examples) or `ExpectedTruth` (what training
+            does without them, in the mean over other starts).
         resamples: number of bootstrap samples of the removals.
 
     Returns:
@@ -237,18 +243,17 @@ def remove_groups(
 
     Raises:
         InputError: numbers of rows or columns differ, there is no row with an id, the scores are aggregated in
-            another way, `seeds` and `ceiling_seeds` overlap, or there are fewer than three removals.
+            another way, the bank has no such truth, or there are fewer than three removals.
 
     >>> bank = Bank(lambda omit, seed: [float(sum(omit))], progress=False)
     >>> result = remove_groups(bank, np.arange(6.0), {"low": [0, 1], "high": [4, 5], "odd": [1, 3, 5]}, range(6))
     >>> result.removals["measured"].tolist(), result.removals["influence"].tolist()
     ([1.0, 9.0, 9.0], [1.0, 9.0, 9.0])
     """
-    methods, _, row_of = _methods(predicted, ids, baselines, aggregate)
+    methods, _, row_of = effects_of_methods(predicted, ids, baselines, aggregate)
     omissions = [list(group) for group in groups.values()]
-    return _compare(
-        "remove_groups", bank, methods, row_of, omissions, list(groups), aggregate, seeds, ceiling_seeds, resamples, {}
-    )
+    labels = list(groups)
+    return _compare("remove_groups", bank, methods, row_of, omissions, labels, aggregate, truth, resamples, {})
 
 
 def datamodelling_score(
@@ -260,8 +265,7 @@ def datamodelling_score(
     seed: int = 0,
     baselines: Mapping[str, Scores | np.ndarray] | None = None,
     aggregate: str | None = None,
-    seeds: Sequence[int] = (0,),
-    ceiling_seeds: Sequence[int] = (1,),
+    truth: Truth = OwnTruth(),  # noqa: B008
     resamples: int = 1000,
 ) -> Validation:
     """Linear datamodelling score (LDS; Park et al., 2023): trains all stages on random subsets of the corpus.
@@ -281,8 +285,8 @@ def datamodelling_score(
         baselines: name → `Scores` or array (rows, Q) of other methods, in the same order; see `validation.baselines`.
         aggregate: "sum" or "mean" of the effects over the test columns; None: a correlation per column, and the
             mean of these.
-        seeds: the measurement is the mean over retrainings with these seeds.
-        ceiling_seeds: seeds of the second measurement, from which the ceiling is computed; empty: no ceiling.
+        truth: what is measured: `OwnTruth` (what this run does without the examples) or `ExpectedTruth` (what training
+            does without them, in the mean over other starts).
         resamples: number of bootstrap samples of the removals.
 
     Returns:
@@ -291,15 +295,15 @@ def datamodelling_score(
 
     Raises:
         InputError: numbers of rows or columns differ, there is no row with an id, the scores are aggregated in
-            another way, `seeds` and `ceiling_seeds` overlap, `fraction` is outside (0, 1), or there are fewer
-            than three removals.
+            another way, the bank has no such truth, `fraction` is outside (0, 1), or there are fewer than three
+            removals.
 
     >>> bank = Bank(lambda omit, seed: [-float(sum(omit))], progress=False)
     >>> result = datamodelling_score(bank, -np.arange(40.0), range(40), subsets=20, fraction=0.9)
     >>> round(result.to_dict()["spearman_r"], 6), result.settings["removed"]
     (1.0, 4)
     """
-    methods, ids, row_of = _methods(predicted, ids, baselines, aggregate)
+    methods, ids, row_of = effects_of_methods(predicted, ids, baselines, aggregate)
     if not 0 < fraction < 1:
         raise InputError(
             f"fraction is {fraction}; expected the share of the rows that each subset keeps, between 0 and 1."
@@ -308,17 +312,7 @@ def datamodelling_score(
     settings = {"subsets": subsets, "fraction": fraction, "subset_seed": seed, "removed": len(omissions[0])}
     labels = list(range(subsets))
     return _compare(
-        "datamodelling_score",
-        bank,
-        methods,
-        row_of,
-        omissions,
-        labels,
-        aggregate,
-        seeds,
-        ceiling_seeds,
-        resamples,
-        settings,
+        "datamodelling_score", bank, methods, row_of, omissions, labels, aggregate, truth, resamples, settings
     )
 
 
@@ -333,13 +327,17 @@ def random_omissions(ids: Sequence, subsets: int, fraction: float, seed: int = 0
     return [[ids[i] for i in generator.choice(len(ids), size, replace=False)] for _ in range(subsets)]
 
 
-def _methods(
+def effects_of_methods(
     predicted: Scores | np.ndarray,
     ids: Sequence | None,
     baselines: Mapping[str, Scores | np.ndarray] | None,
     aggregate: str | None,
 ) -> tuple[dict[str, np.ndarray], list, dict[Any, int]]:
-    """Three results: method → removal effects (rows, Q), aggregated over columns if asked for; ids; id → row."""
+    """Three results: method → predicted removal effects (rows, Q), aggregated if asked for; ids; id → row.
+
+    Raises:
+        InputError: numbers of rows differ, an array has no ids, or the scores are aggregated in another way.
+    """
     if aggregate not in (None, "sum", "mean"):
         raise InputError(f"aggregate is {aggregate!r}; expected 'sum', 'mean' or None.")
     if ids is None:
@@ -371,11 +369,7 @@ def _effects(name: str, values: Scores | np.ndarray, aggregate: str | None) -> n
     values = values.reshape(len(values), -1)
     if aggregate is None or values.shape[1] == 1:
         return values
-    return _aggregated(values, aggregate)
-
-
-def _aggregated(values: np.ndarray, aggregate: str) -> np.ndarray:
-    return getattr(values, aggregate)(axis=1, keepdims=True)
+    return aggregated(values, aggregate)
 
 
 def _compare(
@@ -386,8 +380,7 @@ def _compare(
     omissions: list[list],
     labels: Sequence[Hashable],
     aggregate: str | None,
-    seeds: Sequence[int],
-    ceiling_seeds: Sequence[int],
+    truth: Truth,
     resamples: int,
     settings: Mapping[str, Any],
 ) -> Validation:
@@ -395,18 +388,8 @@ def _compare(
     unknown = [i for omitted in omissions for i in omitted if i not in row_of]
     if unknown:
         raise InputError(f"there is no row with the example_id {unknown[0]!r} among the predictions.")
-    if set(seeds) & set(ceiling_seeds):
-        raise InputError(
-            f"seeds {list(seeds)} and ceiling_seeds {list(ceiling_seeds)} overlap; expected different seeds: the same "
-            "retrainings would raise the ceiling."
-        )
-
-    def measure(seeds: Sequence[int]) -> np.ndarray:
-        effects = bank.effects(omissions, seeds)
-        return effects if aggregate is None else _aggregated(effects, aggregate)
-
-    measured = measure(seeds)
-    repeated = measure(ceiling_seeds) if len(ceiling_seeds) else None
+    measurement = truth.measure(bank, omissions, aggregate, resamples)
+    measured = measurement.effects
     predicted = {}
     for name, values in methods.items():
         if values.shape[1] != measured.shape[1]:
@@ -415,16 +398,15 @@ def _compare(
                 "same test examples."
             )
         predicted[name] = np.array([values[[row_of[i] for i in omitted]].sum(0) for omitted in omissions])
-    settings = {"seeds": list(seeds), "ceiling_seeds": list(ceiling_seeds), "aggregate": aggregate, **settings}
-    settings |= {"bank": bank.fingerprint, "unreached": bank.unreached(omissions, [*seeds, *ceiling_seeds])}
+    settings = {**truth.to_dict(), "aggregate": aggregate, **settings}
+    settings |= {"bank": bank.fingerprint, "unreached": bank.unreached(omissions, truth.retrainings)}
     return Validation(
         kind=kind,
+        truth=str(truth),
         correlations={name: correlation(values, measured, resamples) for name, values in predicted.items()},
-        ceiling=None if repeated is None else correlation(repeated, measured, resamples),
+        measurement=measurement,
         omissions=omissions,
         labels=list(labels),
-        measured=measured,
-        repeated=repeated,
         predicted=predicted,
         settings=settings,
     )

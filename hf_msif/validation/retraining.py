@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import Split
 from ..adapters.functional import FunctionalModel
@@ -23,6 +23,8 @@ from ..influence.stage import Stage
 from ..objectives import Objective
 from ..training.polish import PolishReport, polish
 from .bank import Retrained
+
+VARIED = ("weights", "order")  # what a start may draw
 
 
 class _Retrainer:
@@ -78,10 +80,13 @@ class _Retrainer:
         shared = {"retraining": type(self).__name__, "tol": self.tol, "polish": self.polish_settings}
         return {**shared, "stage": self.stages[self.target].name, "tests": digest(self.tests), "stages": stages}
 
-    def terms(self, k: int, models: Sequence[nn.Module], omit: Collection) -> dict[str, Any]:
+    def terms(
+        self, k: int, models: Sequence[nn.Module], omit: Collection, weights: Tensor | None = None
+    ) -> dict[str, Any]:
         """F of stage k, as `train`, `record` and `polish` take it."""
         s = self.stages[k]
-        return {
+        weighted = {} if weights is None or k != self.target else {"weights": weights}
+        return weighted | {
             "previous": models[k - 1] if k else None,
             "trainable": s.trainable,
             "weight_decay": s.weight_decay,
@@ -98,11 +103,11 @@ class _Retrainer:
         settings |= self.terms(k, models, omit)
         return polish(models[k], s.objective, s.data, engine=self.engine, **settings)
 
-    def measured(self, model: nn.Module, reports: Sequence[PolishReport]) -> Retrained:
+    def measured(self, models: Sequence[nn.Module], reports: Sequence[PolishReport]) -> Retrained:
         """The loss (a sum over its terms) of every test example of the last stage; how every stage was polished, and
         the accuracy on the tests where the objective predicts classes, in the notes."""
         objective, size = self.test_objective, self.stages[-1].batch_size if self.test_objective.pads else 1
-        functional, losses, right = FunctionalModel(model, self.engine.device), [], 0
+        functional, losses, right = FunctionalModel(models[-1], self.engine.device), [], 0
         predictions = objective.predictions
         with torch.no_grad(), functional.evaluating():
             for start in range(0, len(self.tests), size):
@@ -168,6 +173,11 @@ class WarmStart(_Retrainer):
     def settings(self) -> dict:
         return {**super().settings, "perturbation": self.perturbation}
 
+    @property
+    def repeats_run(self) -> bool:
+        """Whether the stage that loses examples repeats a recorded run, rather than being polished."""
+        return not self.retrainings[self.target].polishes
+
     def finished(self) -> list[nn.Module]:
         """The stages' models at their stationary points, which every retraining starts from; made once."""
         if self._finished is None:
@@ -180,8 +190,39 @@ class WarmStart(_Retrainer):
             self._finished = models
         return self._finished
 
+    def check_starts(self, seeds: Sequence[int]) -> None:
+        """Refuses other starts: a warm start has one.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "WarmStart trains the finished models again, so there is no other start over which an effect could be "
+            "expected; expected FromScratch, or OwnTruth (msif: validation.retrain: from_scratch, or truth: own)."
+        )
+
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
         """Test losses after retraining without the ids in `omit`."""
+        return self.measured(*self.again(omit, seed))
+
+    def again(
+        self, omit: Collection = (), seed: int = 0, weights: Tensor | None = None
+    ) -> tuple[list[nn.Module], list[PolishReport]]:
+        """The models of all stages after retraining, and how those that are polished were.
+
+        Args:
+            omit: the ids to leave out.
+            seed: other than 0: the start is moved a little.
+            weights: ω of every row of the stage that loses examples, in the place of `omit`.
+
+        Raises:
+            InputError: weights, but that stage is polished and repeats no run.
+        """
+        if weights is not None and not self.repeats_run:
+            raise InputError(
+                f"stage {self.stages[self.target].name!r} is polished, and only a run is repeated with weights of its "
+                "rows; expected link='unrolled' with its run."
+            )
         models, reports = list(self.finished()), []
         for k in range(self.target, len(models)):
             models[k], retraining = copy.deepcopy(models[k]), self.retrainings[k]
@@ -191,14 +232,17 @@ class WarmStart(_Retrainer):
             if seed:
                 perturb(models[k], self.roles[k].trained, self.perturbation, seed + 1000 * k)
             polish_again = partial(self.polish, k, models)
-            terms = self.terms(k, models, omit)
+            terms = self.terms(k, models, omit, weights)
             reports.append(retraining.warm_start(models[k], terms, polish_again, self._prepared[k]))
-        return self.measured(models[-1], [report for report in reports if report is not None])
+        return models, [report for report in reports if report is not None]
 
 
 class FromScratch(_Retrainer):
     """Every stage is trained again from fresh parameters: by `TrainingArguments`, then polished, or either alone; an
     unrolled stage by the steps of a run, `training.record`.
+
+    A seed is a *start*: it draws what `vary` names, and everything else is as under the seed `start`. What the
+    objectives draw (masks, negatives) has seeds of its own, and is the same under every start.
 
     Args:
         stages, tests, stage, tol, engine, polish_settings: as for `WarmStart`; the stages' models serve as
@@ -209,10 +253,13 @@ class FromScratch(_Retrainer):
         arguments: Hugging Face's `TrainingArguments` of every stage (their seed is set; `save_strategy="no"`, since a
             retraining must not resume another one), or None: no training, so that `polish` does it all. Also a list
             with None for some of the stages.
+        vary: what a seed draws, of "weights" (the initial weights, by `make`) and "order" (the order of the batches,
+            and dropout).
         polished: polish every stage after training, or a list that says which; defaults to all that are implicit.
 
     Raises:
-        InputError: a stage with neither; arguments that save checkpoints, or not one per stage.
+        InputError: a stage with neither; arguments that save checkpoints, or not one per stage; `vary` names
+            something else, or nothing.
     """
 
     def __init__(
@@ -225,11 +272,14 @@ class FromScratch(_Retrainer):
         stage: str | None = None,
         start: int = 0,
         perturbation: float = 1e-6,
+        vary: Collection[str] = ("weights",),
         tol: float | None = None,
         engine: Engine | None = None,
         **polish_settings,
     ):
         super().__init__(stages, tests, stage, tol, polish_settings, engine)
+        if not vary or not set(vary) <= set(VARIED):
+            raise InputError(f"vary is {vary!r}; expected one or both of {', '.join(VARIED)}.")
         arguments = [None] * len(stages) if arguments is None else list(arguments)
         if polished is None:
             polished = [retraining.polishes for retraining in self.retrainings]
@@ -252,7 +302,7 @@ class FromScratch(_Retrainer):
                     "TrainingArguments and no polish."
                 )
         self.make, self.arguments, self.polished = make, arguments, polished
-        self.start, self.perturbation = start, perturbation
+        self.start, self.perturbation, self.vary = start, perturbation, tuple(sorted(set(vary)))
 
     @property
     def settings(self) -> dict:
@@ -264,14 +314,44 @@ class FromScratch(_Retrainer):
         arguments = [{} if a is None else a.to_dict() for a in self.arguments]
         plain = [{k: v for k, v in a.items() if k not in passing} for a in arguments]
         settings |= {"arguments": plain, "polished": self.polished}
-        return {**settings, "start": self.start, "perturbation": self.perturbation}
+        return {**settings, "start": self.start, "perturbation": self.perturbation, "vary": self.vary}
+
+    def check_starts(self, seeds: Sequence[int]) -> None:
+        """Refuses seeds that are not other starts of the stage that loses examples.
+
+        Raises:
+            InputError: one is the run's own start, or is negative (its start moved a little); or the stage and those
+                before it begin at the same weights under all of them, and the order of their batches does not vary.
+        """
+        own = [seed for seed in seeds if seed < 0 or seed == self.start]
+        if own:
+            raise InputError(
+                f"the starts {list(seeds)} hold {own[0]}, the run's own start ({self.start}) or a negative seed, "
+                "which is that start moved a little; expected other starts alone."
+            )
+        stages = range(self.target + 1)
+        if "order" in self.vary and any(self.arguments[k] is not None for k in stages):
+            return
+        one, other = self.make(seeds[0]), self.make(seeds[1])
+        fresh = [(k, n) for k in stages for n in self.roles[k].trained if n not in self.roles[k].inherited]
+        if "weights" not in self.vary or all(
+            torch.equal(one[k].get_parameter(n), other[k].get_parameter(n)) for k, n in fresh
+        ):
+            raise InputError(
+                f"stage {self.stages[self.target].name!r} starts from the same weights under every seed, so that "
+                "there are no other starts over which its effects could be expected; expected a stage that is trained "
+                "from scratch, batches in another order (vary=('order',); msif: validation.vary), or OwnTruth "
+                "(msif: validation.truth: own)."
+            )
 
     def __call__(self, omit: frozenset, seed: int = 0) -> Retrained:
         """Test losses after training without the ids in `omit`."""
         from transformers import set_seed
 
-        models, reports, noise = list(self.make(seed if seed >= 0 else self.start)), [], -seed
+        noise = -seed
         seed = self.start if noise > 0 else seed
+        models: list[nn.Module] = list(self.make(seed if "weights" in self.vary else self.start))
+        seed, reports = seed if "order" in self.vary else self.start, []
         for k, retraining in enumerate(self.retrainings):
             _hold(models[k], self.roles[k].held)
             set_seed(seed)
@@ -285,7 +365,7 @@ class FromScratch(_Retrainer):
                 retraining.from_scratch(models[k], arguments, self.terms(k, models, omit))
             if self.polished[k]:
                 reports.append(self.polish(k, models, omit))
-        return self.measured(models[-1], reports)
+        return self.measured(models, reports)
 
 
 def _retraining(stage: Stage, before: Stage | None, engine: Engine) -> Retraining:

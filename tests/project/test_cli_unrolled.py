@@ -97,6 +97,29 @@ def test_validate(copied, capsys, retrain):
     assert report["pearson_r"] > 0.99
     assert report["ceiling"]["pearson_r"] > 0.99
     assert {"implicit", "random"} <= set(report)
+    if retrain == "from_scratch":
+        assert report["metasmoothness"] is None
+    else:
+        assert report["metasmoothness"]["losses"] > 0.9
+        assert report["metasmoothness"]["smooth"] is True
+        near, far = report["metasmoothness"]["first_order_error"]
+        assert far == pytest.approx(2 * near, rel=0.1)  # of second order
+        assert near < 0.2
+
+
+@pytest.mark.slow
+def test_validate_against_the_mean_over_other_starts(copied, capsys):
+    report = answer(capsys, "validate", "--config", copied, "--validation.truth", "expected", "--validation.starts", 2)
+    assert report["retrainings"] == 10  # four rows and none, from two starts
+    assert report["settings"]["truth"] == "expected"
+    assert report["settings"]["starts"] == [1000, 1001]
+    assert {"ceiling", "halves", "implicit", "random"} <= set(report)
+    assert report["validation"].endswith("leave_one_out-expected.json")
+    assert "against the mean of retrainings from 2 other starts" in report["text"]
+    own = ("--validation.retrain", "from_scratch", "--validation.seeds", "[1001]", "--validation.ceiling_seeds", "[]")
+    report = answer(capsys, "validate", "--config", copied, *own)
+    assert report["retrainings"] == 0  # the truths share what is the same
+    assert report["settings"]["truth"] == "own"
 
 
 @pytest.mark.slow

@@ -95,6 +95,11 @@ def test_other_experiments_and_groups_along_the_ranking(copied, capsys):
     report = answer(capsys, *validate, "datamodelling_score", "--validation.subsets", 5)
     assert report["settings"]["removed"] == 3
     assert report["spearman_r"] > 0.5
+    report = answer(capsys, *validate, "remove_top", "--validation.top_fraction", 0.05, "--validation.draws", 4)
+    assert report["settings"]["removed"] == 3
+    assert report["difference"] > 0
+    assert report["above"] == 1
+    assert len(pd.read_parquet(where[1] / "validation" / "remove_top.parquet")) == 1 + 4  # summed over the tests
 
 
 @pytest.mark.slow

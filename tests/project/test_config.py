@@ -266,6 +266,14 @@ ERRORS = {
         ["--stages.finetuning.data.name", "en"],
         ["stages.finetuning.data.name is 'en', which is for Hub datasets", "leave it out"],
     ),
+    "a warm start has one start": (
+        ["--validation.truth", "expected", "--validation.retrain", "warm_start"],
+        ["validation.retrain is warm_start", "expected from_scratch"],
+    ),
+    "seeds of another truth": (
+        ["--validation.truth", "expected", "--validation.seeds", "[1]"],
+        ["those of truth: own", "validation.starts"],
+    ),
     "too few rows to compare": (["--validation.examples", "2"], ["validation.examples is 2", "at least 3"]),
     "an empty name of a file": (
         ["--stages.pretraining.data.data_files", "''"],

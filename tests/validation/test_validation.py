@@ -21,7 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training, validation
 from hf_msif.engine.hashing import digest
-from hf_msif.validation import BASELINES, Bank, FromScratch, Retrained, WarmStart, correlation
+from hf_msif.validation import BASELINES, Bank, FromScratch, OwnTruth, Retrained, WarmStart, correlation
 from hf_msif.validation.baselines import TEXT, Case
 from hf_msif.validation.experiments import random_omissions
 
@@ -162,6 +162,18 @@ def test_a_record_says_what_it_is(tmp_path):
         Bank(lambda omit, seed: [0.0], tmp_path, {}, progress=False).losses([["a", "b"]], seed=4)
 
 
+def test_another_result_is_computed_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        bank = Bank(Linear(np.ones((3, 1))), tmp_path, progress=False)
+        assert bank.once("smoothness", lambda: calls.append(1) or {"value": 0.5}) == {"value": 0.5}
+        assert bank.once("another", lambda: {"value": 2}) == {"value": 2}
+    assert len(calls) == 1
+    assert bank.computed == 0
+    bank.losses([[0]])
+    assert bank.computed == 1
+
+
 def test_messages_of_the_bank(tmp_path):
     with pytest.raises(InputError, match="pass settings="):
         Bank(lambda omit, seed: [0.0], tmp_path)
@@ -263,7 +275,7 @@ def test_the_ceiling_is_the_truths_own_reliability():
     assert abs(found.ceiling.pearson_r - 0.5) < 0.12  # var/(var + noise)
     assert abs(found.to_dict()["pearson_r"] - math.sqrt(0.5)) < 0.1
     more = validation.leave_one_out(
-        Bank(Linear(c, noise=1.0), progress=False), c, range(400), 400, seeds=range(8), ceiling_seeds=range(8, 16)
+        Bank(Linear(c, noise=1.0), progress=False), c, range(400), 400, truth=OwnTruth(range(8), range(8, 16))
     )
     assert more.ceiling.pearson_r > found.ceiling.pearson_r + 0.2
 
@@ -271,12 +283,14 @@ def test_the_ceiling_is_the_truths_own_reliability():
 def test_the_largest_effects_are_left_out_first():
     c = np.array([[0.1, 0.2], [-3.0, 0.0], [1.0, -1.0], [2.0, 0.5], [0.0, 0.4]])
     bank = Bank(Linear(c), progress=False)
-    found = validation.leave_one_out(bank, c, range(5), examples=3, ceiling_seeds=())
+    found = validation.leave_one_out(bank, c, range(5), examples=3, truth=OwnTruth(ceiling_seeds=()))
     assert found.labels == [1, 3, 4]  # |Σ over tests|: 3, 2.5, 0.4
     np.testing.assert_allclose(found.measured[:, 0], [-3.0, 2.5, 0.4])
     assert found.ceiling is None
     assert "ceiling not measured" in str(found)
-    chosen = validation.leave_one_out(bank, c, range(5), examples=[4, 0, 2], aggregate=None, ceiling_seeds=())
+    chosen = validation.leave_one_out(
+        bank, c, range(5), examples=[4, 0, 2], aggregate=None, truth=OwnTruth(ceiling_seeds=())
+    )
     np.testing.assert_allclose(chosen.measured, c[[4, 0, 2]])
 
 
@@ -326,7 +340,6 @@ MESSAGES = {
     "columns": ({"predicted": C[:, [0, 1, 1]], "aggregate": None}, "has 3 test columns, but the bank measures 2"),
     "aggregate": ({"aggregate": "median"}, "expected 'sum', 'mean' or None"),
     "unknown id": ({"examples": [1, 2, 99]}, "no row with the example_id 99"),
-    "seeds": ({"ceiling_seeds": (0,)}, "overlap"),
     "name": ({"baselines": {"influence": C}}, "cannot be called"),
 }
 
@@ -620,7 +633,7 @@ def test_lds_through_both_stages_of_digits(bank):
     scores = chain.query(tests).score(corpus)
     identity = validation.baselines(chain, tests, corpus, which=[IDENTITY])
     found = validation.datamodelling_score(
-        bank, scores, subsets=20, fraction=0.99, baselines=identity, ceiling_seeds=()
+        bank, scores, subsets=20, fraction=0.99, baselines=identity, truth=OwnTruth(ceiling_seeds=())
     ).to_dict()
     assert found["spearman_r"] > 0.9
     assert found["columns"] == 100

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ...scoring.scores import Scores
     from ...validation import Bank
     from ...validation.experiments import Validation
+    from ...validation.rankings import TopRemoval
+    from ...validation.truth import Truth
     from ..run import Run
 
 HELP = "remove rows, train all stages again, and compare with the prediction"
@@ -35,12 +37,14 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     from ..retraining import checkpoint_folders, refuse_streams
 
     refuse_streams(project, "validate")
-    path = project.output(f"validation/{project.config.validation.experiment}")
+    settings = project.config.validation
+    kind = settings.experiment if settings.truth == "own" else f"{settings.experiment}-{settings.truth}"
+    path = project.output(f"validation/{kind}")
     files = [path.with_name(f"{path.name}{end}") for end in ENDINGS]
     into = [path.parent, project.folder / "bank"]
     with project.outputs.writing(files, into):
         check_query(project, project.folder / "query", needed=False)
-        with checkpoint_folders(project, project.config.validation.retrain):
+        with checkpoint_folders(project, settings.way):
             return _validate(project, path, files)
 
 
@@ -58,20 +62,22 @@ def _validate(project: Run, path: Path, files: list[Path]) -> dict:
     models, tests = project.models(), project.tests()
     chain = project.chain(models)
     check_query_content(project, chain, tests)
-    # The random subsets of a datamodelling score are drawn from all rows that the stage was trained on.
-    whole = settings.experiment == "datamodelling_score"
+    # Random subsets and draws are taken from all rows that the stage was trained on.
+    whole = settings.experiment in ("datamodelling_score", "remove_top")
     corpus = project.rows(stage) if whole else project.corpus()
-    retrain = retraining(project, chain, tests, settings.retrain)
+    retrain, truth = retraining(project, chain, tests, settings.way, settings.vary), _truth(project)
+    truth.check(retrain)
     scores = chain.query(tests, project.aggregate).score(corpus, stage=stage)
     groups = {}
     if settings.experiment == "remove_groups":
         groups = _groups_along_ranking(scores, settings.groups, settings.group_size)
     baselines = validation.baselines(chain, tests, corpus, stage, methods, project.config.seed)
     bank = validation.Bank(retrain, project.folder / "bank", progress=project.progress)
-    result = _experiment(project, bank, scores, groups, baselines)
+    smoothness = _smoothness(project, bank, scores) if settings.truth == "own" else None
+    result = _experiment(project, bank, scores, groups, baselines=baselines, truth=truth)
     add_names(path.parent, "validation", [file.name for file in files])
     report = {**result.to_dict(), "seconds": round(time.perf_counter() - started, 1)}
-    report |= {"retrainings": bank.computed, "accuracy": _accuracies(project, models)}
+    report |= {"metasmoothness": smoothness, "retrainings": bank.computed, "accuracy": _accuracies(project, models)}
     write_json(f"{path}.json", report)
     write_atomically(f"{path}.parquet", lambda part: result.removals.to_parquet(part, index=False))
     report["figure"] = write_figure(path.with_suffix(".png"), result.plot)
@@ -113,30 +119,61 @@ def _groups_along_ranking(scores: Scores, number: int, size: int) -> dict[str, l
     return {f"{start}–{start + size - 1}": [ids[i] for i in order[start : start + size]] for start in starts}
 
 
-def _experiment(project: Run, bank: Bank, scores: Scores, groups: dict[str, list], baselines: dict) -> Validation:
+def _experiment(
+    project: Run, bank: Bank, scores: Scores, groups: dict[str, list], **shared: Any
+) -> Validation | TopRemoval:
     """The experiment that the configuration names."""
     from ... import validation
 
-    settings, seed = project.config.validation, project.config.seed
-    # From scratch, a seed draws the initial weights, and -1 is the configuration's own start plus a little noise. A
-    # warm start begins at the finished models under seed 0, and at these plus a little noise under any other.
-    from_scratch = settings.retrain == "from_scratch"
-    ceiling_seeds = settings.ceiling_seeds
-    if ceiling_seeds is None:
-        ceiling_seeds = [-1] if from_scratch else [1]
-    shared: dict[str, Any] = {
-        "baselines": baselines,
-        "aggregate": project.aggregate,
-        "seeds": settings.seeds or [seed if from_scratch else 0],
-        "ceiling_seeds": ceiling_seeds,
-    }
+    settings = project.config.validation
+    shared["aggregate"] = project.aggregate
     if settings.experiment == "leave_one_out":
         return validation.leave_one_out(bank, scores, examples=settings.examples, **shared)
     if settings.experiment == "remove_groups":
         return validation.remove_groups(bank, scores, groups, **shared)
-    return validation.datamodelling_score(
-        bank, scores, subsets=settings.subsets, fraction=settings.fraction, seed=seed, **shared
-    )
+    shared["seed"] = project.config.seed
+    if settings.experiment == "remove_top":
+        return validation.remove_top(bank, scores, fraction=settings.top_fraction, draws=settings.draws, **shared)
+    return validation.datamodelling_score(bank, scores, subsets=settings.subsets, fraction=settings.fraction, **shared)
+
+
+def _smoothness(project: Run, bank: Bank, scores: Scores) -> dict | None:
+    """Whether the run of the ranked stage can be predicted at all, printed before time is spent on retrainings; None
+    where no run is repeated."""
+    from ... import validation
+    from ...engine.hashing import digest
+
+    retrain = bank.retrain
+    if not isinstance(retrain, validation.WarmStart) or not retrain.repeats_run:
+        return None
+    own_rows = {row["example_id"] for row in project.rows(project.ranked)}
+    predicted = scores if own_rows.issuperset(scores.frame["example_id"]) else None
+
+    def compute() -> dict:
+        found = validation.metasmoothness(retrain, predicted, aggregate=project.aggregate)
+        return {**found.to_dict(), "text": str(found)}
+
+    effects = None if predicted is None else digest([{"effects": predicted.removal_effects()}])
+    smoothness = bank.once(f"metasmoothness, predicted by {effects}", compute)
+    print(smoothness["text"], flush=True)
+    return smoothness
+
+
+def _truth(project: Run) -> Truth:
+    """What the configuration compares predictions with."""
+    from ... import validation
+
+    settings, seed = project.config.validation, project.config.seed
+    if settings.truth == "expected":
+        others = range(validation.OTHER_STARTS, validation.OTHER_STARTS + settings.starts + 1)
+        return validation.ExpectedTruth([start for start in others if start != seed][: settings.starts])
+    # From scratch, a seed draws the initial weights, and -1 is the configuration's own start plus a little noise. A
+    # warm start begins at the finished models under seed 0, and at these plus a little noise under any other.
+    from_scratch = settings.way == "from_scratch"
+    ceiling_seeds = settings.ceiling_seeds
+    if ceiling_seeds is None:
+        ceiling_seeds = [-1] if from_scratch else [1]
+    return validation.OwnTruth(settings.seeds or [seed if from_scratch else 0], ceiling_seeds)
 
 
 def _accuracies(project: Run, models: dict[str, Any]) -> dict[str, float]:
