@@ -4,10 +4,10 @@
 
 A small BERT is pretrained by masked LM on One Billion Word sentences and finetuned, encoder frozen, on tweets about a
 Republican debate. Both stages are trained again from scratch on random subsets of the sentences, and the measured test
-losses are compared with the sum of predicted removal effects: through the pretraining run itself, Gauss-Newton, exact
-Hessian, the paper's solver, and the baselines. There are two truths: what the run itself does without the sentences,
-and what training does without them in the mean over other starts. See README.md for the data, the rules and what this
-script prints.
+losses are compared with the sum of predicted removal effects: through the pretraining run itself, a few of its states,
+Gauss-Newton, exact Hessian, the paper's solver, means over several models, and the baselines. There are two truths:
+what the run itself does without the sentences, and what training does without them in the mean over other starts. See
+README.md for the data, the rules and what this script prints.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedModel
 
 from hf_msif import MultiStageInfluence, Stage, objectives, solvers, training, validation
+from hf_msif.adapters.split import write
+from hf_msif.training.recording import Recording
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = ("Negative", "Positive")
@@ -53,6 +56,14 @@ METHODS = {
     "exact Hessian, MinRes": ("hessian", solvers.MinRes(tol=1e-2, max_iter=60), (0.0, 0.1, 1.0)),
     "exact Hessian, SquaredCG (paper)": ("hessian", solvers.SquaredCG(tol=1e-2, max_iter=60), (1e-3, 1e-1, 10.0)),
 }
+# These have no damping to choose: the training time takes its place.
+BY_TIME = "Gauss-Newton, 1/τ in Adam's coordinates"
+STATES = {f"segments, {n} state(s), Gauss-Newton": ("gauss_newton", n) for n in (1, 2, 3, 6, 12)}
+STATES |= {f"segments, {n} state(s), exact Hessian": ("hessian", n) for n in (1, 3, 6)}
+# Means of influences: of two models that were trained from different starts, and of models along the run.
+OF_TWO = {f"two models, {name}": name for name in (BY_TIME, "segments, 3 state(s), Gauss-Newton")}
+ALONG_THE_RUN = "Gauss-Newton, λ = 0.1, mean over 3 states"
+OTHER_MODEL = 500  # added to the seed: the start of the second model
 
 
 def main() -> None:
@@ -173,10 +184,10 @@ class Setup:
     weights. The run is recorded. The head is brought to its optimum.
     """
 
-    def __init__(self, tokenizer, corpus: list[dict], tweets: list[dict], settings, folder: Path):
+    def __init__(self, tokenizer, corpus: list[dict], tweets: list[dict], settings, folder: Path, start: int):
         self.masked = objectives.MaskedLM(tokenizer, seed=settings.seed, mask_probability=MASKED, static=True)
         self.task = objectives.SequenceClassification(tokenizer)
-        self.corpus, self.tweets, self.start = corpus, tweets, settings.seed
+        self.corpus, self.tweets, self.start = corpus, tweets, start
         self.arguments = TrainingArguments(
             str(folder / "trainer"),
             max_steps=settings.steps,
@@ -205,10 +216,14 @@ class Setup:
         training.record(
             pretrained, self.masked, corpus, self.arguments, self.run, weight_decay=DECAY, name="pretraining"
         )
+        self.models = [pretrained, self.finetune(pretrained, finetuned)]
+
+    def finetune(self, pretrained: nn.Module, finetuned: nn.Module) -> nn.Module:
+        """The classifier with the head that is best on the encoder of `pretrained`."""
         finetuned.bert.load_state_dict(pretrained.bert.state_dict())
         head = {"previous": pretrained, "trainable": "head", "weight_decay": HEAD_DECAY, "batch_size": BATCH}
-        training.polish(finetuned, self.task, tweets, **head, name="finetuning")
-        self.models = [pretrained, finetuned]
+        training.polish(finetuned, self.task, self.tweets, **head, name="finetuning")
+        return finetuned
 
     def fresh(self, seed: int) -> list[nn.Module]:
         """Untrained models of both stages; the head's start is always the same."""
@@ -217,18 +232,29 @@ class Setup:
         torch.manual_seed(self.start)
         return [pretrained, MeanClassifier(self.config).double().eval()]
 
-    def stages(self, **pretraining) -> list[Stage]:
+    def stages(self, models: list[nn.Module] | None = None, **pretraining) -> list[Stage]:
         """The chain, pretraining pulled back through its run or as the arguments say."""
+        pretrained, finetuned = models or self.models
         first = pretraining or {"link": "unrolled", "run": self.run}
         first |= {"weight_decay": DECAY, "batch_size": BATCH}
         exact = {"curvature": "hessian", "solver": solvers.Dense(), "weight_decay": HEAD_DECAY, "batch_size": BATCH}
         return [
-            Stage("pretraining", self.models[0], self.masked, self.corpus, **first),
-            Stage("finetuning", self.models[1], self.task, self.tweets, "head", **exact),
+            Stage("pretraining", pretrained, self.masked, self.corpus, **first),
+            Stage("finetuning", finetuned, self.task, self.tweets, "head", **exact),
         ]
 
-    def chain(self, **pretraining) -> MultiStageInfluence:
-        return MultiStageInfluence(self.stages(**pretraining), progress=False)
+    def chain(self, models: list[nn.Module] | None = None, **pretraining) -> MultiStageInfluence:
+        return MultiStageInfluence(self.stages(models, **pretraining), progress=False)
+
+    def along_the_run(self, states: int) -> list[list[nn.Module]]:
+        """The models of both stages as they would be had pretraining ended at each of a few states of its run."""
+        run = Recording.from_pretrained(self.run)
+        ends, pairs = [run.steps * (i + 1) // states for i in range(states)], []
+        for step in [min(run.saved_steps, key=lambda saved, end=end: abs(saved - end)) for end in ends]:
+            pretrained, finetuned = self.fresh(self.start)
+            write(pretrained, run.state(step)["parameters"])
+            pairs.append([pretrained, self.finetune(pretrained, finetuned)])
+        return pairs
 
     def banks(self, tests: list[dict], folder: Path) -> dict[str, validation.Bank]:
         """Both stages again, by truth: the run from its first state, the head to its optimum; or all from other
@@ -245,9 +271,11 @@ class Setup:
 
 def experiment(settings: argparse.Namespace, folder: Path) -> dict:
     tokenizer, corpus, (tests, choosing, tweets, others) = load(settings)
-    setup = Setup(tokenizer, corpus, tweets, settings, folder)
+    setup = Setup(tokenizer, corpus, tweets, settings, folder, settings.seed)
     report = {"training": describe(setup, others)}
     predicted, certificates = predictions(setup, choosing + tests)
+    second = Setup(tokenizer, corpus, tweets, settings, folder / "second", settings.seed + OTHER_MODEL)
+    predicted |= means(setup, second, predicted, choosing + tests)
     split = len(choosing)
     to_choose = {name: values[:, :split] for name, values in predicted.items()}
     in_table = {name: values[:, split:] for name, values in predicted.items()}
@@ -294,18 +322,46 @@ def predictions(setup: Setup, tests: list[dict]) -> tuple[dict[str, np.ndarray],
     for method, (curvature, solver, dampings) in METHODS.items():
         for damping in dampings:
             ways[f"{method}, λ = {damping:g}"] = {"curvature": curvature, "solver": replace(solver, damping=damping)}
+    ways |= by_time(setup)
     for name, way in ways.items():
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*not solved to tolerance")  # the table says so
-            query = setup.chain(**way).query(tests)
-        predicted[name] = query.score(setup.corpus).removal_effects()
-        certificate = query.certificates["pretraining"]
-        certificates[name] = (
-            f"{max(certificate.iterations)} its, residual {max(certificate.residual):.2g}"
-            if way
-            else f"{certificate.steps} steps, adjoint grew {max(certificate.growth):.2g} times"
-        )
+        predicted[name], certificate = effects(setup.chain(**way), setup.corpus, tests)
+        if name == UNROLLED:
+            certificates[name] = f"{certificate.steps} steps, adjoint grew {max(certificate.growth):.2g} times"
+        elif name in STATES:
+            its = sum(max(report.iterations) for report in certificate.segments)
+            certificates[name] = f"{its} its in all, error {max(certificate.error):.2g}"
+        else:
+            certificates[name] = f"{max(certificate.iterations)} its, residual {max(certificate.residual):.2g}"
     return predicted, certificates
+
+
+def by_time(setup: Setup) -> dict[str, dict]:
+    """The ways by the training time, without a damping to choose."""
+    ways = {BY_TIME: {"run": setup.run, "solver": solvers.Auto(damping="training", tol=1e-2, max_iter=60)}}
+    for name, (curvature, states) in STATES.items():
+        ways[name] = {"link": "segments", "run": setup.run, "checkpoints": states, "curvature": curvature}
+    return ways
+
+
+def effects(chain: MultiStageInfluence, corpus: list[dict], tests: list[dict]) -> tuple[np.ndarray, Any]:
+    """Removal effects (sentences, tests), and the certificate of pretraining."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not solved to tolerance")  # the table says so
+        query = chain.query(tests)
+    return query.score(corpus).removal_effects(), query.certificates["pretraining"]
+
+
+def means(setup: Setup, second: Setup, predicted: dict, tests: list[dict]) -> dict[str, np.ndarray]:
+    """Mean removal effects of two models, and of models along the run."""
+    ways = by_time(second)
+    found = {
+        name: (predicted[way] + effects(second.chain(**ways[way]), setup.corpus, tests)[0]) / 2
+        for name, way in OF_TWO.items()
+    }
+    curvature, solver, _ = METHODS["Gauss-Newton, CG"]
+    way = {"curvature": curvature, "solver": replace(solver, damping=0.1)}
+    along = [effects(setup.chain(models, **way), setup.corpus, tests)[0] for models in setup.along_the_run(3)]
+    return found | {ALONG_THE_RUN: sum(along) / len(along)}
 
 
 def score(bank, predicted: dict, settings, subsets: int, seed: int, truth) -> validation.Validation:
@@ -323,7 +379,8 @@ def score(bank, predicted: dict, settings, subsets: int, seed: int, truth) -> va
 
 def best_dampings(scored: validation.Validation) -> dict[str, str]:
     """Of each method the name with the damping of the largest LDS."""
-    best = {UNROLLED: UNROLLED}
+    fixed = [UNROLLED, BY_TIME, *STATES, *OF_TWO, ALONG_THE_RUN]
+    best = {name: name for name in fixed}
     for method in METHODS:
         names = [name for name in scored.correlations if name.startswith(f"{method}, λ")]
         best[method] = max(names, key=lambda name: scored.correlations[name].spearman_r)
@@ -343,7 +400,8 @@ def print_table(results: dict, chosen: dict, baselines: dict, of_the_run: valida
     own, expected = results[OWN], results[EXPECTED]
 
     def cells(truth: str, name: str) -> list:
-        return ["".join(name.partition("λ")[1:]), *lds(results[truth].correlations[name])]
+        damping = "" if name in chosen[truth] else "".join(name.partition("λ")[1:])
+        return [damping, *lds(results[truth].correlations[name])]
 
     lines = [
         [method, *cells(OWN, chosen[OWN][method]), *cells(EXPECTED, chosen[EXPECTED][method])]
