@@ -171,7 +171,7 @@ class Query:
             engine=bound.engine,
             model=bound.model,
             objective=objective,
-            batch_size=bound.stage.batch_size,
+            batch_size=bound.batch_size,
             columns=self.columns,
             count=count,
             influence=solution.influence,

@@ -15,6 +15,8 @@ from ..errors import InputError
 from ._base import Batch, Rows, SumOfTerms, Terms, logits_of
 from .tokens import check_length, ordinary_tokens, seeded, texts_of, tokenize
 
+FOLDS = 8  # close to the masked share of BERT's training, 0.15
+
 
 @dataclass(frozen=True)
 class MaskedLM(SumOfTerms):
@@ -24,9 +26,10 @@ class MaskedLM(SumOfTerms):
 
     - masks="random", as BERT is trained: each draw chooses max(1, round(p·n)) of a sentence's n ordinary tokens, of
       which 80 % become `[MASK]`, 10 % a random token, 10 % stay (Devlin et al., 2019).
-    - masks="folds", for influence: the tokens are shuffled and cut into K = 1/p folds. Each draw of a round of K masks
-      one of them, so that a round masks each token exactly once, where independent draws leave to chance which tokens
-      a score knows; the next round shuffles anew. All become `[MASK]`. (A fold of fewer than K tokens may be empty.)
+    - masks="folds", as influence has them (`for_influence`): the tokens are shuffled and cut into K = 1/p folds. Each
+      draw of a round of K masks one of them, so that a round masks each token exactly once, where independent draws
+      leave to chance which tokens a score knows; the next round shuffles anew. All become `[MASK]`. (Folds of a
+      sentence with fewer than K tokens may be empty.)
 
     Args:
         tokenizer: a tokenizer with a mask token.
@@ -36,7 +39,8 @@ class MaskedLM(SumOfTerms):
             the cost grows as D).
         first_draw: number of the first draw; epoch e of training takes the draws from first_draw + e · draws.
         masks: "random" or "folds".
-        static: training keeps the same masks in every epoch instead.
+        static: training keeps the same masks in every epoch instead, and influence has these masks, too: they are a
+            part of what was minimised.
         max_length: tokens after which a sentence is cut, and counted as truncated; defaults to the tokenizer's limit.
         reduction: "token" (N counts masked tokens, as Hugging Face trains) or "example" (each sentence is the mean of
             its terms and counts once).
@@ -139,6 +143,17 @@ class MaskedLM(SumOfTerms):
     def of_epoch(self, epoch: int) -> MaskedLM:
         """The objective with the masks of an epoch of training; with `static` masks, itself."""
         return self if self.static else replace(self, first_draw=self.first_draw + epoch * self.draws)
+
+    def for_influence(self, rounds: int = 1) -> MaskedLM:
+        """The objective with `rounds` rounds of folds: eight of them, or 1/p where `masks` is "folds" already.
+
+        With `static` masks, itself. N counts an eighth of all tokens, where masks of training count p of them.
+        """
+        if self.static:
+            return self
+        if self.masks == "folds":
+            return replace(self, draws=rounds * self._folds_per_round)
+        return replace(self, masks="folds", mask_probability=1 / FOLDS, draws=rounds * FOLDS, first_draw=0)
 
     def _numbers(self, batch: Batch) -> Tensor:
         size = batch["input_ids"].shape[0]
