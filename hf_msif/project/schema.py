@@ -240,6 +240,9 @@ class Corpus(Section):
     method: Literal["auto", "forward", "layerwise"] = "auto"
     """how rows are scored, exact in any case: forward mode per column, or the gradients of rows layer by layer for all
     columns at once; auto: the latter from two columns on"""
+    mask_rounds: Count | Literal["auto"] | None = None
+    """rounds of masks per row, with --keep of the rows that are kept alone; null: those of the stage; auto: doubled
+    until masks have at most 5 % of the variance between rows"""
     part_rows: Count = 4096
     """rows per part while scoring is under way; an interruption loses the rows in hand: sixteen batches per process,
     or one part"""
