@@ -162,7 +162,7 @@ def test_the_effect_of_a_removal_has_the_scale_that_masks_of_training_give_it():
     after = tiny.finetuned(before, "bert")
     rows, effects, sizes = tiny.rows(16, seed=4, longest=16, shortest=8), {}, {}
     for share in (0.125, 0.25, "folds"):
-        settings = {} if share == "folds" else {"mask_probability": share, "draws": 64, "static": True}
+        settings = {} if share == "folds" else {"mask_probability": share, "draws": 32, "static": True}
         stages = [
             Stage("pre", before, tiny.objective("masked", **settings), rows, solver=IDENTITY, batch_size=512),
             Stage("fine", after, tiny.objective("classification"), tiny.rows(6, seed=2), "head", solver=IDENTITY),
@@ -170,7 +170,7 @@ def test_the_effect_of_a_removal_has_the_scale_that_masks_of_training_give_it():
         scores = MultiStageInfluence(stages, progress=False).query(TESTS[:1]).score(rows)
         effects[share], sizes[share] = scores.frame["removal_effect"].to_numpy(), scores.metadata["N"]
     assert sizes[0.25] / sizes[0.125] == pytest.approx(2, rel=0.1)
-    assert sizes["folds"] / sizes[0.125] == pytest.approx(1, rel=0.05)
+    assert sizes["folds"] / sizes[0.125] == pytest.approx(1, rel=0.1)  # random masks have a whole number of words
     for share in (0.125, 0.25):
         slope = (effects["folds"] @ effects[share]) / (effects[share] @ effects[share])
         assert slope == pytest.approx(1, abs=0.25)
