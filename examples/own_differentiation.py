@@ -24,10 +24,10 @@ class Averaged(influence.Differentiation):  # Stage.run is the folder of the ear
         return self.load(u, certificate.to_dict()), {name: adjoint[name] for name in self.bound.split.inherited}
 
     def load(self, tensors, certificate):
-        stage, certificate = self.bound.stage, influence.DirectCertificate(**certificate)
-        earlier = adapters.FunctionalModel(type(stage.model).from_pretrained(stage.run), self.bound.engine.device)
-        at = (self.bound.model, earlier)
-        return MeanDirection([influence.Direction(model, stage.objective, tensors, certificate) for model in at])
+        bound, certificate = self.bound, influence.DirectCertificate(**certificate)
+        model = type(bound.stage.model).from_pretrained(bound.stage.run)
+        at = (bound.model, adapters.FunctionalModel(model, bound.engine.device))
+        return MeanDirection([influence.Direction(model, bound.objective, tensors, certificate) for model in at])
 
 
 if __name__ == "__main__":

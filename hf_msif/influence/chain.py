@@ -47,7 +47,8 @@ class BoundStage:
         split: the roles of the parameters; tensors on which the loss does not depend are left out.
         model: the model as a function of its parameters.
         rows: the stage's data, each row with an `example_id`.
-        objective: that of the stage; batches of rows of equal length where padding reaches the loss.
+        objective: that of influence (`Stage.influence_objective`); batches of rows of equal length where padding
+            reaches the loss.
         differentiation: what `stage.link` makes for this bound stage.
         findings: what the checks found.
 
@@ -63,7 +64,7 @@ class BoundStage:
 
     def __init__(self, stage: Stage, before: BoundStage | None, engine: Engine):
         self.stage, self.before, self.engine = stage, before, engine
-        self.objective: Objective = stage.objective
+        self.objective: Objective = stage.influence_objective
         self.split: Split = split(
             stage.name,
             stage.model,
@@ -91,6 +92,11 @@ class BoundStage:
     @property
     def name(self) -> str:
         return self.stage.name
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per batch: `Stage.batch_size` inputs of the model."""
+        return max(1, self.stage.batch_size // (self.objective.inputs_per_row or 1))
 
     def _warn_of_held(self) -> None:
         held = self.split.held
@@ -198,7 +204,7 @@ class BoundStage:
         known = self.differentiation.known_size()
         if known is not None:
             return known
-        total, examples, objective, size = 0.0, 0, self.objective, self.stage.batch_size
+        total, examples, objective, size = 0.0, 0, self.objective, self.batch_size
         total_rows = None if isinstance(self.rows, Stream) else len(self.rows)
         bar = self.engine.bar(total=total_rows, desc=f"{self.name}: counting", unit=" sentences")
         with bar, torch.no_grad(), self.model.evaluating():
@@ -316,7 +322,7 @@ class Chain:
         _check_texts(rows, last.objective.text_column)
         names = (*last.split.trained, *last.split.frozen)
         # One backward pass per example: it goes through the whole batch, so a batch of one example costs least.
-        size = 1 if aggregate is None else last.stage.batch_size
+        size = 1 if aggregate is None else last.batch_size
         like = vectors.select(last.model.parameters, names)
         losses_by_index: list[tuple[int, float, float]] = []
 

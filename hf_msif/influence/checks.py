@@ -158,7 +158,7 @@ def symmetry(bound: BoundStage) -> Finding:
     rows = [rows[0], rows[-1]] if len(rows) > 1 else rows
     with bound.engine.raising_together():
         objective = tempered(bound.objective, bound.model, rows)
-    operator = stage.curvature_class(bound.model, objective, rows, bound.split.trained, bound.engine, stage.batch_size)
+    operator = stage.curvature_class(bound.model, objective, rows, bound.split.trained, bound.engine, bound.batch_size)
     if operator.is_symmetric:
         return Finding("symmetry", f"curvature={stage.curvature_name!r} is symmetric by construction")
     if not operator.count:

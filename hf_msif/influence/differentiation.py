@@ -95,10 +95,12 @@ class Differentiation:
     `registry.DIFFERENTIATIONS` gives a class a name, by which `Stage(link="name")` finds it.
 
     Args:
-        bound: the stage in its place in the chain, a `chain.BoundStage`.
+        bound: the stage in its place in the chain, a `chain.BoundStage`. Its `objective` makes the batches of rows
+            that are scored; `bound.stage.objective` is that of training, which may draw other masks.
     """
 
     needs_run: ClassVar[bool | None] = None  # whether Stage.run must name a folder, or must not; None: it may
+    masks_of_training: ClassVar[bool] = False  # whether the objective's random numbers must be those of training
 
     # `Any` stands for `chain.BoundStage` and `stage.Stage` in this module: theirs import it. A subclass names them.
     def __init__(self, bound: Any):

@@ -64,6 +64,10 @@ class Direction:
         """The same direction, which scores by another method."""
         return self if method == self.method else replace(self, method=method)
 
+    def with_objective(self, objective: Objective) -> Direction:
+        """The same direction, which scores rows by their losses of another objective."""
+        return replace(self, objective=objective)
+
     def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
         """I(x) = −⟨u_k, ∇ℓ_x⟩ of each row, for all columns.
 
@@ -171,6 +175,10 @@ class Directions:
     def by(self, method: str) -> Directions:
         """The same, which scores by another method."""
         return replace(self, parts=[part.by(method) for part in self.parts])
+
+    def with_objective(self, objective: Objective) -> Directions:
+        """The same, which scores rows by their losses of another objective."""
+        return replace(self, parts=[part.with_objective(objective) for part in self.parts])
 
     def prepare(self) -> None:
         """What all processes must do together before they score."""

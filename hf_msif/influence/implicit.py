@@ -141,10 +141,10 @@ class Implicit(Differentiation):
 
     def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:
         """The curvature estimated on `rows`; `ridge`, the diagonal of the quadratic terms, defaults to that of F_k."""
-        bound, stage = self.bound, self.bound.stage
+        bound = self.bound
         ridge = self.ridge if ridge is None else ridge
         return self.curvature_kind[0](
-            bound.model, bound.objective, rows, bound.split.trained, bound.engine, stage.batch_size, ridge
+            bound.model, bound.objective, rows, bound.split.trained, bound.engine, bound.batch_size, ridge
         )
 
     # --- the quadratic terms of F_k

@@ -122,16 +122,16 @@ def _some_rows(implicit: Any, size: int) -> list[dict]:
 
 def _few_rows(implicit: Any, examples: int) -> list[dict]:
     """About four batches."""
-    return _some_rows(implicit, min(4 * implicit.bound.stage.batch_size, examples))
+    return _some_rows(implicit, min(4 * implicit.bound.batch_size, examples))
 
 
 def measure(implicit: Any, columns: int, examples: int) -> Passes:
     """Times on at most four batches, scaled to all curvature rows."""
     from .differentiation import DirectCertificate
 
-    bound, stage = implicit.bound, implicit.bound.stage
+    bound = implicit.bound
     rows = _few_rows(implicit, examples)
-    batches = list(bound.engine.batches(rows, bound.objective, stage.batch_size))
+    batches = list(bound.engine.batches(rows, bound.objective, bound.batch_size))
     indices, batch = batches[len(batches) // 2]
     widest, _ = max(batches, key=lambda pair: attended(pair[1]))
     operator = implicit.curvature([rows[i] for i in indices])

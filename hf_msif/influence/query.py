@@ -23,6 +23,7 @@ from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 from .direction import Direction, Directions
+from .mask_rounds import with_mask_rounds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +76,13 @@ class Query:
         return plain_rows(self.tests)
 
     def score(
-        self, corpus, stage: str | None = None, batch_size: int | None = None, method: str = "auto", **settings
+        self,
+        corpus,
+        stage: str | None = None,
+        batch_size: int | None = None,
+        method: str = "auto",
+        mask_rounds: int | str | None = None,
+        **settings,
     ) -> Scores:
         """Influence of every row of `corpus`, as an example of `stage`, on the test loss.
 
@@ -86,6 +93,10 @@ class Query:
             batch_size: rows per batch; defaults to that of the stage. It does not change a score.
             method: how the rows of an implicit stage are scored, see `Direction`: "auto", "forward" or "layerwise".
                 Both are exact.
+            mask_rounds: rounds of masks per row of an implicit stage, whose scores are averaged; defaults to
+                `Stage.mask_rounds`. With `keep` they are for a shortlist: all rows are scored with those of the stage,
+                and the rows that are kept with these. "auto": doubled until masks have at most 5 % of the variance
+                between rows, as measured on 128 of them; the result is printed, and in the metadata as `mask_noise`.
             output_dir: folder for the finished file, scores.parquet (scores-STAGE.parquet for another stage than the
                 first), and meanwhile for parts that survive the process.
             resume: continue an interrupted scoring in `output_dir`, on any number of processes. A query, model,
@@ -104,13 +115,18 @@ class Query:
             `removal_effect` = −influence / N, the predicted change of the test loss on removal.
 
         Raises:
-            InputError: there is no such stage, a setting out of range, bad rows, or an interrupted scoring that does
-                not fit.
+            InputError: there is no such stage, a setting out of range, `mask_rounds` for a stage whose scores have no
+                rounds, bad rows, or an interrupted scoring that does not fit.
         """
         bound = self.chain.stage(stage)
-        scorable = self._scorable(bound, self._solution(bound, method))
-        short = settings.get("keep") is not None and settings.get("dtype") not in (None, "float32")
-        return (shortlist if short else score)(scorable, corpus, batch_size=batch_size, **settings)
+        solution = self._solution(bound, method)
+        first = exact = self._scorable(bound, solution)
+        if mask_rounds is not None:
+            exact = with_mask_rounds(first, bound, solution, mask_rounds, corpus, batch_size)
+        is_short = settings.get("dtype") not in (None, "float32") or exact.objective != first.objective
+        if settings.get("keep") is None or not is_short:
+            return score(exact, corpus, batch_size=batch_size, **settings)
+        return shortlist(exact, corpus, batch_size=batch_size, first=first, **settings)
 
     def token_scores(self, rows, stage: str | None = None, method: str = "auto") -> pd.DataFrame:
         """Influence of every term of a few rows (each masked word, each predicted token) on the test loss.
@@ -171,7 +187,7 @@ class Query:
             engine=bound.engine,
             model=bound.model,
             objective=objective,
-            batch_size=bound.stage.batch_size,
+            batch_size=bound.batch_size,
             columns=self.columns,
             count=count,
             influence=solution.influence,

@@ -160,7 +160,7 @@ class Segments(Differentiation):
             rows,
             bound.split.trained,
             bound.engine,
-            bound.stage.batch_size,
+            bound.batch_size,
             self.quadratic.ridge,
         )
 

@@ -21,7 +21,7 @@ def usual_iterations(link: Any) -> int:
     known = vars(link).get("_usual_iterations")
     if known is None:
         segments = link.trajectory.segments
-        rows = link.bound.subset(min(4 * link.bound.stage.batch_size, curvature_examples(link)))
+        rows = link.bound.subset(min(4 * link.bound.batch_size, curvature_examples(link)))
         reach = 1.0
         for i in {0, len(segments) - 1}:
             system = link.whitened(link.curvature(rows, i), i)

@@ -67,7 +67,11 @@ class Stage:
             `data`.
         solver: one of `hf_msif.solvers`, or an object of your own subclass of `solvers.Solver`. Defaults to `Auto()`,
             which suits the curvature and the number of right-hand sides.
-        batch_size: rows per batch in passes over `data`; it does not change a result.
+        batch_size: inputs of the model per batch in passes over `data`, where a row with D masks has D of them; it
+            does not change a result.
+        mask_rounds: rounds of masks per row in curvature, gradients and scores (`Objective.for_influence`): of a
+            masked LM, each masks every word once, by eight masks. None: the masks of training, whose F alone a
+            polished stage minimises. Through a recorded run, and where they are `static`, they are taken anyway.
         resized: accept embeddings that gained rows since the stage before (see `adapters.split`).
         seed: seed of the curvature subset.
         skip_checks: names of the checks that are left out when the stage is bound (`registry.CHECKS`): "determinism",
@@ -93,6 +97,7 @@ class Stage:
     curvature_samples: int | None = None
     solver: Solver = field(default_factory=Auto)
     batch_size: int = 64
+    mask_rounds: int | None = 1
     resized: bool = False
     seed: int = 0
     skip_checks: Sequence[str] = ()
@@ -131,11 +136,12 @@ class Stage:
                 "recorded run for link='unrolled' or a solver with damping='training', and None for link='implicit' "
                 "with another damping."
             )
-        sizes = [self.batch_size, 1 if self.curvature_samples is None else self.curvature_samples]
+        sizes = [self.batch_size, *(n for n in (self.curvature_samples, self.mask_rounds) if n is not None)]
         if not self.weight_decay >= 0 or min(sizes) < 1:
             raise InputError(
                 f"stage {self.name!r}: weight_decay={self.weight_decay}, batch_size={self.batch_size}, "
-                f"curvature_samples={self.curvature_samples}; expected a decay of at least 0 and sizes of at least 1."
+                f"curvature_samples={self.curvature_samples}, mask_rounds={self.mask_rounds}; expected a decay of at "
+                "least 0 and numbers of at least 1."
             )
         unknown = [name for name in self.skip_checks if name not in CHECKS]
         if unknown or isinstance(self.skip_checks, str):
@@ -148,6 +154,13 @@ class Stage:
             raise InputError(
                 f"stage {self.name!r}: alpha is {self.alpha!r}; expected a positive number, as in eq. (12), or 'auto'."
             )
+
+    @property
+    def influence_objective(self) -> Objective:
+        """The objective of curvature, gradients and scores; `objective` is that of training."""
+        if self.mask_rounds is None or getattr(self.differentiation, "masks_of_training", False):
+            return self.objective
+        return self.objective.for_influence(self.mask_rounds)
 
     @property
     def differentiation(self) -> Callable[[Any], Differentiation]:
@@ -163,7 +176,8 @@ class Stage:
     def settings(self) -> dict[str, Any]:
         """The settings that decide a pull-back, as plain values by name. (Model, objective and data are compared by
         content, a recorded run by its differentiation; `batch_size` changes no result.)"""
-        apart = ("name", "model", "objective", "data", "run", "checkpoints", "batch_size", "skip_checks")
+        apart = ("name", "model", "objective", "mask_rounds", "data", "run", "checkpoints")
+        apart += ("batch_size", "skip_checks")
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         solver = settings.pop("solver")
         settings |= {"link": self.link_name, "curvature": self.curvature_name, "solver": type(solver).__name__}

@@ -114,6 +114,7 @@ class Unrolled(Differentiation):
     """
 
     needs_run = True
+    masks_of_training = True
     bound: BoundStage
 
     def __init__(self, bound: BoundStage, recording: Recording | None = None):

@@ -118,6 +118,19 @@ class Objective(ABC):
         """The objective with the random numbers (masks, negatives) of an epoch of training. Defaults to itself."""
         return self
 
+    def for_influence(self, rounds: int = 1) -> Objective:
+        """The objective of curvature, gradients and scores, where `of_epoch` gives that of training. Defaults to
+        itself.
+
+        An objective with random numbers may give one whose losses have the same expectation but for a constant
+        factor, and less noise.
+
+        Args:
+            rounds: of random numbers per row; each covers a row once, independently of the others, so that the
+                variance of a loss falls as 1/rounds.
+        """
+        return self
+
     # --- which columns of the rows it reads
 
     text_column: str | None = "text"

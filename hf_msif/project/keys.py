@@ -17,8 +17,8 @@ from .tasks import task_of
 # Keys below stages.NAME that do not change the trained model: how it is differentiated, how fast rows are read, what
 # is accepted. A key stands for all keys below it.
 NOT_OF_THE_MODEL = (
-    *("batch_size", "curvature", "curvature_samples", "solver", "max_growth", "run", "resized", "skip_checks"),
-    "data.streaming",
+    *("batch_size", "curvature", "curvature_samples", "mask_rounds", "solver", "max_growth", "run", "resized"),
+    *("skip_checks", "data.streaming"),
 )
 # Keys on which a query does not depend: where and how fast it is computed, what is done with it later.
 NOT_OF_THE_QUERY = (

@@ -353,6 +353,7 @@ class Run:
     def _stage(self, name: str, model: Any, **settings: Any) -> Stage:
         from .. import Stage
 
+        stage = self.config.stages[name]
         shared = ("trainable", "weight_decay", "alpha", "curvature_samples", "batch_size", "resized", "skip_checks")
         return Stage(
             name,
@@ -363,7 +364,9 @@ class Run:
             seed=self.config.seed,
             **{
                 "solver": self.solvers[name],
-                **{key: getattr(self.config.stages[name], key) for key in shared},
+                **{key: getattr(stage, key) for key in shared},
+                # A polished stage is a minimum of F with the masks of training.
+                "mask_rounds": stage.mask_rounds if stage.polish is None else None,
                 **settings,
             },
         )

@@ -192,7 +192,10 @@ class StageConfig(Section):
     """number of random rows on which the curvature is estimated; null: all rows"""
     solver: Solver = Solver()
     batch_size: Count = 64
-    """rows per batch in passes over the data"""
+    """inputs of the model per batch in passes over the data: rows, or their masks"""
+    mask_rounds: Count | None = 1
+    """rounds of masks per row of a masked-lm in curvature and scores: each masks every word once, by eight masks;
+    null: the masks of training, which are taken anyway where the stage is polished or unrolled"""
     resized: bool = False
     """accept embeddings that gained rows since the stage before"""
     skip_checks: list[Literal[tuple(CHECKS)]] = []  # type: ignore[valid-type]  # the names in a table
@@ -251,6 +254,9 @@ class Corpus(Section):
     method: Literal["auto", "forward", "layerwise"] = "auto"
     """how rows are scored, exact in any case: forward mode per column, or the gradients of rows layer by layer for all
     columns at once; auto: the latter from two columns on"""
+    mask_rounds: Count | Literal["auto"] | None = None
+    """rounds of masks per row, with --keep of the rows that are kept alone; null: those of the stage; auto: doubled
+    until masks have at most 5 % of the variance between rows"""
     part_rows: Count = 4096
     """rows per part while scoring is under way; an interruption loses the rows in hand: sixteen batches per process,
     or one part"""
@@ -404,6 +410,11 @@ class Config(Section):
                 raise InputError(
                     f"{key}.model.config is for the first stage, {names[0]!r}: later ones build on its encoder; "
                     "leave it out."
+                )
+            if (stage.mask_rounds or 1) > 1 and (stage.recorded or stage.polish is not None):
+                raise InputError(
+                    f"{key}.mask_rounds is {stage.mask_rounds}, but a stage with polish or link: unrolled has the "
+                    "masks of training in its influence, too: leave mask_rounds out."
                 )
             if stage.recorded and stage.polish is not None:
                 raise InputError(

@@ -159,8 +159,8 @@ class Scores:
         """
         if by == "absolute" and "shortlist" in self.metadata:
             raise InputError(
-                f"these scores come from a shortlist in {self.metadata['shortlist']['dtype']}, which does not seek "
-                "the rows of least absolute influence: score without dtype."
+                f"these scores come from a shortlist {self.metadata['shortlist']['first_pass']}, which does not seek "
+                "the rows of least absolute influence: score without keep."
             )
         return self._picked(self._order(by, query)[::-1][:k], query)
 

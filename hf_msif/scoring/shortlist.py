@@ -1,4 +1,5 @@
-"""`shortlist`: a pass over the corpus in reduced precision, and exact scores of the rows that it puts first."""
+"""`shortlist`: a cheaper pass over the corpus (in reduced precision, with fewer masks), and exact scores of the rows
+that it puts first."""
 
 from __future__ import annotations
 
@@ -32,35 +33,38 @@ def shortlist(
     scorable: Scorable,
     corpus: Any,
     keep: int,
-    dtype: str,
+    dtype: str | None = None,
     batch_size: int | None = None,
     output_dir: str | os.PathLike | None = None,
     resume: bool = False,
     part_rows: int = PART_ROWS,
+    first: Scorable | None = None,
 ) -> Scores:
-    """The `keep` most harmful and most helpful rows, with their exact scores, of a corpus that is scored in `dtype`.
+    """The `keep` most harmful and most helpful rows of a corpus, with their exact scores, found by two passes.
 
-    The pass in `dtype` puts the 4 × `keep` rows of largest and of smallest influence on a shortlist for each column;
-    these alone are scored in the model's own precision, which needs the corpus to be read once more. What the
-    shortlists may have missed is measured and printed: the recall of such a list on a random sample that is scored in
-    both ways, and how deep in its list each row stood that is kept.
+    The first pass, in `dtype` or of fewer masks, puts the 4 × `keep` rows of largest and of smallest influence on a
+    shortlist for each column; these alone are scored exactly (in the model's own precision, with all masks), which
+    needs the corpus to be read once more. What the shortlists may have missed is measured and printed: the recall of
+    such a list on a random sample that is scored in both ways, and how deep in its list each row stood that is kept.
 
-    Rows of least absolute influence are not sought: near zero, what a reduced precision says is rounding.
+    Rows of least absolute influence are not sought: near zero, what a cheap pass says is its error.
 
     Args:
         scorable, corpus, batch_size, output_dir, part_rows: as those of `scorer.score`.
         keep: rows of each order.
-        dtype: "tf32" or "bfloat16".
+        dtype: "tf32" or "bfloat16", the precision of the first pass; defaults to the model's own.
+        first: what the first pass scores, such as the same question with fewer masks; defaults to `scorable`.
         resume: continue an interrupted scoring in `output_dir`, also where the pass over the corpus was finished. (The
             exact scores of the rows on the shortlists are made again.)
 
     Returns:
-        `Scores` whose `metadata["kept"]` has the moments of all rows in `dtype`. `metadata["shortlist"]`:
+        `Scores` whose `metadata["kept"]` has the moments of all rows in the first pass. `metadata["shortlist"]`:
 
-        - `dtype`, `candidates`: how many rows were scored exactly;
+        - `dtype`, `first_pass`: what was cheaper in the first pass, in words; `candidates`: how many rows were scored
+          exactly;
         - `recall`: on `recall_rows` random rows, which share of the `recall_at` (ten) rows of largest and of smallest
-          influence is among the forty first by `dtype`, mean of the query columns; None for a corpus too small to
-          tell. `lowest_recall` is that of one column and end;
+          influence is among the forty first of the first pass, mean of the query columns; None for a corpus too small
+          to tell. `lowest_recall` is that of one column and end;
         - `deepest`, `length`: the last place on the shortlist of its order of a row that is kept, and the length of
           such a list; `deepest` is `length` + 1 where a row was found by the list of another order or column alone.
 
@@ -69,22 +73,25 @@ def shortlist(
     """
     check_settings(batch_size, keep, dtype, part_rows, resume, output_dir)
     engine, source = scorable.engine, as_corpus(corpus, "the corpus")
-    first = _first_pass(scorable, source, WIDTH * keep, dtype, batch_size, output_dir, resume, part_rows)
-    total = first.metadata["kept"]["all"][0]["count"]
-    frame = first.frame[_at_the_ends(first.influences(), WIDTH * keep)].reset_index(drop=True)
-    candidates, sample = _rows(engine, source, frame["example_id"].tolist(), first, part_rows)
+    dtype = None if dtype == "float32" else dtype
+    cheap = first or scorable
+    passed = _first_pass(cheap, source, WIDTH * keep, dtype, batch_size, output_dir, resume, part_rows)
+    total = passed.metadata["kept"]["all"][0]["count"]
+    frame = passed.frame[_at_the_ends(passed.influences(), WIDTH * keep)].reset_index(drop=True)
+    candidates, sample = _rows(engine, source, frame["example_id"].tolist(), passed, part_rows)
     exact = score(scorable, candidates, batch_size)
     facts = {
         "dtype": dtype,
+        "first_pass": _in_words(cheap, scorable, dtype),
         "candidates": len(candidates),
-        **_recall(scorable, sample, batch_size or scorable.batch_size, dtype, keep),
-        **_depth(Scores(frame, first.metadata).influences(), exact.influences(), keep),
+        **_recall([(cheap, dtype), (scorable, None)], sample, batch_size, keep),
+        **_depth(Scores(frame, passed.metadata).influences(), exact.influences(), keep),
     }
     if engine.is_main:
         _tell(facts, keep, total)
     kept = exact.frame[_at_the_ends(exact.influences(), keep)].drop(columns="duplicates").reset_index(drop=True)
-    metadata = {name: value for name, value in first.metadata.items() if name != "depends_on"}
-    metadata |= {"kept": {**first.metadata["kept"], "keep": keep}, "shortlist": facts}
+    metadata = {name: value for name, value in passed.metadata.items() if name != "depends_on"}
+    metadata |= {**scorable.metadata, "kept": {**passed.metadata["kept"], "keep": keep}, "shortlist": facts}
     scores = Scores(kept, metadata)
     if output_dir is not None:
         with engine.raising_together():
@@ -94,8 +101,16 @@ def shortlist(
     return scores
 
 
+def _in_words(cheap: Scorable, scorable: Scorable, dtype: str | None) -> str:
+    """What is cheaper in the first pass."""
+    words = [] if dtype is None else [f"in {dtype}"]
+    if cheap is not scorable:
+        words.append(f"with {cheap.objective.inputs_per_row} masks per row")
+    return " ".join(words)
+
+
 def first_pass_name(file_name: str) -> str:
-    """The file of the pass in reduced precision, until the exact scores are there.
+    """The file of the first pass, until the exact scores are there.
 
     >>> first_pass_name("scores.parquet")
     'scores.shortlist.parquet'
@@ -107,13 +122,13 @@ def _first_pass(
     scorable: Scorable,
     source: Sequence[dict] | Stream,
     keep: int,
-    dtype: str,
+    dtype: str | None,
     batch_size: int | None,
     output_dir: str | os.PathLike | None,
     resume: bool,
     part_rows: int,
 ) -> Scores:
-    """The scores in `dtype`; those of an earlier pass, where one was finished that depends on the same things."""
+    """Its scores; those of an earlier pass, where one was finished that depends on the same things."""
     settings: dict[str, Any] = {"keep": keep, "dtype": dtype, "output_dir": output_dir, "part_rows": part_rows}
     if output_dir is None:
         return score(scorable, source, batch_size, **settings)
@@ -144,7 +159,7 @@ def _rows(
     if chain != first.metadata["rows_sha256"]:
         raise InputError(
             f"the corpus gave {place:,} rows when it was read for the exact scores, and {total:,} other ones in "
-            "the pass before; expected the same rows each time: score without dtype, which reads it once, or delete "
+            "the pass before; expected the same rows each time: score without keep, which reads it once, or delete "
             "what an interrupted scoring left."
         )
     if len(candidates) != len(ids):
@@ -157,14 +172,16 @@ def _rows(
     return candidates, sample
 
 
-def _recall(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str, keep: int) -> dict[str, Any]:
-    """`recall` and what belongs to it, see `shortlist`; and the time that a row takes in `dtype`, relative to exact
-    scores."""
+def _recall(
+    passes: Sequence[tuple[Scorable, str | None]], rows: list[dict], batch_size: int | None, keep: int
+) -> dict[str, Any]:
+    """`recall` and what belongs to it, see `shortlist`; and the time that a row takes in the first of the two passes,
+    relative to exact scores."""
     orders, seconds = [], []
-    with scorable.model.evaluating():
-        for precision in (dtype, None):
+    with passes[0][0].model.evaluating():
+        for scorable, dtype in passes:
             started = time.perf_counter()
-            measured = measure(scorable, rows, batch_size, precision)
+            measured = measure(scorable, rows, batch_size or scorable.batch_size, dtype)
             seconds.append(time.perf_counter() - started)
             orders.append(_orders(measured.influence))
     at = min(RECALL_AT, keep, len(rows) // (4 * WIDTH))
@@ -205,20 +222,21 @@ def _tell(facts: dict[str, Any], keep: int, total: int) -> None:
     recall = f"{rows:,} rows are too few to measure a recall"
     if at:
         recall = (
-            f"Of {rows:,} random rows, the {at} first of an order are among the {WIDTH * at} first by "
-            f"{facts['dtype']} with a recall of {facts['recall']:.3f} (the lowest of a test and an order: "
+            f"Of {rows:,} random rows, the {at} first of an order are among the {WIDTH * at} first "
+            f"{facts['first_pass']}, with a recall of {facts['recall']:.3f} (the lowest of a test and an order: "
             f"{facts['lowest_recall']:.2f})"
         )
     depth = f"were among the {facts['deepest']:,} first of {facts['length']:,}"
     if facts["deepest"] > facts["length"]:
         depth = f"were not all among its {facts['length']:,} first"
     print(
-        f"shortlist: {total:,} rows in {facts['dtype']}, at {facts['relative_time']:.2f} of the time of exact scores; "
-        f"{facts['candidates']:,} of them exactly. {recall}. The {keep:,} first of an order, which are kept, {depth}."
+        f"shortlist: {total:,} rows {facts['first_pass']}, at {facts['relative_time']:.2f} of the time of exact "
+        f"scores; {facts['candidates']:,} of them exactly. {recall}. The {keep:,} first of an order, which are kept, "
+        f"{depth}."
     )
     if facts["length"] < total and facts["deepest"] > 0.9 * facts["length"]:
         warnings.warn(
-            f"the {keep:,} rows of an order that are kept {depth} by {facts['dtype']}, so that others may have been "
-            "missed: keep more rows, or score without dtype.",
+            f"the {keep:,} rows of an order that are kept {depth} {facts['first_pass']}, so that others may have been "
+            "missed: keep more rows, or score all of them exactly.",
             stacklevel=2,
         )

@@ -54,10 +54,10 @@ class _Retrainer:
 
     @cached_property
     def test_objective(self) -> Objective:
-        """The objective of the last stage, which reads the tests without padding where that reaches the loss."""
+        """The objective by which a query measures the tests, without padding where that reaches the loss."""
         last = self.stages[-1]
         return without_padding(
-            FunctionalModel(last.model, self.engine.device), last.objective, self.tests, self.engine
+            FunctionalModel(last.model, self.engine.device), last.influence_objective, self.tests, self.engine
         )
 
     @property

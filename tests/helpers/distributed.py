@@ -37,7 +37,7 @@ def chain(dtype, sharded=False, curvature="gauss_newton", corpus=17, solver=None
     after = tiny.finetuned(before, "bert", dtype=dtype)
     # The same few iterations everywhere: what differs is what the processes add up.
     solver = solver or solvers.CG(damping=0.5, tol=1e-12, max_iter=3)
-    first = {"solver": solver, "curvature": curvature, "batch_size": 4, "weight_decay": 0.01, **dict(pretraining)}
+    first = {"solver": solver, "curvature": curvature, "batch_size": 32, "weight_decay": 0.01, **dict(pretraining)}
     stages = [
         Stage("pre", before, tiny.objective("masked"), tiny.rows(corpus, seed=1, longest=18), **first),
         Stage(

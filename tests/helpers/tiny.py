@@ -155,11 +155,11 @@ def chain(before, after, tol=1e-3, data=(), pretraining=(), **finetuning):
 class Plain:
     """One batch's losses by an ordinary copy of the model: evaluation mode, all logits, −log softmax at targets.
 
-    On the CPU, wherever the library computes.
+    On the CPU, wherever the library computes. Of `draws` masks per row, the losses are averaged.
     """
 
-    def __init__(self, model, task, batch):
-        self.model, self.task = copy.deepcopy(model).cpu().eval().requires_grad_(True), task
+    def __init__(self, model, task, batch, draws=1):
+        self.model, self.task, self.draws = copy.deepcopy(model).cpu().eval().requires_grad_(True), task, draws
         self.batch = to_device(batch or {}, torch.device("cpu"))
         self.parameters = dict(self.model.named_parameters())
 
@@ -169,7 +169,7 @@ class Plain:
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
         logits = self.model(**inputs).logits
         if self.task == "masked":
-            return logits[batch["rows"], batch["columns"]], batch["labels"], batch["rows"]
+            return logits[batch["rows"], batch["columns"]], batch["labels"], batch["rows"] // self.draws
         if self.task in ("classification", "characters"):
             return logits, batch["labels"], torch.arange(len(logits))
         owner, position = batch["attention_mask"][:, 1:].nonzero(as_tuple=True)
@@ -180,8 +180,8 @@ class Plain:
 
     def sums(self):
         logits, targets, owner = self.scored()
-        terms = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
-        return terms.new_zeros(len(self.batch["input_ids"])).index_add(0, owner, terms)
+        terms = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]) / self.draws
+        return terms.new_zeros(len(self.batch["input_ids"]) // self.draws).index_add(0, owner, terms)
 
     def gradient(self, names, of=None):
         leaves = [self.parameters[name] for name in names]

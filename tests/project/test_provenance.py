@@ -24,7 +24,8 @@ from hf_msif.project.schema import Config, Section, StageConfig
 SOLVER_SETTINGS = ("name", "damping", "damping_fraction", "tol", "max_iter", "preconditioner", "max_parameters")
 SOLVER_SETTINGS += ("max_passes", "rows")
 PASSING_FOR_MODELS = {
-    *("batch_size", "curvature", "curvature_samples", "max_growth", "run", "resized", "skip_checks", "data.streaming"),
+    *("batch_size", "curvature", "curvature_samples", "mask_rounds", "max_growth", "run", "resized", "skip_checks"),
+    "data.streaming",
     "checkpoints",  # of an implicit stage, which keeps none
     *(f"solver.{name}" for name in SOLVER_SETTINGS),
 }

@@ -50,7 +50,7 @@ def test_influence_is_minus_u_times_the_gradient(exact, stage, task, rows):
     u = exact.query.solutions[stage].tensors()
     scores = exact.query.score(rows, stage)
     for i, row in enumerate(rows):
-        plain = tiny.Plain(bound.stage.model, task, tiny.objective(task).collate([row]))
+        plain = tiny.Plain(bound.stage.model, task, bound.objective.collate([row]), bound.objective.inputs_per_row)
         gradient = plain.gradient(list(u))
         for q in range(2):
             expected = -sum(float((u[n][q] * g).sum()) for n, g in gradient.items())
@@ -84,12 +84,12 @@ def test_u_solves_its_system(exact):
         corpus = tiny.Plain(exact.before, "masked", exact.chain.stages[0].collate(CORPUS))
         names = list(exact.query.solutions["pre"].tensors())
         wanted = torch.cat([adjoint.get(n, torch.zeros_like(corpus.parameters[n])).flatten() for n in names])
-        count = len(corpus.batch["labels"])
-        dense_pre = dense_gauss_newton(corpus, names) / count
+        terms = len(corpus.batch["labels"])  # of eight masks per row, whose mean counts
+        dense_pre = dense_gauss_newton(corpus, names) / terms
         solution = torch.cat([exact.query.solutions["pre"].tensors()[n][q].flatten() for n in names])
         residual = dense_pre @ solution + 0.5 * solution - wanted
         assert residual.norm() < 1e-7 * wanted.norm()
-        assert exact.chain.stage("pre").count == count
+        assert exact.chain.stage("pre").count == terms / 8
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 100])
@@ -131,8 +131,8 @@ def test_a_column_of_several_is_the_query_of_one(exact):
 
 
 def test_removal_effect_divides_by_the_counted_terms(exact):
-    objective = tiny.objective("masked")
-    masked = sum(max(1, round(0.4 * len(row["text"].split()))) for row in CORPUS)
+    objective = tiny.objective("masked").for_influence()
+    masked = sum(len(row["text"].split()) for row in CORPUS) / 8  # each word once, by eight masks
     for stage, rows, count in (("pre", CORPUS, masked), ("fine", TWEETS, len(TWEETS))):
         # N is that of the stage's data, whatever rows are scored.
         scores = exact.query.score(rows[:3], stage)
@@ -148,7 +148,7 @@ def test_n_counts_all_data_also_when_curvature_is_estimated_on_some(exact, size)
     bound = chain.stage("pre")
     assert bound.differentiation.operator.examples == size
     assert bound.count == exact.chain.stage("pre").count
-    with pytest.raises(InputError, match="sizes of at least 1"):
+    with pytest.raises(InputError, match="numbers of at least 1"):
         tiny.chain(exact.before, exact.after, 1e-3, (CORPUS, TWEETS), {"curvature_samples": 0})
 
 

@@ -78,7 +78,7 @@ def test_the_recall_of_a_poor_pass_is_that_of_the_sample(error, capsys):
             shares.append(np.mean([i in first for i in (sign * true).topk(10).indices.tolist()]))
     assert facts["recall"] == pytest.approx(np.mean(shares))
     assert facts["lowest_recall"] == min(shares)
-    assert f"with a recall of {facts['recall']:.3f} (the lowest" in capsys.readouterr().out
+    assert f", with a recall of {facts['recall']:.3f} (the lowest" in capsys.readouterr().out
     if error == 3.0:
         assert facts["recall"] < 0.9
         assert ["others may have been missed" in str(w.message) for w in caught].count(True) == 1

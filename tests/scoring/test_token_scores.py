@@ -82,7 +82,7 @@ def test_layer_by_layer_and_by_forward_mode_they_are_the_same(scored):
 
 TASKS = [
     ("masked", "bert", {}),
-    ("masked", "bert", {"draws": 2}),
+    ("masked", "bert", {"draws": 2, "static": True}),
     ("causal", "gpt2", {}),
     ("bidirectional", "elmo", {}),
     ("classification", "bert", {}),
@@ -94,12 +94,12 @@ def test_a_term_is_minus_u_times_its_gradient(task, architecture, settings):
     """By plain autograd, with the token that is predicted and its place."""
     model, objective, row = (
         tiny.model(architecture, task),
-        tiny.objective(task, **settings),
+        tiny.objective(task, **settings).for_influence(),
         tiny.rows(1, seed=5, shortest=4)[0],
     )
     query = query_of(model, objective, tiny.rows(4), tiny.rows(2, seed=3))
     frame = query.token_scores([row])
-    u, draws = direction(query), settings.get("draws", 1)
+    u, draws = direction(query), objective.inputs_per_row
     plain = tiny.Plain(model, task, objective.collate([row]))
     logits, targets, _ = plain.scored()
     losses = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]) / draws

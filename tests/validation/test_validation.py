@@ -517,12 +517,15 @@ def case(chain, corpus=CORPUS, tests=TESTS, stage=None):
 
 
 def test_gradient_baselines_are_inner_products_on_the_shared_encoder(bert):
-    before, after = (bound.stage for bound in bert.stages)
+    (before, after), objective = (bound.stage for bound in bert.stages), bert.stages[0].objective
     names = [n for n in dict(before.model.named_parameters()) if n.startswith("bert.")]
     tests = [
         tiny.Plain(after.model, "classification", after.objective.collate([row])).gradient(names) for row in TESTS
     ]
-    rows = [tiny.Plain(before.model, "masked", before.objective.collate([row])).gradient(names) for row in CORPUS]
+    rows = [
+        tiny.Plain(before.model, "masked", objective.collate([row]), objective.inputs_per_row).gradient(names)
+        for row in CORPUS
+    ]
     tests, rows = (np.stack([torch.cat([g[n].flatten() for n in names]) for g in some]) for some in (tests, rows))
     dot = rows @ tests.T
     found = validation.baselines(bert, TESTS, CORPUS)

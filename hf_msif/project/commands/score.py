@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     paper's Figure 3.
 
     Finished parts lie in `run_dir/scores.parts` until all are there, and `--resume` goes on from them. With
-    `--keep top=K` only the K most extreme rows of each order are written; with `corpus.dtype` too, they are scored
-    again in the model's own precision.
+    `--keep top=K` only the K most extreme rows of each order are written; with `corpus.dtype` or `corpus.mask_rounds`
+    too, they are scored again in the model's own precision and with all masks.
     """
     from ...reports.tables import files_of_table
     from ...scoring.shortlist import first_pass_name
@@ -68,6 +68,7 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
         resume=resume,
         keep=keep,
         method=settings.method,
+        mask_rounds=settings.mask_rounds,
         dtype=settings.dtype,
         part_rows=settings.part_rows,
     )

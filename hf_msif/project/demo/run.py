@@ -29,7 +29,6 @@ REMOVED = 30  # sentences that the check by retraining leaves out
 # Further steps of pretraining without them, from the finished model: from scratch, chance would hide the difference.
 CONTINUED_STEPS = 700
 MASK_PROBABILITY = 0.25
-DRAWS = 8  # masks per sentence in the influence, each with other words, so that none is missed
 DAMPING = 0.1
 HEAD_DECAY = 0.02  # an unregularised head is ill-conditioned, and its refit then hides what the encoder knows
 CURVATURE_SAMPLES = 320
@@ -211,8 +210,7 @@ def _chain(data: World, tokenizer, pretrained, finetuned, progress: bool, solver
     pretraining = Stage(
         "pretraining",
         pretrained,
-        # Other masks than those of training: the influence is that of the sentence, not of what hid it.
-        objectives.MaskedLM(tokenizer, masks="folds", mask_probability=1 / DRAWS, draws=DRAWS),
+        objectives.MaskedLM(tokenizer, mask_probability=MASK_PROBABILITY),
         data.corpus,
         curvature_samples=CURVATURE_SAMPLES,
         solver=solver or solvers.CG(damping=DAMPING, tol=0.01),

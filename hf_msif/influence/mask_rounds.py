@@ -1,0 +1,71 @@
+"""A question with another number of rounds of masks per row than its stage has: given, or by the noise of masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..engine.hashing import describe
+from ..errors import InputError
+from ..objectives import Objective
+from ..scoring.mask_noise import MaskNoise
+from ..scoring.scorer import Scorable
+from .chain import BoundStage
+from .differentiation import StageSolution
+from .direction import Direction, Directions
+
+
+def with_mask_rounds(
+    scorable: Scorable,
+    bound: BoundStage,
+    solution: StageSolution,
+    rounds: int | str,
+    corpus: Any,
+    batch_size: int | None = None,
+) -> Scorable:
+    """The same question about rows whose scores are means over `rounds` rounds of masks.
+
+    N is that of the stage: a round counts each term as often as another one.
+
+    Args:
+        scorable: the question with the rounds of the stage.
+        bound, solution: the stage whose rows are ranked, and what the query holds of it.
+        rounds: at least 1; "auto": as many as the noise of masks asks for, see `scoring.mask_noise`.
+        corpus: the rows that are ranked, of which "auto" measures some.
+        batch_size: rows per batch of that measurement.
+
+    Raises:
+        InputError: another `rounds`, or a stage whose scores have no rounds.
+    """
+    if rounds != "auto" and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1):
+        raise InputError(f"mask_rounds is {rounds!r}; expected at least 1, 'auto', or None for the stage's own.")
+    one_round = bound.stage.objective.for_influence(1)
+    has_rounds = isinstance(solution, (Direction, Directions)) and bound.stage.mask_rounds is not None
+    if not has_rounds or one_round is bound.stage.objective:
+        raise InputError(
+            f"mask_rounds is {rounds!r}, but the rows of stage {bound.name!r} are scored without rounds of masks: its "
+            "objective has none, or its masks are those of training; expected None."
+        )
+    assert isinstance(solution, (Direction, Directions))
+    noise = None
+    if not isinstance(rounds, int):
+        two = [_with_objective(scorable, bound, solution, one_round.of_epoch(e)) for e in (0, 1)]
+        noise = MaskNoise.measured(two, corpus, batch_size)
+        rounds = noise.rounds()
+    number = rounds
+    changed = _with_objective(scorable, bound, solution, bound.stage.objective.for_influence(number))
+    metadata = {**scorable.metadata, "objective": describe(changed.objective)}
+    if noise is not None:
+        metadata["mask_noise"] = noise.tell(one_round.inputs_per_row, bound.engine.is_main)
+    return replace(changed, metadata=metadata, identity=lambda: {**scorable.identity(), "the rounds of masks": number})
+
+
+def _with_objective(
+    scorable: Scorable, bound: BoundStage, solution: Direction | Directions, objective: Objective
+) -> Scorable:
+    """The question with another objective, in batches of about as many inputs of the model as before."""
+    objective = objective if bound.objective.pads else objective.unpadded()
+    direction = solution.with_objective(objective)
+    direction.prepare()
+    size = max(1, bound.stage.batch_size // (objective.inputs_per_row or 1))
+    return replace(scorable, objective=objective, influence=direction.influence, batch_size=size)
