@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -56,6 +56,12 @@ class Direction:
     @property
     def columns(self) -> int:
         return vectors.columns(self.u)
+
+    @staticmethod
+    def joined(directions: Sequence[Direction]) -> Direction:
+        """One direction with the columns of all, which are directions of the same losses."""
+        u = {name: torch.cat([direction.u[name] for direction in directions]) for name in directions[0].u}
+        return replace(directions[0], u=u)
 
     def by(self, method: str) -> Direction:
         """The same direction, which scores by another method."""

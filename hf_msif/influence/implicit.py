@@ -24,6 +24,7 @@ from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.stream import Stream
 from ..errors import InputError
+from ..objectives import Objective
 from ..solvers import Auto, Certificate, Operator, Solution, Solver, problem, solve
 from ..solvers.damping import TRAINING
 from ..solvers.lanczos import largest_eigenvalue
@@ -36,6 +37,7 @@ from .differentiation import Differentiation, Retraining, StageCertificate
 from .direction import Direction
 from .implicit_cost import curvature_examples, implicit_cost
 from .recorded import TrainingDamping
+from .replicates import drawn
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -89,6 +91,8 @@ class Implicit(Differentiation):
         super().__init__(bound)
         self.solver = bound.stage.solver
         self._solver_states: dict[Solver, Any] = {}
+        self._replicates: dict[tuple[int, int], Implicit] = {}
+        self._draw, self._part = 0, (0, 1)  # number of the round of masks; number and number of parts of the sample
         stage, split = bound.stage, bound.split
         if isinstance(bound.rows, Stream) and stage.curvature_samples is None:
             raise InputError(
@@ -102,12 +106,62 @@ class Implicit(Differentiation):
             self.training_damping = TrainingDamping.of(bound)
             self.solver = self.solver.with_damping(self.training_damping.value)
 
+    # --- replicates
+
+    @property
+    def objective(self) -> Objective:
+        """The stage's objective, with the masks of the replicate."""
+        return drawn(self.bound.objective, self._draw)
+
+    @property
+    def sampled_rows(self) -> int | None:
+        rows, samples = self.bound.rows, curvature_examples(self)
+        return samples if isinstance(rows, Stream) or samples < len(rows) else None
+
+    def replicate(self, number: int, of: int) -> Implicit:
+        """The differentiation with its own round of masks, and the curvature on its own 1/`of` of the sample.
+
+        A curvature on all rows stays on all rows, since these are the data of F and no sample. Without masks it is
+        itself.
+
+        Raises:
+            InputError: the sample has fewer rows than there are replicates.
+        """
+        bound, samples = self.bound, self.sampled_rows
+        draws = drawn(bound.objective, 1) is not bound.objective
+        if of == 1 or (samples is None and not draws):
+            return self
+        if samples is not None and samples < of:
+            raise InputError(
+                f"stage {bound.name!r} has curvature_samples={samples} for {of} replicates; expected at least one row "
+                "for each: take more samples or fewer replicates."
+            )
+        if (number, of) not in self._replicates:
+            _ = self._sample, self.curvature_kind, self.alpha  # read, chosen and estimated once
+            changed = self._with_own_state()
+            changed._draw, changed._part = number, (0, 1) if samples is None else (number, of)
+            self._replicates[number, of] = changed
+        return self._replicates[number, of]
+
+    def _with_own_state(self) -> Implicit:
+        """A copy that has no operator yet."""
+        changed = copy.copy(self)
+        changed._solver_states, changed._replicates = {}, {}
+        for name in ("curvature_rows", "operator", "gradient_norm", "_compared_damping"):
+            vars(changed).pop(name, None)
+        return changed
+
     # --- curvature
+
+    @cached_property
+    def _sample(self) -> list[dict]:
+        return self.bound.subset(self.bound.stage.curvature_samples)
 
     @cached_property
     def curvature_rows(self) -> list[dict]:
         """The fixed random subset on which `operator` is estimated."""
-        return self.bound.subset(self.bound.stage.curvature_samples)
+        number, parts = self._part
+        return self._sample if parts == 1 else self._sample[number::parts]
 
     @cached_property
     def operator(self) -> Curvature:
@@ -130,7 +184,7 @@ class Implicit(Differentiation):
         bound, stage = self.bound, self.bound.stage
         ridge = self.ridge if ridge is None else ridge
         return self.curvature_kind[0](
-            bound.model, bound.objective, rows, bound.split.trained, bound.engine, stage.batch_size, ridge
+            bound.model, self.objective, rows, bound.split.trained, bound.engine, stage.batch_size, ridge
         )
 
     # --- the quadratic terms of F_k
@@ -243,7 +297,7 @@ class Implicit(Differentiation):
 
     def direction(self, u: Block, certificate: StageCertificate) -> Direction:
         bound = self.bound
-        return Direction(bound.model, bound.objective, u, certificate, lambda: bound.compared_rows)
+        return Direction(bound.model, self.objective, u, certificate, lambda: bound.compared_rows)
 
     def solve(self, b: Block, checkpoint: Checkpoint | None = None) -> Solution:
         """Solves the solver's system, with the stage's curvature, for the right-hand sides b.
@@ -286,7 +340,7 @@ class Implicit(Differentiation):
         """The same differentiation with another solver; both share the operator."""
         _ = self.operator  # so that it is made once, for both
         changed = copy.copy(self)
-        changed.solver = solver
+        changed.solver, changed._replicates = solver, {}
         return changed
 
     def damped(self, damping: float) -> Implicit:

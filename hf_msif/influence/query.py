@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine import folders
 from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
+from ..engine.corpus import first_rows
 from ..engine.hashing import describe, digest, tensors_fingerprint
+from ..engine.stream import Stream
 from ..errors import InputError, first_line
-from ..scoring.scorer import Scorable, score
+from ..scoring.noise import SAMPLE_ROWS, Noise
+from ..scoring.scorer import Scorable, measure, score
 from ..scoring.scores import Scores
 from ..scoring.shortlist import shortlist
 from ..scoring.token_scores import token_scores
@@ -23,6 +26,7 @@ from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 from .direction import Direction
+from .replicates import Replicates, load
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +46,8 @@ class Query:
         losses: the loss f of each test row at the final parameters, a sum over its terms.
         aggregate: None: one column per test row; "sum" or "mean": one column for all of them, eq. (8).
         chain: the chain whose stages were pulled back.
-        facts: stage name → facts about the stage for the certificate; measured when the query is made.
+        facts: stage name → facts about the stage for the certificate; measured when the query is made. Those of a
+            stage that has replicates have their `noise`.
         identity: stage name → `BoundStage.identity`: what the query depends on.
     """
 
@@ -68,6 +73,27 @@ class Query:
     def certificates(self) -> dict[str, StageCertificate]:
         """Stage name → how well its system was solved, or how well its run was replayed."""
         return {name: solution.certificate for name, solution in self.solutions.items()}
+
+    def noise(self, stage: str | None = None) -> Noise | None:
+        """How the replicates of a stage's ranking scatter, and its reliability; None where there is one replicate.
+
+        Args:
+            stage: name of the stage whose rows are ranked; defaults to the first.
+        """
+        facts = self.facts[self.chain.stage(stage).name].get("noise")
+        return None if facts is None else Noise.from_dict(facts)
+
+    def measure_noise(self) -> None:
+        """Scores `SAMPLE_ROWS` random rows of each stage that has replicates, the first ones of a stream."""
+        for bound in self.chain.stages:
+            if not isinstance(self.solutions.get(bound.name), Replicates):
+                continue
+            scorable = self._scorable(bound, self._solution(bound, "auto"))
+            is_stream = isinstance(bound.rows, Stream)
+            rows = first_rows(bound.rows, SAMPLE_ROWS) if is_stream else bound.subset(SAMPLE_ROWS)
+            with bound.model.evaluating():
+                replicates = measure(scorable, rows, scorable.batch_size, None).replicates
+            self.facts[bound.name]["noise"] = Noise.measured(replicates).to_dict()
 
     @property
     def plain_tests(self) -> list[dict]:
@@ -141,7 +167,7 @@ class Query:
         """
         bound = self.chain.stage(stage)
         solution = self._solution(bound, method)
-        if not isinstance(solution, Direction):
+        if not isinstance(solution, Direction | Replicates) or not isinstance(_first(solution), Direction):
             raise InputError(
                 f"stage {bound.name!r} is differentiated by link={bound.stage.link_name!r}, whose rows are not scored "
                 "by derivatives of their losses; expected an implicit stage: score its rows whole."
@@ -151,7 +177,7 @@ class Query:
     def _solution(self, bound: BoundStage, method: str) -> StageSolution:
         """The solution of a stage, which scores its rows by that method."""
         solution = self.solutions[bound.name]
-        if isinstance(solution, Direction):
+        if isinstance(_first(solution), Direction):
             solution = solution.by(method)
             solution.prepare()
         elif method != "auto":
@@ -164,7 +190,7 @@ class Query:
     def _scorable(self, bound: BoundStage, solution: StageSolution) -> Scorable:
         count = self.facts[bound.name]["N"]
         first = bound is self.chain.stages[0]
-        objective = bound.objective
+        objective, noise = bound.objective, self.noise(bound.name)
         return Scorable(
             stage=bound.name,
             file_name="scores.parquet" if first else f"scores-{bound.name}.parquet",
@@ -182,8 +208,10 @@ class Query:
                 "objective": describe(objective),
                 "certificate": self.certificate(),
                 "tests": self.tests,
+                **({} if noise is None else {"noise": noise.to_dict()}),
             },
             identity=partial(self._identity, bound),
+            noise=noise,
         )
 
     def _identity(self, bound: BoundStage) -> dict[str, Any]:
@@ -206,6 +234,8 @@ class Query:
         for name, facts in self.facts.items():
             certificate = self.solutions[name].certificate
             text = self.chain.stage(name).differentiation.summary(certificate, facts)
+            if facts.get("noise"):
+                text += f"\n{Noise.from_dict(facts['noise'])}"
             stages[name] = {"solve": certificate.to_dict(), "text": text, **facts}
         return {"stages": stages, "aggregate": self.aggregate, "losses": self.losses}
 
@@ -283,13 +313,18 @@ class Query:
         solutions, facts = {}, {}
         for bound in chain.stages:
             saved = state["stages"][bound.name]
-            solution = bound.differentiation.load(by_stage.get(bound.name, {}), saved["solve"])
+            solution = load(bound.differentiation, by_stage.get(bound.name, {}), saved["solve"])
             _check_solution(solution, state, bound.name, folder)
             solutions[bound.name] = solution
             # Counting inside of scoring would be a pass that not all processes reach.
             bound.remember_size(saved["N"], saved["examples"])
             facts[bound.name] = {key: value for key, value in saved.items() if key not in ("solve", "text")}
         return cls(solutions, state["tests"], state["losses"], state["aggregate"], chain, facts, state["depends_on"])
+
+
+def _first(solution: StageSolution) -> StageSolution:
+    """The solution of the first replicate; itself where there is one."""
+    return solution.each[0] if isinstance(solution, Replicates) else solution
 
 
 def plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
