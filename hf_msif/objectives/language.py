@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -25,14 +24,14 @@ class MaskedLM(SumOfTerms):
 
     - masks="random", as BERT is trained: each draw chooses max(1, round(p·n)) of a sentence's n ordinary tokens, of
       which 80 % become `[MASK]`, 10 % a random token, 10 % stay (Devlin et al., 2019).
-    - masks="folds", for influence: the tokens are shuffled once, and each draw takes the next p·n of them, going
-      round, which all become `[MASK]`. With p = 1/D each token is masked exactly once, where independent draws leave
-      to chance which tokens a score knows. (A draw of a sentence with fewer than 1/p tokens may take none.)
+    - masks="folds", for influence: the tokens are shuffled and cut into K = 1/p folds. Each draw of a round of K masks
+      one of them, so that a round masks each token exactly once, where independent draws leave to chance which tokens
+      a score knows; the next round shuffles anew. All become `[MASK]`. (A fold of fewer than K tokens may be empty.)
 
     Args:
         tokenizer: a tokenizer with a mask token.
         seed: of the masks.
-        mask_probability: p; with folds 1/D is recommended.
+        mask_probability: p; with folds 1/K, K being an integer.
         draws: D, the number of masks per sentence, whose losses are averaged (the variance of a score falls as 1/D,
             the cost grows as D).
         first_draw: number of the first draw; epoch e of training takes the draws from first_draw + e · draws.
@@ -74,6 +73,11 @@ class MaskedLM(SumOfTerms):
             )
         if self.masks not in ("random", "folds"):
             raise InputError(f"MaskedLM got masks={self.masks!r}; expected 'random' or 'folds'.")
+        if self.masks == "folds" and abs(self._folds_per_round * self.mask_probability - 1) > 0.01:
+            raise InputError(
+                f"MaskedLM got masks='folds' and mask_probability={self.mask_probability}; expected 1/K with an "
+                f"integer K, so that K folds cover a sentence: give 1/{self._folds_per_round}."
+            )
         check_length(self.tokenizer, self.max_length, "MaskedLM")
 
     def collate(self, rows: Rows) -> Batch:
@@ -115,12 +119,17 @@ class MaskedLM(SumOfTerms):
             yield places, generator.random(number), generator.integers(vocabulary, size=number)
 
     def _folds(self, example_id: Any, candidates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The same, of the next tokens in the order of the sentence, each of which becomes `[MASK]`."""
-        order = seeded(self.seed, example_id, 0).permutation(candidates)
+        """The same, of the folds of one round after another; each token becomes `[MASK]`."""
+        number, folds = len(candidates), self._folds_per_round
         for draw in self._draws:
-            first, end = (math.floor(d * self.mask_probability * len(order) + 1e-9) for d in (draw, draw + 1))
-            places = np.sort(order[np.arange(first, end) % len(order)])
+            turn, fold = divmod(draw, folds)
+            order = seeded(self.seed, example_id, turn).permutation(candidates)
+            places = np.sort(order[fold * number // folds : (fold + 1) * number // folds])
             yield places, np.zeros(len(places)), np.zeros(len(places), dtype=np.int64)
+
+    @property
+    def _folds_per_round(self) -> int:
+        return round(1 / self.mask_probability)
 
     @property
     def inputs_per_row(self) -> int:  # type: ignore[override]  # a setting decides what is a constant elsewhere

@@ -126,31 +126,41 @@ def test_eighty_ten_ten():
     assert len(substitutes) >= vocabulary - 1
 
 
-@pytest.mark.parametrize(("draws", "probability", "times"), [(4, 0.25, 1), (5, 0.6, 3), (1, 1.0, 1), (6, 0.15, None)])
-@pytest.mark.parametrize("first_draw", [0, 7])
-def test_folds_mask_each_token_equally_often(draws, probability, times, first_draw):
+@pytest.mark.parametrize(("folds", "rounds", "first_round"), [(4, 1, 0), (8, 1, 0), (8, 3, 0), (5, 2, 3), (1, 1, 0)])
+def test_every_round_of_folds_masks_each_token_once(folds, rounds, first_round):
     rows = tiny.rows(30, seed=5, longest=18)
-    settings = {"draws": draws, "mask_probability": probability, "first_draw": first_draw}
-    for folds in masks(tiny.objective("masked", masks="folds", **settings), rows).values():
-        counts = np.bincount([place for where, _, _ in folds for place in where], minlength=2)[1:]
-        number = len(counts) if times else None
-        for where, shown, labels in folds:
-            assert len(set(where)) == len(where)
+    settings = {"masks": "folds", "mask_probability": 1 / folds, "first_draw": folds * first_round}
+    for drawn in masks(tiny.objective("masked", draws=folds * rounds, **settings), rows).values():
+        number = max(place for where, _, _ in drawn for place in where)
+        for start in range(0, folds * rounds, folds):
+            assert sorted(place for where, _, _ in drawn[start : start + folds] for place in where) == [
+                *range(1, number + 1)
+            ]
+        for where, shown, labels in drawn:
+            assert abs(len(where) - number / folds) < 1
             assert set(shown) <= {tiny.WORDS.index("[MASK]")}
             assert all(label > 0 for label in labels)
-            if number:
-                assert abs(len(where) - probability * number) < 1
-        if times:
-            assert set(counts.tolist()) == {times}
-        else:
-            assert counts.max() <= 1
+
+
+def test_rounds_of_folds_are_independent():
+    """Two words of a sentence share a fold of another round as often as chance has it, whether they shared one or
+    not."""
+    words = tiny.WORDS[5:]
+    rows = [{"example_id": i, "text": " ".join(words[j % len(words)] for j in range(8))} for i in range(1500)]
+    drawn = masks(tiny.objective("masked", masks="folds", mask_probability=0.25, draws=8), rows).values()
+    together = np.array(
+        [[any({1, 2} <= set(where) for where, _, _ in rounds) for rounds in (d[:4], d[4:])] for d in drawn]
+    )
+    chance = 1 / 7  # the other word of the fold is any of seven
+    for sample in (together[:, 1], together[together[:, 0], 1], together[~together[:, 0], 1]):
+        assert abs(sample.mean() - chance) < 4 * (chance * (1 - chance) / len(sample)) ** 0.5
 
 
 def test_folds_continue_from_draw_to_draw():
     rows = tiny.rows(20, seed=5, longest=18)
-    settings = {"masks": "folds", "mask_probability": 0.15}
-    together = masks(tiny.objective("masked", draws=9, **settings), rows)
-    for first in range(9):
+    settings = {"masks": "folds", "mask_probability": 1 / 6}
+    together = masks(tiny.objective("masked", draws=13, **settings), rows)
+    for first in range(13):
         one = masks(tiny.objective("masked", first_draw=first, **settings), rows)
         assert all(one[name] == [folds[first]] for name, folds in together.items())
 
@@ -395,6 +405,10 @@ SETTINGS = {
     "probability": (lambda: tiny.objective("masked", mask_probability=0.0), "mask_probability=0.0"),
     "probability above one": (lambda: tiny.objective("masked", mask_probability=15), "mask_probability=15"),
     "draws": (lambda: tiny.objective("masked", draws=0), "at least one draw"),
+    "no fold": (
+        lambda: tiny.objective("masked", masks="folds", mask_probability=0.15),
+        "so that K folds cover a sentence: give 1/7",
+    ),
     "masks": (lambda: tiny.objective("masked", masks="fold"), "masks='fold'; expected 'random' or 'folds'"),
 }
 
