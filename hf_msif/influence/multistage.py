@@ -151,7 +151,9 @@ class MultiStageInfluence(Chain):
 
     def _number_of_replicates(self, replicates: int | str) -> int:
         """R; 1 where nothing is drawn."""
-        if replicates != "auto" and (isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1):
+        if replicates != "auto" and (
+            isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1
+        ):
             raise InputError(f"replicates is {replicates!r}; expected at least 1, or 'auto'.")
         differentiations = [bound.differentiation for bound in self.stages]
         if replicates == "auto":

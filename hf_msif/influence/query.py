@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine import folders
-from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
 from ..engine.corpus import first_rows
+from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..engine.stream import Stream
 from ..errors import InputError, first_line

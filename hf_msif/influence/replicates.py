@@ -8,7 +8,6 @@ makes standard errors of their scatter.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,7 +87,9 @@ class Replicates:
             batch: B rows as the stage's objective collates them, on the engine's device.
             rows: the rows themselves.
         """
-        passes = [solution.influence(self._batch(objective, batch, rows), rows) for solution, objective in self._passes]
+        passes = [
+            solution.influence(self._batch(objective, batch, rows), rows) for solution, objective in self._passes
+        ]
         replicates = torch.cat([measured.influence for measured in passes], dim=1)
         replicates = replicates.unflatten(1, (len(self.each), self.columns))
         losses, counts = (torch.stack(values).mean(0) for values in list(zip(*passes, strict=True))[1:3])
@@ -150,6 +151,7 @@ def load(differentiation: Differentiation, tensors: dict[str, Tensor], certifica
     parts = nested_keys(tensors)
     differentiations = [differentiation.replicate(r, len(certificates)) for r in range(len(certificates))]
     loaded = [
-        d.load(parts.get(str(r), {}), each) for r, (d, each) in enumerate(zip(differentiations, certificates, strict=True))
+        d.load(parts.get(str(r), {}), each)
+        for r, (d, each) in enumerate(zip(differentiations, certificates, strict=True))
     ]
     return joined(differentiations, loaded)

@@ -263,13 +263,13 @@ def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | 
     whole_share = [tuple(np.concatenate(arrays) for arrays in zip(*share, strict=True))] if share else []
     places, values = (np.concatenate(arrays) for arrays in zip(*engine.gather(whole_share), strict=True))
     values = values[np.argsort(places)]
-    influence, replicates = values[:, 3 : 3 + scorable.columns], values[:, 3 + scorable.columns :]
+    end = 3 + scorable.columns
     return Measured(
-        influence=influence,
+        influence=values[:, 3:end],
         losses=values[:, 0],
         counts=values[:, 1],
         truncated=values[:, 2],
-        replicates=replicates.reshape(len(values), -1, scorable.columns),
+        replicates=values[:, end:].reshape(len(values), -1, scorable.columns),
     )
 
 
