@@ -139,6 +139,11 @@ class Differentiation:
         """How many rows of the stage are sampled, as for a curvature; None: it rests on no sample (the default)."""
         return None
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn, a sample of rows or masks: otherwise `replicate` is the differentiation itself."""
+        return self.sampled_rows is not None
+
     def replicate(self, number: int, of: int) -> Differentiation:
         """The differentiation by masks and a sample of rows of its own: that of replicate `number` of `of`.
 

@@ -118,6 +118,10 @@ class Implicit(Differentiation):
         rows, samples = self.bound.rows, curvature_examples(self)
         return samples if isinstance(rows, Stream) or samples < len(rows) else None
 
+    @property
+    def draws(self) -> bool:
+        return self.sampled_rows is not None or drawn(self.bound.objective, 1) is not self.bound.objective
+
     def replicate(self, number: int, of: int) -> Implicit:
         """The differentiation with its own round of masks, and the curvature on its own 1/`of` of the sample.
 
@@ -128,8 +132,7 @@ class Implicit(Differentiation):
             InputError: the sample has fewer rows than there are replicates.
         """
         bound, samples = self.bound, self.sampled_rows
-        draws = drawn(bound.objective, 1) is not bound.objective
-        if of == 1 or (samples is None and not draws):
+        if of == 1 or not self.draws:
             return self
         if samples is not None and samples < of:
             raise InputError(

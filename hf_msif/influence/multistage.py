@@ -108,9 +108,9 @@ class MultiStageInfluence(Chain):
             UserWarning: a stage's system was not solved to its tolerance.
 
         Raises:
-            InputError: bad rows, replicates below 1 or more than `curvature_samples`, a test loss that is not finite, a solve whose result would mean nothing (it met
-                negative curvature, or its residual is not below 1, that of u = 0), or a run whose adjoint grew beyond
-                `Stage.max_growth`.
+            InputError: bad rows, replicates below 1 or more than `curvature_samples`, a test loss that is not finite,
+                a solve whose result would mean nothing (it met negative curvature, or its residual is not below 1,
+                that of u = 0), or a run whose adjoint grew beyond `Stage.max_growth`.
         """
         rows = as_rows(tests, "the test examples")
         number = self._number_of_replicates(replicates)
@@ -149,18 +149,15 @@ class MultiStageInfluence(Chain):
         self._forget(opened.values())
         return query
 
-    def _number_of_replicates(self, replicates: int | str) -> int:
+    def _number_of_replicates(self, replicates: int | Literal["auto"]) -> int:
         """R; 1 where nothing is drawn."""
-        if replicates != "auto" and (
-            isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1
-        ):
-            raise InputError(f"replicates is {replicates!r}; expected at least 1, or 'auto'.")
         differentiations = [bound.differentiation for bound in self.stages]
         if replicates == "auto":
             samples = [d.sampled_rows for d in differentiations if d.sampled_rows is not None]
             return 2 if samples and min(samples) > 1 else 1
-        drawn = any(d.replicate(0, replicates) is not d for d in differentiations)
-        return int(replicates) if drawn else 1
+        if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1:
+            raise InputError(f"replicates is {replicates!r}; expected at least 1, or 'auto'.")
+        return replicates if any(d.draws for d in differentiations) else 1
 
     def _forget(self, checkpoints: Iterable[Checkpoint | None], folder: str | os.PathLike | None = None) -> None:
         """Deletes checkpoints, and their folder where it is given and nothing else is in it."""

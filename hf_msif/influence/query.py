@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..engine import folders
 from ..engine.corpus import first_rows
@@ -82,6 +82,20 @@ class Query:
         """
         facts = self.facts[self.chain.stage(stage).name].get("noise")
         return None if facts is None else Noise.from_dict(facts)
+
+    def noise_text(self, stage: str | None = None) -> str:
+        """One sentence on the sampling noise of a stage's ranking; it begins with its reliability where that is known.
+
+        Args:
+            stage: name of the stage whose rows are ranked; defaults to the first.
+        """
+        noise, bound = self.noise(stage), self.chain.stage(stage)
+        if noise is not None:
+            return str(noise)
+        onwards = self.chain.stages[self.chain.stages.index(bound) :]
+        if any(each.differentiation.draws for each in onwards):
+            return "no error bars: masks or rows of the curvature are drawn, but by one replicate (replicates=2 has them)"
+        return "no sampling noise: no masks are drawn, and no curvature is estimated on a sample"
 
     def measure_noise(self) -> None:
         """Scores `SAMPLE_ROWS` random rows of each stage that has replicates, the first ones of a stream."""
@@ -167,7 +181,7 @@ class Query:
         """
         bound = self.chain.stage(stage)
         solution = self._solution(bound, method)
-        if not isinstance(solution, Direction | Replicates) or not isinstance(_first(solution), Direction):
+        if not _is_direction(solution):
             raise InputError(
                 f"stage {bound.name!r} is differentiated by link={bound.stage.link_name!r}, whose rows are not scored "
                 "by derivatives of their losses; expected an implicit stage: score its rows whole."
@@ -177,7 +191,7 @@ class Query:
     def _solution(self, bound: BoundStage, method: str) -> StageSolution:
         """The solution of a stage, which scores its rows by that method."""
         solution = self.solutions[bound.name]
-        if isinstance(_first(solution), Direction):
+        if _is_direction(solution):
             solution = solution.by(method)
             solution.prepare()
         elif method != "auto":
@@ -208,7 +222,8 @@ class Query:
                 "objective": describe(objective),
                 "certificate": self.certificate(),
                 "tests": self.tests,
-                **({} if noise is None else {"noise": noise.to_dict()}),
+                "noise": None if noise is None else noise.to_dict(),
+                "noise_text": self.noise_text(bound.name),
             },
             identity=partial(self._identity, bound),
             noise=noise,
@@ -235,7 +250,7 @@ class Query:
             certificate = self.solutions[name].certificate
             text = self.chain.stage(name).differentiation.summary(certificate, facts)
             if facts.get("noise"):
-                text += f"\n{Noise.from_dict(facts['noise'])}"
+                text = f"{Noise.from_dict(facts['noise'])}\n{text}"
             stages[name] = {"solve": certificate.to_dict(), "text": text, **facts}
         return {"stages": stages, "aggregate": self.aggregate, "losses": self.losses}
 
@@ -322,9 +337,10 @@ class Query:
         return cls(solutions, state["tests"], state["losses"], state["aggregate"], chain, facts, state["depends_on"])
 
 
-def _first(solution: StageSolution) -> StageSolution:
-    """The solution of the first replicate; itself where there is one."""
-    return solution.each[0] if isinstance(solution, Replicates) else solution
+def _is_direction(solution: StageSolution) -> TypeGuard[Direction | Replicates]:
+    """Whether rows are scored by derivatives of their losses, in every replicate."""
+    each = solution.each if isinstance(solution, Replicates) else [solution]
+    return all(isinstance(one, Direction) for one in each)
 
 
 def plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

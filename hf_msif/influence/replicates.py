@@ -9,13 +9,14 @@ makes standard errors of their scatter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import vectors
 from ..engine import Engine
 from ..engine.files import flat_keys, nested_keys
 from ..objectives import Objective
@@ -70,9 +71,8 @@ class Replicates:
         return self.each[0].columns
 
     def by(self, method: str) -> Replicates:
-        """The same solutions, whose rows are scored by another method (`Direction`)."""
-        each = [solution.by(method) if isinstance(solution, Direction) else solution for solution in self.each]
-        return Replicates(each, self.objectives, self.engine)
+        """The same `Direction`s, whose rows are scored by another method."""
+        return replace(self, each=[solution.by(method) for solution in self.each if isinstance(solution, Direction)])
 
     def prepare(self) -> None:
         """What all processes must do together before they score."""
@@ -87,9 +87,8 @@ class Replicates:
             batch: B rows as the stage's objective collates them, on the engine's device.
             rows: the rows themselves.
         """
-        passes = [
-            solution.influence(self._batch(objective, batch, rows), rows) for solution, objective in self._passes
-        ]
+        batches = [(solution, self._batch(objective, batch, rows)) for solution, objective in self._passes]
+        passes = [solution.influence(own_batch, rows) for solution, own_batch in batches]
         replicates = torch.cat([measured.influence for measured in passes], dim=1)
         replicates = replicates.unflatten(1, (len(self.each), self.columns))
         losses, counts = (torch.stack(values).mean(0) for values in list(zip(*passes, strict=True))[1:3])
@@ -113,7 +112,8 @@ class Replicates:
         return TermInfluence(torch.cat(values), terms)
 
     def tensors(self) -> dict[str, Tensor]:
-        return flat_keys({str(r): solution.tensors() for r, solution in enumerate(self.each)})
+        # Cloned, since u of several replicates may be the same memory (as for `solvers.Identity`): no file holds that.
+        return flat_keys({str(r): vectors.clone(solution.tensors()) for r, solution in enumerate(self.each)})
 
     @cached_property
     def _passes(self) -> list[tuple[StageSolution, Objective]]:
@@ -151,7 +151,7 @@ def load(differentiation: Differentiation, tensors: dict[str, Tensor], certifica
     parts = nested_keys(tensors)
     differentiations = [differentiation.replicate(r, len(certificates)) for r in range(len(certificates))]
     loaded = [
-        d.load(parts.get(str(r), {}), each)
-        for r, (d, each) in enumerate(zip(differentiations, certificates, strict=True))
+        differentiation.load(parts.get(str(r), {}), certificates[r])
+        for r, differentiation in enumerate(differentiations)
     ]
     return joined(differentiations, loaded)

@@ -160,17 +160,21 @@ class Scores:
 
         Returns:
             The columns of `frame`, without suffixes. Where there are standard errors, also `top_probability`: how
-            likely the row is among the k first, scores being normal around the influences
-            (`noise.top_probabilities`). Rows that were not kept (`score(keep=...)`) do not compete.
+            likely the row would be among the k first without sampling noise (`noise.top_probabilities`). Since noise
+            itself puts rows first, a score counts as normal around ρ · influence with the variance ρ · se², where ρ
+            is the reliability of the replicates' mean. Rows that were not kept (`score(keep=...)`) do not compete.
 
         Raises:
             InputError: there is no such order or query column, or fewer than k rows of each order were kept.
         """
         places, errors = self._order(by, query)[:k], self.standard_error(query)
         rows = self._picked(places, query)
-        if errors is not None and len(places):
-            values = self.influence(query) * (-1 if by == "helpful" else 1)
-            probabilities = top_probabilities(values, errors, len(places), absolute=by == "absolute")
+        noise = self.noise
+        if errors is not None and noise is not None and len(places):
+            share = noise.reliability_of_mean(noise.reliability[query])
+            share = min(max(share, 0.0), 1.0) if share == share else 1.0  # NaN: unknown
+            values = share * self.influence(query) * (-1 if by == "helpful" else 1)
+            probabilities = top_probabilities(values, share**0.5 * errors, len(places), absolute=by == "absolute")
             rows.insert(list(rows).index("influence_se") + 1, "top_probability", probabilities[places])
         return rows
 
