@@ -33,6 +33,7 @@ CURVATURES = {
 DIFFERENTIATIONS = {
     "implicit": "hf_msif.influence.implicit:Implicit",
     "unrolled": "hf_msif.influence.unrolled:Unrolled",
+    "segments": "hf_msif.influence.segments:Segments",
 }
 CHECKS = {
     "determinism": "hf_msif.influence.checks:determinism",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -59,6 +60,15 @@ class FunctionalModel:
         self.buffers = {n: self._in_full_precision(b.detach(), device) for n, b in model.named_buffers()}
         self.linear_backward: bool | None = None
         self.gather_points: dict[tuple, GatherPoint | None] = {}
+
+    def at(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> FunctionalModel:
+        """The same model with other values of some of its parameters and buffers, in its own dtypes and device."""
+        other = copy.copy(self)
+        other.parameters = {
+            n: parameters[n].detach().to(p) if n in parameters else p for n, p in self.parameters.items()
+        }
+        other.buffers = {n: buffers[n].to(b) if buffers and n in buffers else b for n, b in self.buffers.items()}
+        return other
 
     @staticmethod
     def _in_full_precision(tensor: Tensor, device: torch.device | str) -> Tensor:

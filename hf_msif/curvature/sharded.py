@@ -18,6 +18,7 @@ from .. import vectors
 from ..engine.accelerated import Engine
 from ..vectors import Block
 from .base import Curvature
+from .whitened import Whitened
 
 NAME = "shard"
 
@@ -28,11 +29,11 @@ class Sharded:
     Its blocks are {"shard": (Q, ⌈P/R⌉)}; the last shards are padded with zeros.
 
     Args:
-        operator: the curvature, on whole vectors.
+        operator: the curvature, or a whitened one, on whole vectors.
         engine: its processes hold the shards.
     """
 
-    def __init__(self, operator: Curvature, engine: Engine):
+    def __init__(self, operator: Curvature | Whitened, engine: Engine):
         self.operator, self.engine = operator, engine
         self.dimension = sum(p.numel() for p in operator.parameters.values())
         scalar = next(iter(operator.parameters.values())).new_zeros(1)

@@ -141,7 +141,7 @@ class Differentiation:
 
     @property
     def draws(self) -> bool:
-        """Whether anything is drawn, a sample of rows or masks: otherwise `replicate` is the differentiation itself."""
+        """Whether anything is drawn, rows or masks; otherwise `replicate` is the differentiation itself."""
         return self.sampled_rows is not None
 
     def replicate(self, number: int, of: int) -> Differentiation:

@@ -1,4 +1,7 @@
-"""`Direction`: what a query holds of an implicit stage, u_k, and how it scores rows: I(x) = −⟨u_k, ∇ℓ_x⟩, eq. (6)."""
+"""`Direction`: what a query holds of an implicit stage, u_k, and how it scores rows: I(x) = −⟨u_k, ∇ℓ_x⟩, eq. (6).
+
+`Directions`: the same of a stage in segments, one direction for each: I(x) = −Σ_l ⟨u_l, ∇ℓ_x(θ_l)⟩.
+"""
 
 from __future__ import annotations
 
@@ -151,3 +154,63 @@ class Direction:
 
     def tensors(self) -> dict[str, Tensor]:
         return self.u
+
+
+@dataclass
+class Directions:
+    """Directions at several states of a run; the influence of a row is the sum of theirs.
+
+    Attributes:
+        parts: the direction of each segment, first to last.
+        final: the stage's model, whose losses are told with the influences.
+        certificate: how well all of them are known.
+    """
+
+    parts: list[Direction]
+    final: FunctionalModel
+    certificate: StageCertificate
+
+    @property
+    def columns(self) -> int:
+        return self.parts[0].columns
+
+    @staticmethod
+    def joined(each: Sequence[Directions]) -> Directions:
+        """One with the columns of all, which are directions of the same losses."""
+        of_segments = zip(*(directions.parts for directions in each), strict=True)
+        return replace(each[0], parts=[Direction.joined(parts) for parts in of_segments])
+
+    def by(self, method: str) -> Directions:
+        """The same, which scores by another method."""
+        return replace(self, parts=[part.by(method) for part in self.parts])
+
+    def prepare(self) -> None:
+        """What all processes must do together before they score."""
+        for part in self.parts:
+            part.prepare()
+
+    def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
+        """I(x) = −Σ_l ⟨u_l, ∇ℓ_x(θ_l)⟩ of each row, for all columns; as `Direction.influence`."""
+        each = [part.influence(batch, rows) for part in self.parts]
+        with torch.no_grad():
+            losses, counts = Evaluation(self.final, self.parts[0].objective, batch).losses({})
+        return RowInfluence(torch.stack([one.influence for one in each]).sum(0), losses, counts)
+
+    def term_influence(self, batch: dict[str, Any], rows: list[dict]) -> TermInfluence:
+        """The same of each term of the rows, as `Direction.term_influence`."""
+        each = [part.term_influence(batch, rows).influence for part in self.parts]
+        with torch.no_grad():
+            terms = Evaluation(self.final, self.parts[0].objective, batch).terms({})
+        return TermInfluence(torch.stack(each).sum(0), terms)
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(part.copied_bytes for part in self.parts)
+
+    @property
+    def how(self) -> str:
+        return f"{self.parts[0].how}, at each of {len(self.parts)} states"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """u_l by "l/name"."""
+        return {f"{i}/{name}": t for i, part in enumerate(self.parts) for name, t in part.u.items()}

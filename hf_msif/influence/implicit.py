@@ -8,7 +8,6 @@ I(x) = −⟨u_k, ∇ℓ_x⟩                                     eq. (6)
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from .. import training, vectors
 from ..curvature import Curvature, auto
 from ..curvature.sharded import Sharded
+from ..curvature.whitened import Whitened
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
 from ..engine.stream import Stream
 from ..errors import InputError
-from ..objectives import Objective
 from ..solvers import Auto, Certificate, Operator, Solution, Solver, problem, solve
 from ..solvers.damping import TRAINING
 from ..solvers.lanczos import largest_eigenvalue
@@ -32,12 +31,13 @@ from ..training.objective import QuadraticTerms, missing_alpha, without_terms
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .chain import BoundStage
+from .coordinates import whitened
 from .cost import Cost, activation_bytes
-from .differentiation import Differentiation, Retraining, StageCertificate
+from .differentiation import Retraining, StageCertificate
 from .direction import Direction
 from .implicit_cost import curvature_examples, implicit_cost
-from .recorded import TrainingDamping
-from .replicates import drawn
+from .recorded import TrainingDamping, trajectory_of
+from .sampled import Sampled
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -72,7 +72,7 @@ class AlphaEstimate:
         )
 
 
-class Implicit(Differentiation):
+class Implicit(Sampled):
     """Differentiates a stage that ended at a stationary point of F_k, with the curvature and solver of its `Stage`.
 
     Attributes:
@@ -81,7 +81,7 @@ class Implicit(Differentiation):
 
     Raises:
         InputError: the data are a stream and `curvature_samples` is None; inherited parameters are trained and
-            `alpha` is None; or damping is "training" and the run is not one of SGD, or not that of the stage.
+            `alpha` is None; or damping is "training" and the run is not that of the stage.
     """
 
     needs_run = False
@@ -91,8 +91,6 @@ class Implicit(Differentiation):
         super().__init__(bound)
         self.solver = bound.stage.solver
         self._solver_states: dict[Solver, Any] = {}
-        self._replicates: dict[tuple[int, int], Implicit] = {}
-        self._draw, self._part = 0, (0, 1)  # number of the round of masks; number and number of parts of the sample
         stage, split = bound.stage, bound.split
         if isinstance(bound.rows, Stream) and stage.curvature_samples is None:
             raise InputError(
@@ -103,68 +101,24 @@ class Implicit(Differentiation):
             raise missing_alpha(split)
         self.training_damping: TrainingDamping | None = None
         if getattr(self.solver, "damping", None) == TRAINING:
-            self.training_damping = TrainingDamping.of(bound)
+            self.trajectory = trajectory_of(bound, final=True)
+            self.training_damping = TrainingDamping.of(bound, self.trajectory)
             self.solver = self.solver.with_damping(self.training_damping.value)
 
     # --- replicates
 
-    @property
-    def objective(self) -> Objective:
-        """The stage's objective, with the masks of the replicate."""
-        return drawn(self.bound.objective, self._draw)
+    of_rows = (*Sampled.of_rows, "operator", "system", "gradient_norm", "_compared_damping")
 
-    @property
-    def sampled_rows(self) -> int | None:
-        rows, samples = self.bound.rows, curvature_examples(self)
-        return samples if isinstance(rows, Stream) or samples < len(rows) else None
+    def _prepare_replicates(self) -> None:
+        super()._prepare_replicates()
+        _ = self.alpha
 
-    @property
-    def draws(self) -> bool:
-        return self.sampled_rows is not None or drawn(self.bound.objective, 1) is not self.bound.objective
-
-    def replicate(self, number: int, of: int) -> Implicit:
-        """The differentiation with its own round of masks, and the curvature on its own 1/`of` of the sample.
-
-        A curvature on all rows stays on all rows, since these are the data of F and no sample. Without masks it is
-        itself.
-
-        Raises:
-            InputError: the sample has fewer rows than there are replicates.
-        """
-        bound, samples = self.bound, self.sampled_rows
-        if of == 1 or not self.draws:
-            return self
-        if samples is not None and samples < of:
-            raise InputError(
-                f"stage {bound.name!r} has curvature_samples={samples} for {of} replicates; expected at least one row "
-                "for each: take more samples or fewer replicates."
-            )
-        if (number, of) not in self._replicates:
-            _ = self._sample, self.curvature_kind, self.alpha  # read, chosen and estimated once
-            changed = self._with_own_state()
-            changed._draw, changed._part = number, (0, 1) if samples is None else (number, of)
-            self._replicates[number, of] = changed
-        return self._replicates[number, of]
-
-    def _with_own_state(self) -> Implicit:
-        """A copy that has no operator yet."""
-        changed = copy.copy(self)
-        changed._solver_states, changed._replicates = {}, {}
-        for name in ("curvature_rows", "operator", "gradient_norm", "_compared_damping"):
-            vars(changed).pop(name, None)
+    def _copy(self) -> Implicit:
+        changed = super()._copy()
+        changed._solver_states = {}
         return changed
 
     # --- curvature
-
-    @cached_property
-    def _sample(self) -> list[dict]:
-        return self.bound.subset(self.bound.stage.curvature_samples)
-
-    @cached_property
-    def curvature_rows(self) -> list[dict]:
-        """The fixed random subset on which `operator` is estimated."""
-        number, parts = self._part
-        return self._sample if parts == 1 else self._sample[number::parts]
 
     @cached_property
     def operator(self) -> Curvature:
@@ -173,6 +127,17 @@ class Implicit(Differentiation):
         if self.solver.minibatches:
             operator.holds_batches = False  # type: ignore[misc]  # its own value
         return operator
+
+    @cached_property
+    def system(self) -> Curvature | Whitened:
+        """What is solved: `operator`, or with damping="training" that in the coordinates of the run's optimiser."""
+        return self.in_coordinates(self.operator)
+
+    def in_coordinates(self, operator: Curvature) -> Curvature | Whitened:
+        """An operator of the stage, in the coordinates in which it is solved."""
+        if self.training_damping is None or self.training_damping.optimiser == "SGD":
+            return operator
+        return whitened(operator, self.trajectory, self.trajectory.load(len(self.trajectory.segments) - 1))
 
     @cached_property
     def curvature_kind(self) -> tuple[Callable[..., Curvature], str | None]:
@@ -307,14 +272,16 @@ class Implicit(Differentiation):
 
         The solver's vectors are sharded over the processes if the engine asks for it and the solver allows it.
         """
-        engine, operator = self.bound.engine, self.operator
+        engine, operator, system = self.bound.engine, self.operator, self.system
+        if isinstance(system, Whitened):
+            b = system.scaled(b)
         solver, why = self.solver_for(vectors.columns(b))
         solver_checkpoint = None
         if checkpoint is not None:
             operator.keep_in(checkpoint.path.parent)
         with engine.solver_bar(self.bound.name, solver) as progress:
             if engine.sharded and solver.shardable:
-                sharded = Sharded(operator, engine)
+                sharded = Sharded(system, engine)
                 if checkpoint is not None:
                     solver_checkpoint = SolverCheckpoint(checkpoint, sharded.join_rows, sharded.cut_rows)
                 state = self._solver_state(solver, sharded)
@@ -325,13 +292,15 @@ class Implicit(Differentiation):
                     solver_checkpoint = SolverCheckpoint(
                         checkpoint, vectors.flatten, lambda rows: vectors.unflatten(rows, b, rows.dtype)
                     )
-                state = self._solver_state(solver, operator)
-                solution = solve(operator, b, solver, state, progress, solver_checkpoint)
+                state = self._solver_state(solver, system)
+                solution = solve(system, b, solver, state, progress, solver_checkpoint)
+        if isinstance(system, Whitened):
+            solution = replace(solution, value=system.scaled(solution.value))
         return solution if why is None else replace(solution, certificate=replace(solution.certificate, choice=why))
 
     def solver_for(self, columns: int) -> tuple[Solver, str | None]:
         """The solver for Q = `columns` right-hand sides, and why `solvers.Auto` chose it (None: it was given)."""
-        return self.solver.chosen(problem(self.operator, columns, self.bound.engine.sharded))
+        return self.solver.chosen(problem(self.system, columns, self.bound.engine.sharded))
 
     def _solver_state(self, solver: Solver, operator: Operator) -> Any:
         """What the solver computes once per operator (damping, factorisation); later queries use it again."""
@@ -342,8 +311,8 @@ class Implicit(Differentiation):
     def with_solver(self, solver: Solver) -> Implicit:
         """The same differentiation with another solver; both share the operator."""
         _ = self.operator  # so that it is made once, for both
-        changed = copy.copy(self)
-        changed.solver, changed._replicates = solver, {}
+        changed = super()._copy()  # with the solver states
+        changed.solver = solver
         return changed
 
     def damped(self, damping: float) -> Implicit:
@@ -353,6 +322,7 @@ class Implicit(Differentiation):
             )
         changed = self.with_solver(self.solver.with_damping(damping))
         changed.training_damping = None
+        vars(changed).pop("system", None)
         return changed
 
     def dampings(self) -> list[float]:
@@ -402,7 +372,7 @@ class Implicit(Differentiation):
     @cached_property
     def _compared_damping(self) -> TrainingDamping:
         assert self.training_damping is not None
-        return self.training_damping.compared(self.operator, self.solver)
+        return self.training_damping.compared(self.system, self.solver)
 
     def summary(self, certificate: StageCertificate, facts: Mapping[str, Any]) -> str:
         lines = [str(certificate)]

@@ -11,6 +11,7 @@ from .. import vectors
 from ..adapters.functional import memo_bytes
 from ..curvature.base import MEMO_BYTES
 from ..curvature.derivatives import Evaluation, example_gradients
+from ..curvature.whitened import Whitened
 from ..engine.corpus import first_rows
 from ..engine.stream import Stream
 from ..solvers import Solver
@@ -22,7 +23,7 @@ FORECAST_SECONDS = 60.0  # of the Lanczos run of a forecast; fewer rows are take
 
 
 @dataclass(frozen=True)
-class _Passes:
+class Passes:
     """Seconds on one process, over all curvature rows."""
 
     forward: float
@@ -49,13 +50,13 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
     """
     bound, (solver, why) = implicit.bound, implicit.solver_for(columns)
     examples = curvature_examples(implicit)
-    passes = _measure(implicit, columns, examples)
+    passes = measure(implicit, columns, examples)
     parameters = implicit.operator_parameters
     size = sum(p.numel() for p in parameters.values())
     worst = usual = solver.products(size, columns)
     damping = implicit.training_damping
     if damping is not None:
-        damping = damping.compared(implicit.curvature(_few_rows(implicit, examples)), solver)
+        damping = damping.compared(implicit.in_coordinates(implicit.curvature(_few_rows(implicit, examples))), solver)
     found, rows = _forecast(implicit, solver, passes, columns, examples, adjoint)
     if found is not None:
         before = worst - found.most  # of `Solver.init`
@@ -124,7 +125,7 @@ def _few_rows(implicit: Any, examples: int) -> list[dict]:
     return _some_rows(implicit, min(4 * implicit.bound.stage.batch_size, examples))
 
 
-def _measure(implicit: Any, columns: int, examples: int) -> _Passes:
+def measure(implicit: Any, columns: int, examples: int) -> Passes:
     """Times on at most four batches, scaled to all curvature rows."""
     from .differentiation import DirectCertificate
 
@@ -156,7 +157,7 @@ def _measure(implicit: Any, columns: int, examples: int) -> _Passes:
     else:  # the first product fits the curvature, and later ones read no row
         fixed, product = operator.fixed_seconds, best_seconds(operator.matvec, v)
         first_seconds = max(0.0, first - product - fixed) * forward / batch_seconds + fixed + product
-    return _Passes(
+    return Passes(
         forward=forward,
         first_product=first_seconds,
         product=product,
@@ -172,7 +173,7 @@ def _measure(implicit: Any, columns: int, examples: int) -> _Passes:
 
 
 def _forecast(
-    implicit: Any, solver: Solver, passes: _Passes, columns: int, examples: int, adjoint: Block | None
+    implicit: Any, solver: Solver, passes: Passes, columns: int, examples: int, adjoint: Block | None
 ) -> tuple[Forecast | None, int]:
     """The solver's products, and the number of rows on which they are foretold; None where nothing foretells them."""
     if not can_forecast(solver):
@@ -186,4 +187,7 @@ def _forecast(
         batch = bound.collate(_some_rows(implicit, columns))
         with bound.model.evaluating():
             b = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
-    return forecast(operator, b, solver), rows
+    system = implicit.in_coordinates(operator)
+    if isinstance(system, Whitened):
+        b = system.scaled(b)
+    return forecast(system, b, solver), rows

@@ -25,7 +25,7 @@ from ..scoring.token_scores import token_scores
 from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
-from .direction import Direction
+from .direction import Direction, Directions
 from .replicates import Replicates, load
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ class Query:
             return str(noise)
         onwards = self.chain.stages[self.chain.stages.index(bound) :]
         if any(each.differentiation.draws for each in onwards):
-            return "no error bars: masks or rows of the curvature are drawn, but by one replicate (replicates=2 has them)"
+            return (
+                "no error bars: masks or rows of the curvature are drawn, but by one replicate (replicates=2 has them)"
+            )
         return "no sampling noise: no masks are drawn, and no curvature is estimated on a sample"
 
     def measure_noise(self) -> None:
@@ -337,10 +339,10 @@ class Query:
         return cls(solutions, state["tests"], state["losses"], state["aggregate"], chain, facts, state["depends_on"])
 
 
-def _is_direction(solution: StageSolution) -> TypeGuard[Direction | Replicates]:
+def _is_direction(solution: StageSolution) -> TypeGuard[Direction | Directions | Replicates]:
     """Whether rows are scored by derivatives of their losses, in every replicate."""
     each = solution.each if isinstance(solution, Replicates) else [solution]
-    return all(isinstance(one, Direction) for one in each)
+    return all(isinstance(one, (Direction, Directions)) for one in each)
 
 
 def plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

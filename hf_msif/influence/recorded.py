@@ -1,4 +1,4 @@
-"""The recorded run of a stage: checked against the stage, and the damping λ = 1/τ that its training time implies."""
+"""The run of a stage, recorded or known by checkpoints: checked, and the damping that its training time implies."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..curvature import Curvature
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError
-from ..solvers import Solver
+from ..solvers import Operator, Solver
 from ..solvers.lanczos import largest_eigenvalue
-from ..training.optimisers import SGD
 from ..training.recording import Recording
+from ..training.trainer_folders import of_trainer
+from ..training.trajectory import Trajectory, of_recording
 from .chain import BoundStage
+
+SEGMENTS = 3  # of a recorded run, where `Stage.checkpoints` does not say how many
 
 
 def recorded_run(bound: BoundStage) -> tuple[Recording, dict[str, Tensor]]:
@@ -63,9 +65,38 @@ def recorded_run(bound: BoundStage) -> tuple[Recording, dict[str, Tensor]]:
     return run, first
 
 
+def trajectory_of(bound: BoundStage, final: bool = False) -> Trajectory:
+    """The run of a stage as `Stage.checkpoints` or `Stage.run` give it.
+
+    Args:
+        bound: the stage; inherited heads of a recorded run become inherited names of its split.
+        final: one segment with the state at the end of a recorded run, for which checkpoints need not say a number.
+
+    Raises:
+        InputError: neither is given, or they are not of the stage.
+    """
+    stage, checkpoints = bound.stage, bound.stage.checkpoints
+    if isinstance(checkpoints, Trajectory):
+        return checkpoints
+    if checkpoints is not None and not isinstance(checkpoints, int):
+        return of_trainer(checkpoints, stage.model, bound.split.trained, stage.name)
+    if stage.run is None:
+        raise InputError(
+            f"stage {stage.name!r}: neither checkpoints nor run is given; expected "
+            "checkpoints='.../checkpoint-*', the folders that a Trainer saved, or run, the folder of a recorded run."
+        )
+    run, first = recorded_run(bound)
+    if final:
+        return of_recording(run, 0)
+    if bound.before is not None:
+        bound.split = bound.split.with_inherited_head(first, bound.before.model.parameters)
+    states = min(run.steps, len(run.saved_steps) - 1)
+    return of_recording(run, min(SEGMENTS, states) if checkpoints is None else checkpoints)
+
+
 @dataclass(frozen=True)
 class TrainingDamping:
-    """λ = 1/τ, where a stage was trained for the time τ = Σ_t η_t by gradient descent (damping="training").
+    """λ = 1/τ, where a stage was trained for the time τ = Σ_t η_t (damping="training").
 
     Along an eigenvector of curvature σ ≥ 0, training answers a loss that is added with weight ε by −ε f(σ) times its
     slope, f(σ) = Σ_t η_t Π_{s>t} (1 − η_s σ), and (1 − e^{−τσ})/σ for small rates: 1/σ where training has converged,
@@ -75,10 +106,14 @@ class TrainingDamping:
 
     no direction is off by more than that, and those far from σ = 1/τ hardly at all. (Bae et al., 2024, have f.)
 
+    AdamW descends in the coordinates of P = 1/(√v̂ + ε), where the curvature is P^½ H P^½: there λ is added, so that
+    the system is (H + P⁻¹/τ) u = a, with v̂ as the end of the run left it (`coordinates.whitened`).
+
     Attributes:
         value: λ.
-        time: τ, see `Recording.time`.
+        time: τ, see `Trajectory.time`.
         steps: T.
+        optimiser: "SGD" or "AdamW".
         clip: the norm to which gradients were clipped, which makes τ an upper bound; None: they were not.
         run: SHA-256 of the settings of the run.
         largest_eigenvalue: of the stage's curvature; None: it was not measured.
@@ -89,41 +124,39 @@ class TrainingDamping:
     value: float
     time: float
     steps: int
+    optimiser: str
     clip: float | None
     run: str
     largest_eigenvalue: float | None = None
     automatic: float | None = None
 
     @classmethod
-    def of(cls, bound: BoundStage) -> TrainingDamping:
-        """That of the stage's recorded run.
+    def of(cls, bound: BoundStage, trajectory: Trajectory) -> TrainingDamping:
+        """That of the stage's run.
 
         Raises:
-            InputError: the run is not that of the stage, or not one of SGD.
+            InputError: the run has no training time.
         """
-        run, _ = recorded_run(bound)
-        if not isinstance(run.optimiser, SGD):
+        time = trajectory.time()
+        if not time > 0:
             raise InputError(
-                f"stage {bound.name!r}: damping is 'training', but the run in {run.folder} was made by "
-                f"{type(run.optimiser).__name__}, for which 1/τ is another number for every parameter, (√v̂ + eps)/τ; "
-                "expected a run of SGD: give damping as a number, or go back through the run by link='unrolled'."
+                f"stage {bound.name!r}: damping is 'training', but the learning rates of {trajectory.origin} sum to "
+                f"{time:g}; expected a run that trained the stage."
             )
-        if not run.time > 0:
-            raise InputError(
-                f"stage {bound.name!r}: damping is 'training', but the learning rates of the run in {run.folder} sum "
-                f"to {run.time:g}; expected a run that trained the stage."
-            )
-        return cls(1 / run.time, run.time, run.steps, run.clip, digest(run.settings))
+        kind = type(trajectory.optimiser).__name__
+        return cls(1 / time, time, trajectory.steps, kind, trajectory.clip, digest(trajectory.settings))
 
-    def compared(self, operator: Curvature, solver: Solver) -> TrainingDamping:
+    def compared(self, operator: Operator, solver: Solver) -> TrainingDamping:
         """The same beside what `solver` would take for an operator by damping="auto", where that is semidefinite; at
         most 16 products."""
         largest, fraction = largest_eigenvalue(operator), getattr(solver, "damping_fraction", 0.0)
-        automatic = fraction * largest if operator.semidefinite else None
+        automatic = fraction * largest if getattr(operator, "semidefinite", False) else None
         return replace(self, largest_eigenvalue=largest, automatic=automatic)
 
     def __str__(self) -> str:
         text = f"damping {self.value:.3g} = 1/τ, for the training time τ = {self.time:.4g} of {self.steps:,} steps"
+        if self.optimiser == "AdamW":
+            text += " in the coordinates of AdamW"
         if self.clip is not None:
             text += f" (at most: gradients were clipped at {self.clip:g})"
         if self.largest_eigenvalue:

@@ -23,7 +23,7 @@ from ..objectives import Objective
 from ..scoring.scorer import RowInfluence
 from ..scoring.token_scores import TermInfluence
 from .differentiation import Differentiation, StageCertificate, StageSolution
-from .direction import Direction
+from .direction import Direction, Directions
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Replicates:
         return self.each[0].columns
 
     def by(self, method: str) -> Replicates:
-        """The same `Direction`s, whose rows are scored by another method."""
-        return replace(self, each=[solution.by(method) for solution in self.each if isinstance(solution, Direction)])
+        """The same directions, whose rows are scored by another method."""
+        return replace(self, each=[solution.by(method) for solution in self._directions])
 
     def prepare(self) -> None:
         """What all processes must do together before they score."""
         for solution, _ in self._passes:
-            if isinstance(solution, Direction):
+            if isinstance(solution, Direction | Directions):
                 solution.prepare()
 
     def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
@@ -95,10 +95,10 @@ class Replicates:
         return RowInfluence(replicates.mean(1), losses, counts, replicates)
 
     def term_influence(self, batch: dict[str, Any], rows: list[dict]) -> TermInfluence:
-        """The terms of all replicates, divided by R: those of a row sum to its `influence`. Of `Direction`s only."""
+        """The terms of all replicates, divided by R: those of a row sum to its `influence`. Of directions only."""
         number, parts = len(self._passes), []
         for solution, objective in self._passes:
-            assert isinstance(solution, Direction)
+            assert isinstance(solution, Direction | Directions)
             parts.append(solution.term_influence(self._batch(objective, batch, rows), rows))
         columns = len(self.each) // number  # replicates that share a pass
         values = [part.influence.unflatten(1, (columns, self.columns)).mean(1) / number for part in parts]
@@ -119,21 +119,18 @@ class Replicates:
     def _passes(self) -> list[tuple[StageSolution, Objective]]:
         """The solutions with the objectives of their rows; where all have the same, one solution with R·Q columns."""
         first = self.objectives[0]
-        directions = [solution for solution in self.each if isinstance(solution, Direction)]
-        if len(directions) == len(self.each) and all(objective is first for objective in self.objectives):
-            return [(Direction.joined(directions), first)]
+        if self._directions and all(objective is first for objective in self.objectives):
+            joined = type(self._directions[0]).joined
+            return [(joined(self._directions), first)]
         return list(zip(self.each, self.objectives, strict=True))
+
+    @property
+    def _directions(self) -> list[Any]:
+        """The solutions where they are `Direction`s or `Directions`."""
+        return [solution for solution in self.each if isinstance(solution, Direction | Directions)]
 
     def _batch(self, objective: Objective, batch: dict[str, Any], rows: list[dict]) -> dict[str, Any]:
         return batch if objective is self.objectives[0] else self.engine.to_device(objective.collate(rows))
-
-
-def drawn(objective: Objective, number: int) -> Objective:
-    """The objective with the masks or negatives of a replicate: itself for the first, or where it draws none."""
-    if number == 0:
-        return objective
-    changed = objective.of_epoch(number)
-    return changed if changed.pads == objective.pads else changed.unpadded()  # which `dataclasses.replace` forgets
 
 
 def joined(differentiations: Sequence[Differentiation], solutions: Sequence[StageSolution]) -> StageSolution:

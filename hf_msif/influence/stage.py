@@ -18,6 +18,7 @@ from ..objectives import Objective, checked_objective
 from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, registered
 from ..solvers import Auto, Solver, as_solver
 from ..solvers.damping import TRAINING
+from ..training.trajectory import Trajectory
 from .differentiation import Differentiation
 
 
@@ -49,13 +50,16 @@ class Stage:
             finished parameters, α̂ = −⟨∇_W F, W − W_before⟩ / (2 ‖W − W_before‖²).
         link: how the stage is differentiated: a name in `registry.DIFFERENTIATIONS`. "implicit" takes the stage for a
             minimum of F, the paper's assumption; "unrolled" goes back through its recorded training run, converged or
-            not, also of a first stage. Or a class derived from `influence.Differentiation`, or a function that makes
-            one for a bound stage.
+            not, also of a first stage; "segments" through a few checkpoints of its run. Or a class
+            derived from `influence.Differentiation`, or a function that makes one for a bound stage.
         run: folder of the recorded run of an unrolled stage, from `training.record` or a `RecordCallback`; or of an
             implicit stage whose solver has damping="training", which is 1/τ of this run (`recorded.TrainingDamping`).
             A differentiation of your own may read another folder here.
-        max_growth: an unrolled pull-back whose adjoint grows by a larger factor is refused. Defaults to 1e-3 divided
-            by the rounding unit of the run's dtype.
+        checkpoints: of a stage in segments, and for damping="training": the folders of a Trainer, as a pattern or a
+            list ("runs/pretraining/checkpoint-*"); a `training.trajectory.Trajectory`; or the number of segments into
+            which the run in `run` is cut.
+        max_growth: a pull-back through a run whose adjoint grows by a larger factor is refused. Defaults to 1e-3
+            divided by the rounding unit of the run's dtype.
         curvature: "gauss_newton", "hessian", "ekfac", "auto" (Gauss-Newton, or EK-FAC where a solve would take more
             than an hour per test row), a subclass of `curvature.Curvature`, or a `functools.partial` of one that gives
             further settings.
@@ -83,6 +87,7 @@ class Stage:
     # It is called with a `chain.BoundStage`, whose module imports this one.
     link: str | Callable[[Any], Differentiation] = "implicit"
     run: str | os.PathLike | None = None
+    checkpoints: str | os.PathLike | Sequence[str | os.PathLike] | Trajectory | int | None = None
     max_growth: float | None = None
     curvature: str | Callable[..., Curvature] = "gauss_newton"
     curvature_samples: int | None = None
@@ -112,9 +117,14 @@ class Stage:
                 f"stage {self.name!r}: link is a lambda, by which a saved query could not be told from another one; "
                 "expected a class, a named function, or a functools.partial of one."
             )
-        needs_run = getattr(self.differentiation, "needs_run", None)
+        needs_run, by_run = getattr(self.differentiation, "needs_run", None), self.link == "segments"
         if needs_run is False and getattr(self.solver, "damping", None) == TRAINING:
-            needs_run = True
+            needs_run, by_run = self.checkpoints is None, True
+        if self.checkpoints is not None and not by_run and not callable(self.link):
+            raise InputError(
+                f"stage {self.name!r}: checkpoints is given, but link is {self.link_name!r}; expected "
+                "link='segments', or a solver with damping='training'."
+            )
         if needs_run is not None and needs_run != (self.run is not None):
             raise InputError(
                 f"stage {self.name!r}: link is {self.link_name!r} and run is {self.run!r}; expected the folder of a "
@@ -153,7 +163,7 @@ class Stage:
     def settings(self) -> dict[str, Any]:
         """The settings that decide a pull-back, as plain values by name. (Model, objective and data are compared by
         content, a recorded run by its differentiation; `batch_size` changes no result.)"""
-        apart = ("name", "model", "objective", "data", "run", "batch_size", "skip_checks")
+        apart = ("name", "model", "objective", "data", "run", "checkpoints", "batch_size", "skip_checks")
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         solver = settings.pop("solver")
         settings |= {"link": self.link_name, "curvature": self.curvature_name, "solver": type(solver).__name__}

@@ -182,8 +182,6 @@ def compose(
 
 def schedule(arguments: Any, size: int) -> Schedule:
     """Rows, epoch and learning rate of every step, as `TrainingArguments` ask for them on `size` rows."""
-    from transformers import get_scheduler
-
     if arguments.dataloader_drop_last or str(arguments.train_sampling_strategy) != "random":
         raise InputError(
             "training.record draws every row once per epoch, in random order; expected no dataloader_drop_last and no "
@@ -198,6 +196,14 @@ def schedule(arguments: Any, size: int) -> Schedule:
         if per_epoch == 1:  # all rows at once: their order does not matter, and one order is collated once
             order = list(range(size))
         rows += [order[i : i + batch] for i in range(0, size, batch)]
+    rates = learning_rates(arguments, steps)
+    return Schedule(rows[:steps], [t // per_epoch for t in range(steps)], rates)
+
+
+def learning_rates(arguments: Any, steps: int) -> list[float]:
+    """The learning rate of each of `steps` steps, by the schedule that `TrainingArguments` name."""
+    from transformers import get_scheduler
+
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,
@@ -211,7 +217,7 @@ def schedule(arguments: Any, size: int) -> Schedule:
         rates.append(float(optimiser.param_groups[0]["lr"]))
         optimiser.step()
         scheduler.step()
-    return Schedule(rows[:steps], [t // per_epoch for t in range(steps)], rates)
+    return rates
 
 
 def check_arguments(arguments: Any, name: str) -> SGD | AdamW:

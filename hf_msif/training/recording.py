@@ -111,16 +111,6 @@ class Recording:
         return len(self.schedule.rates)
 
     @property
-    def time(self) -> float:
-        """τ: how far the run moves a parameter whose gradient is 1 in every step: Σ_t η_t for plain SGD, which
-        momentum β multiplies by up to 1/(1 − β). Without clipping and weight decay."""
-        parameter, *buffers = torch.zeros(1 + len(self.optimiser.buffers), dtype=torch.float64)
-        for t, rate in enumerate(self.schedule.rates, 1):
-            slope = torch.ones_like(parameter)
-            parameter, *buffers = self.optimiser.update(parameter, slope, tuple(buffers), rate, step=t, decay=0.0)
-        return -float(parameter)
-
-    @property
     def interval(self) -> int:
         """Steps between two saved states: ⌈√T⌉."""
         return interval(self.steps)

@@ -19,9 +19,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from helpers import tiny, toy
 from helpers.runs import Run, pair, unrolled_chain
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
+from hf_msif.adapters.split import decayed_names
 from hf_msif.engine import Engine
 from hf_msif.engine.files import load_tensors
 from hf_msif.errors import ProcessError
+from hf_msif.influence.implicit import Implicit
+from hf_msif.training.optimisers import AdamW
+from hf_msif.training.trajectory import of_models
 
 CORPUS = tiny.rows(23, seed=7, longest=18)
 TESTS = tiny.rows(3, seed=8)
@@ -64,10 +68,18 @@ def results(dtype, **settings):
     group = made.query(TESTS, aggregate="mean")
     found |= {f"group/{n}": t for n, t in group.solutions["pre"].tensors().items()}
     found["N"] = torch.tensor([made.stage("pre").count, made.stage("fine").count])
-    found["norm"] = torch.tensor([made.stage(name).differentiation.gradient_norm for name in ("pre", "fine")])
+    links = [made.stage(name).differentiation for name in ("pre", "fine")]
+    found["norm"] = torch.tensor([link.gradient_norm for link in links if isinstance(link, Implicit)])
     return found
 
 
+# Two states of a run by AdamW, whose second moments are estimated, and whose momentum goes from segment to segment.
+STATES = [tiny.model("bert", "masked", seed=seed) for seed in (0, 3)]
+SEGMENTS = {
+    "link": "segments",
+    "checkpoints": of_models(STATES, [4, 9], [0.01] * 9, AdamW(weight_decay=0.1), decayed_names(STATES[0])),
+    "solver": solvers.Auto(tol=1e-12, max_iter=12),
+}
 AUTO = solvers.CG(damping_fraction=0.1, tol=1e-12, max_iter=3)  # with less damping three iterations gain nothing
 CASES = {
     "float64": {"dtype": torch.float64},
@@ -91,6 +103,7 @@ CASES = {
         "curvature": "ekfac",
         "pretraining": {"solver": solvers.ClosedForm(damping=0.5)}.items(),
     },
+    "segments": {"dtype": torch.float64, "sharded": True, "pretraining": SEGMENTS.items()},
     "one-sentence": {"dtype": torch.float64, "corpus": 1},
     "two-sentences": {"dtype": torch.float64, "corpus": 2},
 }

@@ -9,7 +9,8 @@ from helpers.toy import ToyObjective, dense_gauss_newton, example_losses, toy, t
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
 from hf_msif.solvers import solve
 from hf_msif.training.optimisers import SGD, AdamW
-from hf_msif.training.recording import Recording, Schedule
+from hf_msif.training.recording import Recording
+from hf_msif.training.trajectory import Trajectory, of_models
 
 SLOW = 1.2985  # max over x of (1 − e^{−x})(1 + 1/x)
 
@@ -44,10 +45,6 @@ def test_one_over_tau_is_near_what_training_again_does(step, bound, steps):
         np.testing.assert_allclose(-moved, (1 - np.exp(-tau * curvatures)) / curvatures, rtol=step)
 
 
-def recorded(optimiser, rates):
-    return Recording(optimiser, None, (), frozenset(), 0.0, None, 1, False, 0, Schedule([[0]] * len(rates), [], rates))
-
-
 RATES = [0.1, 0.3, 0.2, 0.05]
 
 
@@ -61,12 +58,14 @@ RATES = [0.1, 0.3, 0.2, 0.05]
             sum(rate * (1 + 0.5 * (1 - 0.5 ** (t + 1)) / 0.5) for t, rate in enumerate(RATES)),
         ),
         (SGD(weight_decay=0.7), sum(RATES)),
-        (AdamW(eps=0.25), sum(RATES) / 1.25),
+        (AdamW(beta1=0.0, eps=0.25), sum(RATES)),
+        (AdamW(beta1=0.8), sum(0.2 / (1 - 0.8**t) * RATES[t - 1] * (1 - 0.8**t) / 0.2 for t in range(1, 5))),
     ],
     ids=str,
 )
 def test_the_training_time(optimiser, expected):
-    assert recorded(optimiser, RATES).time == pytest.approx(expected, rel=1e-12)
+    run = Trajectory(optimiser, RATES, (), lambda i: None, frozenset(), "here")
+    assert run.time() == pytest.approx(expected, rel=1e-12)
 
 
 # A stage with its run ----------------------------------------------------------------------------------------------
@@ -130,6 +129,26 @@ def test_a_query_is_near_what_the_training_time_resolves(trained, solver):
     ).norm() > 2 * exact.norm()  # a thousandth of the largest eigenvalue resolves too much here
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+def test_with_adamw_its_denominators_weigh_the_damping(tmp_path, solver):
+    """(H + P⁻¹/τ) u = a, P = 1/(√v̂ + ε), with decoupled weight decay on the diagonal of P⁻¹."""
+    settings = {"optim": "adamw_torch", "adam_epsilon": 1e-3, "weight_decay": 0.2, "num_train_epochs": 30}
+    adam = Trained(tmp_path, **settings)
+    solution = flat(adam.stage(solver).query(TESTS))
+    run = Recording.from_pretrained(adam.folder)
+    names, rates = [n for n, _ in adam.model.named_parameters()], sum(run.schedule.rates)
+    moments = run.state(30)["second_moment"]
+    inverse = torch.cat([(moments[n] / (1 - 0.999**30)).sqrt().flatten() + 1e-3 for n in names])
+    decays = torch.cat([torch.full((adam.model.get_parameter(n).numel(),), 0.2 * (n in run.decayed)) for n in names])
+    matrix = dense_gauss_newton(adam.model, names, ROWS).double() + torch.diag(inverse * (1 / rates + decays.double()))
+    model = {n: p.detach().requires_grad_() for n, p in adam.model.named_parameters()}
+    losses, _ = example_losses(adam.model, model, [{**row, "example_id": i} for i, row in enumerate(TESTS)])
+    for q in range(2):
+        slopes = torch.autograd.grad(losses[q], [model[n] for n in names], retain_graph=True)
+        expected = torch.linalg.solve(matrix, torch.cat([g.flatten() for g in slopes]))
+        torch.testing.assert_close(solution[q], expected, rtol=1e-6, atol=1e-9)
+
+
 def test_it_is_told(trained, tmp_path):
     chain = trained.stage(SOLVERS[1])
     query = chain.query(TESTS)
@@ -180,9 +199,11 @@ def test_what_no_training_time_is_known_of_is_refused(trained, tmp_path):
         trained.stage(SOLVERS[0], trainable=["head.*"])
     with pytest.raises(InputError, match=r"weight_decay=0\.3 and alpha=.* expected the run's own"):
         trained.stage(SOLVERS[0], weight_decay=0.3)
-    adam = Trained(tmp_path, num_train_epochs=2, optim="adamw_torch")
-    with pytest.raises(InputError, match=r"was made by AdamW, for which 1/τ is another number for every parameter"):
-        adam.stage(SOLVERS[0])
+    still = of_models([trained.model], [2], [0.0, 0.0], SGD())
+    with pytest.raises(InputError, match=r"the learning rates of 1 models sum to 0; expected a run that trained"):
+        trained.stage(SOLVERS[0], run=None, checkpoints=still)
+    with pytest.raises(InputError, match=r"checkpoints is given, but link is 'implicit'; expected link='segments'"):
+        trained.stage(solvers.Dense(), run=None, checkpoints=still)
     with pytest.raises(InputError, match="λ is added to squared eigenvalues"):
         solvers.SquaredCG(damping="training")
     with pytest.raises(InputError, match=r"a solver alone does not know; expected Stage\(solver=..., run=FOLDER\)"):
