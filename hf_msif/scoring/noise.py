@@ -9,24 +9,29 @@ from typing import Any
 
 import numpy as np
 
+TINY = np.finfo(float).tiny
 SAMPLE_ROWS = 512  # on which the noise is measured
-GROUP_ROWS, MOST_GROUPS = 32, 8  # rows of like size that share a variance, at least; number of such groups
 UNRELIABLE = 0.5
+SMALL = 0.25  # share of the rows that count as of the same, smallest size
+CERTAIN = 1e6  # degrees of freedom that stand for infinitely many
+COVERAGE, WIDTH = 0.95, 1.6448536269514722  # quantile of the normal distribution, ± which is 90 % of it
 
 
 @dataclass(frozen=True)
 class Noise:
     """How the influences of R independent replicates of a query scatter, measured on a sample of rows.
 
-    The influence I(x) is the mean of the R replicates' I_r(x), and its squared standard error is
+    The influence I(x) is the mean of the R replicates' I_r(x). The variance s²(x) of these has d = R − 1 degrees of
+    freedom, which say little of one row. It is therefore moderated by rows of like size (Smyth 2004, "Linear models
+    and empirical Bayes methods", with the trend of his limma): σ²(x) counts as drawn from a scaled inverse χ²
+    distribution with d₀ degrees of freedom around the trend s₀²(x) = exp(a + b log size(x)), so that
 
-    se²(x) = ((1 − Z) τ²(x) + Z s²(x)) / R
+    s̃²(x) = (d₀ s₀²(x) + d s²(x)) / (d₀ + d),   se(x) = s̃(x) / √R · t / z
 
-    s²(x) is the variance of x's own R replicates, which says little for R = 2, and τ²(x) = exp(a + b log size(x)) that
-    of rows of like size. The size of a row is the root mean square of its influences over the query columns, each
-    divided by its `scale`. Under normal noise it is independent of s², so that rows which look large by chance are no
-    problem. Z is Bühlmann's credibility: the share of the variance of s²/τ² between rows that is no sampling
-    noise of s². (Linear shrinkage of variances toward a trend; Smyth 2004 has it for genes.)
+    t and z are the 95 % quantiles of Student's distribution with d₀ + d degrees of freedom and of the normal one:
+    ± 1.645 se covers the limit of infinitely many replicates for 90 % of the rows. a, b and d₀ follow from mean, slope
+    and variance of log s² over the sample. The size of a row is the root mean square of its influences over the query
+    columns, each in units of its `scale`; under normal noise it is independent of s².
 
     Attributes:
         replicates: R.
@@ -34,10 +39,10 @@ class Noise:
         reliability: of each query column, Spearman's rank correlation of two replicates over the sample, mean of all
             pairs; NaN for fewer than three rows.
         scale: of each column, the root mean square of the influences over the sample.
-        intercept: a of each column, in units of squared influence; −inf where the replicates are equal.
-        slope: b of each column, between 0 and 2.
-        least: size below which a row counts as of this size.
-        credibility: Z, in [0, 1).
+        intercept: a of each column, the variance being in squared influence; −inf where the replicates are equal.
+        slope: b of each column.
+        least: smaller rows count as of this size.
+        freedom: d₀.
     """
 
     replicates: int
@@ -47,7 +52,7 @@ class Noise:
     intercept: list[float]
     slope: list[float]
     least: float
-    credibility: float
+    freedom: float
 
     @classmethod
     def measured(cls, influences: np.ndarray) -> Noise:
@@ -62,44 +67,41 @@ class Noise:
         >>> round(float(errors.mean()), 1)  # 0.5 / √2
         0.4
         """
+        from scipy.special import digamma, polygamma
+
         rows, replicates, columns = influences.shape
-        means, variances = influences.mean(1), influences.var(1, ddof=1)
-        scale = np.sqrt((means**2).mean(0)).clip(min=np.finfo(float).tiny)
+        means, variances, d = influences.mean(1), influences.var(1, ddof=1), replicates - 1
+        scale = np.sqrt((means**2).mean(0)).clip(min=TINY)
         sizes = _sizes(means, scale)
-        order = np.argsort(sizes, kind="stable")
-        groups = np.array_split(order, max(1, min(MOST_GROUPS, rows // GROUP_ROWS)))
-        group_sizes = np.array([np.sqrt((sizes[group] ** 2).mean()) for group in groups])
-        least = float(group_sizes[0])
-        clipped = np.log(np.maximum(sizes, least).clip(min=np.finfo(float).tiny))
-        intercept, slope, ratios = [], [], np.ones_like(variances)
+        least = float(np.quantile(sizes, SMALL))
+        logs = np.log(np.maximum(sizes, least).clip(min=TINY))
+        intercept, slope, excess = np.full(columns, -np.inf), np.zeros(columns), []
         for q in range(columns):
-            b = _slope(group_sizes, np.array([variances[group, q].mean() for group in groups]))
-            level = float((variances[:, q] / np.exp(b * clipped)).mean())
-            intercept.append(float(np.log(level)) if level else -np.inf)
-            slope.append(b)
-            if level:
-                ratios[:, q] = variances[:, q] / (level * np.exp(b * clipped))
-        return cls(
-            replicates,
-            rows,
-            _reliability(influences),
-            scale.tolist(),
-            intercept,
-            slope,
-            least,
-            _credibility(ratios, replicates - 1),
-        )
+            moved = variances[:, q] > 0
+            if not moved.any():
+                continue
+            x, y = logs[moved], np.log(variances[moved, q]) - digamma(d / 2) + np.log(d / 2)
+            slope[q] = (x - x.mean()) @ y / max(float(((x - x.mean()) ** 2).sum()), TINY) if np.ptp(x) else 0.0
+            intercept[q] = y.mean() - slope[q] * x.mean()
+            used = 2 if np.ptp(x) else 1
+            residuals = y - intercept[q] - slope[q] * x
+            excess.append(float(residuals @ residuals) / max(len(y) - used, 1) - float(polygamma(1, d / 2)))
+        freedom = _freedom(float(np.mean(excess)) if excess else 0.0)
+        if freedom < CERTAIN:
+            intercept += float(digamma(freedom / 2) - np.log(freedom / 2))
+        reliability = _reliability(influences)
+        fit = (intercept.tolist(), slope.tolist(), least, freedom)
+        return cls(replicates, rows, reliability, scale.tolist(), *fit)
 
     def standard_errors(self, influences: np.ndarray) -> np.ndarray:
-        """se of the means of replicates, (rows, R, Q) → (rows, Q), in the unit of the influence.
+        """se of the means of replicates, (rows, R, Q) → (rows, Q), in the unit of the influence."""
+        from scipy.stats import t
 
-        An interval of ± 1.645 se has the limit of infinitely many replicates inside for about 90 % of the rows.
-        """
-        sizes = np.maximum(_sizes(influences.mean(1), np.array(self.scale)), self.least)
-        logs = np.log(sizes.clip(min=np.finfo(float).tiny))[:, None]
-        trend = np.exp(np.array(self.intercept) + np.array(self.slope) * logs)
-        own = influences.var(1, ddof=1)
-        return np.sqrt(((1 - self.credibility) * trend + self.credibility * own) / self.replicates)
+        d = self.replicates - 1
+        logs = np.log(np.maximum(_sizes(influences.mean(1), np.array(self.scale)), self.least).clip(min=TINY))
+        trend = np.exp(np.array(self.intercept) + np.array(self.slope) * logs[:, None])
+        moderated = (self.freedom * trend + d * influences.var(1, ddof=1)) / (self.freedom + d)
+        return np.sqrt(moderated / self.replicates) * t.ppf(COVERAGE, self.freedom + d) / WIDTH
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON."""
@@ -173,22 +175,17 @@ def _sizes(means: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return np.sqrt(((means / scale) ** 2).mean(1))
 
 
-def _slope(sizes: np.ndarray, variances: np.ndarray) -> float:
-    """b of variance ∝ size^b by least squares of the logarithms, within [0, 2]: noise grows with the size of a row, at
-    most in proportion."""
-    usable = (sizes > 0) & (variances > 0)
-    if usable.sum() < 2:
-        return 0.0
-    x, y = np.log(sizes[usable]), np.log(variances[usable])
-    x = x - x.mean()
-    return float(np.clip((x @ y) / max(x @ x, 1e-12), 0, 2))
+def _freedom(excess: float) -> float:
+    """d₀ with ψ′(d₀/2) = excess, the variance of log σ² about its trend; `CERTAIN` where there is none."""
+    from scipy.special import polygamma
 
-
-def _credibility(ratios: np.ndarray, freedom: int) -> float:
-    """Z of the ratios s²/τ², whose mean is 1: normal noise of `freedom` degrees of freedom alone gives them the second
-    moment 1 + 2 / freedom."""
-    between = max(0.0, float((ratios**2).mean()) / (1 + 2 / freedom) - 1)
-    return between / (between + (1 + between) * 2 / freedom)
+    low, high = 0.0, np.log(CERTAIN)
+    if excess <= polygamma(1, CERTAIN / 2):
+        return CERTAIN
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if polygamma(1, np.exp(middle) / 2) > excess else (low, middle)
+    return float(np.exp(low))
 
 
 def _reliability(influences: np.ndarray) -> list[float]:
