@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -222,3 +222,32 @@ def go_back(
             growth=[],
         ),
     )
+
+
+def in_parts(slots: list[Block], width: int) -> list[list[Block]]:
+    """The slots of at most `width` columns at a time."""
+    columns = vectors.columns(slots[0])
+    starts = range(0, columns, width)
+    return [[{name: t[start : start + width] for name, t in slot.items()} for slot in slots] for start in starts]
+
+
+def joined(parts: list[tuple[Block, list[Block], SegmentReport]]) -> tuple[Block, list[Block], SegmentReport]:
+    """What `go_back` returns for all columns, from what it returned for parts of them."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def cat(blocks: Iterable[Block]) -> Block:
+        blocks = list(blocks)
+        return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+    us, slots, reports = zip(*parts, strict=True)
+    report = replace(
+        reports[0],
+        iterations=[count for each in reports for count in each.iterations],
+        error=[error for each in reports for error in each.error],
+        smallest_ritz=min(each.smallest_ritz for each in reports),
+        largest_ritz=max(each.largest_ritz for each in reports),
+        reach=max(each.reach for each in reports),
+        unstable=any(each.unstable for each in reports),
+    )
+    return cat(us), [cat(each) for each in zip(*slots, strict=True)], report

@@ -17,6 +17,8 @@ segment it is the unrolled link, and it is exact where curvature and preconditio
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -36,9 +38,11 @@ from ..engine.hashing import digest, tensors_fingerprint
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..solvers import Auto
+from ..training import optimisers
 from ..training.objective import QuadraticTerms, without_terms
 from ..training.optimisers import SGD
-from ..training.trajectory import Snapshot, Trajectory
+from ..training.record import learning_rates
+from ..training.trajectory import Segment, Snapshot, Trajectory
 from ..vectors import Block
 from .backward import REMEDIES, growth_limit
 from .chain import BoundStage
@@ -49,8 +53,8 @@ from .direction import Direction, Directions
 from .implicit_cost import curvature_examples
 from .recorded import trajectory_of
 from .sampled import Sampled
-from .segment_sweep import SegmentsCertificate, Sweep, go_back
-from .segments_cost import segments_cost, solver_bytes, usual_iterations
+from .segment_sweep import SegmentsCertificate, Sweep, go_back, in_parts, joined
+from .segments_cost import columns_at_a_time, segments_cost, solver_bytes, usual_iterations
 from .stage import Stage
 from .unrolled import RunAgain
 
@@ -205,7 +209,11 @@ class Segments(Sampled):
             carries = i > 0 or not set(split.inherited).isdisjoint(split.trained)
             with bound.engine.solver_bar(bound.name, bound.stage.solver) as progress:
                 settings = (carries, self.tol, self.max_iter, bound.engine, progress)
-                u, sweep.slots, report = go_back(segments[i], system, descent, sweep.slots, *settings)
+                parts = [
+                    go_back(segments[i], system, descent, slots, *settings)
+                    for slots in in_parts(sweep.slots, columns_at_a_time(self, vectors.columns(adjoint)))
+                ]
+            u, sweep.slots, report = joined(parts)
             growth = vectors.norm(sweep.slots[0]) / norms if carries else norms.new_zeros(0)
             if not bool((growth <= limit).all()):
                 raise InputError(
@@ -292,6 +300,20 @@ class Segments(Sampled):
         return "\n".join([text, *([f"curvature='auto' took {chosen}"] if chosen else []), str(certificate)])
 
     # --- what it costs
+
+    @classmethod
+    def planned(cls, bound: BoundStage, arguments: Any) -> Segments:
+        """The stage as its `TrainingArguments` will train it, at its present parameters."""
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        steps = arguments.max_steps
+        if steps < 1:
+            steps = math.ceil(arguments.num_train_epochs * math.ceil(bound.examples / batch))
+        every = math.ceil(arguments.save_steps * steps) if arguments.save_steps < 1 else int(arguments.save_steps)
+        ends = [0, *range(every, steps, every), steps]  # a Trainer saves the end of a run, too
+        cut = [Segment(begin, end, end) for begin, end in itertools.pairwise(ends)]
+        snapshot = Snapshot(bound.model.parameters, bound.model.buffers, None)
+        optimiser, rates = optimisers.from_arguments(arguments, bound.name), learning_rates(arguments, steps)
+        return cls(bound, Trajectory(optimiser, rates, tuple(cut), lambda i: snapshot, frozenset(), "a run to come"))
 
     def prepare(self) -> None:
         for i in range(len(self.trajectory.segments)):

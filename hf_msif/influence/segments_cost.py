@@ -10,6 +10,7 @@ from ..solvers.lanczos import largest_eigenvalue
 from .cost import Cost, size_text, time_text
 from .implicit_cost import curvature_examples, measure
 
+KRYLOV_BYTES = 4 * 2**30
 PRODUCT_BLOCKS = 4  # as those of an implicit stage, beside the Krylov vectors
 
 
@@ -29,10 +30,20 @@ def usual_iterations(link: Any) -> int:
     return known
 
 
+def columns_at_a_time(link: Any, columns: int) -> int:
+    """How many of the columns share a Krylov pass, so that their vectors fit into `KRYLOV_BYTES`; at least one."""
+    column = link.slots * vectors.nbytes(vectors.select(link.bound.model.parameters, link.bound.split.trained))
+    if link.bound.engine.sharded:
+        column = -(-column // link.bound.engine.processes)
+    if columns * column * link.max_iter <= KRYLOV_BYTES:
+        return columns
+    return max(1, min(columns, KRYLOV_BYTES // (column * usual_iterations(link))))
+
+
 def solver_bytes(link: Any, columns: int, iterations: int, processes: int) -> int:
     """Bytes of the Krylov vectors, and of what a product holds, on each process."""
     vector = vectors.nbytes(vectors.select(link.bound.model.parameters, link.bound.split.trained))
-    held = columns * link.slots * (iterations + 2) * vector
+    held = columns_at_a_time(link, columns) * link.slots * (iterations + 2) * vector
     if link.bound.engine.sharded:
         held = -(-held // processes)
     return held + PRODUCT_BLOCKS * columns * link.slots * vector

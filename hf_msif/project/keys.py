@@ -107,9 +107,11 @@ def model_settings(config: Config, name: str) -> dict[str, Any]:
             decides = key == "seed" or (key == "tokenizer" and _reads_texts(stage, name))
         if decides:
             settings[key] = value
-    # Only whether the run is recorded matters to training, and it does not tie to an α that is estimated later.
+    # Only whether the run is recorded, and how much of it is kept, matters to training, and it does not tie to an α
+    # that is estimated later.
     if not stage.recorded:
         settings[f"stages.{name}.link"] = "implicit"
+    settings[f"stages.{name}.checkpoints"] = stage.kept_checkpoints or None
     if stage.alpha == "auto":
         settings[f"stages.{name}.alpha"] = None
     return settings

@@ -99,6 +99,9 @@ class Run:
         # accelerator.
         defaults = {"report_to": [], "save_strategy": "no", "seed": self.config.seed, "logging_nan_inf_filter": False}
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()
+        kept = self.config.stages[name].kept_checkpoints
+        if kept:  # a Trainer saves the end of a run, too
+            defaults |= {"save_strategy": "steps", "save_steps": 1 / kept if kept > 1 else 10**9}
         try:
             return TrainingArguments(
                 str(self.checkpoints(name)), **{**defaults, **build.training_settings(self.config, name), **overrides}
@@ -325,7 +328,7 @@ class Run:
         return self.folder / f"{name}.checkpoints"
 
     def recording(self, name: str) -> Path:
-        """The folder of the recorded training run of an unrolled stage."""
+        """The folder of a stage's training run, recorded or in checkpoints."""
         folder = self.config.stages[name].run
         return self.folder / f"{name}.run" if folder is None else Path(folder).expanduser()
 
@@ -404,17 +407,23 @@ class Run:
 
     def _link(self, name: str, planned: bool) -> dict[str, Any]:
         """How a stage is differentiated; `planned`: an implicit stage stands for one whose run is still to come."""
+        from ..solvers import Auto
+
         stage = self.config.stages[name]
         if stage.recorded:
             if planned and not self.is_trained(name):
                 return {"alpha": 1.0}
             return {"link": stage.link, "run": self.recording(name), "max_growth": stage.max_growth}
-        return {"link": self.differentiations[name], "run": stage.run, "max_growth": stage.max_growth}
+        if stage.kept_checkpoints and planned and not self.is_trained(name):
+            return {"alpha": 1.0, "solver": Auto()}
+        checkpoints = str(self.recording(name) / "checkpoint-*") if stage.kept_checkpoints else stage.checkpoints
+        settings = {"run": stage.run, "checkpoints": checkpoints, "max_growth": stage.max_growth}
+        return {"link": self.differentiations[name], **settings}
 
     def planned(self, bound: BoundStage) -> Differentiation:
         """How a bound stage of `chain(planned=True)` will be differentiated, once it is trained."""
         stage = self.config.stages[bound.name]
-        if not stage.recorded or self.is_trained(bound.name):
+        if self.is_trained(bound.name) or not (stage.recorded or stage.link == "segments"):
             return bound.differentiation
         return registered(DIFFERENTIATIONS, stage.link).planned(bound, self.arguments(bound.name))
 

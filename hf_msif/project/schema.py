@@ -21,6 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Dotted = Annotated[str, Field(pattern=DOTTED)]
 RESERVED = ("query", "bank", "validation", "cleanse")
+SEGMENTS = 3  # checkpoints that are kept for link: segments where the configuration does not say how many
 # Builders of `datasets` that read files; without data_files they would read the folder in which the command runs.
 FILE_BUILDERS: tuple[str, ...] = ("text", "csv", "json", "parquet", "arrow", "pandas", "xml", "hdf5", "webdataset")
 FILE_BUILDERS += ("imagefolder", "audiofolder", "videofolder", "pdffolder")
@@ -124,7 +125,7 @@ class Solver(Section):
     name"""
     damping: NonNegative | Literal["auto", "training"] | None = None
     """λ added to the curvature; auto: damping_fraction × its largest eigenvalue; training: 1/τ, one over the summed
-    learning rates of the stage's recorded run by SGD, whose folder is `run`"""
+    learning rates of the stage's training, in the coordinates of its optimiser"""
     damping_fraction: Positive | None = None
     """only used by damping: auto; default 0.001, for squared_cg (of squared eigenvalues) 1e-6"""
     tol: NonNegative | None = None
@@ -173,12 +174,16 @@ class StageConfig(Section):
     and α is estimated from the trained model"""
     link: Literal[tuple(DIFFERENTIATIONS)] | Dotted = "implicit"  # type: ignore[valid-type]
     """how the stage is differentiated: implicit assumes that training ended at a minimum; unrolled goes back through
-    the training run, which is recorded; or a differentiation of your own"""
+    the training run, which is recorded; segments through a few checkpoints of it; or a differentiation of your own"""
     run: str | None = None
     """folder of the training run where it was recorded elsewhere (by a RecordCallback); null: run_dir/NAME.run. An
     implicit stage reads it for solver.damping: training; a differentiation of your own may read another folder here"""
+    checkpoints: str | Annotated[list[str], Field(min_length=1)] | Count | None = None
+    """states of the training run, for link: segments: how many are kept while the stage is trained here, or the
+    folders that a Trainer saved while it trained the model of model.path, as a pattern
+    (runs/pretraining/checkpoint-*) or a list; null: 3. solver.damping: training needs the last one alone"""
     max_growth: Positive | None = None
-    """refuse an unrolled stage whose adjoint grows by more than this factor; null: a limit by the dtype"""
+    """refuse a run whose adjoint grows by more than this factor; null: a limit by the dtype"""
     curvature: Literal[tuple(CURVATURES)] | Dotted = "gauss_newton"  # type: ignore[valid-type]
     """gauss_newton is positive semi-definite; hessian is exact, for models at a minimum; ekfac approximates
     gauss_newton by two passes over the rows in all; auto: gauss_newton, or ekfac where a solve would take more than an
@@ -197,6 +202,15 @@ class StageConfig(Section):
     def recorded(self) -> bool:
         """Whether the stage's training run is recorded, to go back through it."""
         return self.link == "unrolled"
+
+    @property
+    def kept_checkpoints(self) -> int:
+        """How many of the Trainer's checkpoints are kept when the stage is trained here."""
+        if self.run is not None or isinstance(self.checkpoints, (str, list)):
+            return 0
+        if self.link == "segments":
+            return self.checkpoints or SEGMENTS
+        return int(self.solver.damping == "training")
 
     @property
     def uses_trainer(self) -> bool:
@@ -372,20 +386,29 @@ class Config(Section):
                     f"{key} has polish and alpha: auto; expected α as a number: a polished stage is at the minimum "
                     "that its α makes."
                 )
-            by_run = stage.solver.damping == "training"
-            if by_run and (stage.link != "implicit" or stage.run is None or stage.model.path is None):
+            damped_by_run = stage.solver.damping == "training"
+            by_run, elsewhere = damped_by_run or stage.link == "segments", isinstance(stage.checkpoints, (str, list))
+            what = f"{key}.solver.damping is 'training'" if damped_by_run else f"{key}.link is 'segments'"
+            if damped_by_run and stage.link != "implicit":
+                raise InputError(f"{what} and link is {stage.link!r}; expected link: implicit, which has a damping.")
+            if by_run and stage.polish is not None:
+                raise InputError(f"{what}, for a model that a training run left; expected no polish, which moves it.")
+            if by_run and (stage.run is not None or elsewhere) and (stage.training or stage.model.path is None):
                 raise InputError(
-                    f"{key}.solver.damping is 'training'; expected link: implicit, {key}.run, the folder of a "
-                    f"recorded run, and {key}.model.path, the model that this run left."
+                    f"{what}, with {'checkpoints' if elsewhere else 'a run'} from elsewhere; expected "
+                    f"{key}.model.path, the model that this run left, and no training, which would move it."
                 )
-            if by_run and (stage.training or stage.polish is not None):
+            if by_run and stage.run is None and not elsewhere and stage.model.path is not None and not stage.training:
                 raise InputError(
-                    f"{key}.solver.damping is 'training', for a model that the recorded run left; expected neither "
-                    "training nor polish, which would train it further."
+                    f"{what}, but the run of {key}.model.path is not given; expected {key}.checkpoints, the folders "
+                    f"that its Trainer saved, or {key}.run, the folder of a recorded run."
                 )
+            if stage.checkpoints is not None and not (elsewhere and by_run) and stage.link != "segments":
+                raise InputError(f"{key} has checkpoints, which need link: segments (or solver.damping: training).")
             if stage.link == "implicit" and (stage.max_growth is not None or (stage.run is not None and not by_run)):
                 raise InputError(
-                    f"{key} has run or max_growth, which need link: unrolled (or run solver.damping: training)."
+                    f"{key} has run or max_growth, which need link: unrolled or segments (or run solver.damping: "
+                    "training)."
                 )
             if stage.model.lora is not None and not index:
                 raise InputError(

@@ -94,10 +94,11 @@ def _written(run: Run, name: str) -> dict[str, list[Path]]:
     """What training a stage writes, as `Outputs.check` takes it."""
     files, replaced, checkpoints = [run.folder / f"{name}.json"], [run.folder / name], run.checkpoints(name)
     stage = run.config.stages[name]
-    # The checkpoints of a recorded run become the run; under a limit, Trainer deletes the older ones as they are.
-    if not stage.recorded and stage.training.get("save_total_limit") is None:
+    # The checkpoints of a recorded run become the run, and those that are kept, too; under a limit, Trainer deletes
+    # the older ones as they are.
+    if not stage.recorded and not stage.kept_checkpoints and stage.training.get("save_total_limit") is None:
         return {"files": files, "into": [checkpoints], "replaced": replaced}
-    recording = [run.recording(name)] if stage.recorded else []
+    recording = [run.recording(name)] if stage.recorded or stage.kept_checkpoints else []
     return {"files": files, "replaced": [*replaced, checkpoints, *recording]}
 
 
@@ -148,7 +149,7 @@ def _train(run: Run, name: str, stage: StageConfig) -> dict:
         if isinstance(error, DivergedError) or _last_checkpoint(checkpoints) is None:
             folders.remove(checkpoints)
         raise
-    if is_recorded:
+    if is_recorded or stage.kept_checkpoints:
         folders.remove(run.recording(name))
         os.replace(checkpoints, run.recording(name))
     facts = record.facts() | {"weights": provenance.weights_fingerprint(model), "initial": initial}

@@ -31,7 +31,13 @@ from hf_msif.project import config
 ROOT = Path(__file__).parents[2]
 EXECUTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted([*(ROOT / "recipes").glob("*/README.md"), *(ROOT / "benchmarks").glob("*/README.md")])
-HEAVY = ("command_line.md", "lora.md", "unrolled.md", "validation.md")  # they train or retrain for seconds
+HEAVY = (
+    "command_line.md",
+    "lora.md",
+    "segments.md",
+    "unrolled.md",
+    "validation.md",
+)  # they train or retrain for seconds
 LANGUAGES = {"python", "yaml", "bash", "text", "bibtex"}
 FENCE = re.compile(
     r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL

@@ -210,15 +210,37 @@ ERRORS = {
         ["stages.finetuning has run or max_growth, which need link: unrolled"],
     ),
     "a training time without a run": (
-        ["--stages.finetuning.solver.damping", "training"],
-        ["stages.finetuning.solver.damping is 'training'; expected link: implicit, stages.finetuning.run"],
+        [
+            *("--stages.pretraining.solver.damping", "training"),
+            *("--stages.pretraining.model", "{path: x}", "--stages.pretraining.training", "{}"),
+        ],
+        ["solver.damping is 'training', but the run of stages.pretraining.model.path is not given; expected "],
+    ),
+    "a training time of an unrolled stage": (
+        ["--stages.finetuning.solver.damping", "training", "--stages.finetuning.link", "unrolled"],
+        ["stages.finetuning.solver.damping is 'training' and link is 'unrolled'; expected link: implicit"],
     ),
     "a training time of a stage that is trained": (
         [
             *("--stages.pretraining.solver.damping", "training"),
             *("--stages.pretraining.run", "x", "--stages.pretraining.model", "{path: x}"),
         ],
-        ["stages.pretraining.solver.damping is 'training'", "expected neither training nor polish"],
+        [
+            "stages.pretraining.solver.damping is 'training', with a run from elsewhere",
+            "no training, which would move",
+        ],
+    ),
+    "segments of a polished stage": (
+        ["--stages.finetuning.link", "segments", "--stages.finetuning.polish", "{}"],
+        ["stages.finetuning.link is 'segments', for a model that a training run left; expected no polish"],
+    ),
+    "checkpoints of another model": (
+        ["--stages.finetuning.link", "segments", "--stages.finetuning.checkpoints", "x/checkpoint-*"],
+        ["stages.finetuning.link is 'segments', with checkpoints from elsewhere; expected stages.finetuning.model"],
+    ),
+    "checkpoints of an implicit stage": (
+        ["--stages.finetuning.checkpoints", "2"],
+        ["stages.finetuning has checkpoints, which need link: segments"],
     ),
     "growth without a run": (["--stages.finetuning.max_growth", "9"], ["run or max_growth, which need link"]),
     "no growth at all": (["--stages.finetuning.max_growth", "0"], ["stages.finetuning.max_growth is 0", "above 0"]),

@@ -25,6 +25,7 @@ SOLVER_SETTINGS = ("name", "damping", "damping_fraction", "tol", "max_iter", "pr
 SOLVER_SETTINGS += ("max_passes", "rows")
 PASSING_FOR_MODELS = {
     *("batch_size", "curvature", "curvature_samples", "max_growth", "run", "resized", "skip_checks", "data.streaming"),
+    "checkpoints",  # of an implicit stage, which keeps none
     *(f"solver.{name}" for name in SOLVER_SETTINGS),
 }
 SECTIONS = ("corpus", "validation", "cleanse")
