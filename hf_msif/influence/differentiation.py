@@ -12,6 +12,7 @@ from ..adapters.split import Split, split
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint
 from ..errors import InputError
+from ..objectives import Objective
 from ..scoring.scorer import RowInfluence
 from ..training.polish import PolishReport
 from ..vectors import Block
@@ -129,6 +130,28 @@ class Differentiation:
             InputError: the tensors do not have the names and shapes of the stage's solution.
         """
         raise NotImplementedError
+
+    @property
+    def objective(self) -> Objective:
+        """The objective by whose losses the rows of its solutions are scored; defaults to the stage's."""
+        return self.bound.objective
+
+    @property
+    def sampled_rows(self) -> int | None:
+        """How many rows of the stage are sampled, as for a curvature; None: it rests on no sample (the default)."""
+        return None
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn, rows or masks; otherwise `replicate` is the differentiation itself."""
+        return self.sampled_rows is not None
+
+    def replicate(self, number: int, of: int) -> Differentiation:
+        """The differentiation by masks and a sample of rows of its own: that of replicate `number` of `of`.
+
+        Defaults to itself: nothing is drawn or sampled, so that its solution has no sampling noise of its own.
+        """
+        return self
 
     def facts(self) -> dict[str, Any]:
         """Facts about the stage that a query's certificate holds beside the solution's certificate; JSON-able."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -59,6 +59,12 @@ class Direction:
     @property
     def columns(self) -> int:
         return vectors.columns(self.u)
+
+    @staticmethod
+    def joined(directions: Sequence[Direction]) -> Direction:
+        """One direction with the columns of all, which are directions of the same losses."""
+        u = {name: torch.cat([direction.u[name] for direction in directions]) for name in directions[0].u}
+        return replace(directions[0], u=u)
 
     def by(self, method: str) -> Direction:
         """The same direction, which scores by another method."""
@@ -171,6 +177,12 @@ class Directions:
     @property
     def columns(self) -> int:
         return self.parts[0].columns
+
+    @staticmethod
+    def joined(each: Sequence[Directions]) -> Directions:
+        """One with the columns of all, which are directions of the same losses."""
+        of_segments = zip(*(directions.parts for directions in each), strict=True)
+        return replace(each[0], parts=[Direction.joined(parts) for parts in of_segments])
 
     def by(self, method: str) -> Directions:
         """The same, which scores by another method."""

@@ -8,7 +8,6 @@ I(x) = −⟨u_k, ∇ℓ_x⟩                                     eq. (6)
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -34,10 +33,11 @@ from ..vectors import Block
 from .chain import BoundStage
 from .coordinates import whitened
 from .cost import Cost, activation_bytes
-from .differentiation import Differentiation, Retraining, StageCertificate
+from .differentiation import Retraining, StageCertificate
 from .direction import Direction
 from .implicit_cost import curvature_examples, implicit_cost
 from .recorded import TrainingDamping, trajectory_of
+from .sampled import Sampled
 from .stage import Stage
 
 # Float32 blocks that a product holds: the whole vector, its sum in float64 (as large as two), one batch's part of it.
@@ -72,7 +72,7 @@ class AlphaEstimate:
         )
 
 
-class Implicit(Differentiation):
+class Implicit(Sampled):
     """Differentiates a stage that ended at a stationary point of F_k, with the curvature and solver of its `Stage`.
 
     Attributes:
@@ -105,12 +105,20 @@ class Implicit(Differentiation):
             self.training_damping = TrainingDamping.of(bound, self.trajectory)
             self.solver = self.solver.with_damping(self.training_damping.value)
 
-    # --- curvature
+    # --- replicates
 
-    @cached_property
-    def curvature_rows(self) -> list[dict]:
-        """The fixed random subset on which `operator` is estimated."""
-        return self.bound.subset(self.bound.stage.curvature_samples)
+    of_rows = (*Sampled.of_rows, "operator", "system", "gradient_norm", "_compared_damping")
+
+    def _prepare_replicates(self) -> None:
+        super()._prepare_replicates()
+        _ = self.alpha
+
+    def _copy(self) -> Implicit:
+        changed = super()._copy()
+        changed._solver_states = {}
+        return changed
+
+    # --- curvature
 
     @cached_property
     def operator(self) -> Curvature:
@@ -144,7 +152,7 @@ class Implicit(Differentiation):
         bound = self.bound
         ridge = self.ridge if ridge is None else ridge
         return self.curvature_kind[0](
-            bound.model, bound.objective, rows, bound.split.trained, bound.engine, bound.batch_size, ridge
+            bound.model, self.objective, rows, bound.split.trained, bound.engine, bound.batch_size, ridge
         )
 
     # --- the quadratic terms of F_k
@@ -257,7 +265,7 @@ class Implicit(Differentiation):
 
     def direction(self, u: Block, certificate: StageCertificate) -> Direction:
         bound = self.bound
-        return Direction(bound.model, bound.objective, u, certificate, lambda: bound.compared_rows)
+        return Direction(bound.model, self.objective, u, certificate, lambda: bound.compared_rows)
 
     def solve(self, b: Block, checkpoint: Checkpoint | None = None) -> Solution:
         """Solves the solver's system, with the stage's curvature, for the right-hand sides b.
@@ -303,7 +311,7 @@ class Implicit(Differentiation):
     def with_solver(self, solver: Solver) -> Implicit:
         """The same differentiation with another solver; both share the operator."""
         _ = self.operator  # so that it is made once, for both
-        changed = copy.copy(self)
+        changed = super()._copy()  # with the solver states
         changed.solver = solver
         return changed
 

@@ -13,6 +13,7 @@ from ..scoring.scorer import Scorable
 from .chain import BoundStage
 from .differentiation import StageSolution
 from .direction import Direction, Directions
+from .replicates import Replicates, is_direction, measured_noise
 
 
 def with_mask_rounds(
@@ -40,28 +41,33 @@ def with_mask_rounds(
     if rounds != "auto" and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1):
         raise InputError(f"mask_rounds is {rounds!r}; expected at least 1, 'auto', or None for the stage's own.")
     one_round = bound.stage.objective.for_influence(1)
-    has_rounds = isinstance(solution, (Direction, Directions)) and bound.stage.mask_rounds is not None
-    if not has_rounds or one_round is bound.stage.objective:
+    has_rounds = bound.stage.mask_rounds is not None and one_round is not bound.stage.objective
+    if not (has_rounds and is_direction(solution)):
         raise InputError(
             f"mask_rounds is {rounds!r}, but the rows of stage {bound.name!r} are scored without rounds of masks: its "
             "objective has none, or its masks are those of training; expected None."
         )
-    assert isinstance(solution, (Direction, Directions))
     noise = None
     if not isinstance(rounds, int):
-        two = [_with_objective(scorable, bound, solution, one_round.of_epoch(e)) for e in (0, 1)]
+        first = solution.each[0] if isinstance(solution, Replicates) else solution
+        assert is_direction(first)
+        two = [_with_objective(scorable, bound, first, one_round.of_epoch(e)) for e in (0, 1)]
         noise = MaskNoise.measured(two, corpus, batch_size)
         rounds = noise.rounds()
     number = rounds
     changed = _with_objective(scorable, bound, solution, bound.stage.objective.for_influence(number))
     metadata = {**scorable.metadata, "objective": describe(changed.objective)}
+    if scorable.noise is not None:
+        scatter = measured_noise(bound, changed)
+        changed = replace(changed, noise=scatter)
+        metadata |= {"noise": scatter.to_dict(), "noise_text": str(scatter)}
     if noise is not None:
         metadata["mask_noise"] = noise.tell(one_round.inputs_per_row, bound.engine.is_main)
     return replace(changed, metadata=metadata, identity=lambda: {**scorable.identity(), "the rounds of masks": number})
 
 
 def _with_objective(
-    scorable: Scorable, bound: BoundStage, solution: Direction | Directions, objective: Objective
+    scorable: Scorable, bound: BoundStage, solution: Direction | Directions | Replicates, objective: Objective
 ) -> Scorable:
     """The question with another objective, in batches of about as many inputs of the model as before."""
     objective = objective if bound.objective.pads else objective.unpadded()

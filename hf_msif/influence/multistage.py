@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, open_checkpoint
@@ -26,8 +26,9 @@ from ..engine.hashing import digest
 from ..errors import InputError
 from ..vectors import Block
 from .chain import BoundStage, Chain
-from .differentiation import StageCertificate, StageSolution
+from .differentiation import Differentiation, StageCertificate, StageSolution
 from .query import Query
+from .replicates import joined
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -80,7 +81,13 @@ class MultiStageInfluence(Chain):
     ):
         super().__init__(stages, Engine(accelerator, progress, sharded))
 
-    def query(self, tests, aggregate: str | None = None, checkpoints: str | os.PathLike | None = None) -> Query:
+    def query(
+        self,
+        tests,
+        aggregate: str | None = None,
+        checkpoints: str | os.PathLike | None = None,
+        replicates: int | Literal["auto"] = "auto",
+    ) -> Query:
         """Pulls the loss of test examples back through all stages: one pull-back per stage, however large the corpus.
 
         Args:
@@ -89,6 +96,11 @@ class MultiStageInfluence(Chain):
             checkpoints: a folder for checkpoints of long solves; None: nothing is saved. After an interruption, the
                 same query with the same folder continues from them, also on another number of processes.
 
+            replicates: R, how often everything is done again with other masks and another part of the curvature
+                sample, for error bars (`replicates.Replicates`, `scoring.noise.Noise`): each replicate has
+                1/R of the `curvature_samples`, and `draws` masks of its own. "auto": two where the curvature of a
+                stage is estimated on a sample of its rows, one otherwise. Where nothing is drawn there is one.
+
         Returns:
             A `Query`: the solution of every stage with its certificate.
 
@@ -96,35 +108,56 @@ class MultiStageInfluence(Chain):
             UserWarning: a stage's system was not solved to its tolerance.
 
         Raises:
-            InputError: bad rows, a test loss that is not finite, a solve whose result would mean nothing (it met
-                negative curvature, or its residual is not below 1, that of u = 0), or a run whose adjoint grew beyond
-                `Stage.max_growth`.
+            InputError: bad rows, replicates below 1 or more than `curvature_samples`, a test loss that is not finite,
+                a solve whose result would mean nothing (it met negative curvature, or its residual is not below 1,
+                that of u = 0), or a run whose adjoint grew beyond `Stage.max_growth`.
         """
         rows = as_rows(tests, "the test examples")
-        adjoint, losses = self.measurement(rows, aggregate)
-        solutions: dict[str, StageSolution] = {}
-        cache_key = digest([rows, aggregate or "", *(s.cache_key for s in self.stages)]) if checkpoints else ""
-        stage_checkpoints = {
-            bound: open_checkpoint(checkpoints, bound.name, cache_key, self.engine) for bound in self.stages
+        number = self._number_of_replicates(replicates)
+        measured, losses = self.measurement(rows, aggregate)
+        cache_key = ""
+        if checkpoints:
+            cache_key = digest([rows, aggregate or "", number, *(s.cache_key for s in self.stages)])
+        opened = {
+            (bound, r): open_checkpoint(checkpoints, checkpoint_name(bound.name, r), cache_key, self.engine)
+            for bound in self.stages
+            for r in range(number)
         }
-        for bound in reversed(self.stages):
-            stage_checkpoint = stage_checkpoints[bound]
-            finished = _finished(bound, stage_checkpoint)
-            solution, inherited = finished or bound.differentiation.pull_back(adjoint, stage_checkpoint)
-            try:
-                judge(bound.name, solution.certificate)
-            except InputError:  # under the same settings it would be refused again
-                self._forget(stage_checkpoints.values(), checkpoints)
-                raise
-            solutions[bound.name] = solution
-            if bound.before is not None:
-                if stage_checkpoint is not None and finished is None:
-                    tensors = flat_keys({"solution": solution.tensors(), "inherited": inherited})
-                    stage_checkpoint.save(tensors, {"done": True, "certificate": solution.certificate.to_dict()})
-                adjoint = bound.carry(inherited)
+        by_stage: dict[BoundStage, list[tuple[Differentiation, StageSolution]]] = {b: [] for b in self.stages}
+        # Where the last stages draw nothing, all replicates have their solutions in common: name → adjoint.
+        common: dict[BoundStage, Block] = {}
+        try:
+            for r in range(number):
+                adjoint, is_common = measured, True
+                for bound in reversed(self.stages):
+                    differentiation = bound.differentiation.replicate(r, number)
+                    is_common = is_common and differentiation is bound.differentiation
+                    if is_common and r:
+                        by_stage[bound].append(by_stage[bound][0])
+                        adjoint = common.get(bound, {})
+                        continue
+                    solution, adjoint = _pulled_back(differentiation, adjoint, opened[bound, r])
+                    by_stage[bound].append((differentiation, solution))
+                    if is_common:
+                        common[bound] = adjoint
+        except InputError:  # under the same settings it would be refused again
+            self._forget(opened.values(), checkpoints)
+            raise
+        solutions = {b.name: joined(*zip(*each, strict=True)) for b, each in reversed(by_stage.items())}
         query = Query(solutions, rows, losses, aggregate, self)
-        self._forget(stage_checkpoints.values())
+        query.measure_noise()
+        self._forget(opened.values())
         return query
+
+    def _number_of_replicates(self, replicates: int | Literal["auto"]) -> int:
+        """R; 1 where nothing is drawn."""
+        differentiations = [bound.differentiation for bound in self.stages]
+        if replicates == "auto":
+            samples = [d.sampled_rows for d in differentiations if d.sampled_rows is not None]
+            return 2 if samples and min(samples) > 1 else 1
+        if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1:
+            raise InputError(f"replicates is {replicates!r}; expected at least 1, or 'auto'.")
+        return replicates if any(d.draws for d in differentiations) else 1
 
     def _forget(self, checkpoints: Iterable[Checkpoint | None], folder: str | os.PathLike | None = None) -> None:
         """Deletes checkpoints, and their folder where it is given and nothing else is in it."""
@@ -135,13 +168,38 @@ class MultiStageInfluence(Chain):
                 os.rmdir(folder)
 
 
-def _finished(bound: BoundStage, copy: Checkpoint | None) -> tuple[StageSolution, Block] | None:
+def checkpoint_name(stage: str, replicate: int) -> str:
+    """The name of the checkpoint of a stage in a replicate.
+
+    >>> checkpoint_name("pretraining", 0), checkpoint_name("pretraining", 1)
+    ('pretraining', 'pretraining.1')
+    """
+    return f"{stage}.{replicate}" if replicate else stage
+
+
+def _pulled_back(
+    differentiation: Differentiation, adjoint: Block, checkpoint: Checkpoint | None
+) -> tuple[StageSolution, Block]:
+    """The solution of a stage, and the adjoint of the stage before; for the first stage, none."""
+    bound = differentiation.bound
+    finished = _finished(differentiation, checkpoint)
+    solution, inherited = finished or differentiation.pull_back(adjoint, checkpoint)
+    judge(bound.name, solution.certificate)
+    if bound.before is None:
+        return solution, {}
+    if checkpoint is not None and finished is None:
+        tensors = flat_keys({"solution": solution.tensors(), "inherited": inherited})
+        checkpoint.save(tensors, {"done": True, "certificate": solution.certificate.to_dict()})
+    return solution, bound.carry(inherited)
+
+
+def _finished(differentiation: Differentiation, copy: Checkpoint | None) -> tuple[StageSolution, Block] | None:
     """The result of a `pull_back` that finished before an interruption, under the same cache key; None otherwise."""
     saved = copy.load() if copy is not None else None
     if saved is None or "done" not in saved[1]:
         return None
     parts: dict[str, Block] = {"solution": {}, "inherited": {}, **nested_keys(saved[0])}
-    return bound.differentiation.load(parts["solution"], saved[1]["certificate"]), parts["inherited"]
+    return differentiation.load(parts["solution"], saved[1]["certificate"]), parts["inherited"]
 
 
 def judge(stage: str, certificate: StageCertificate) -> None:
@@ -150,7 +208,7 @@ def judge(stage: str, certificate: StageCertificate) -> None:
     if reason is not None:
         raise InputError(f"stage {stage!r}: {reason}. {certificate}")
     if not all(certificate.converged):
-        warnings.warn(f"stage {stage!r}: not solved to tolerance. {certificate}", stacklevel=3)
+        warnings.warn(f"stage {stage!r}: not solved to tolerance. {certificate}", stacklevel=4)
 
 
 def flaw(certificate: StageCertificate) -> str | None:

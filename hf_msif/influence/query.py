@@ -15,6 +15,7 @@ from ..engine import folders
 from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError, first_line
+from ..scoring.noise import Noise
 from ..scoring.scorer import Scorable, score
 from ..scoring.scores import Scores
 from ..scoring.shortlist import shortlist
@@ -22,8 +23,8 @@ from ..scoring.token_scores import token_scores
 from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
-from .direction import Direction, Directions
 from .mask_rounds import with_mask_rounds
+from .replicates import Replicates, is_direction, load, measured_noise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,8 @@ class Query:
         losses: the loss f of each test row at the final parameters, a sum over its terms.
         aggregate: None: one column per test row; "sum" or "mean": one column for all of them, eq. (8).
         chain: the chain whose stages were pulled back.
-        facts: stage name → facts about the stage for the certificate; measured when the query is made.
+        facts: stage name → facts about the stage for the certificate; measured when the query is made. Those of a
+            stage that has replicates have their `noise`.
         identity: stage name → `BoundStage.identity`: what the query depends on.
     """
 
@@ -69,6 +71,39 @@ class Query:
     def certificates(self) -> dict[str, StageCertificate]:
         """Stage name → how well its system was solved, or how well its run was replayed."""
         return {name: solution.certificate for name, solution in self.solutions.items()}
+
+    def noise(self, stage: str | None = None) -> Noise | None:
+        """How the replicates of a stage's ranking scatter, and its reliability; None where there is one replicate.
+
+        Args:
+            stage: name of the stage whose rows are ranked; defaults to the first.
+        """
+        facts = self.facts[self.chain.stage(stage).name].get("noise")
+        return None if facts is None else Noise.from_dict(facts)
+
+    def noise_text(self, stage: str | None = None) -> str:
+        """One sentence on the sampling noise of a stage's ranking; it begins with its reliability where that is known.
+
+        Args:
+            stage: name of the stage whose rows are ranked; defaults to the first.
+        """
+        noise, bound = self.noise(stage), self.chain.stage(stage)
+        if noise is not None:
+            return str(noise)
+        onwards = self.chain.stages[self.chain.stages.index(bound) :]
+        if any(each.differentiation.draws for each in onwards):
+            return (
+                "no error bars: masks or rows of the curvature are drawn, but by one replicate (replicates=2 has them)"
+            )
+        return "no sampling noise: no masks are drawn, and no curvature is estimated on a sample"
+
+    def measure_noise(self) -> None:
+        """Scores `SAMPLE_ROWS` random rows of each stage that has replicates, the first ones of a stream."""
+        for bound in self.chain.stages:
+            if not isinstance(self.solutions.get(bound.name), Replicates):
+                continue
+            scorable = self._scorable(bound, self._solution(bound, "auto"))
+            self.facts[bound.name]["noise"] = measured_noise(bound, scorable).to_dict()
 
     @property
     def plain_tests(self) -> list[dict]:
@@ -157,7 +192,7 @@ class Query:
         """
         bound = self.chain.stage(stage)
         solution = self._solution(bound, method)
-        if not isinstance(solution, (Direction, Directions)):
+        if not is_direction(solution):
             raise InputError(
                 f"stage {bound.name!r} is differentiated by link={bound.stage.link_name!r}, whose rows are not scored "
                 "by derivatives of their losses; expected an implicit stage: score its rows whole."
@@ -167,7 +202,7 @@ class Query:
     def _solution(self, bound: BoundStage, method: str) -> StageSolution:
         """The solution of a stage, which scores its rows by that method."""
         solution = self.solutions[bound.name]
-        if isinstance(solution, (Direction, Directions)):
+        if is_direction(solution):
             solution = solution.by(method)
             solution.prepare()
         elif method != "auto":
@@ -180,7 +215,7 @@ class Query:
     def _scorable(self, bound: BoundStage, solution: StageSolution) -> Scorable:
         count = self.facts[bound.name]["N"]
         first = bound is self.chain.stages[0]
-        objective = bound.objective
+        objective, noise = bound.objective, self.noise(bound.name)
         return Scorable(
             stage=bound.name,
             file_name="scores.parquet" if first else f"scores-{bound.name}.parquet",
@@ -198,8 +233,11 @@ class Query:
                 "objective": describe(objective),
                 "certificate": self.certificate(),
                 "tests": self.tests,
+                "noise": None if noise is None else noise.to_dict(),
+                "noise_text": self.noise_text(bound.name),
             },
             identity=partial(self._identity, bound),
+            noise=noise,
         )
 
     def _identity(self, bound: BoundStage) -> dict[str, Any]:
@@ -222,6 +260,8 @@ class Query:
         for name, facts in self.facts.items():
             certificate = self.solutions[name].certificate
             text = self.chain.stage(name).differentiation.summary(certificate, facts)
+            if facts.get("noise"):
+                text = f"{Noise.from_dict(facts['noise'])}\n{text}"
             stages[name] = {"solve": certificate.to_dict(), "text": text, **facts}
         return {"stages": stages, "aggregate": self.aggregate, "losses": self.losses}
 
@@ -299,7 +339,7 @@ class Query:
         solutions, facts = {}, {}
         for bound in chain.stages:
             saved = state["stages"][bound.name]
-            solution = bound.differentiation.load(by_stage.get(bound.name, {}), saved["solve"])
+            solution = load(bound.differentiation, by_stage.get(bound.name, {}), saved["solve"])
             _check_solution(solution, state, bound.name, folder)
             solutions[bound.name] = solution
             # Counting inside of scoring would be a pass that not all processes reach.

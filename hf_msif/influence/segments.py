@@ -48,10 +48,11 @@ from .backward import REMEDIES, growth_limit
 from .chain import BoundStage
 from .coordinates import whitened
 from .cost import Cost
-from .differentiation import Differentiation, Retraining, StageCertificate
+from .differentiation import Retraining, StageCertificate
 from .direction import Direction, Directions
 from .implicit_cost import curvature_examples
 from .recorded import trajectory_of
+from .sampled import Sampled
 from .segment_sweep import SegmentsCertificate, Sweep, go_back, in_parts, joined
 from .segments_cost import columns_at_a_time, segments_cost, solver_bytes, usual_iterations
 from .stage import Stage
@@ -60,7 +61,7 @@ from .unrolled import RunAgain
 SKETCH_ITERATIONS = 10
 
 
-class Segments(Differentiation):
+class Segments(Sampled):
     """Differentiates a stage by a few checkpoints of its training run.
 
     `Stage.checkpoints` says which: folders of a Trainer (a pattern), a `training.trajectory.Trajectory`, or the number
@@ -139,11 +140,6 @@ class Segments(Differentiation):
     # --- curvature
 
     @cached_property
-    def curvature_rows(self) -> list[dict]:
-        """The fixed random subset on which curvature is estimated, the same for all segments."""
-        return self.bound.subset(self.bound.stage.curvature_samples)
-
-    @cached_property
     def curvature_kind(self) -> tuple[Callable[..., Curvature], str | None]:
         """What makes the operators, and why `curvature="auto"` took it (None: it was given)."""
         bound, stage = self.bound, self.bound.stage
@@ -156,7 +152,7 @@ class Segments(Differentiation):
         bound, number = self.bound, i % len(self.trajectory.segments)
         return self.curvature_kind[0](
             self.model(number),
-            bound.objective,
+            self.objective,
             rows,
             bound.split.trained,
             bound.engine,
@@ -259,7 +255,7 @@ class Segments(Differentiation):
     def direction(self, u: Block, certificate: StageCertificate, i: int = -1) -> Direction:
         """u at the state of segment i, the last one by default."""
         bound, model = self.bound, self.model(i % len(self.trajectory.segments))
-        return Direction(model, bound.objective, u, certificate, lambda: bound.compared_rows)
+        return Direction(model, self.objective, u, certificate, lambda: bound.compared_rows)
 
     def load(self, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> Directions:
         nested, numbers = nested_keys(tensors), range(len(self.trajectory.segments))

@@ -176,8 +176,17 @@ class Stage:
     def settings(self) -> dict[str, Any]:
         """The settings that decide a pull-back, as plain values by name. (Model, objective and data are compared by
         content, a recorded run by its differentiation; `batch_size` changes no result.)"""
-        apart = ("name", "model", "objective", "mask_rounds", "data", "run", "checkpoints")
-        apart += ("batch_size", "skip_checks")
+        apart = {
+            "name",
+            "model",
+            "objective",
+            "mask_rounds",
+            "data",
+            "run",
+            "checkpoints",
+            "batch_size",
+            "skip_checks",
+        }
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         solver = settings.pop("solver")
         settings |= {"link": self.link_name, "curvature": self.curvature_name, "solver": type(solver).__name__}

@@ -232,6 +232,9 @@ class Tests(Section):
     """seed of the random rows"""
     aggregate: Literal["none", "sum", "mean"] = "none"
     """none: one column per test example; sum or mean: one column for all of them"""
+    replicates: Count = 2
+    """how often everything is done with other masks and another part of the curvature_samples, for error bars; 1: no
+    error bars"""
     wrong: bool = False
     """only rows that the finetuned model classifies wrongly"""
     split: Literal["train", "test"] | None = None

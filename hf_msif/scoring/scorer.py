@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..objectives import Objective
 from .extremes import ExtremesInMemory, ExtremesOnDisk
 from .in_memory import InMemory
+from .noise import Noise
 from .on_disk import PartsOnDisk
 from .scores import Scores, frame_of, influence_columns
 from .sinks import NullSink, Sink, WriteBehind
@@ -45,11 +46,14 @@ class RowInfluence(NamedTuple):
         influence: (B, Q) in float64: I(x) of each row for each query column, eq. (6).
         losses: (B,): ℓ of each row, a sum.
         counts: (B,): how many terms ℓ sums.
+        replicates: (B, R, Q) in float64: the influences by each of R independent replicates of the query, of which
+            `influence` is the mean; None: there is one.
     """
 
     influence: Tensor
     losses: Tensor
     counts: Tensor
+    replicates: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Scorable:
         dtype: the model's own precision, for messages.
         metadata: of the finished scores: the stage, N, its objective, the certificate, the test rows.
         identity: returns what the scores depend on: name for people → digest; called for scores on disk only.
+        noise: of the query's replicates, for standard errors; None: there is one replicate.
     """
 
     stage: str
@@ -84,6 +89,7 @@ class Scorable:
     dtype: torch.dtype
     metadata: dict[str, Any]
     identity: Callable[[], dict[str, Any]]
+    noise: Noise | None = None
 
 
 def score(
@@ -220,15 +226,17 @@ def _add_parts(sink: Sink, scorable: Scorable, parts: dict[int, list[dict]], mea
 
 @dataclass(frozen=True)
 class Measured:
-    """Of n rows in their order: influence (n, Q); loss, number of terms, and 1 where the row was truncated, (n,)."""
+    """Of n rows in their order: influence (n, Q); loss, number of terms, and 1 where the row was truncated, (n,); the
+    influences by each replicate, (n, R, Q), with R = 0 where there is one query."""
 
     influence: np.ndarray
     losses: np.ndarray
     counts: np.ndarray
     truncated: np.ndarray
+    replicates: np.ndarray
 
     def slice(self, start: int, end: int) -> Measured:
-        columns = (self.influence, self.losses, self.counts, self.truncated)
+        columns = (self.influence, self.losses, self.counts, self.truncated, self.replicates)
         return Measured(*(column[start:end] for column in columns))
 
 
@@ -241,9 +249,11 @@ def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | 
         for indices, batch in engine.batches(rows, scorable.objective, batch_size):
             batch_rows = [rows[i] for i in indices]
             with _matrix_products_in(dtype, engine.device):
-                influence, losses, counts = scorable.influence(batch, batch_rows)
+                influence, losses, counts, replicates = scorable.influence(batch, batch_rows)
             truncated = batch.get("truncated", torch.zeros(len(indices))).to(losses.device)
             columns = [column.double() for column in (losses, counts, truncated, influence)]
+            if replicates is not None:
+                columns.append(replicates.flatten(1).double())
             values = torch.column_stack(columns).cpu().numpy()  # one transfer per batch
             check_finite(values, batch_rows)
             share.append((indices, values))
@@ -253,7 +263,14 @@ def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | 
     whole_share = [tuple(np.concatenate(arrays) for arrays in zip(*share, strict=True))] if share else []
     places, values = (np.concatenate(arrays) for arrays in zip(*engine.gather(whole_share), strict=True))
     values = values[np.argsort(places)]
-    return Measured(influence=values[:, 3:], losses=values[:, 0], counts=values[:, 1], truncated=values[:, 2])
+    end = 3 + scorable.columns
+    return Measured(
+        influence=values[:, 3:end],
+        losses=values[:, 0],
+        counts=values[:, 1],
+        truncated=values[:, 2],
+        replicates=values[:, end:].reshape(len(values), -1, scorable.columns),
+    )
 
 
 def check_finite(values: np.ndarray, rows: list[dict]) -> None:
@@ -272,7 +289,8 @@ def _frame(scorable: Scorable, rows: list[dict], measured: Measured) -> pd.DataF
     objective = scorable.objective
     content_column = objective.content_column
     columns = {"loss": measured.losses, "terms": measured.counts}
-    return frame_of(rows, measured.influence, scorable.count, columns, content_column)
+    errors = None if scorable.noise is None else scorable.noise.standard_errors(measured.replicates)
+    return frame_of(rows, measured.influence, scorable.count, columns, content_column, errors)
 
 
 def _precision_error(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`Scores`: one row per scored row, one pair of columns per query column, and every setting in the metadata."""
+"""`Scores`: one row per scored row, a few columns per query column, and every setting in the metadata."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from ..engine.files import write_atomically
 from ..engine.hashing import digest
 from ..errors import InputError
+from .noise import Noise, top_probabilities
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,10 +53,11 @@ class Scores:
     - `terms`: how many terms ℓ sums.
     - `influence` = ∂f/∂ε for F + ε ℓ_x, eq. (6). Positive: more weight on x raises the test loss (harmful). Negative:
       more weight on x lowers it (helpful).
+    - `influence_se`: its standard error, see `noise.Noise`; only where the query has replicates.
     - `removal_effect` = −influence / N: predicted change of the test loss when x is removed and all stages are
       trained again.
 
-    With several query columns the last two exist for each of them, and their names end in `_0`, `_1`, … in the order
+    With several query columns the last three exist for each of them, and their names end in `_0`, `_1`, … in the order
     of the test examples. The frame of a file is read when it is asked for; `top`, `bottom` and `influence` read the
     columns and rows that they need.
 
@@ -85,6 +87,7 @@ class Scores:
         columns: dict[str, Any],
         metadata: dict,
         text_column: str = "text",
+        errors: np.ndarray | None = None,
     ) -> Scores:
         """Assembles scores in memory.
 
@@ -95,8 +98,9 @@ class Scores:
             columns: more columns: name → one value per row; scoring has `loss` and `terms`.
             metadata: ready for JSON.
             text_column: key of a row's text or image.
+            errors: standard errors of the influences, (rows, Q); None: they are not known.
         """
-        frame = with_duplicates(frame_of(rows, influence, count, columns, text_column))
+        frame = with_duplicates(frame_of(rows, influence, count, columns, text_column, errors))
         return cls(frame, {**metadata, "columns": influence.shape[1]})
 
     @property
@@ -126,6 +130,21 @@ class Scores:
         """Influences on the losses of all test examples, (rows, Q), in corpus order."""
         return np.stack([self.influence(q) for q in range(self.columns)], axis=1)
 
+    def standard_error(self, query: int = 0) -> np.ndarray | None:
+        """Standard errors of `influence(query)`, (rows,); None where the query had no replicates.
+
+        Raises:
+            InputError: there is no such query column.
+        """
+        name = f"influence_se{self._suffix(query)}"
+        return self._source.column(name) if name in self._source.names else None
+
+    @property
+    def noise(self) -> Noise | None:
+        """How the replicates of the query scatter, and the reliability of the ranking; None without replicates."""
+        facts = self.metadata.get("noise")
+        return None if facts is None else Noise.from_dict(facts)
+
     def removal_effects(self) -> np.ndarray:
         """Predicted changes of all test losses on removal of each row, (rows, Q)."""
         return self.frame[[f"removal_effect{self._suffix(q)}" for q in range(self.columns)]].to_numpy()
@@ -139,10 +158,25 @@ class Scores:
                 negative first); rows with equal influence are in corpus order.
             query: number of the query column.
 
+        Returns:
+            The columns of `frame`, without suffixes. Where there are standard errors, also `top_probability`: how
+            likely the row would be among the k first without sampling noise (`noise.top_probabilities`). Since noise
+            itself puts rows first, a score counts as normal around ρ · influence with the variance ρ · se², where ρ
+            is the reliability of the replicates' mean. Rows that were not kept (`score(keep=...)`) do not compete.
+
         Raises:
             InputError: there is no such order or query column, or fewer than k rows of each order were kept.
         """
-        return self._picked(self._order(by, query)[:k], query)
+        places, errors = self._order(by, query)[:k], self.standard_error(query)
+        rows = self._picked(places, query)
+        noise = self.noise
+        if errors is not None and noise is not None and len(places):
+            share = noise.reliability_of_mean(noise.reliability[query])
+            share = min(max(share, 0.0), 1.0) if share == share else 1.0  # NaN: unknown
+            values = share * self.influence(query) * (-1 if by == "helpful" else 1)
+            probabilities = top_probabilities(values, share**0.5 * errors, len(places), absolute=by == "absolute")
+            rows.insert(list(rows).index("influence_se") + 1, "top_probability", probabilities[places])
+        return rows
 
     def bottom(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
         """The last k rows of an order, the last one first: by "absolute" those of least absolute influence.
@@ -220,9 +254,9 @@ class Scores:
                 f"most {keep:,}, or score again with a larger `keep`."
             )
         suffix = self._suffix(query)
-        names = {f"influence{suffix}": "influence", f"removal_effect{suffix}": "removal_effect"}
+        names = {f"{name}{suffix}": name for name in ("influence", "influence_se", "removal_effect")}
         rows = self._source.rows(places).rename(columns=names)
-        order = ["example_id", "influence", "removal_effect", "loss", "terms", "duplicates", "text"]
+        order = ["example_id", "influence", "influence_se", "removal_effect", "loss", "terms", "duplicates", "text"]
         return rows[[name for name in order if name in rows]]
 
 
@@ -234,6 +268,10 @@ class _Frame:
 
     def __len__(self) -> int:
         return len(self.frame)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.frame)
 
     def column(self, name: str) -> np.ndarray:
         return self.frame[name].to_numpy()
@@ -257,6 +295,10 @@ class _File:
     def whole(self) -> pd.DataFrame:
         return self.file.read().to_pandas()
 
+    @property
+    def names(self) -> list[str]:
+        return self.file.schema_arrow.names
+
     def column(self, name: str) -> np.ndarray:
         return self.file.read([name])[name].to_numpy()
 
@@ -278,7 +320,12 @@ class _File:
 
 
 def frame_of(
-    rows: Sequence[dict], influence: np.ndarray, count: float, columns: dict[str, Any], text_column: str = "text"
+    rows: Sequence[dict],
+    influence: np.ndarray,
+    count: float,
+    columns: dict[str, Any],
+    text_column: str = "text",
+    errors: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """The columns of `Scores`, without `duplicates`.
 
@@ -288,6 +335,7 @@ def frame_of(
         count: N of the stage.
         columns: more columns: name → one value per row; scoring has `loss` and `terms`.
         text_column: key of a row's text or image.
+        errors: standard errors of the influences, (rows, Q); None: they are not known.
     """
     import pandas as pd
 
@@ -304,6 +352,8 @@ def frame_of(
     for q in range(width):
         suffix = "" if width == 1 else f"_{q}"
         pairs[f"influence{suffix}"] = influence[:, q]
+        if errors is not None:
+            pairs[f"influence_se{suffix}"] = errors[:, q]
         pairs[f"removal_effect{suffix}"] = -influence[:, q] / count
     # All at once: pandas warns about a frame to which more than a hundred columns are added one by one.
     return pd.concat([pd.DataFrame({**table, **columns}), pd.DataFrame(pairs)], axis=1)

@@ -130,7 +130,7 @@ def test_a_later_format_is_refused(folder, query):
 
 
 SETTINGS = [field.name for field in dataclasses.fields(Stage)]
-COMPARED_BY_CONTENT = ["model", "objective", "mask_rounds", "data", "run"]  # each has a test of its own
+COMPARED_BY_CONTENT = ["model", "objective", "mask_rounds", "data", "run", "checkpoints"]  # each has its own test
 WITHOUT_EFFECT = ["name", "batch_size", "skip_checks"]
 
 

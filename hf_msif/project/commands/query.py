@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
 
 def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
     from ...engine import folders
+    from ...influence.multistage import checkpoint_name
     from ...influence.query import FILES
     from .. import memory
     from ..provenance import query_record
@@ -46,10 +47,12 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
     is_main = chain.engine.is_main
     with chain.engine.raising_together():
         if is_main:
-            names = [*(f"{name}.safetensors" for name in project.names), "ekfac-*.safetensors"]
+            replicates = range(project.config.test.replicates)
+            names = [f"{checkpoint_name(name, r)}.safetensors" for name in project.names for r in replicates]
+            names.append("ekfac-*.safetensors")
             folders.add_names(checkpoints, "checkpoints of a query", names)
     try:
-        query = chain.query(tests, project.aggregate, checkpoints=checkpoints)
+        query = chain.query(tests, project.aggregate, checkpoints, project.config.test.replicates)
     except BaseException:
         if is_main:
             folders.remove_if_empty(checkpoints)
@@ -60,10 +63,12 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
             folders.write_marker(folder, "query", FILES, query_record(project).facts())
             folders.remove(checkpoints)
     seconds = round(time.perf_counter() - started, 1)
-    return {"seconds": seconds, "query": str(folder), **query.certificate()}
+    noise = {name: query.noise_text(name) for name in project.names}
+    return {"seconds": seconds, "query": str(folder), "noise": noise, **query.certificate()}
 
 
 def render(report: dict) -> None:
     for name, stage in report["stages"].items():
-        print(f"{name}: {stage['text']}")
+        measured = stage.get("noise") is not None  # then it is the first line of the text
+        print(f"{name}: {stage['text']}" + ("" if measured else f"\n{report['noise'][name]}"))
     print(f"query written to {report['query']} in {report['seconds']} s")

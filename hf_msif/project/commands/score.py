@@ -75,6 +75,7 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
     seconds = round(time.perf_counter() - started, 1)
     path, table_path = project.output("scores.parquet"), project.output("table1")
     report: dict[str, Any] = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(table_path)}
+    report |= {"noise": scores.metadata["noise_text"]}
     if "kept" in scores.metadata:
         report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
         report["rows"] = report["kept"]["all"][0]["count"]
@@ -91,6 +92,7 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
 def render(report: dict) -> None:
     from ...reports.tables import plain
 
+    print(report["noise"])
     print(plain(report["table"]))
     kept_text = f" ({report['rows_kept']:,} of them kept)" if "kept" in report else ""
     print(

@@ -33,12 +33,16 @@ def run(arguments: argparse.Namespace) -> dict:
         {"test": test_sentence(scores, column), "top": scores.top(arguments.k, arguments.by, column)}
         for column in range(scores.columns)
     ]
-    return {"run": arguments.run, "stage": scores.metadata.get("stage"), "by": arguments.by, "tests": tests}
+    facts = {"stage": scores.metadata.get("stage"), "by": arguments.by, "noise": scores.metadata.get("noise_text")}
+    return {"run": arguments.run, **facts, "tests": tests}
 
 
 def render(report: dict) -> None:
     from ...reports.tables import plain
 
+    if report["noise"]:
+        print(report["noise"])
     for test in report["tests"]:
         print(f"\n{report['by']} influence on: {test['test']}")
-        print(plain(test["top"][["example_id", "influence", "removal_effect", "text"]], width=80))
+        shown = ["example_id", "influence", "influence_se", "top_probability", "removal_effect", "text"]
+        print(plain(test["top"][[name for name in shown if name in test["top"]]], width=80))

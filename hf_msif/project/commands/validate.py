@@ -67,7 +67,8 @@ def _validate(project: Run, path: Path, files: list[Path]) -> dict:
     corpus = project.rows(stage) if whole else project.corpus()
     retrain, truth = retraining(project, chain, tests, settings.way, settings.vary), _truth(project)
     truth.check(retrain)
-    scores = chain.query(tests, project.aggregate).score(corpus, stage=stage)
+    query = chain.query(tests, project.aggregate, replicates=project.config.test.replicates)
+    scores = query.score(corpus, stage=stage)
     groups = {}
     if settings.experiment == "remove_groups":
         groups = _groups_along_ranking(scores, settings.groups, settings.group_size)

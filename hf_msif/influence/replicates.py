@@ -1,0 +1,183 @@
+"""`Replicates`: the solutions of one stage by independent repetitions of a query, whose scatter is its sampling noise.
+
+Replicate r of R has the masks (or negatives) of its own round of draws, `Objective.of_epoch(r)`, and its own part of
+each stage's curvature sample. Everything that follows from them is done again: solves, what they hand on to the stage
+before, and the losses of the rows that are scored. I(x) is the mean of the replicates' I_r(x); `scoring.noise.Noise`
+makes standard errors of their scatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..engine import Engine
+from ..engine.corpus import first_rows
+from ..engine.files import flat_keys, nested_keys
+from ..engine.stream import Stream
+from ..objectives import Objective
+from ..scoring.noise import SAMPLE_ROWS, Noise
+from ..scoring.scorer import RowInfluence, Scorable, measure
+from ..scoring.token_scores import TermInfluence
+from .chain import BoundStage
+from .differentiation import Differentiation, StageCertificate, StageSolution
+from .direction import Direction, Directions
+from .sampled import drawn
+
+
+@dataclass(frozen=True)
+class ReplicatesCertificate:
+    """The certificates of all replicates; its lists have the columns of one after those of another."""
+
+    each: Sequence[StageCertificate]
+
+    @property
+    def converged(self) -> list[bool]:
+        return [value for certificate in self.each for value in certificate.converged]
+
+    @property
+    def status(self) -> list[str]:
+        return [value for certificate in self.each for value in certificate.status]
+
+    def to_dict(self) -> dict[str, Any]:
+        both = {"converged": self.converged, "status": self.status}
+        return {**both, "replicates": [certificate.to_dict() for certificate in self.each]}
+
+    def __str__(self) -> str:
+        return "\n".join(f"replicate {r}: {certificate}" for r, certificate in enumerate(self.each))
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """The solutions of a stage by R replicates of a query; see `StageSolution`.
+
+    Attributes:
+        each: one solution per replicate.
+        objectives: the objective by whose losses each scores rows.
+        engine: has the device.
+    """
+
+    each: Sequence[StageSolution]
+    objectives: Sequence[Objective]
+    engine: Engine
+
+    @property
+    def certificate(self) -> ReplicatesCertificate:
+        return ReplicatesCertificate([solution.certificate for solution in self.each])
+
+    @property
+    def columns(self) -> int:
+        return self.each[0].columns
+
+    def by(self, method: str) -> Replicates:
+        """The same directions, whose rows are scored by another method."""
+        return replace(self, each=[solution.by(method) for solution in self._directions])
+
+    def with_objective(self, objective: Objective) -> Replicates:
+        """The same, which scores rows by their losses of another objective, each with its own round of its draws."""
+        objectives = [drawn(objective, r) for r in range(len(self.each))]
+        each = [part.with_objective(own) for part, own in zip(self._directions, objectives, strict=True)]
+        return replace(self, each=each, objectives=objectives)
+
+    def prepare(self) -> None:
+        """What all processes must do together before they score."""
+        for solution, _ in self._passes:
+            if isinstance(solution, Direction | Directions):
+                solution.prepare()
+
+    def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
+        """The mean influence of each row, its mean loss and number of terms, and the influences by each replicate.
+
+        Args:
+            batch: B rows as the stage's objective collates them, on the engine's device.
+            rows: the rows themselves.
+        """
+        batches = [(solution, self._batch(objective, batch, rows)) for solution, objective in self._passes]
+        passes = [solution.influence(own_batch, rows) for solution, own_batch in batches]
+        replicates = torch.cat([measured.influence for measured in passes], dim=1)
+        replicates = replicates.unflatten(1, (len(self.each), self.columns))
+        losses, counts = (torch.stack(values).mean(0) for values in list(zip(*passes, strict=True))[1:3])
+        return RowInfluence(replicates.mean(1), losses, counts, replicates)
+
+    def term_influence(self, batch: dict[str, Any], rows: list[dict]) -> TermInfluence:
+        """The terms of all replicates, divided by R: those of a row sum to its `influence`. Of directions only."""
+        number, parts = len(self._passes), []
+        for solution, objective in self._passes:
+            assert isinstance(solution, Direction | Directions)
+            parts.append(solution.term_influence(self._batch(objective, batch, rows), rows))
+        columns = len(self.each) // number  # replicates that share a pass
+        values = [part.influence.unflatten(1, (columns, self.columns)).mean(1) / number for part in parts]
+        losses, owners, positions, targets = zip(*(part.terms for part in parts), strict=True)
+        terms = parts[0].terms._replace(
+            losses=torch.cat(losses) / number,
+            owners=torch.cat(owners),
+            positions=None if positions[0] is None else torch.cat(positions),
+            targets=None if targets[0] is None else torch.cat(targets),
+        )
+        return TermInfluence(torch.cat(values), terms)
+
+    def tensors(self) -> dict[str, Tensor]:
+        # Cloned, since u of several replicates may be the same memory (as for `solvers.Identity`): no file holds that.
+        return flat_keys({str(r): vectors.clone(solution.tensors()) for r, solution in enumerate(self.each)})
+
+    @cached_property
+    def _passes(self) -> list[tuple[StageSolution, Objective]]:
+        """The solutions with the objectives of their rows; where all have the same, one solution with R·Q columns."""
+        first = self.objectives[0]
+        if self._directions and all(objective is first for objective in self.objectives):
+            joined = type(self._directions[0]).joined
+            return [(joined(self._directions), first)]
+        return list(zip(self.each, self.objectives, strict=True))
+
+    @property
+    def _directions(self) -> list[Any]:
+        """The solutions where they are `Direction`s or `Directions`."""
+        return [solution for solution in self.each if isinstance(solution, Direction | Directions)]
+
+    def _batch(self, objective: Objective, batch: dict[str, Any], rows: list[dict]) -> dict[str, Any]:
+        return batch if objective is self.objectives[0] else self.engine.to_device(objective.collate(rows))
+
+
+def joined(differentiations: Sequence[Differentiation], solutions: Sequence[StageSolution]) -> StageSolution:
+    """The `Replicates` of a stage; the solution itself where all replicates have the same one."""
+    if all(solution is solutions[0] for solution in solutions):
+        return solutions[0]
+    return Replicates(solutions, [d.objective for d in differentiations], differentiations[0].bound.engine)
+
+
+def is_direction(solution: StageSolution) -> TypeGuard[Direction | Directions | Replicates]:
+    """Whether rows are scored by derivatives of their losses, in every replicate."""
+    each = solution.each if isinstance(solution, Replicates) else [solution]
+    return all(isinstance(one, Direction | Directions) for one in each)
+
+
+def measured_noise(bound: BoundStage, scorable: Scorable) -> Noise:
+    """How replicates scatter on `SAMPLE_ROWS` random rows of a stage, the first ones of a stream.
+
+    Args:
+        bound: the stage.
+        scorable: its question, whose solution has replicates.
+    """
+    rows = first_rows(bound.rows, SAMPLE_ROWS) if isinstance(bound.rows, Stream) else bound.subset(SAMPLE_ROWS)
+    with bound.model.evaluating():
+        return Noise.measured(measure(scorable, rows, scorable.batch_size, None).replicates)
+
+
+def load(differentiation: Differentiation, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> StageSolution:
+    """The solution of which `tensors` and `certificate` were saved, with or without replicates."""
+    certificates = certificate.get("replicates")
+    if certificates is None:
+        return differentiation.load(tensors, certificate)
+    parts = nested_keys(tensors)
+    differentiations = [differentiation.replicate(r, len(certificates)) for r in range(len(certificates))]
+    loaded = [
+        differentiation.load(parts.get(str(r), {}), certificates[r])
+        for r, differentiation in enumerate(differentiations)
+    ]
+    return joined(differentiations, loaded)
