@@ -309,13 +309,21 @@ class EKFAC(Curvature):
         Raises:
             InputError: A + λI is singular, or the ridge is not a number per parameter.
         """
+        self.check_regular(damping)
+        return self.function(v, lambda eigenvalues: 1 / (eigenvalues + damping))
+
+    def check_regular(self, damping: float) -> None:
+        """Refuses a sum A + λI that is singular.
+
+        Raises:
+            InputError: its smallest eigenvalue is not positive beyond rounding.
+        """
         smallest, largest = self.smallest_eigenvalue(), self.largest_eigenvalue()
         if not smallest + damping > rounding_unit(self.parameters) * largest:
             raise InputError(
                 f"the smallest eigenvalue of EK-FAC is {smallest:.3g} and damping is {damping:.3g}; expected a "
                 "positive sum, beyond rounding: give a damping above 0."
             )
-        return self.function(v, lambda eigenvalues: 1 / (eigenvalues + damping))
 
     def transformed(self, f: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """f of the eigenvalues of A, parameter name → (m, n): f(A) in the bases of `blocks`."""

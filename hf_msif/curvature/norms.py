@@ -13,6 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .. import vectors
+from ..vectors import Block
 from .blocks import Gradients
 from .derivatives import Evaluation, example_gradients
 from .ekfac import EKFAC
@@ -27,10 +29,20 @@ class Metric:
     Args:
         fit: the approximation A; it is fitted now, by all processes together.
         f: a function of eigenvalues, elementwise and not negative.
+
+    Raises:
+        InputError: f is not finite at 0, as with λ = 0, and A is singular.
     """
 
     def __init__(self, fit: EKFAC, f: Callable[[Tensor], Tensor]):
-        self.fit, self.weights = fit, fit.transformed(f)
+        self.fit, self.f = fit, f
+        if not f(torch.zeros(1)).isfinite().all():
+            fit.check_regular(0.0)
+        self.weights = fit.transformed(f)
+
+    def squares(self, v: Block) -> Tensor:
+        """vᵀ f(A) v of each column, (Q,) in float64."""
+        return vectors.dot(v, self.fit.function(v, self.f))
 
 
 class GradientNorms:

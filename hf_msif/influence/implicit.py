@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .. import training, vectors
-from ..curvature import Curvature, auto
+from ..curvature import EKFAC, Curvature, auto
+from ..curvature.norms import Metric
 from ..curvature.sharded import Sharded
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
@@ -271,6 +272,19 @@ class Implicit(Differentiation):
                 state = self._solver_state(solver, operator)
                 solution = solve(operator, b, solver, state, progress, solver_checkpoint)
         return solution if why is None else replace(solution, certificate=replace(solution.certificate, choice=why))
+
+    @cached_property
+    def _ekfac(self) -> EKFAC:
+        operator = self.operator
+        return operator if isinstance(operator, EKFAC) else EKFAC.of(operator)
+
+    def metric(self, certificate: StageCertificate) -> Metric:
+        solver, damping = self.solver_for(1)[0], cast(Certificate, certificate).damping
+        return Metric(self._ekfac, lambda eigenvalues: solver.spectral_filter(eigenvalues, damping))
+
+    def self_solve(self, gradients: Block) -> tuple[Tensor, StageCertificate]:
+        solution = self.solve(gradients)
+        return vectors.dot(gradients, solution.value), solution.certificate
 
     def solver_for(self, columns: int) -> tuple[Solver, str | None]:
         """The solver for Q = `columns` right-hand sides, and why `solvers.Auto` chose it (None: it was given)."""

@@ -237,6 +237,9 @@ class Corpus(Section):
     method: Literal["auto", "forward", "layerwise"] = "auto"
     """how rows are scored, exact in any case: forward mode per column, or the gradients of rows layer by layer for all
     columns at once; auto: the latter from two columns on"""
+    norms: Literal["gradient", "self"] | None = None
+    """norms for the orders of relative influence, of an implicit stage's rows: gradient, for --by relative; self, for
+    --by self_relative as well, with a fit of EK-FAC; null: neither"""
     part_rows: Count = 4096
     """rows per part while scoring is under way; an interruption loses the rows in hand: sixteen batches per process,
     or one part"""

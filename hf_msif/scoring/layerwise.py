@@ -37,7 +37,7 @@ class Layerwise:
         objective: gives the losses.
         u: the queries, tensors of shape (Q, *parameter.shape).
         rows: the first rows to score, see `LayerMap`.
-        metric: for `slopes_and_norms`: what self-influences are taken in; None: there are none.
+        metric: what self-influences are taken in, beside the norms; None: there are none.
 
     Attributes:
         layers: which parameters are scored layer by layer; the rest goes by forward mode.
@@ -59,28 +59,24 @@ class Layerwise:
         """Bytes that are held beside u: weights of the queries in the order in which they are read."""
         return sum(queries.copied_bytes for queries in self.queries.values())
 
-    def slopes(self, batch: dict[str, Any], examples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """⟨u_q, ∇ℓ_i⟩ of each row and query, (B, Q); the losses and the counts, (B,)."""
-        return self._slopes(Evaluation(self.model, self.objective, batch), examples)
+    def slopes(
+        self, batch: dict[str, Any], examples: int, norms: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """⟨u_q, ∇ℓ_i⟩ of each row and query, (B, Q); the losses and the counts, (B,); and the norms, if asked for.
 
-    def slopes_and_norms(self, batch: dict[str, Any], examples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`slopes`, and by the same pass the norms of each row's gradient, (B, 1): ‖∇ℓ_i‖; with a metric (B, 2):
-        ‖∇ℓ_i‖ and ∇ℓ_iᵀ f(A) ∇ℓ_i."""
+        The norms, by the same pass, in float64: ‖∇ℓ_i‖, (B, 1); with a metric ‖∇ℓ_i‖ and ∇ℓ_iᵀ f(A) ∇ℓ_i, (B, 2).
+        """
         evaluation = Evaluation(self.model, self.objective, batch)
-        squares = SquaredNorms(self.norms, examples)
-        slopes = self._slopes(evaluation, examples, squares)
-        norms = squares.finish(evaluation)
-        norms[:, 0] = norms[:, 0].sqrt()
-        return *slopes, norms
-
-    def _slopes(
-        self, evaluation: Evaluation, examples: int, squares: SquaredNorms | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        squares = SquaredNorms(self.norms, examples) if norms else None
         slopes, sums, counts = self._in_layers(evaluation, examples, squares)
         if self.rest:
             forward = [directional_derivatives(evaluation, vectors.column(self.rest, q)) for q in range(self.columns)]
             slopes = slopes + torch.stack([slope for slope, _, _ in forward], dim=1)
-        return slopes, sums, counts
+        if squares is None:
+            return slopes, sums, counts, None
+        sizes = squares.finish(evaluation)
+        sizes[:, 0] = sizes[:, 0].sqrt()
+        return slopes, sums, counts, sizes
 
     def term_slopes(self, batch: dict[str, Any], examples: int, terms: Terms) -> Tensor:
         """⟨u_q, ∇ℓ_t⟩ of each of the batch's terms and query, (M, Q).

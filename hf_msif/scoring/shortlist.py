@@ -20,12 +20,15 @@ from ..engine.stream import Stream
 from ..errors import InputError
 from .extremes import extended
 from .folder import read_facts_if_intact
+from .orders import relative_keys
 from .scorer import PART_ROWS, Scorable, check_settings, measure, score
 from .scores import Scores
 
 WIDTH = 4  # rows on the shortlist for each row that is kept
 SAMPLE_ROWS = 512  # on which the recall is measured
 RECALL_AT = 10
+
+Values = tuple[np.ndarray, dict[str, np.ndarray]]  # influences, (rows, Q), and the norms by name
 
 
 def shortlist(
@@ -40,8 +43,8 @@ def shortlist(
 ) -> Scores:
     """The `keep` most harmful and most helpful rows, with their exact scores, of a corpus that is scored in `dtype`.
 
-    The pass in `dtype` puts the 4 × `keep` rows of largest and of smallest influence on a shortlist for each column;
-    these alone are scored in the model's own precision, which needs the corpus to be read once more. What the
+    The pass in `dtype` puts the 4 × `keep` rows of largest and of smallest influence (and, where the norms are asked
+    for, the first ones by relative influence) on a shortlist for each column; these alone are scored in the model's own precision, which needs the corpus to be read once more. What the
     shortlists may have missed is measured and printed: the recall of such a list on a random sample that is scored in
     both ways, and how deep in its list each row stood that is kept.
 
@@ -71,18 +74,18 @@ def shortlist(
     engine, source = scorable.engine, as_corpus(corpus, "the corpus")
     first = _first_pass(scorable, source, WIDTH * keep, dtype, batch_size, output_dir, resume, part_rows)
     total = first.metadata["kept"]["all"][0]["count"]
-    frame = first.frame[_at_the_ends(first.influences(), WIDTH * keep)].reset_index(drop=True)
+    frame = first.frame[_at_the_ends(*_values(first, scorable), WIDTH * keep)].reset_index(drop=True)
     candidates, sample = _rows(engine, source, frame["example_id"].tolist(), first, part_rows)
     exact = score(scorable, candidates, batch_size)
     facts = {
         "dtype": dtype,
         "candidates": len(candidates),
         **_recall(scorable, sample, batch_size or scorable.batch_size, dtype, keep),
-        **_depth(Scores(frame, first.metadata).influences(), exact.influences(), keep),
+        **_depth(_values(Scores(frame, first.metadata), scorable), _values(exact, scorable), keep),
     }
     if engine.is_main:
         _tell(facts, keep, total)
-    kept = exact.frame[_at_the_ends(exact.influences(), keep)].drop(columns="duplicates").reset_index(drop=True)
+    kept = exact.frame[_at_the_ends(*_values(exact, scorable), keep)].drop(columns="duplicates").reset_index(drop=True)
     metadata = {name: value for name, value in first.metadata.items() if name != "depends_on"}
     metadata |= {"kept": {**first.metadata["kept"], "keep": keep}, "shortlist": facts}
     scores = Scores(kept, metadata)
@@ -119,7 +122,7 @@ def _first_pass(
         return score(scorable, source, batch_size, **settings)
     engine, path = scorable.engine, Path(output_dir) / first_pass_name(scorable.file_name)
     with engine.raising_together():
-        depends_on = digest([scorable.identity(), keep, dtype, part_rows]) if engine.is_main else None
+        depends_on = digest([scorable.identity(), keep, dtype, part_rows, scorable.norms]) if engine.is_main else None
         facts = read_facts_if_intact(path) if engine.is_main and resume and path.is_file() else None
         finished = facts is not None and facts.get("depends_on") == depends_on
     depends_on, finished = engine.broadcast_object((depends_on, finished))
@@ -166,7 +169,7 @@ def _recall(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str, k
             started = time.perf_counter()
             measured = measure(scorable, rows, batch_size, precision)
             seconds.append(time.perf_counter() - started)
-            orders.append(_orders(measured.influence))
+            orders.append(_orders(measured.influence, dict(zip(scorable.norms, measured.norms.T, strict=True))))
     at = min(RECALL_AT, keep, len(rows) // (4 * WIDTH))
     facts: dict[str, Any] = {"recall_rows": len(rows), "recall_at": at, "relative_time": seconds[0] / seconds[1]}
     if not at:
@@ -175,29 +178,33 @@ def _recall(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str, k
     return {**facts, "recall": float(np.mean(shares)), "lowest_recall": float(min(shares))}
 
 
-def _depth(reduced: np.ndarray, exact: np.ndarray, keep: int) -> dict[str, int]:
+def _values(scores: Scores, scorable: Scorable) -> Values:
+    return scores.influences(), {name: scores.frame[name].to_numpy() for name in scorable.norms}
+
+
+def _depth(reduced: Values, exact: Values, keep: int) -> dict[str, int]:
     """`deepest` and `length`, see `shortlist`, of candidates in the same order."""
-    deepest, length = 0, min(len(exact), WIDTH * keep)
-    for one, other in zip(_orders(reduced), _orders(exact), strict=True):
+    deepest, length = 0, min(len(exact[0]), WIDTH * keep)
+    for one, other in zip(_orders(*reduced), _orders(*exact), strict=True):
         places = np.empty(len(one), dtype=int)
         places[one] = np.arange(1, len(one) + 1)
         deepest = max(deepest, int(places[other[:keep]].max()))
     return {"deepest": min(deepest, length + 1), "length": length}
 
 
-def _at_the_ends(influences: np.ndarray, number: int) -> np.ndarray:
-    """Whether a row is among the `number` rows of largest or of smallest influence of some column, (rows,)."""
+def _at_the_ends(influences: np.ndarray, norms: dict[str, np.ndarray], number: int) -> np.ndarray:
+    """Whether a row is among the `number` first ones of some order, (rows,)."""
     at_an_end = np.zeros(len(influences), dtype=bool)
-    for order in _orders(influences):
+    for order in _orders(influences, norms):
         at_an_end[order[:number]] = True
     return at_an_end
 
 
-def _orders(influences: np.ndarray) -> Iterator[np.ndarray]:
-    """The orders of the rows, of each column largest first, then smallest first."""
+def _orders(influences: np.ndarray, norms: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The orders of the rows, of each column largest first, smallest first, then by the relative orders."""
     for column in influences.T:
-        for sign in (-1, 1):
-            yield np.argsort(sign * column, kind="stable")
+        for key in (-column, column, *relative_keys(column, norms)):
+            yield np.argsort(key, kind="stable")
 
 
 def _tell(facts: dict[str, Any], keep: int, total: int) -> None:

@@ -68,6 +68,7 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
         resume=resume,
         keep=keep,
         method=settings.method,
+        norms=settings.norms,
         dtype=settings.dtype,
         part_rows=settings.part_rows,
     )

@@ -19,7 +19,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         "--stage", metavar="NAME", help="the stage whose ranking is shown; defaults to the one in scores.parquet"
     )
     parser.add_argument("-k", type=int, default=10, help="rows per test example")
-    parser.add_argument("--by", default="absolute", help="absolute, harmful or helpful")
+    parser.add_argument("--by", default="absolute", help="absolute, harmful, helpful, relative or self_relative")
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -33,12 +33,27 @@ def run(arguments: argparse.Namespace) -> dict:
         {"test": test_sentence(scores, column), "top": scores.top(arguments.k, arguments.by, column)}
         for column in range(scores.columns)
     ]
-    return {"run": arguments.run, "stage": scores.metadata.get("stage"), "by": arguments.by, "tests": tests}
+    report = {"run": arguments.run, "stage": scores.metadata.get("stage"), "by": arguments.by, "tests": tests}
+    if scores.columns > 1:
+        report["common"] = scores.common(arguments.k, arguments.by)
+    return report
 
 
 def render(report: dict) -> None:
     from ...reports.tables import plain
 
+    common, lists = report.get("common"), len(report["tests"])
+    shown = ["example_id", "influence", f"{report['by']}_influence", "removal_effect", "text"]
     for test in report["tests"]:
+        table = test["top"][[name for name in shown if name in test["top"]]]
+        if common is not None and len(common):
+            counts = dict(zip(common["example_id"], common["columns"], strict=True))
+            marks = [f"{counts[name]} of {lists}" if name in counts else "" for name in table["example_id"]]
+            table = table.assign(common=marks)
         print(f"\n{report['by']} influence on: {test['test']}")
-        print(plain(test["top"][["example_id", "influence", "removal_effect", "text"]], width=80))
+        print(plain(table, width=80))
+    if common is not None and len(common):
+        print(
+            f"\n{len(common)} rows are common: they are in the lists of nearly all tests, as the column says, and tell "
+            "little about one of them. An order by relative influence has fewer of them."
+        )
