@@ -103,7 +103,8 @@ class Query:
             resume: continue an interrupted scoring in `output_dir`, on any number of processes. A query, model,
                 setting or corpus that has changed since is refused by name.
             keep: write only the `keep` rows of largest, of smallest and of least absolute influence per column, and
-                those at the ends of the relative orders whose norms are asked for, with moments and a histogram of all rows; None: all rows.
+                those at the ends of the relative orders whose norms are asked for, with moments and a histogram of
+                all rows; None: all rows.
             dtype: "tf32" computes float32 matrix products in TF32 on GPUs that have it; "bfloat16" computes in that
                 type where autocast does. The error is measured, printed, and in the metadata as `dtype_error`. With
                 `keep` it serves for a shortlist, and the rows that are kept have their exact scores, see

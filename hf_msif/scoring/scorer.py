@@ -262,8 +262,8 @@ def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | 
     whole_share = [tuple(np.concatenate(arrays) for arrays in zip(*share, strict=True))] if share else []
     places, values = (np.concatenate(arrays) for arrays in zip(*engine.gather(whole_share), strict=True))
     values = values[np.argsort(places)]
-    losses, counts, truncated, norms, influence = np.split(values, [1, 2, 3, 3 + len(scorable.norms)], axis=1)
-    return Measured(influence, losses[:, 0], counts[:, 0], truncated[:, 0], norms)
+    end = 3 + len(scorable.norms)
+    return Measured(values[:, end:], values[:, 0], values[:, 1], values[:, 2], norms=values[:, 3:end])
 
 
 def check_finite(values: np.ndarray, rows: list[dict]) -> None:

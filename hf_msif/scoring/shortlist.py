@@ -44,9 +44,10 @@ def shortlist(
     """The `keep` most harmful and most helpful rows, with their exact scores, of a corpus that is scored in `dtype`.
 
     The pass in `dtype` puts the 4 × `keep` rows of largest and of smallest influence (and, where the norms are asked
-    for, the first ones by relative influence) on a shortlist for each column; these alone are scored in the model's own precision, which needs the corpus to be read once more. What the
-    shortlists may have missed is measured and printed: the recall of such a list on a random sample that is scored in
-    both ways, and how deep in its list each row stood that is kept.
+    for, the first ones by relative influence) on a shortlist for each column; these alone are scored in the model's
+    own precision, which needs the corpus to be read once more. What the shortlists may have missed is measured and
+    printed: the recall of such a list on a random sample that is scored in both ways, and how deep in its list each
+    row stood that is kept.
 
     Rows of least absolute influence are not sought: near zero, what a reduced precision says is rounding.
 

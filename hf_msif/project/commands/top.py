@@ -54,6 +54,6 @@ def render(report: dict) -> None:
         print(plain(table, width=80))
     if common is not None and len(common):
         print(
-            f"\n{len(common)} rows are common: they are in the lists of nearly all tests, as the column says, and tell "
-            "little about one of them. An order by relative influence has fewer of them."
+            f"\n{len(common)} rows are common: they are in the lists of nearly all tests, as the column says, and "
+            "tell little about any one of them."
         )
