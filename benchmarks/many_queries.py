@@ -2,11 +2,13 @@
 
     python benchmarks/many_queries.py --threads 1                     # the table; about five minutes on one core
     python benchmarks/many_queries.py --threads 1 --check             # exit code 1 if a bar is missed
+    python benchmarks/many_queries.py --threads 1 --norms             # relative influence: norms, self-influences
 
 F is one pass of the model itself under `no_grad` with the losses of 256 sentences of 32 tokens, the head on masked
 positions: BERT of 4 layers, 256 wide, 8,000 words, random weights, 5.4 million parameters, all of which count. F and
 the scorings are measured in turn, in CPU seconds; a ratio is that of one turn, and the table shows the median over the
-turns. "Chosen" is what `method="auto"` takes. Nothing is downloaded.
+turns. "Chosen" is what `method="auto"` takes. With `--norms`, the layer-wise scoring is also measured with the norms
+of all gradients, and with their self-influences in a fit of EK-FAC, which was made before. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from hf_msif import objectives
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.adapters.positions import forward
+from hf_msif.curvature import EKFAC
+from hf_msif.curvature.norms import Metric
+from hf_msif.engine import Engine
 from hf_msif.influence import Direction
 from hf_msif.influence.differentiation import DirectCertificate
 
@@ -51,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         assert chosen is not None
         if bar is not None and chosen > bar:
             missed.append(columns)
-        table.append([columns, forward, layerwise, chosen, bar])
+        sized = [ratios[f"{norms} {columns}"] for norms in ("gradient", "self") if settings.norms]
+        table.append([columns, forward, layerwise, chosen, bar, *sized])
     headers = ["queries", "forward mode", "layer by layer", "chosen", "bar"]
+    headers += ["with norms", "and self-influences"] if settings.norms else []
     print(json.dumps(ratios) if settings.json else tabulate(table, headers, tablefmt="github", floatfmt=".2f"))
     return 1 if settings.check and missed else 0
 
@@ -92,13 +99,19 @@ def measure(settings: argparse.Namespace) -> dict[str, list[float]]:
 
         return score
 
-    tasks = {"F": plain}
+    tasks, metric = {"F": plain}, None
+    if settings.norms:
+        fit = EKFAC(model, objective, rows, tuple(u), Engine(progress=False), size)
+        metric = Metric(fit, lambda eigenvalues: 1 / (eigenvalues + 0.01))
     for columns in settings.columns:
         first = {name: t[:columns].clone() for name, t in u.items()}
         direction = Direction(model, objective, first, DirectCertificate("random", columns), lambda: rows[:8])
         for method in ("forward", "layerwise"):
             if method == "layerwise" or columns <= settings.forward_up_to:
                 tasks[f"{method} {columns}"] = scoring(direction.by(method))
+        if settings.norms:
+            tasks[f"gradient {columns}"] = scoring(direction.by("layerwise", norms=True))
+            tasks[f"self {columns}"] = scoring(direction.by("layerwise", norms=True, metric=metric))
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(settings.repeats + 1):
         for name, task in tasks.items():
@@ -126,6 +139,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", type=int, nargs="+", default=[1, 2, 4, 8, 32], help="numbers of queries")
     parser.add_argument("--forward-up-to", type=int, default=2, help="most queries for which forward mode is measured")
+    parser.add_argument("--norms", action="store_true", help="measure norms of gradients and self-influences, too")
     parser.add_argument("--sentences", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -12,13 +12,14 @@ side of an embedding, keep the parameter's own axes: U or V is then the identity
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..objectives import numbers_within
 
 LONGEST_SIDE = 4096  # a longer side of a matrix has no basis: its decomposition would take longer than the passes
 FEW = 128  # a matrix with so few rows, or columns, is small, however long its other side is
@@ -63,7 +64,7 @@ class Gradients:
 
     def add(self, a: Tensor, g: Tensor) -> None:
         """G_i += Σ_t g_it a_itᵀ; (B, T, n) and (B, T, m)."""
-        used = (g != 0).any(2)
+        used = torch.linalg.vector_norm(g, ord=1, dim=2) > 0
         most = int(used.sum(1).max())
         if most <= 0.8 * used.shape[1]:  # padding, and tokens of which the loss reads nothing
             places = used.int().argsort(dim=1, descending=True, stable=True)[:, :most].unsqueeze(2)
@@ -100,11 +101,54 @@ class Gradients:
         summed = values.new_zeros(len(pairs), values.shape[1]).index_add_(0, place, values)
         return Sparse(pairs // width, pairs % width, summed)
 
+    def in_basis(self, left: Tensor | None, right: Tensor | None) -> Gradients:
+        """Uᵀ G_i V; None stands for the identity, and U must be it where there are sparse rows."""
+        turned = Gradients()
+        if self.a is not None and self.g is not None:
+            a = self.a if right is None else self.a @ right
+            turned._factors.append((a, self.g if left is None else self.g @ left))
+        if self.sparse is not None:
+            values = self.sparse.values
+            # Its own entry: the turned rows are summed by pairs already.
+            vars(turned)["sparse"] = replace(self.sparse, values=values if right is None else values @ right)
+        return turned
+
+    def add_squared_norms(self, total: Tensor, weights: Tensor | None = None) -> None:
+        """total_i += Σ_kl w_kl (G_i)²_kl of each example; total is (B,), w is (m, n) and defaults to ones."""
+        a, g, sparse = self.a, self.g, self.sparse
+        if a is not None and g is not None:
+            total += _squared_products(a, g, weights)
+        if sparse is not None:
+            rows = sparse.values if a is None else sparse.values + 2 * self.dense_rows(a, sparse)
+            squares = sparse.values * rows
+            squares = squares.sum(1) if weights is None else (squares * weights[sparse.row]).sum(1)
+            total.index_add_(0, sparse.example, squares.to(total))
+
     def dense_rows(self, a: Tensor, sparse: Sparse) -> Tensor:
         """The rows of Σ_t g_it a_itᵀ at the places of the sparse rows, (S, n)."""
         assert self.g is not None
         at = self.g[sparse.example, :, sparse.row]
-        return (at.unsqueeze(1) @ a[sparse.example]).squeeze(1)
+        slots = numbers_within(sparse.example)
+        padded = at.new_zeros(len(a), int(slots.max()) + 1, a.shape[1]).index_put_((sparse.example, slots), at)
+        return (padded @ a)[sparse.example, slots]
+
+
+def _squared_products(a: Tensor, g: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ_kl w_kl (Σ_t g_it a_itᵀ)²_kl of each example, (B,), by the cheapest way."""
+    (examples, length, n), m = a.shape, g.shape[2]
+    if length == 1:
+        a, g = a[:, 0].square(), g[:, 0].square()
+        return a.sum(1) * g.sum(1) if weights is None else ((g @ weights) * a).sum(1)
+    if weights is None and length * (m + n) <= m * n:  # Σ_ts (a_t·a_s)(g_t·g_s), which makes no gradient
+        return ((a @ a.transpose(1, 2)) * (g @ g.transpose(1, 2))).sum((1, 2))
+    total, size = a.new_zeros(examples), max(1, PIECE // (n * examples))
+    for start in range(0, m, size):
+        products = g[:, :, start : start + size].transpose(1, 2) @ a
+        if weights is None:
+            total += torch.linalg.vector_norm(products, dim=(1, 2)).square()
+        else:
+            total += products.square_().flatten(1) @ weights[start : start + size].flatten()
+    return total
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
@@ -170,20 +214,15 @@ class KroneckerBlock:
 
     def add_squares(self, gradients: Gradients) -> None:
         """eigenvalues += Σ_i (Uᵀ G_i V)², elementwise."""
+        gradients = gradients.in_basis(self.left, self.right)
         a, g, sparse = gradients.a, gradients.g, gradients.sparse
         if a is not None and g is not None:
-            a, g = self._turned(a, self.right), self._turned(g, self.left)
             self._add_squared_products(a, g)
-        if sparse is not None:  # the left basis is the identity
-            values = self._turned(sparse.values, self.right)
-            squares = values.square()
+        if sparse is not None:
+            squares = sparse.values.square()
             if a is not None:
-                squares += 2 * values * gradients.dense_rows(a, sparse)
+                squares += 2 * sparse.values * gradients.dense_rows(a, sparse)
             self.eigenvalues.index_add_(0, sparse.row, squares)
-
-    @staticmethod
-    def _turned(x: Tensor, basis: Tensor | None) -> Tensor:
-        return x if basis is None else x @ basis
 
     def _add_squared_products(self, a: Tensor, g: Tensor) -> None:
         """eigenvalues += Σ_i (Σ_t g_it a_itᵀ)², a piece of an example's gradient at a time."""
@@ -214,7 +253,7 @@ class KroneckerBlock:
         """
         if self.left is not None:
             v = self.left.T @ v
-        v = self._turned(v, self.right) * function(self.eigenvalues + ridge)
+        v = (v if self.right is None else v @ self.right) * function(self.eigenvalues + ridge)
         if self.left is not None:
             v = self.left @ v
         return v if self.right is None else v @ self.right.T

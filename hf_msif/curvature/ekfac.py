@@ -33,7 +33,7 @@ from .derivatives import Evaluation, example_gradients
 from .fisher import Fisher, Sampled
 from .layer_rules import Call, Layer
 from .layers import LayerMap
-from .matrices import MatrixShape, collect
+from .matrices import MatrixShape, collect, shapes_of
 
 FEWEST_BASIS_ROWS = 32
 
@@ -125,11 +125,7 @@ class EKFAC(Curvature):
 
     @cached_property
     def _shapes(self) -> dict[str, MatrixShape]:
-        owners: dict[str, list[Layer]] = {name: [] for name in self.parameters}
-        for layer in self.layers.layers:
-            for name in layer.names.values():
-                owners[name].append(layer)
-        return {name: MatrixShape.of(name, self.parameters[name], layers) for name, layers in owners.items()}
+        return shapes_of(self.parameters, self.layers.layers)
 
     @cached_property
     def blocks(self) -> dict[str, KroneckerBlock]:
@@ -204,7 +200,7 @@ class EKFAC(Curvature):
     def _gradients(self, layers: LayerMap, evaluation: Evaluation, examples: int) -> dict[str, Gradients]:
         """The gradients of a batch's examples, by parameter."""
         made = {name: Gradients() for name in self.parameters}
-        apart = [name for name, shape in self._shapes.items() if shape.layer is None and not shape.is_vector]
+        apart = [name for name, shape in self._shapes.items() if shape.is_apart]
 
         def receive(layer: Layer, call: Call) -> None:
             collect(made, layer, call, apart)
@@ -313,13 +309,25 @@ class EKFAC(Curvature):
         Raises:
             InputError: A + λI is singular, or the ridge is not a number per parameter.
         """
+        self.check_regular(damping)
+        return self.function(v, lambda eigenvalues: 1 / (eigenvalues + damping))
+
+    def check_regular(self, damping: float) -> None:
+        """Refuses a sum A + λI that is singular.
+
+        Raises:
+            InputError: its smallest eigenvalue is not positive beyond rounding.
+        """
         smallest, largest = self.smallest_eigenvalue(), self.largest_eigenvalue()
         if not smallest + damping > rounding_unit(self.parameters) * largest:
             raise InputError(
                 f"the smallest eigenvalue of EK-FAC is {smallest:.3g} and damping is {damping:.3g}; expected a "
                 "positive sum, beyond rounding: give a damping above 0."
             )
-        return self.function(v, lambda eigenvalues: 1 / (eigenvalues + damping))
+
+    def transformed(self, f: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """f of the eigenvalues of A, parameter name → (m, n): f(A) in the bases of `blocks`."""
+        return {name: f(block.eigenvalues + self._ridges[name]) for name, block in self.blocks.items()}
 
     def trace(self) -> float:
         """tr A: the sum of all eigenvalues."""

@@ -70,11 +70,13 @@ class Call:
         a: inputs, one row per token: (n, d_in); token ids (n,) of an embedding.
         g: (n, d_out) the gradient of the summed losses in the layer's output.
         grouping: the example of each row.
+        alone: the layer has no other call in the pass.
     """
 
     a: Any
     g: Tensor
     grouping: Grouping
+    alone: bool = False
 
 
 class Layer:

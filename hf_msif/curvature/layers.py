@@ -6,6 +6,7 @@ How per-example gradients are made of both, `layer_rules` says for each kind of 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -255,6 +256,7 @@ class _Run:
         self.evaluation, self.layers, self.receive, self.mixing = evaluation, layers, receive, mixing
         self.examples, self.ambiguous, self.leaves = examples, False, list[Tensor]()
         self.kinds: dict[Layer, set[tuple[str, int]]] = {}  # of the calls, each with its number of leading axes
+        self.calls = Counter[Layer]()
         self.at = Pass(examples)
         self.weights: Tensor | None = None
 
@@ -286,6 +288,7 @@ class _Run:
         self.kinds.setdefault(layer, set()).add((kind, len(lead)))
 
     def _receive(self, layer: Layer, _module, args, kwargs, output) -> Tensor:
+        self.calls[layer] += 1  # all of them, before the backward pass begins
         lead, at, x, kind = layer.lead(output), self.at, layer.inputs(args, kwargs), layer.kind
         if kind == "either":
             kind = "rows" if lead[0] == at.inputs else "positions"
@@ -319,7 +322,7 @@ class _Run:
         assert self.receive is not None
         try:
             a, g = layer.rows(x, g, lambda t: t.reshape(math.prod(lead), *t.shape[len(lead) :]))
-            self.receive(layer, Call(a, g, grouping))
+            self.receive(layer, Call(a, g, grouping, alone=self.calls[layer] == 1))
         except (RuntimeError, IndexError, TypeError, ValueError):
             if self.mixing is None:
                 raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import Tensor
 
 from .blocks import LONGEST_VECTOR, Gradients, KroneckerBlock, has_basis
@@ -14,11 +16,13 @@ class MatrixShape:
     Attributes:
         layer: the layer that makes the gradients of a matrix; None for a vector, and for what no layer makes.
         is_vector: layers make the gradients of a vector.
+        is_apart: no layer makes them as matrices or vectors: a backward pass per example does.
         kind: of approximation, for people.
     """
 
     def __init__(self, layer: Layer | None, is_vector: bool, size: tuple[int, int], left: bool, right: bool):
         self.layer, self.is_vector, self.size, self.left, self.right = layer, is_vector, size, left, right
+        self.is_apart = layer is None and not is_vector
         if is_vector:
             self.kind = "vectors with an eigenbasis of their own" if left else "long vectors, diagonal"
         elif layer is None:
@@ -52,6 +56,15 @@ class MatrixShape:
     def stored(self, matrices: Tensor, like: Tensor) -> Tensor:
         """Inverse of `matrices`; `like` has the shape of the result."""
         return self.layer.stored(matrices) if isinstance(self.layer, Linear) else matrices.reshape(like.shape)
+
+
+def shapes_of(parameters: Mapping[str, Tensor], layers: Iterable[Layer]) -> dict[str, MatrixShape]:
+    """How each parameter is a matrix, given the layers that make the gradients."""
+    owners: dict[str, list[Layer]] = {name: [] for name in parameters}
+    for layer in layers:
+        for name in layer.names.values():
+            owners[name].append(layer)
+    return {name: MatrixShape.of(name, parameters[name], made_by) for name, made_by in owners.items()}
 
 
 def _local(layer: Layer, name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from ..adapters.split import Split, split
+from ..curvature.norms import Metric
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint
 from ..errors import InputError
@@ -169,6 +170,31 @@ class Differentiation:
     def known_size(self) -> tuple[float, int] | None:
         """N of all rows and the number of rows, if a pass over them has been made already; None otherwise."""
         return None
+
+    def metric(self, certificate: StageCertificate) -> Metric:
+        """The quadratic form of self-influences: EK-FAC of the curvature, inverted as the stage's solver does it.
+
+        Args:
+            certificate: of the solution whose rows are scored; says λ.
+
+        Raises:
+            InputError: there is no linear system.
+        """
+        raise self._unsolved()
+
+    def self_solve(self, gradients: Block) -> tuple[Tensor, StageCertificate]:
+        """∇ᵀ (A + λ)⁻¹ ∇ of each column ∇ of `gradients`, (Q,) in float64, by the stage's own solver.
+
+        Raises:
+            InputError: there is no linear system.
+        """
+        raise self._unsolved()
+
+    def _unsolved(self) -> InputError:
+        return InputError(
+            f"stage {self.bound.name!r} is differentiated by link={self.bound.stage.link_name!r}, without a linear "
+            "system in which its rows would have a self-influence; expected an implicit stage."
+        )
 
     def damped(self, damping: float) -> Differentiation:
         """The same differentiation with another damping λ of its linear system.

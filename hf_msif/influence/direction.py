@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .. import vectors
 from ..adapters.functional import FunctionalModel
-from ..curvature.derivatives import Evaluation, directional_derivatives, term_derivatives
+from ..curvature.derivatives import Evaluation, directional_derivatives, example_gradients, term_derivatives
 from ..curvature.layers import UnclearRowsError
+from ..curvature.norms import Metric
 from ..errors import InputError
 from ..objectives import Objective
 from ..scoring.layerwise import Layerwise
@@ -43,6 +44,8 @@ class Direction:
             gradient is stored. "layerwise": by the gradients of examples a layer at a time, 3 to 4 forward passes and
             about 0.1 more per column. "auto": layer by layer from two columns on, if each parameter has a layer that
             makes its gradient.
+        norms: also the norm of each row's gradient, ‖∇ℓ_x‖. They take the gradients of examples, for one column too.
+        metric: with the norms, ∇ℓ_xᵀ f(A) ∇ℓ_x of this quadratic form.
     """
 
     model: FunctionalModel
@@ -51,10 +54,17 @@ class Direction:
     certificate: StageCertificate
     sample: Callable[[], list[dict]] | None = None
     method: str = "auto"
+    norms: bool = False
+    metric: Metric | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise InputError(f"method is {self.method!r}; expected one of {list(METHODS)}.")
+        if self.norms and self.method == "forward":
+            raise InputError(
+                "method is 'forward', which makes no gradients, but their norms are asked for; expected 'auto' or "
+                "'layerwise'."
+            )
 
     @property
     def columns(self) -> int:
@@ -66,9 +76,10 @@ class Direction:
         u = {name: torch.cat([direction.u[name] for direction in directions]) for name in directions[0].u}
         return replace(directions[0], u=u)
 
-    def by(self, method: str) -> Direction:
+    def by(self, method: str, norms: bool = False, metric: Metric | None = None) -> Direction:
         """The same direction, which scores by another method."""
-        return self if method == self.method else replace(self, method=method)
+        same = method == self.method and norms == self.norms and metric is self.metric
+        return self if same else replace(self, method=method, norms=norms, metric=metric)
 
     def with_objective(self, objective: Objective) -> Direction:
         """The same direction, which scores rows by their losses of another objective."""
@@ -83,12 +94,12 @@ class Direction:
 
         Returns:
             influence, (B, Q) in float64, positive where more of the row raises the test loss; losses, (B,), sums over
-            terms; counts, (B,).
+            terms; counts, (B,); the norms, (B, 1), with a metric (B, 2), if they are asked for.
         """
         if self._layerwise is not None:
             try:
-                slopes, losses, counts = self._layerwise.slopes(batch, len(rows))
-                return RowInfluence(-slopes.double(), losses, counts)
+                slopes, losses, counts, norms = self._layerwise.slopes(batch, len(rows), self.norms)
+                return RowInfluence(-slopes.double(), losses, counts, norms=norms)
             except UnclearRowsError:
                 if self.method == "layerwise":
                     raise
@@ -97,7 +108,18 @@ class Direction:
         for q in range(self.columns):
             column, losses, counts = directional_derivatives(evaluation, vectors.column(self.u, q))
             values.append(-column.double())
-        return RowInfluence(torch.stack(values, dim=1), losses, counts)
+        return RowInfluence(torch.stack(values, dim=1), losses, counts, norms=self._norms(evaluation))
+
+    def _norms(self, evaluation: Evaluation) -> Tensor | None:
+        """The norms by a backward pass per row: for batches whose rows the layers do not tell apart."""
+        if not self.norms:
+            return None
+        with torch.enable_grad():
+            gradients = example_gradients(evaluation, self.u)
+        columns = [vectors.norm(gradients)]
+        if self.metric is not None:
+            columns.append(self.metric.squares(gradients))
+        return torch.stack(columns, dim=1)
 
     def term_influence(self, batch: dict[str, Any], rows: list[dict]) -> TermInfluence:
         """−⟨u_k, ∇ℓ_t⟩ of each term t of the rows, for all columns; those of a row sum to its `influence`.
@@ -126,16 +148,18 @@ class Direction:
     @cached_property
     def _layerwise(self) -> Layerwise | None:
         """None: forward mode."""
-        if self.method == "forward" or (self.method == "auto" and (self.columns == 1 or self.sample is None)):
+        chosen = self.method == "layerwise" or self.norms
+        if self.method == "forward" or (not chosen and (self.columns == 1 or self.sample is None)):
             return None
         if self.sample is None:
             raise InputError(
-                "method is 'layerwise', but this Direction has no sample of rows; expected Direction(sample=...)."
+                "method is 'layerwise', or norms are asked for, but this Direction has no sample of rows; expected "
+                "Direction(sample=...)."
             )
-        layerwise = Layerwise(self.model, self.objective, self.u, self.sample())
+        layerwise = Layerwise(self.model, self.objective, self.u, self.sample(), self.metric)
         # The rest takes forward mode over the whole model, which has all parameters for the same price.
         wasteful = layerwise.rest or (layerwise.layers.probes and self.columns == 2)
-        return None if self.method == "auto" and wasteful else layerwise
+        return None if not chosen and wasteful else layerwise
 
     def prepare(self) -> None:
         """What all processes must do together before they score: choosing the method."""
@@ -184,9 +208,10 @@ class Directions:
         of_segments = zip(*(directions.parts for directions in each), strict=True)
         return replace(each[0], parts=[Direction.joined(parts) for parts in of_segments])
 
-    def by(self, method: str) -> Directions:
-        """The same, which scores by another method."""
-        return replace(self, parts=[part.by(method) for part in self.parts])
+    def by(self, method: str, norms: bool = False, metric: Metric | None = None) -> Directions:
+        """The same, which scores by another method; norms are those of the gradients at the last state."""
+        parts = [part.by(method) for part in self.parts[:-1]]
+        return replace(self, parts=[*parts, self.parts[-1].by(method, norms, metric)])
 
     def with_objective(self, objective: Objective) -> Directions:
         """The same, which scores rows by their losses of another objective."""
@@ -202,7 +227,8 @@ class Directions:
         each = [part.influence(batch, rows) for part in self.parts]
         with torch.no_grad():
             losses, counts = Evaluation(self.final, self.parts[0].objective, batch).losses({})
-        return RowInfluence(torch.stack([one.influence for one in each]).sum(0), losses, counts)
+        influence = torch.stack([one.influence for one in each]).sum(0)
+        return RowInfluence(influence, losses, counts, norms=each[-1].norms)
 
     def term_influence(self, batch: dict[str, Any], rows: list[dict]) -> TermInfluence:
         """The same of each term of the rows, as `Direction.term_influence`."""

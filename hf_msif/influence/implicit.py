@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .. import training, vectors
-from ..curvature import Curvature, auto
+from ..curvature import EKFAC, Curvature, auto
+from ..curvature.norms import Metric
 from ..curvature.sharded import Sharded
 from ..curvature.whitened import Whitened
 from ..engine import Engine
@@ -297,6 +298,25 @@ class Implicit(Sampled):
         if isinstance(system, Whitened):
             solution = replace(solution, value=system.scaled(solution.value))
         return solution if why is None else replace(solution, certificate=replace(solution.certificate, choice=why))
+
+    @cached_property
+    def _ekfac(self) -> EKFAC:
+        operator = self.operator
+        return operator if isinstance(operator, EKFAC) else EKFAC.of(operator)
+
+    def metric(self, certificate: StageCertificate) -> Metric:
+        if isinstance(self.system, Whitened):
+            raise InputError(
+                f"stage {self.bound.name!r} is solved in the coordinates of AdamW (damping='training'), in which "
+                "EK-FAC has no closed form; expected norms='gradient', or MultiStageInfluence.self_influence for a few "
+                "rows."
+            )
+        solver, damping = self.solver_for(1)[0], cast(Certificate, certificate).damping
+        return Metric(self._ekfac, lambda eigenvalues: solver.spectral_filter(eigenvalues, damping))
+
+    def self_solve(self, gradients: Block) -> tuple[Tensor, StageCertificate]:
+        solution = self.solve(gradients)
+        return vectors.dot(gradients, solution.value), solution.certificate
 
     def solver_for(self, columns: int) -> tuple[Solver, str | None]:
         """The solver for Q = `columns` right-hand sides, and why `solvers.Auto` chose it (None: it was given)."""

@@ -18,7 +18,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from ..curvature.derivatives import Evaluation, example_gradients
 from ..engine import Engine
+from ..engine.accelerated import to_device
 from ..engine.checkpoints import Checkpoint, open_checkpoint
 from ..engine.corpus import as_rows
 from ..engine.files import flat_keys, nested_keys
@@ -158,6 +162,37 @@ class MultiStageInfluence(Chain):
         if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 1:
             raise InputError(f"replicates is {replicates!r}; expected at least 1, or 'auto'.")
         return replicates if any(d.draws for d in differentiations) else 1
+
+    def self_influence(self, rows, stage: str | None = None, columns: int = 16) -> np.ndarray:
+        """∇ℓ_xᵀ (A + λ)⁻¹ ∇ℓ_x of a few rows x, by the stage's own curvature and solver: minus the influence of x on
+        its own loss.
+
+        One column of a solve per row: for the head of a list, whose column `self_influence` is EK-FAC's approximation.
+
+        Args:
+            rows: a table of rows as `Query.token_scores` takes them, as `scores.top(50).to_dict("records")`.
+            stage: name of the stage whose examples they are; defaults to the first. It must be an implicit one.
+            columns: rows that are solved for at a time; their gradients are held.
+
+        Returns:
+            (rows,) in float64; not negative, unless the curvature is indefinite.
+
+        Warns:
+            UserWarning: a system was not solved to its tolerance.
+
+        Raises:
+            InputError: bad rows, a stage that is not implicit, or a solve whose result would mean nothing.
+        """
+        rows, bound = as_rows(rows, "the rows"), self.stage(stage)
+        values = []
+        for start in range(0, len(rows), columns):
+            batch = to_device(bound.objective.collate(rows[start : start + columns]), self.engine.device)
+            with bound.model.evaluating():
+                gradients = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
+            value, certificate = bound.differentiation.self_solve(gradients)
+            judge(bound.name, certificate)
+            values.append(value.cpu().numpy())
+        return np.concatenate(values)
 
     def _forget(self, checkpoints: Iterable[Checkpoint | None], folder: str | os.PathLike | None = None) -> None:
         """Deletes checkpoints, and their folder where it is given and nothing else is in it."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import vectors
+from ..curvature.norms import Metric
 from ..engine import Engine
 from ..engine.corpus import first_rows
 from ..engine.files import flat_keys, nested_keys
@@ -75,9 +76,9 @@ class Replicates:
     def columns(self) -> int:
         return self.each[0].columns
 
-    def by(self, method: str) -> Replicates:
+    def by(self, method: str, norms: bool = False, metric: Metric | None = None) -> Replicates:
         """The same directions, whose rows are scored by another method."""
-        return replace(self, each=[solution.by(method) for solution in self._directions])
+        return replace(self, each=[solution.by(method, norms, metric) for solution in self._directions])
 
     def with_objective(self, objective: Objective) -> Replicates:
         """The same, which scores rows by their losses of another objective, each with its own round of its draws."""
@@ -92,7 +93,7 @@ class Replicates:
                 solution.prepare()
 
     def influence(self, batch: dict[str, Any], rows: list[dict]) -> RowInfluence:
-        """The mean influence of each row, its mean loss and number of terms, and the influences by each replicate.
+        """The mean influence of each row, its mean loss, number of terms and norms, and the replicates' influences.
 
         Args:
             batch: B rows as the stage's objective collates them, on the engine's device.
@@ -103,7 +104,9 @@ class Replicates:
         replicates = torch.cat([measured.influence for measured in passes], dim=1)
         replicates = replicates.unflatten(1, (len(self.each), self.columns))
         losses, counts = (torch.stack(values).mean(0) for values in list(zip(*passes, strict=True))[1:3])
-        return RowInfluence(replicates.mean(1), losses, counts, replicates)
+        each = [measured.norms for measured in passes if measured.norms is not None]
+        norms = torch.stack(each).mean(0) if each else None
+        return RowInfluence(replicates.mean(1), losses, counts, replicates, norms)
 
     def term_influence(self, batch: dict[str, Any], rows: list[dict]) -> TermInfluence:
         """The terms of all replicates, divided by R: those of a row sum to its `influence`. Of directions only."""

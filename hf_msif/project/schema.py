@@ -260,6 +260,9 @@ class Corpus(Section):
     mask_rounds: Count | Literal["auto"] | None = None
     """rounds of masks per row, with --keep of the rows that are kept alone; null: those of the stage; auto: doubled
     until masks have at most 5 % of the variance between rows"""
+    norms: Literal["gradient", "self"] | None = None
+    """norms for the orders of relative influence, of an implicit stage's rows: gradient, for --by relative; self, for
+    --by self_relative as well, with a fit of EK-FAC; null: neither"""
     part_rows: Count = 4096
     """rows per part while scoring is under way; an interruption loses the rows in hand: sixteen batches per process,
     or one part"""

@@ -19,6 +19,7 @@ from ..adapters.functional import FunctionalModel, without_tf32
 from ..curvature.derivatives import Evaluation, directional_derivatives, term_derivatives
 from ..curvature.layer_rules import Call, Embedding, Grouping, Layer, Linear, Local
 from ..curvature.layers import LayerMap
+from ..curvature.norms import GradientNorms, Metric, SquaredNorms
 from ..objectives import Objective, Terms, with_losses
 from ..vectors import Block
 
@@ -36,15 +37,19 @@ class Layerwise:
         objective: gives the losses.
         u: the queries, tensors of shape (Q, *parameter.shape).
         rows: the first rows to score, see `LayerMap`.
+        metric: what self-influences are taken in, beside the norms; None: there are none.
 
     Attributes:
         layers: which parameters are scored layer by layer; the rest goes by forward mode.
     """
 
-    def __init__(self, model: FunctionalModel, objective: Objective, u: Block, rows: list[dict]):
+    def __init__(
+        self, model: FunctionalModel, objective: Objective, u: Block, rows: list[dict], metric: Metric | None = None
+    ):
         self.model, self.objective = model, objective
         with torch.autocast(next(iter(u.values())).device.type, enabled=False), without_tf32():
-            self.layers = LayerMap(model, objective, tuple(u), rows)
+            self.layers = LayerMap(model, objective, tuple(u), rows) if metric is None else metric.fit.layers
+        self.norms = GradientNorms(self.layers, metric)
         self.columns = vectors.columns(u)
         self.rest = vectors.select(u, self.layers.rest)
         self.queries = {layer: _Queries(layer, u) for layer in self.layers.layers}
@@ -54,14 +59,24 @@ class Layerwise:
         """Bytes that are held beside u: weights of the queries in the order in which they are read."""
         return sum(queries.copied_bytes for queries in self.queries.values())
 
-    def slopes(self, batch: dict[str, Any], examples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """⟨u_q, ∇ℓ_i⟩ of each row and query, (B, Q); the losses and the counts, (B,)."""
+    def slopes(
+        self, batch: dict[str, Any], examples: int, norms: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """⟨u_q, ∇ℓ_i⟩ of each row and query, (B, Q); the losses and the counts, (B,); and the norms, if asked for.
+
+        The norms, by the same pass, in float64: ‖∇ℓ_i‖, (B, 1); with a metric ‖∇ℓ_i‖ and ∇ℓ_iᵀ f(A) ∇ℓ_i, (B, 2).
+        """
         evaluation = Evaluation(self.model, self.objective, batch)
-        slopes, sums, counts = self._in_layers(evaluation, examples)
+        squares = SquaredNorms(self.norms, examples) if norms else None
+        slopes, sums, counts = self._in_layers(evaluation, examples, squares)
         if self.rest:
             forward = [directional_derivatives(evaluation, vectors.column(self.rest, q)) for q in range(self.columns)]
             slopes = slopes + torch.stack([slope for slope, _, _ in forward], dim=1)
-        return slopes, sums, counts
+        if squares is None:
+            return slopes, sums, counts, None
+        sizes = squares.finish(evaluation)
+        sizes[:, 0] = sizes[:, 0].sqrt()
+        return slopes, sums, counts, sizes
 
     def term_slopes(self, batch: dict[str, Any], examples: int, terms: Terms) -> Tensor:
         """⟨u_q, ∇ℓ_t⟩ of each of the batch's terms and query, (M, Q).
@@ -81,12 +96,14 @@ class Layerwise:
             slopes = slopes + torch.stack([slope for slope, _ in forward], dim=1)
         return slopes
 
-    def _in_layers(self, evaluation: Evaluation, examples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`slopes` in the parameters that layers make gradients of."""
+    def _in_layers(
+        self, evaluation: Evaluation, examples: int, squares: SquaredNorms | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`slopes` in the parameters that layers make gradients of; `squares` is told of them, too."""
         total: list[Tensor] = []
 
         def receive(layer: Layer, call: Call) -> None:
-            total.append(self.queries[layer].products(call))
+            total.append(self.queries[layer].products(call, squares))
 
         sums, counts = self.layers.run(evaluation, examples, receive)
         slopes = torch.stack(total).sum(0) if total else sums.new_zeros(examples, self.columns)
@@ -123,8 +140,18 @@ class _Queries:
     def __len__(self) -> int:
         return vectors.columns(self.u)
 
-    def products(self, call: Call) -> Tensor:
-        """⟨u_q, ∇ℓ_i⟩ in the layer's parameters, by one of its calls: (B, Q)."""
+    def products(self, call: Call, squares: SquaredNorms | None = None) -> Tensor:
+        """⟨u_q, ∇ℓ_i⟩ in the layer's parameters, by one of its calls: (B, Q). `squares` is told of the call."""
+        if squares is None:
+            return self._products(call, None)
+        weight = self.layer.names.get("weight") if isinstance(self.layer, Linear) else None
+        if weight is not None and not squares.norms.is_whole(weight, call):
+            weight = None
+        products = self._products(call, None if weight is None else squares.total[0])
+        squares.receive(self.layer, call, weight)
+        return products
+
+    def _products(self, call: Call, squares: Tensor | None) -> Tensor:
         layer, u, g, grouping, parts = self.layer, self.u, call.g, call.grouping, []
         exact = g.to(next(iter(u.values())).dtype)  # sums over tokens are not taken in bfloat16
         if isinstance(layer, Embedding):
@@ -134,7 +161,7 @@ class _Queries:
             return torch.stack(columns, dim=1)
         elif "weight" in u and isinstance(layer, Linear):
             a, swapped = call.a.to(g.dtype), self.swapped != layer.transposed
-            parts.append(_matrix(a if swapped else g, g if swapped else a, grouping, self._weight(g.dtype)))
+            parts.append(_matrix(a if swapped else g, g if swapped else a, grouping, self._weight(g.dtype), squares))
         elif "weight" in u:
             parts.append(grouping.sum(call.a * exact) @ u["weight"].T)
         if "bias" in u:
@@ -148,13 +175,16 @@ class _Queries:
         return self.u["weight"] if self.u["weight"].dtype == dtype or self.reduced is None else self.reduced
 
 
-def _matrix(left: Tensor, right: Tensor, grouping: Grouping, u: Tensor) -> Tensor:
-    """Σ_{n ∈ i} left_nᵀ u_q right_n, (B, Q), for u of shape (Q, d_left, d_right)."""
+def _matrix(left: Tensor, right: Tensor, grouping: Grouping, u: Tensor, squares: Tensor | None) -> Tensor:
+    """Σ_{n ∈ i} left_nᵀ u_q right_n, (B, Q), for u of shape (Q, d_left, d_right).
+
+    Σ (Σ_{n ∈ i} left_n ⊗ right_n)² is added to `squares`, (B,), unless it is None.
+    """
     rows, examples, columns = len(left), grouping.examples, len(u)
     # In units of d_left · d_right; a query's product with the gradients of examples runs at half the speed of others.
-    if rows * columns <= rows + 2 * examples * (1 + columns):
+    if squares is None and rows * columns <= rows + 2 * examples * (1 + columns):
         return grouping.sum(torch.stack([_by_query(left, right, matrix) for matrix in u], dim=1))
-    return _by_example(grouping.padded(left), grouping.padded(right), u)
+    return _by_example(grouping.padded(left), grouping.padded(right), u, squares)
 
 
 def _by_query(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
@@ -164,7 +194,7 @@ def _by_query(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
     return _dot(left @ matrix, right)
 
 
-def _by_example(left: Tensor, right: Tensor, u: Tensor) -> Tensor:
+def _by_example(left: Tensor, right: Tensor, u: Tensor, squares: Tensor | None) -> Tensor:
     """Σ_t left_itᵀ u_q right_it, (B, Q), by the gradient of every example, once for all queries.
 
     The gradients exist for some examples and some rows of the weight at a time, always in the same memory, which stays
@@ -184,6 +214,9 @@ def _by_example(left: Tensor, right: Tensor, u: Tensor) -> Tensor:
             gradients = memory[: part.shape[0] * part.shape[1] * width].view(*part.shape[:2], width)
             torch.bmm(part, of, out=gradients)
             total[:, first : first + block_examples] += queries @ gradients.flatten(1).T
+            if squares is not None:
+                norms = torch.linalg.vector_norm(gradients.flatten(1), dim=1, dtype=total.dtype)
+                squares[first : first + block_examples] += norms.square()
     return total.T
 
 

@@ -48,12 +48,14 @@ class RowInfluence(NamedTuple):
         counts: (B,): how many terms ℓ sums.
         replicates: (B, R, Q) in float64: the influences by each of R independent replicates of the query, of which
             `influence` is the mean; None: there is one.
+        norms: (B, len(`Scorable.norms`)): what relative influence divides by; None where nothing is asked for.
     """
 
     influence: Tensor
     losses: Tensor
     counts: Tensor
     replicates: Tensor | None = None
+    norms: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Scorable:
         metadata: of the finished scores: the stage, N, its objective, the certificate, the test rows.
         identity: returns what the scores depend on: name for people → digest; called for scores on disk only.
         noise: of the query's replicates, for standard errors; None: there is one replicate.
+        norms: names of the columns of `RowInfluence.norms`, see `orders.NORMS`.
     """
 
     stage: str
@@ -90,6 +93,7 @@ class Scorable:
     metadata: dict[str, Any]
     identity: Callable[[], dict[str, Any]]
     noise: Noise | None = None
+    norms: tuple[str, ...] = ()
 
 
 def score(
@@ -115,8 +119,9 @@ def score(
         output_dir: folder for the finished file, and for the parts until it is finished. Defaults to none: the scores
             are in memory, on every process.
         resume: continue an interrupted scoring in `output_dir`, on any number of processes.
-        keep: keep only the `keep` rows of largest, of smallest and of least absolute influence per query column, with
-            moments and a histogram of all; defaults to all rows.
+        keep: keep only the `keep` rows of largest, of smallest and of least absolute influence per query column, and
+            the first and last ones by each relative order whose norms are there, with moments and a histogram of all;
+            defaults to all rows.
         dtype: "tf32" or "bfloat16": the precision of matrix products. Its error is measured on 64 rows, printed, and
             in the metadata as `dtype_error`. Defaults to the model's own precision, as does "float32".
         part_rows: rows per part.
@@ -193,7 +198,7 @@ def _open_sink(
     parts_per_round: int,
 ) -> AbstractContextManager[Sink]:
     """The sink of this process: every process has its own scores in memory, the main one alone has a file."""
-    extremes = Extremes(keep, influence_columns(scorable.columns)) if keep else None
+    extremes = Extremes(keep, influence_columns(scorable.columns), scorable.norms) if keep else None
     sink: Sink
     if path is None:
         sink = InMemory() if extremes is None else ExtremesInMemory(extremes)
@@ -201,6 +206,7 @@ def _open_sink(
         return nullcontext(NullSink(path))  # without a thread, so that no frame is made
     else:
         manifest = {**scorable.identity(), "keep": keep, "dtype": dtype or "float32", "part_rows": part_rows}
+        manifest["norms"] = scorable.norms or None
         if extremes is None:
             sink = PartsOnDisk(path, manifest, resume)
         else:
@@ -227,16 +233,17 @@ def _add_parts(sink: Sink, scorable: Scorable, parts: dict[int, list[dict]], mea
 @dataclass(frozen=True)
 class Measured:
     """Of n rows in their order: influence (n, Q); loss, number of terms, and 1 where the row was truncated, (n,); the
-    influences by each replicate, (n, R, Q), with R = 0 where there is one query."""
+    norms (n, len(`Scorable.norms`)); the influences by each replicate, (n, R, Q), with R = 0 where there is one."""
 
     influence: np.ndarray
     losses: np.ndarray
     counts: np.ndarray
     truncated: np.ndarray
+    norms: np.ndarray
     replicates: np.ndarray
 
     def slice(self, start: int, end: int) -> Measured:
-        columns = (self.influence, self.losses, self.counts, self.truncated, self.replicates)
+        columns = (self.influence, self.losses, self.counts, self.truncated, self.norms, self.replicates)
         return Measured(*(column[start:end] for column in columns))
 
 
@@ -249,9 +256,10 @@ def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | 
         for indices, batch in engine.batches(rows, scorable.objective, batch_size):
             batch_rows = [rows[i] for i in indices]
             with _matrix_products_in(dtype, engine.device):
-                influence, losses, counts, replicates = scorable.influence(batch, batch_rows)
+                influence, losses, counts, replicates, norms = scorable.influence(batch, batch_rows)
             truncated = batch.get("truncated", torch.zeros(len(indices))).to(losses.device)
-            columns = [column.double() for column in (losses, counts, truncated, influence)]
+            norms = losses.new_zeros(len(losses), 0) if norms is None else norms
+            columns = [column.double() for column in (losses, counts, truncated, norms, influence)]
             if replicates is not None:
                 columns.append(replicates.flatten(1).double())
             values = torch.column_stack(columns).cpu().numpy()  # one transfer per batch
@@ -263,12 +271,14 @@ def measure(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str | 
     whole_share = [tuple(np.concatenate(arrays) for arrays in zip(*share, strict=True))] if share else []
     places, values = (np.concatenate(arrays) for arrays in zip(*engine.gather(whole_share), strict=True))
     values = values[np.argsort(places)]
-    end = 3 + scorable.columns
+    start = 3 + len(scorable.norms)
+    end = start + scorable.columns
     return Measured(
-        influence=values[:, 3:end],
+        influence=values[:, start:end],
         losses=values[:, 0],
         counts=values[:, 1],
         truncated=values[:, 2],
+        norms=values[:, 3:start],
         replicates=values[:, end:].reshape(len(values), -1, scorable.columns),
     )
 
@@ -289,6 +299,7 @@ def _frame(scorable: Scorable, rows: list[dict], measured: Measured) -> pd.DataF
     objective = scorable.objective
     content_column = objective.content_column
     columns = {"loss": measured.losses, "terms": measured.counts}
+    columns |= dict(zip(scorable.norms, measured.norms.T, strict=True))
     errors = None if scorable.noise is None else scorable.noise.standard_errors(measured.replicates)
     return frame_of(rows, measured.influence, scorable.count, columns, content_column, errors)
 

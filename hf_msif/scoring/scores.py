@@ -15,12 +15,12 @@ from ..engine.files import write_atomically
 from ..engine.hashing import digest
 from ..errors import InputError
 from .noise import Noise, top_probabilities
+from .orders import DIVISORS, NORMS, ORDERS, order_key, relative
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
 
-ORDERS = ("absolute", "harmful", "helpful")
 METADATA_KEY = b"hf_msif"
 DUPLICATES = 3  # position of the column "duplicates"
 
@@ -51,6 +51,7 @@ class Scores:
     - `duplicates`: how many rows have the same text or image, this row included.
     - `loss`: ℓ of the row, a sum.
     - `terms`: how many terms ℓ sums.
+    - `gradient_norm`: ‖∇ℓ_x‖, and `self_influence`: ∇ℓ_xᵀ (A + λ)⁻¹ ∇ℓ_x, where the scoring was asked for `norms`.
     - `influence` = ∂f/∂ε for F + ε ℓ_x, eq. (6). Positive: more weight on x raises the test loss (harmful). Negative:
       more weight on x lowers it (helpful).
     - `influence_se`: its standard error, see `noise.Noise`; only where the query has replicates.
@@ -149,13 +150,29 @@ class Scores:
         """Predicted changes of all test losses on removal of each row, (rows, Q)."""
         return self.frame[[f"removal_effect{self._suffix(q)}" for q in range(self.columns)]].to_numpy()
 
+    def relative(self, query: int = 0, by: str = "relative") -> np.ndarray:
+        """Influence relative to the size of the row's gradient, (rows,), in corpus order; signed as influence is.
+
+        Args:
+            query: number of the query column.
+            by: "relative": I(x)/‖∇ℓ_x‖; "self_relative": I(x)/√(∇ℓ_xᵀ (A + λ)⁻¹ ∇ℓ_x), the ℓ-relative influence of
+                RelatIF (`orders`). It is 0 for a row without gradient.
+
+        Raises:
+            InputError: there is no such query column, or the scores were made without the norms.
+        """
+        if by not in DIVISORS:
+            raise InputError(f"by is {by!r}; expected one of {list(DIVISORS)}.")
+        return relative(self.influence(query), by, self._divisor(by))
+
     def top(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
         """The first k rows of an order.
 
         Args:
             k: how many rows, at most.
-            by: "absolute" (largest absolute influence first), "harmful" (most positive first) or "helpful" (most
-                negative first); rows with equal influence are in corpus order.
+            by: "absolute" (largest absolute influence first), "harmful" (most positive first), "helpful" (most
+                negative first), "relative" or "self_relative" (largest absolute value of `relative` first, which is
+                then a column); rows of equal value are in corpus order.
             query: number of the query column.
 
         Returns:
@@ -165,12 +182,13 @@ class Scores:
             is the reliability of the replicates' mean. Rows that were not kept (`score(keep=...)`) do not compete.
 
         Raises:
-            InputError: there is no such order or query column, or fewer than k rows of each order were kept.
+            InputError: there is no such order or query column, fewer than k rows of each order were kept, or a
+                relative order is asked of scores that were made without the norms.
         """
         places, errors = self._order(by, query)[:k], self.standard_error(query)
-        rows = self._picked(places, query)
+        rows = self._picked(places, query, by)
         noise = self.noise
-        if errors is not None and noise is not None and len(places):
+        if errors is not None and noise is not None and len(places) and by not in DIVISORS:
             share = noise.reliability_of_mean(noise.reliability[query])
             share = min(max(share, 0.0), 1.0) if share == share else 1.0  # NaN: unknown
             values = share * self.influence(query) * (-1 if by == "helpful" else 1)
@@ -183,20 +201,56 @@ class Scores:
 
         Args:
             k: how many rows, at most.
-            by: "absolute" (largest absolute influence first), "harmful" (most positive first) or "helpful" (most
-                negative first).
+            by: the order, as of `top`.
             query: number of the query column.
 
         Raises:
-            InputError: there is no such order or query column, or fewer than k rows of each order were kept; or by is
-                "absolute", and the rows come from a shortlist, which does not seek those of least influence.
+            InputError: as `top`; or by is "absolute" or relative, and the rows come from a shortlist, which does not
+                seek those of least influence.
         """
-        if by == "absolute" and "shortlist" in self.metadata:
+        if by not in ("harmful", "helpful") and "shortlist" in self.metadata:
             raise InputError(
                 f"these scores come from a shortlist {self.metadata['shortlist']['first_pass']}, which does not seek "
                 "the rows of least absolute influence: score without keep."
             )
-        return self._picked(self._order(by, query)[::-1][:k], query)
+        return self._picked(self._order(by, query)[::-1][:k], query, by)
+
+    def common(self, k: int = 10, by: str = "absolute", share: float = 0.8) -> pd.DataFrame:
+        """The rows that lead the lists of nearly all test examples: generic ones, which say little about any of them.
+
+        Args:
+            k: length of a list, the top k of a query column.
+            by: the order, as of `top`.
+            share: of the query columns in whose top k a row must be, in (0, 1].
+
+        Returns:
+            `example_id`, `columns` (in how many lists the row is) and `text`, those in most lists first.
+
+        Raises:
+            InputError: as `top`; there are fewer than two query columns; or a share out of range.
+
+        >>> rows = [{"example_id": i, "text": text} for i, text in enumerate(["the", "tax", "vote"])]
+        >>> influence = np.array([[9.0, -8.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> scores = Scores.build(rows, influence, count=4, columns={}, metadata={})
+        >>> scores.common(k=2).values.tolist()
+        [[0, 2, 'the']]
+        """
+        if not 0 < share <= 1:
+            raise InputError(f"share is {share!r}; expected a share of the query columns in (0, 1].")
+        if self.columns < 2:
+            raise InputError(
+                "these scores have one query column; expected several, since a row is common where it leads the lists "
+                "of nearly all of them: query several test examples without aggregate."
+            )
+        self._check_kept(min(k, len(self)))
+        lists = np.zeros(len(self), dtype=int)
+        for query in range(self.columns):
+            lists[self._order(by, query)[:k]] += 1
+        places = np.flatnonzero(lists >= share * self.columns)
+        places = places[np.argsort(-lists[places], kind="stable")]
+        found = self._source.rows(places)[["example_id", "text"]]
+        found.insert(1, "columns", lists[places])
+        return found
 
     def to_pandas(self) -> pd.DataFrame:
         return self.frame.copy()
@@ -239,25 +293,43 @@ class Scores:
         return "" if self.columns == 1 else f"_{query}"
 
     def _order(self, by: str, query: int) -> np.ndarray:
-        """Places of the rows, first to last; rows with equal influence are in corpus order."""
+        """Places of the rows, first to last; rows of equal value are in corpus order."""
         if by not in ORDERS:
             raise InputError(f"by is {by!r}; expected one of {list(ORDERS)}.")
-        value = self.influence(query)
-        key = {"absolute": -abs(value), "harmful": -value, "helpful": value}[by]
+        key = order_key(by, self.influence(query), self._divisor(by) if by in DIVISORS else None)
         return np.argsort(key, kind="stable")
 
-    def _picked(self, places: np.ndarray, query: int) -> pd.DataFrame:
-        keep = self.metadata.get("kept", {}).get("keep")
-        if keep is not None and len(places) > keep:
+    def _divisor(self, by: str) -> np.ndarray:
+        """The column by which a relative order divides."""
+        name = DIVISORS[by]
+        if name not in self._source.names:
+            setting = next(setting for setting, columns in NORMS.items() if name in columns)
             raise InputError(
-                f"these scores kept the {keep:,} most extreme rows of each order, not {len(places):,}: ask for at "
+                f"by is {by!r}, but these scores have no column {name}; expected scores that were made with "
+                f"norms={setting!r} (in a configuration corpus.norms: {setting}): score again."
+            )
+        return self._source.column(name)
+
+    def _check_kept(self, k: int) -> None:
+        keep = self.metadata.get("kept", {}).get("keep")
+        if keep is not None and k > keep:
+            raise InputError(
+                f"these scores kept the {keep:,} most extreme rows of each order, not {k:,}: ask for at "
                 f"most {keep:,}, or score again with a larger `keep`."
             )
+
+    def _picked(self, places: np.ndarray, query: int, by: str) -> pd.DataFrame:
+        self._check_kept(len(places))
         suffix = self._suffix(query)
         names = {f"{name}{suffix}": name for name in ("influence", "influence_se", "removal_effect")}
         rows = self._source.rows(places).rename(columns=names)
-        order = ["example_id", "influence", "influence_se", "removal_effect", "loss", "terms", "duplicates", "text"]
-        return rows[[name for name in order if name in rows]]
+        order = ["example_id", "influence", "influence_se", "removal_effect", "loss", "terms", "duplicates"]
+        order += [*NORMS["self"], "text"]
+        rows = rows[[name for name in order if name in rows]]
+        if by in DIVISORS:
+            value = relative(rows["influence"].to_numpy(), by, rows[DIVISORS[by]].to_numpy())
+            rows.insert(2, f"{by}_influence", value)
+        return rows
 
 
 class _Frame:

@@ -21,12 +21,15 @@ from ..engine.stream import Stream
 from ..errors import InputError
 from .extremes import extended
 from .folder import read_facts_if_intact
+from .orders import relative_keys
 from .scorer import PART_ROWS, Scorable, check_settings, measure, score
 from .scores import Scores
 
 WIDTH = 4  # rows on the shortlist for each row that is kept
 SAMPLE_ROWS = 512  # on which the recall is measured
 RECALL_AT = 10
+
+Values = tuple[np.ndarray, dict[str, np.ndarray]]  # influences, (rows, Q), and the norms by name
 
 
 def shortlist(
@@ -42,10 +45,11 @@ def shortlist(
 ) -> Scores:
     """The `keep` most harmful and most helpful rows of a corpus, with their exact scores, found by two passes.
 
-    The first pass, in `dtype` or of fewer masks, puts the 4 × `keep` rows of largest and of smallest influence on a
-    shortlist for each column; these alone are scored exactly (in the model's own precision, with all masks), which
-    needs the corpus to be read once more. What the shortlists may have missed is measured and printed: the recall of
-    such a list on a random sample that is scored in both ways, and how deep in its list each row stood that is kept.
+    The first pass, in `dtype` or of fewer masks, puts the 4 × `keep` rows of largest and of smallest influence (and,
+    where the norms are asked for, the first ones by relative influence) on a shortlist for each column; these alone
+    are scored exactly (in the model's own precision, with all masks), which needs the corpus to be read once more.
+    What the shortlists may have missed is measured and printed: the recall of such a list on a random sample that is
+    scored in both ways, and how deep in its list each row stood that is kept.
 
     Rows of least absolute influence are not sought: near zero, what a cheap pass says is its error.
 
@@ -77,7 +81,7 @@ def shortlist(
     cheap = first or scorable
     passed = _first_pass(cheap, source, WIDTH * keep, dtype, batch_size, output_dir, resume, part_rows)
     total = passed.metadata["kept"]["all"][0]["count"]
-    frame = passed.frame[_at_the_ends(passed.influences(), WIDTH * keep)].reset_index(drop=True)
+    frame = passed.frame[_at_the_ends(*_values(passed, scorable), WIDTH * keep)].reset_index(drop=True)
     candidates, sample = _rows(engine, source, frame["example_id"].tolist(), passed, part_rows)
     exact = score(scorable, candidates, batch_size)
     facts = {
@@ -85,11 +89,11 @@ def shortlist(
         "first_pass": _in_words(cheap, scorable, dtype),
         "candidates": len(candidates),
         **_recall([(cheap, dtype), (scorable, None)], sample, batch_size, keep),
-        **_depth(Scores(frame, passed.metadata).influences(), exact.influences(), keep),
+        **_depth(_values(Scores(frame, passed.metadata), scorable), _values(exact, scorable), keep),
     }
     if engine.is_main:
         _tell(facts, keep, total)
-    kept = exact.frame[_at_the_ends(exact.influences(), keep)].drop(columns="duplicates").reset_index(drop=True)
+    kept = exact.frame[_at_the_ends(*_values(exact, scorable), keep)].drop(columns="duplicates").reset_index(drop=True)
     metadata = {name: value for name, value in passed.metadata.items() if name != "depends_on"}
     metadata |= {**scorable.metadata, "kept": {**passed.metadata["kept"], "keep": keep}, "shortlist": facts}
     scores = Scores(kept, metadata)
@@ -134,7 +138,7 @@ def _first_pass(
         return score(scorable, source, batch_size, **settings)
     engine, path = scorable.engine, Path(output_dir) / first_pass_name(scorable.file_name)
     with engine.raising_together():
-        depends_on = digest([scorable.identity(), keep, dtype, part_rows]) if engine.is_main else None
+        depends_on = digest([scorable.identity(), keep, dtype, part_rows, scorable.norms]) if engine.is_main else None
         facts = read_facts_if_intact(path) if engine.is_main and resume and path.is_file() else None
         finished = facts is not None and facts.get("depends_on") == depends_on
     depends_on, finished = engine.broadcast_object((depends_on, finished))
@@ -183,7 +187,7 @@ def _recall(
             started = time.perf_counter()
             measured = measure(scorable, rows, batch_size or scorable.batch_size, dtype)
             seconds.append(time.perf_counter() - started)
-            orders.append(_orders(measured.influence))
+            orders.append(_orders(measured.influence, dict(zip(scorable.norms, measured.norms.T, strict=True))))
     at = min(RECALL_AT, keep, len(rows) // (4 * WIDTH))
     facts: dict[str, Any] = {"recall_rows": len(rows), "recall_at": at, "relative_time": seconds[0] / seconds[1]}
     if not at:
@@ -192,29 +196,33 @@ def _recall(
     return {**facts, "recall": float(np.mean(shares)), "lowest_recall": float(min(shares))}
 
 
-def _depth(reduced: np.ndarray, exact: np.ndarray, keep: int) -> dict[str, int]:
+def _values(scores: Scores, scorable: Scorable) -> Values:
+    return scores.influences(), {name: scores.frame[name].to_numpy() for name in scorable.norms}
+
+
+def _depth(reduced: Values, exact: Values, keep: int) -> dict[str, int]:
     """`deepest` and `length`, see `shortlist`, of candidates in the same order."""
-    deepest, length = 0, min(len(exact), WIDTH * keep)
-    for one, other in zip(_orders(reduced), _orders(exact), strict=True):
+    deepest, length = 0, min(len(exact[0]), WIDTH * keep)
+    for one, other in zip(_orders(*reduced), _orders(*exact), strict=True):
         places = np.empty(len(one), dtype=int)
         places[one] = np.arange(1, len(one) + 1)
         deepest = max(deepest, int(places[other[:keep]].max()))
     return {"deepest": min(deepest, length + 1), "length": length}
 
 
-def _at_the_ends(influences: np.ndarray, number: int) -> np.ndarray:
-    """Whether a row is among the `number` rows of largest or of smallest influence of some column, (rows,)."""
+def _at_the_ends(influences: np.ndarray, norms: dict[str, np.ndarray], number: int) -> np.ndarray:
+    """Whether a row is among the `number` first ones of some order, (rows,)."""
     at_an_end = np.zeros(len(influences), dtype=bool)
-    for order in _orders(influences):
+    for order in _orders(influences, norms):
         at_an_end[order[:number]] = True
     return at_an_end
 
 
-def _orders(influences: np.ndarray) -> Iterator[np.ndarray]:
-    """The orders of the rows, of each column largest first, then smallest first."""
+def _orders(influences: np.ndarray, norms: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The orders of the rows, of each column largest first, smallest first, then by the relative orders."""
     for column in influences.T:
-        for sign in (-1, 1):
-            yield np.argsort(sign * column, kind="stable")
+        for key in (-column, column, *relative_keys(column, norms)):
+            yield np.argsort(key, kind="stable")
 
 
 def _tell(facts: dict[str, Any], keep: int, total: int) -> None:

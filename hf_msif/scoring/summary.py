@@ -4,10 +4,13 @@ and moments and a histogram of all."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .orders import relative_keys
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,8 +75,8 @@ class Extremes:
     """The extreme rows of a corpus, and the `Moments` of all of its rows.
 
     A row is extreme if, in some query column, it is among the `keep` rows of largest, of smallest or of least absolute
-    influence, or of largest absolute influence: so the first and the last `keep` rows of every order of `Scores.top`
-    are there.
+    influence, or of largest absolute influence, or among the first or the last ones of a relative order whose norms
+    are there: so the first and the last `keep` rows of every order of `Scores.top` are there.
 
     >>> import pandas as pd
     >>> extremes = Extremes(1, ["influence"])
@@ -85,14 +88,15 @@ class Extremes:
     Args:
         keep: how many rows per order.
         columns: names of the influence columns.
+        norms: names of the columns by which relative orders divide.
 
     Attributes:
         frame: the extreme rows, in the order of the corpus; None before the first `add`.
         moments: one entry per influence column.
     """
 
-    def __init__(self, keep: int, columns: list[str]):
-        self.keep, self.columns = keep, columns
+    def __init__(self, keep: int, columns: list[str], norms: Sequence[str] = ()):
+        self.keep, self.columns, self.norms = keep, columns, norms
         self.frame: pd.DataFrame | None = None
         self.moments = [Moments() for _ in columns]
 
@@ -104,10 +108,12 @@ class Extremes:
             moments.add(frame[column].to_numpy())
         candidates = frame if self.frame is None else pd.concat([self.frame, frame], ignore_index=True)
         is_extreme = np.zeros(len(candidates), dtype=bool)
+        norms = {name: candidates[name].to_numpy() for name in self.norms}
         for column in self.columns:
             values = candidates[column].to_numpy()
+            ends = [end for key in relative_keys(values, norms) for end in (key, -key)]
             # The row of largest absolute influence is that of largest or of smallest influence.
-            for key in (-values, values, abs(values)):
+            for key in (-values, values, abs(values), *ends):
                 is_extreme[np.argsort(key, kind="stable")[: self.keep]] = True  # stable: of equal rows the earlier one
         self.frame = candidates[is_extreme].reset_index(drop=True)
 

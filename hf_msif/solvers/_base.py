@@ -8,6 +8,8 @@ from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from torch import Tensor
+
 from ..errors import InputError
 from ..vectors import Block
 from .certificate import Solution
@@ -124,6 +126,15 @@ class Solver:
             )
         return self.max_iter + 1
 
+    def spectral_filter(self, eigenvalues: Tensor, damping: float) -> Tensor:
+        """What u has of b in a direction of each curvature σ ≥ 0, where the system is solved: 1 / (σ + λ) by default.
+
+        Args:
+            eigenvalues: σ, of any shape.
+            damping: λ of the certificate.
+        """
+        return 1 / (eigenvalues + damping)
+
     def with_damping(self, damping: float) -> Solver:
         """The same settings with another λ; asked only of a solver that says it is `damped`."""
         return dataclasses.replace(self, damping=damping)  # type: ignore[type-var]  # a damped solver is a dataclass
@@ -147,6 +158,7 @@ class AdaptedSolver(Solver):
             "max_iter",
             "products",
             "extra_bytes",
+            "spectral_filter",
         )
         for member in ("init", "compute", *facts):
             if hasattr(solver, member):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from ..vectors import Block
 from ._base import Progress, Solver
@@ -37,6 +38,10 @@ class Identity(Solver):
     def products(self, parameters: int, columns: int) -> int:
         """None at all."""
         return 0
+
+    def spectral_filter(self, eigenvalues: Tensor, damping: float) -> Tensor:
+        """1: the curvature is not asked."""
+        return torch.ones_like(eigenvalues)
 
     def compute(
         self,

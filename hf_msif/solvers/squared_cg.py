@@ -75,6 +75,10 @@ class SquaredCG(KrylovSolver):
         """Two per iteration; Hb; two for the true residual; and those of the Lanczos run for the damping."""
         return 2 * self.max_iter + 3 + damping_products(self, columns)
 
+    def spectral_filter(self, eigenvalues: Tensor, damping: float) -> Tensor:
+        """σ / (σ² + λ)"""
+        return eigenvalues / (eigenvalues**2 + damping)
+
     def compute(
         self,
         operator: CountedOperator,

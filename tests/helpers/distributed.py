@@ -20,6 +20,7 @@ from helpers import tiny, toy
 from helpers.runs import Run, pair, unrolled_chain
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
 from hf_msif.adapters.split import decayed_names
+from hf_msif.curvature.derivatives import Evaluation, example_gradients
 from hf_msif.engine import Engine
 from hf_msif.engine.files import load_tensors
 from hf_msif.errors import ProcessError
@@ -228,6 +229,14 @@ def durable(folder, world):
     assert found.frame.example_id.tolist() == expected.frame.example_id.tolist()
     for q in range(3):
         np.testing.assert_allclose(found.influence(q), expected.influence(q), rtol=1e-10)
+    sized = query.score(CORPUS, output_dir=folder / f"sized-{world}", part_rows=4, norms="self")
+    bound = query.chain.stages[0]
+    with bound.model.evaluating():
+        evaluation = Evaluation(bound.model, bound.objective, bound.objective.collate(CORPUS))
+        gradients = example_gradients(evaluation, bound.split.trained)
+    np.testing.assert_allclose(sized.frame.gradient_norm, vectors.norm(gradients), rtol=1e-9)
+    metric = bound.differentiation.metric(query.certificates[bound.name])
+    np.testing.assert_allclose(sized.frame.self_influence, metric.squares(gradients), rtol=1e-9)
     kept = query.score(CORPUS, output_dir=folder / f"kept-{world}", part_rows=4, keep=3)
     assert kept.top(3, query=2).example_id.tolist() == expected.top(3, query=2).example_id.tolist()
     assert kept.metadata["kept"]["all"][0]["count"] == len(CORPUS)

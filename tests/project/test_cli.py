@@ -131,6 +131,27 @@ def test_top_as_json_is_what_the_scores_say(made, capsys, by):
             assert row["removal_effect"] == -row["influence"] / scores.metadata["N"]
 
 
+def test_top_by_relative_influence_and_what_is_common(copy, capsys):
+    run = copy / "run"
+    assert msif("top", "--run", run, "--by", "relative") == 2
+    assert "corpus.norms: gradient" in capsys.readouterr().err
+    assert msif("score", "--config", copy / "config.yaml", "--corpus.norms", "gradient") == 0
+    capsys.readouterr()
+    assert msif("top", "--run", run, "-k", 4, "--by", "relative", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    scores = Scores.from_parquet(run / "scores.parquet")
+    for q, test in enumerate(report["tests"]):
+        assert test["top"] == scores.top(4, "relative", q).to_dict(orient="records")
+    common = scores.common(4, "relative")
+    assert report["common"] == common.to_dict(orient="records")
+    assert len(common)
+    assert msif("top", "--run", run, "-k", 4, "--by", "relative") == 0
+    said = capsys.readouterr().out
+    assert said.count(f"│ {'2 of 2'}") == 2 * len(common)
+    assert f"{len(common)} rows are common" in said
+    assert said.count("relative_influence") == 2
+
+
 @pytest.mark.parametrize(("stage", "name"), [("pretraining", "scores"), ("finetuning", "scores-finetuning")])
 def test_a_shortlist_keeps_the_users_files(copy, capsys, stage, name):
     run = copy / "run"

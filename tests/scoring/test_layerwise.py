@@ -36,7 +36,7 @@ class Both:
         self.scorer = Layerwise(model, objective, u, sample or rows)
         batch = objective.collate(rows)
         with model.evaluating():
-            self.slopes, self.losses, self.counts = self.scorer.slopes(batch, len(rows))
+            self.slopes, self.losses, self.counts, _ = self.scorer.slopes(batch, len(rows))
             evaluation = Evaluation(model, objective, batch)
             each = [directional_derivatives(evaluation, vectors.column(u, q)) for q in range(columns)]
         self.forward, (_, losses, counts) = torch.stack([slope for slope, _, _ in each], dim=1), each[0]

@@ -87,7 +87,9 @@ def test_a_column_that_does_not_exist(query):
 
 
 def test_an_order_that_does_not_exist():
-    with pytest.raises(InputError, match=r"by is 'worst'; expected one of \['absolute', 'harmful', 'helpful'\]"):
+    with pytest.raises(
+        InputError, match=r"by is 'worst'; expected one of \['absolute', 'harmful', 'helpful', 'relative'"
+    ):
         build().top(by="worst")
 
 

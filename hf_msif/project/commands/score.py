@@ -69,6 +69,7 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
         keep=keep,
         method=settings.method,
         mask_rounds=settings.mask_rounds,
+        norms=settings.norms,
         dtype=settings.dtype,
         part_rows=settings.part_rows,
     )

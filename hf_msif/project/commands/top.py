@@ -19,7 +19,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         "--stage", metavar="NAME", help="the stage whose ranking is shown; defaults to the one in scores.parquet"
     )
     parser.add_argument("-k", type=int, default=10, help="rows per test example")
-    parser.add_argument("--by", default="absolute", help="absolute, harmful or helpful")
+    parser.add_argument("--by", default="absolute", help="absolute, harmful, helpful, relative or self_relative")
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -34,7 +34,10 @@ def run(arguments: argparse.Namespace) -> dict:
         for column in range(scores.columns)
     ]
     facts = {"stage": scores.metadata.get("stage"), "by": arguments.by, "noise": scores.metadata.get("noise_text")}
-    return {"run": arguments.run, **facts, "tests": tests}
+    report = {"run": arguments.run, **facts, "tests": tests}
+    if scores.columns > 1:
+        report["common"] = scores.common(arguments.k, arguments.by)
+    return report
 
 
 def render(report: dict) -> None:
@@ -42,7 +45,19 @@ def render(report: dict) -> None:
 
     if report["noise"]:
         print(report["noise"])
+    common, lists = report.get("common"), len(report["tests"])
+    shown = ["example_id", "influence", "influence_se", "top_probability", f"{report['by']}_influence"]
+    shown += ["removal_effect", "text"]
     for test in report["tests"]:
+        table = test["top"][[name for name in shown if name in test["top"]]]
+        if common is not None and len(common):
+            counts = dict(zip(common["example_id"], common["columns"], strict=True))
+            marks = [f"{counts[name]} of {lists}" if name in counts else "" for name in table["example_id"]]
+            table = table.assign(common=marks)
         print(f"\n{report['by']} influence on: {test['test']}")
-        shown = ["example_id", "influence", "influence_se", "top_probability", "removal_effect", "text"]
-        print(plain(test["top"][[name for name in shown if name in test["top"]]], width=80))
+        print(plain(table, width=80))
+    if common is not None and len(common):
+        print(
+            f"\n{len(common)} rows are common: they are in the lists of nearly all tests, as the column says, and "
+            "tell little about any one of them."
+        )

@@ -98,7 +98,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     chain = _chain(data, tokenizer, pretrained, finetuned, progress)
     query = chain.query(tests)
     query.save_pretrained(folder / "query")
-    scores = query.score(data.corpus)
+    scores = query.score(data.corpus, norms="gradient")
     scores.to_parquet(folder / "scores.parquet")
     for stage, certificate in query.certificate()["stages"].items():
         say(f"\n{stage}:\n{certificate['text']}")
@@ -110,6 +110,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     plain_gradient = _chain(data, tokenizer, pretrained, finetuned, progress, solvers.Identity()).query(tests)
     hits = {
         "influence": _hits(data, tests, [np.abs(scores.influence(q)) for q in range(len(tests))]),
+        "relative influence": _hits(data, tests, [np.abs(scores.relative(q)) for q in range(len(tests))]),
         "identity": _hits(
             data, tests, [abs(plain_gradient.score(data.corpus).influence(q)) for q in range(len(tests))]
         ),
