@@ -308,8 +308,8 @@ class Implicit(Sampled):
         if isinstance(self.system, Whitened):
             raise InputError(
                 f"stage {self.bound.name!r} is solved in the coordinates of AdamW (damping='training'), in which "
-                "EK-FAC has no closed form; expected norms='gradient', or MultiStageInfluence.self_influence for a few "
-                "rows."
+                "EK-FAC has no closed form; expected norms='gradient', or MultiStageInfluence.self_influence for a "
+                "few rows."
             )
         solver, damping = self.solver_for(1)[0], cast(Certificate, certificate).damping
         return Metric(self._ekfac, lambda eigenvalues: solver.spectral_filter(eigenvalues, damping))

@@ -114,6 +114,8 @@ def polish(
 
     F and its trained parameters are those of `Stage` with the same arguments, in the model's own dtype (float64 for a
     truth that finite differences can see), in evaluation mode, full batch, masks those of the objective's first draws.
+    (Influence has these masks with `MaskedLM(static=True)` or `Stage(mask_rounds=None)`; a configuration does so.)
+
     L-BFGS (strong Wolfe) goes first; the Newton steps are Steihaug's conjugate gradients in a trust region with exact
     Hessian products, which use a direction of negative curvature instead of being stopped by it. Where CG needs many
     steps and the model has at most `dense_limit` trained parameters, the Hessian is written out once and preconditions

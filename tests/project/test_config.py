@@ -242,6 +242,11 @@ ERRORS = {
         ["--stages.finetuning.checkpoints", "2"],
         ["stages.finetuning has checkpoints, which need link: segments"],
     ),
+    "rounds of a polished stage": (
+        ["--stages.pretraining.polish", "{}", "--stages.pretraining.mask_rounds", "2"],
+        ["stages.pretraining.mask_rounds is 2, but a stage with polish", "leave mask_rounds out"],
+    ),
+    "no round": (["--stages.pretraining.mask_rounds", "0"], ["stages.pretraining.mask_rounds is 0"]),
     "growth without a run": (["--stages.finetuning.max_growth", "9"], ["run or max_growth, which need link"]),
     "no growth at all": (["--stages.finetuning.max_growth", "0"], ["stages.finetuning.max_growth is 0", "above 0"]),
     "a run without its model": (

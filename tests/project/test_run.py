@@ -269,3 +269,10 @@ def test_rows_are_loaded_and_announced_once(make_run, capsys):
     run = make_run()
     assert run.rows("pretraining") is run.rows("pretraining")
     assert len(visible(capsys.readouterr().out)) == 1
+
+
+def test_a_polished_stage_keeps_the_masks_that_were_minimised(make_run):
+    for polish, masks in (("null", "folds"), ("{}", "random")):
+        run = make_run(("stages.pretraining.polish", polish))
+        stage = run._stage("pretraining", run.new_model("pretraining"))
+        assert (stage.objective.masks, stage.influence_objective.masks) == ("random", masks)
