@@ -117,7 +117,7 @@ class MultiStageInfluence(Chain):
                 that of u = 0), or a run whose adjoint grew beyond `Stage.max_growth`.
         """
         rows = as_rows(tests, "the test examples")
-        number = self._number_of_replicates(replicates)
+        number = self.number_of_replicates(replicates)
         measured, losses = self.measurement(rows, aggregate)
         cache_key = ""
         if checkpoints:
@@ -153,8 +153,8 @@ class MultiStageInfluence(Chain):
         self._forget(opened.values())
         return query
 
-    def _number_of_replicates(self, replicates: int | Literal["auto"]) -> int:
-        """R; 1 where nothing is drawn."""
+    def number_of_replicates(self, replicates: int | Literal["auto"] = "auto") -> int:
+        """R of a query that is asked for `replicates`; 1 where nothing is drawn."""
         differentiations = [bound.differentiation for bound in self.stages]
         if replicates == "auto":
             samples = [d.sampled_rows for d in differentiations if d.sampled_rows is not None]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..engine.stream import Stream
-from ..influence.cost import size_text, time_text
+from ..influence.cost import Cost, size_text, time_text
 from .memory import available_bytes
 
 if TYPE_CHECKING:
@@ -36,15 +37,24 @@ def plan(run: Run, processes: int = 1) -> dict:
     if not isinstance(run.rows(run.ranked), Stream):
         corpus = len(list(run.corpus()))
     chain = run.chain(models, planned=True)
-    lines, costs = [], {}
+    lines: list[str] = []
+    costs: dict[str, Cost] = {}
     # Of untrained weights nothing is to be foretold.
     adjoints = chain.sketched_adjoints(run.tests(), run.aggregate) if all(map(run.is_trained, run.names)) else {}
+    differentiations = [run.planned(bound) for bound in chain.stages]
+    replicates = chain.number_of_replicates(run.config.test.replicates)
     for bound in chain.stages:
         trained = run.is_trained(bound.name)
         lines.append(str(bound.split) + ("" if trained else "\n  not trained yet: untrained weights"))
-        cost = run.planned(bound).cost(columns, processes, adjoints.get(bound.name))
-        costs[bound.name] = cost
+        cost = differentiations[len(costs)].cost(columns, processes, adjoints.get(bound.name))
         lines += [f"  {line}" for line in cost.text]
+        number = replicates if any(d.draws for d in differentiations[len(costs) :]) else 1
+        if number > 1:
+            cost = _replicated(cost, number, differentiations[len(costs)].sampled_rows is not None)
+            lines.append(
+                f"  {number} replicates (test.replicates), for error bars: {time_text(cost.solve_seconds)} in all"
+            )
+        costs[bound.name] = cost
         lines += [f"  {line}" for line in _checks(bound, cost.solve_seconds)]
     rows, counted = corpus or 1000, f"{corpus:,} rows" if corpus else "1,000 rows of the stream"
     seconds = costs[run.ranked].score_seconds_per_row / processes * rows
@@ -69,6 +79,18 @@ def plan(run: Run, processes: int = 1) -> dict:
         "memory_bytes": needed,
         "free_bytes": free,
     }
+
+
+def _replicated(cost: Cost, number: int, sampled: bool) -> Cost:
+    """The cost of that many replicates: each has its part of the curvature's rows where these are a sample, and all of
+    them otherwise; its own solution, and its own losses of the rows that are scored."""
+    solves = 1 if sampled else number
+    return replace(
+        cost,
+        solve_seconds=solves * cost.solve_seconds,
+        score_seconds_per_row=number * cost.score_seconds_per_row,
+        vector_bytes=number * cost.vector_bytes,
+    )
 
 
 def _checks(bound: BoundStage, solve_seconds: float) -> list[str]:

@@ -326,7 +326,7 @@ def test_a_masked_lm_goes_on_with_lora(pair, memo):
     msif = MultiStageInfluence(
         [
             Stage("pre", pair[0], tiny.objective("masked"), CORPUS, solver=solvers.CG(damping=1.0)),
-            Stage("more", model, tiny.objective("masked"), CORPUS, "head", **exact),
+            Stage("more", model, tiny.objective("masked"), CORPUS, "head", mask_rounds=None, **exact),
         ],
         progress=False,
     )

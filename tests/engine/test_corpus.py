@@ -113,7 +113,7 @@ def test_a_stage_on_a_stream_is_the_stage_on_its_rows():
     def scores(data):
         made = MultiStageInfluence([Stage("pre", model, tiny.objective("masked"), data, **settings)], progress=False)
         with pytest.warns(UserWarning, match="not solved to tolerance"):
-            query = made.query(rows[:2])
+            query = made.query(rows[:2], replicates=1)
         assert query.facts["pre"]["examples"] == 12
         return query.score(data)
 

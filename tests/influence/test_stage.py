@@ -32,7 +32,7 @@ SETTINGS = {
         {"curvature": "fisher"},
         r"curvature is 'fisher'; expected one of \['auto', 'ekfac', 'gauss_newton', 'hessian'\]",
     ),
-    "link": ({"link": "unroled"}, r"link is 'unroled'; expected one of \['implicit', 'unrolled'\]"),
+    "link": ({"link": "unroled"}, r"link is 'unroled'; expected one of \['implicit', 'segments', 'unrolled'\]"),
     "no run": ({"link": "unrolled"}, "run is None; expected the folder of a recorded run"),
     "no link": ({"run": "runs/x"}, "link is 'implicit' and run is 'runs/x'"),
     "decay": ({"weight_decay": -0.1}, r"weight_decay=-0\.1, .*a decay of at least 0"),

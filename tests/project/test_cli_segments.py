@@ -83,7 +83,7 @@ def test_one_checkpoint_is_kept_for_the_training_time(tmp_path, capsys):
     assert msif("train", *flags) == 0
     capsys.readouterr()
     assert {p.name for p in (tmp_path / "run" / "pretraining.run").glob("checkpoint-*")} == {"checkpoint-8"}
-    stage = answer(capsys, "query", *flags)["stages"]["pretraining"]
+    stage = answer(capsys, "query", *flags, "--test.replicates", "1")["stages"]["pretraining"]
     assert stage["training_damping"]["optimiser"] == "AdamW"
     assert stage["solve"]["damping"] == pytest.approx(1 / stage["training_damping"]["time"])
     assert "in the coordinates of AdamW" in stage["text"]

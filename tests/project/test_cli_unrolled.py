@@ -80,7 +80,7 @@ def test_an_implicit_stage_is_damped_by_its_training_time(made, tmp_path, capsys
     flags += [f"{PRE}.model.config", "null", f"{PRE}.link", "implicit", f"{PRE}.solver.damping", "training"]
     plan = answer(capsys, "plan", *flags)
     assert "damping='training' is damping" in plan["text"]
-    stage = answer(capsys, "query", *flags)["stages"]["pretraining"]
+    stage = answer(capsys, "query", *flags, "--test.replicates", "1")["stages"]["pretraining"]
     rates = [0.1 * (7 - t) / 7 for t in range(7)]
     tau = sum(rate * (1 - 0.5 ** (t + 1)) / 0.5 for t, rate in enumerate(rates))  # momentum 0.5
     assert stage["solve"]["damping"] == pytest.approx(1 / tau)

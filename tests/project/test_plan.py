@@ -100,7 +100,11 @@ def test_sizes_are_those_of_the_files(run, path):
     assert msif("query", "--config", path, "--json") == 0
     report = plan.plan(run())
     query = run().folder / "query" / "query.safetensors"
-    assert 0 <= query.stat().st_size - report["disk_bytes"] < 8000  # names and shapes
+    assert 0 <= query.stat().st_size - report["disk_bytes"] < 2 * 8000  # names and shapes of two replicates
+    one = plan.plan(run(("test.replicates", 1)))
+    assert report["disk_bytes"] == pytest.approx(2 * one["disk_bytes"], rel=0.1)
+    assert "2 replicates (test.replicates), for error bars" in report["text"]
+    assert "for error bars" not in one["text"]
     model = run().folder / "pretraining" / "model.safetensors"
     assert report["stages"]["pretraining"]["model_bytes"] == pytest.approx(model.stat().st_size, rel=0.5)
     assert report["splits"]["finetuning"][0]["role"] == "frozen"
@@ -133,7 +137,7 @@ def test_what_each_of_several_processes_holds(path, run, capsys, tmp_path):
     assert "memory on each of 4 process(es)" in capsys.readouterr().out
     one = run(("sharded", True), ("stages.pretraining.solver", {"name": "cg"}))
     alone, four = (plan.plan(one, processes)["stages"]["pretraining"] for processes in (1, 4))
-    vector = four["vector_bytes"]
+    vector = four["vector_bytes"] / 2  # of two replicates
     assert four["solver_bytes"] == pytest.approx((5 / 4 + 4) * vector, abs=1)
     assert alone["solver_bytes"] == 9 * vector
     assert alone["activation_bytes"] == pytest.approx(four["activation_bytes"], rel=0.05)

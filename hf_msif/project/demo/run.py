@@ -102,6 +102,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     scores.to_parquet(folder / "scores.parquet")
     for stage, certificate in query.certificate()["stages"].items():
         say(f"\n{stage}:\n{certificate['text']}")
+    say(f"\n{query.noise_text()}")
     table = table_one(scores)
     write_table(table, folder / "table1")
     say("\nTable 1: sentences of largest and smallest absolute influence (positive raises the test loss: harmful)")
@@ -124,7 +125,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     )
     say(plain(counted, 30))
 
-    report = {"training": reports, "hits": hits, "damping": DAMPING}
+    report = {"training": reports, "hits": hits, "damping": DAMPING, "noise": scores.metadata["noise"]}
     report["table"] = json.loads(table.to_json(orient="records"))
     if not check:
         return report
