@@ -165,8 +165,10 @@ class Run:
         if self.tasks[name].label_kind is None:
             return
         labels = self.objectives[name].labels or ()
+        classes = {label: class_of(label, labels) for label in {row["label"] for row in rows}}
+        # A range is asked for integers alone: for anything else it would compare all of its numbers.
         numbers = range(len(labels)) if labels else range(2**31)
-        unknown = {label for label in {row["label"] for row in rows} if class_of(label, labels) not in numbers}
+        unknown = {label for label, c in classes.items() if not isinstance(c, int) or c not in numbers}
         if unknown:
             raise InputError(
                 f"stages.{name}.objective.labels is {list(labels)}, but the label column holds "
