@@ -341,8 +341,9 @@ class Implicit(Sampled):
                 f"stage {self.bound.name!r} is solved by {self.solver}, which has no damping to sweep: use CG."
             )
         changed = self.with_solver(self.solver.with_damping(damping))
-        changed.training_damping = None
-        vars(changed).pop("system", None)
+        if self.training_damping is not None:  # in other coordinates nothing is as it was
+            changed.training_damping, changed._solver_states = None, {}
+            vars(changed).pop("system", None)
         return changed
 
     def dampings(self) -> list[float]:
