@@ -27,15 +27,15 @@ def whitened(operator: Curvature, trajectory: Trajectory, snapshot: Snapshot) ->
     if isinstance(optimiser, SGD):
         return Whitened(operator, {name: torch.ones_like(p) for name, p in parameters.items()})
     if snapshot.second_moments is None:
-        snapshot = snapshot._replace(second_moments=_mean_squares(operator))
+        snapshot = snapshot._replace(second_moments=_mean_squares(operator, trajectory.batch or 1))
     known = trajectory.roots(snapshot)
     roots = {name: known[name].to(p) for name, p in parameters.items()}
     decay = optimiser.weight_decay
     return Whitened(operator, roots, {name: decay for name in trajectory.decayed if name in roots and decay})
 
 
-def _mean_squares(operator: Curvature) -> dict[str, Tensor]:
-    """E[g_B²] of the gradients g_B of batches of B = the stage's `batch_size` rows: ḡ² + (E[g_x²] − ḡ²)/B.
+def _mean_squares(operator: Curvature, rows_per_step: int) -> dict[str, Tensor]:
+    """E[g_B²] of the gradients g_B of batches of B = `rows_per_step` rows: ḡ² + (E[g_x²] − ḡ²)/B.
 
     g_x is the gradient of a row's loss, in units of the mean number of terms. It is what AdamW's second moments
     average along a run, here on at most `MOMENT_ROWS` of the operator's rows.
@@ -58,5 +58,5 @@ def _mean_squares(operator: Curvature) -> dict[str, Tensor]:
     moments = {}
     for name, (first, second) in total.items():
         squared, mean = (unit * first / len(rows)) ** 2, unit**2 * second / len(rows)
-        moments[name] = squared + (mean - squared).clamp(min=0) / operator.batch_size
+        moments[name] = squared + (mean - squared).clamp(min=0) / rows_per_step
     return moments

@@ -23,6 +23,7 @@ from ..curvature.sharded import Sharded
 from ..curvature.whitened import Whitened
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint, SolverCheckpoint
+from ..engine.hashing import tensors_fingerprint
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..solvers import Auto, Certificate, Operator, Solution, Solver, problem, solve
@@ -372,7 +373,13 @@ class Implicit(Sampled):
         return self.direction(u, Certificate.from_dict(certificate))
 
     def identity(self) -> dict[str, Any]:
-        return {} if self.training_damping is None else {"the recorded run": self.training_damping.run}
+        if self.training_damping is None:
+            return {}
+        identity = {"the recorded run": self.training_damping.run}
+        if self.training_damping.optimiser != "SGD":
+            moments = self.trajectory.load(len(self.trajectory.segments) - 1).second_moments
+            identity["the second moments of its run"] = tensors_fingerprint(dict(moments or {}))
+        return identity
 
     # --- the certificate
 

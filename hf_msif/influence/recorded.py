@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..engine.hashing import digest
@@ -65,6 +66,27 @@ def recorded_run(bound: BoundStage) -> tuple[Recording, dict[str, Tensor]]:
     return run, first
 
 
+def inherit_head(bound: BoundStage, run: Recording, first: dict[str, Tensor]) -> None:
+    """Refuses a run that does not start from the stage before; a head that starts with that stage's values counts as
+    inherited, too.
+
+    Args:
+        bound: the stage, whose split is replaced.
+        run: its recorded run.
+        first: the parameters that the run started from.
+    """
+    if bound.before is None:
+        return
+    before = bound.before.model.parameters
+    for n, source in bound.split.inherited.items():
+        if n in first and not torch.allclose(bound.leading(n, first[n]), before[source].to(first[n]), rtol=1e-6):
+            raise InputError(
+                f"stage {bound.name!r}: the run in {run.folder} did not start from stage {bound.before.name!r}: {n!r} "
+                "differs; pair it with the checkpoint that it started from."
+            )
+    bound.split = bound.split.with_inherited_head(first, before)
+
+
 def trajectory_of(bound: BoundStage, final: bool = False) -> Trajectory:
     """The run of a stage as `Stage.checkpoints` or `Stage.run` give it.
 
@@ -78,6 +100,8 @@ def trajectory_of(bound: BoundStage, final: bool = False) -> Trajectory:
     stage, checkpoints = bound.stage, bound.stage.checkpoints
     if isinstance(checkpoints, Trajectory):
         return checkpoints
+    if checkpoints == 0 or isinstance(checkpoints, bool):
+        raise InputError(f"stage {stage.name!r}: checkpoints is {checkpoints!r}; expected at least 1 segment.")
     if checkpoints is not None and not isinstance(checkpoints, int):
         return of_trainer(checkpoints, stage.model, bound.split.trained, stage.name)
     if stage.run is None:
@@ -88,8 +112,7 @@ def trajectory_of(bound: BoundStage, final: bool = False) -> Trajectory:
     run, first = recorded_run(bound)
     if final:
         return of_recording(run, 0)
-    if bound.before is not None:
-        bound.split = bound.split.with_inherited_head(first, bound.before.model.parameters)
+    inherit_head(bound, run, first)
     states = min(run.steps, len(run.saved_steps) - 1)
     return of_recording(run, min(SEGMENTS, states) if checkpoints is None else checkpoints)
 

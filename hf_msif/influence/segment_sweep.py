@@ -38,6 +38,7 @@ class SegmentReport:
         error: relative change of the last two iterates of u_l and λ, the larger one.
         smallest_ritz, largest_ritz: bounds of A_l's spectrum, from within.
         reach: the largest rate times the largest Ritz value; beyond 1 the limits of small rates do not hold.
+        amplified: the largest factor by which the steps of the segment multiply an eigenvector.
         unstable: whether eigenvalues beyond the stability of the rates were taken for converged (`UNSTABLE`).
         growth: ‖λ‖ at the start of the segment, relative to ‖a‖; empty where it is not asked for.
     """
@@ -51,6 +52,7 @@ class SegmentReport:
     smallest_ritz: float
     largest_ritz: float
     reach: float
+    amplified: float
     unstable: bool
     growth: list[float]
 
@@ -173,10 +175,10 @@ def go_back(
     optimiser, rates = descent
     columns, number = vectors.columns(slots[0]), len(slots)
     outputs = 1 + number if carries else 1
-    unstable = False
+    unstable, amplified = False, 0.0
 
     def functions(values: Tensor, column: int) -> Tensor:
-        nonlocal unstable
+        nonlocal unstable, amplified
         slot = column // columns
         response = responses(optimiser, rates, values)[slot]
         too_curved = (values > 0) & ~(response[1 + slot].abs() <= UNSTABLE)
@@ -185,6 +187,9 @@ def go_back(
             converged = torch.zeros_like(response)
             converged[0] = (slot == 0) / values
             response = torch.where(too_curved, converged, response)
+        # The last call has the widest spectrum of its column.
+        growth = response[1 + slot].abs().max().nan_to_num(nan=torch.inf)
+        amplified = max(amplified, float(growth))
         return response[:outputs]
 
     # A linear function of the parameters φ is one of P^−½ φ with P^½ λ, and of the momentum the other way round.
@@ -205,7 +210,10 @@ def go_back(
         back = system.unscaled(moved)
         start = {name: torch.where(system.roots[name] > 0, back[name], slots[0][name]) for name in back}
         slots = [start, *(system.scaled(block) for block in buffers)]
-    largest = max(report.largest_ritz)
+    # A momentum that starts at zero shows nothing of the spectrum.
+    shown = [i for i, count in enumerate(report.iterations) if count]
+    smallest = min((report.smallest_ritz[i] for i in shown), default=0.0)
+    largest = max((report.largest_ritz[i] for i in shown), default=0.0)
     by_column = [list(range(q, columns * number, columns)) for q in range(columns)]
     return (
         u,
@@ -215,9 +223,10 @@ def go_back(
             time=float(responses(optimiser, rates, torch.zeros(1))[0, 0, 0]),
             iterations=[max(report.iterations[i] for i in places) for places in by_column],
             error=[max(report.error[i] for i in places) for places in by_column],
-            smallest_ritz=min(report.smallest_ritz),
+            smallest_ritz=smallest,
             largest_ritz=largest,
             reach=max(rates) / (1 - optimiser.momentum) * largest,
+            amplified=amplified,
             unstable=unstable,
             growth=[],
         ),
@@ -248,6 +257,7 @@ def joined(parts: list[tuple[Block, list[Block], SegmentReport]]) -> tuple[Block
         smallest_ritz=min(each.smallest_ritz for each in reports),
         largest_ritz=max(each.largest_ritz for each in reports),
         reach=max(each.reach for each in reports),
+        amplified=max(each.amplified for each in reports),
         unstable=any(each.unstable for each in reports),
     )
     return cat(us), [cat(each) for each in zip(*slots, strict=True)], report

@@ -96,7 +96,10 @@ class Segments(Sampled):
                 "rows on which the curvature is estimated."
             )
         self.tol, self.max_iter = stage.solver.tol, stage.solver.max_iter
+        # A head that the run took over was not tied: the quadratic terms keep the roles without it.
+        self._roles = bound.split
         self.trajectory = trajectory or trajectory_of(bound)
+        self.alpha = self.trajectory.alpha if stage.alpha is None else stage.alpha
         self._snapshots: dict[int, Snapshot] = {}
         self._models: dict[int, FunctionalModel] = {}
 
@@ -165,9 +168,10 @@ class Segments(Sampled):
         """The quadratic terms of F, with the SGD's own weight decay, which acts like that of F."""
         bound, stage = self.bound, self.bound.stage
         parameters = vectors.select(bound.model.parameters, bound.split.trained)
-        assert not isinstance(stage.alpha, str)  # "auto" was refused
+        alpha = self.alpha
+        assert not isinstance(alpha, str)  # "auto" was refused
         before = bound.before.model.parameters if bound.before else None
-        terms = QuadraticTerms.of(stage.model, bound.split, parameters, stage.weight_decay, stage.alpha, before)
+        terms = QuadraticTerms.of(stage.model, self._roles, parameters, stage.weight_decay, alpha, before)
         optimiser = self.trajectory.optimiser
         if isinstance(optimiser, SGD) and optimiser.weight_decay:
             for name in self.trajectory.decayed & set(parameters):
@@ -214,14 +218,15 @@ class Segments(Sampled):
                     for slots in in_parts(sweep.slots, columns_at_a_time(self, vectors.columns(adjoint)))
                 ]
             u, sweep.slots, report = joined(parts)
-            growth = vectors.norm(sweep.slots[0]) / norms if carries else norms.new_zeros(0)
-            if not bool((growth <= limit).all()):
+            # Where nothing is handed on, by how much it would grow at most.
+            growth = vectors.norm(sweep.slots[0]) / norms if carries else norms.new_full((1,), report.amplified)
+            if not bool((growth <= limit).all()) or not all(bool(t.isfinite().all()) for t in u.values()):
                 raise InputError(
                     f"stage {bound.name!r}: on the way back the adjoint grew {float(growth.max()):.1e} times up to "
                     f"step {segments[i].begin + 1}; expected at most {limit:.1e} (max_growth): take "
                     f"curvature='gauss_newton', whose eigenvalues are not negative; or {REMEDIES}."
                 )
-            sweep.reports.append(replace(report, growth=growth.tolist()))
+            sweep.reports.append(replace(report, growth=growth.tolist() if carries else []))
             if split.frozen:
                 mixed = operator.mixed(u, split.frozen)
                 sweep.frozen = {name: t - mixed[name] for name, t in sweep.frozen.items()}
@@ -283,7 +288,7 @@ class Segments(Sampled):
         segments = [segment._asdict() for segment in self.trajectory.segments]
         return {
             "weight_decay": self.bound.stage.weight_decay,
-            "alpha": self.bound.stage.alpha,
+            "alpha": self.alpha,
             "alpha_estimate": None,
             "curvature": self.bound.stage.curvature_name,
             "curvature_choice": self.curvature_kind[1],
@@ -313,7 +318,10 @@ class Segments(Sampled):
         cut = [Segment(begin, end, end) for begin, end in itertools.pairwise(ends)]
         snapshot = Snapshot(bound.model.parameters, bound.model.buffers, None)
         optimiser, rates = optimisers.from_arguments(arguments, bound.name), learning_rates(arguments, steps)
-        return cls(bound, Trajectory(optimiser, rates, tuple(cut), lambda i: snapshot, frozenset(), "a run to come"))
+        return cls(
+            bound,
+            Trajectory(optimiser, rates, tuple(cut), lambda i: snapshot, frozenset(), "a run to come", batch=batch),
+        )
 
     def prepare(self) -> None:
         for i in range(len(self.trajectory.segments)):

@@ -39,7 +39,7 @@ from .backward import RunCertificate, gap, go_back, growth_limit, held_bytes
 from .chain import BoundStage
 from .cost import Cost, best_seconds, size_text, time_text
 from .differentiation import Differentiation, Retraining
-from .recorded import recorded_run
+from .recorded import inherit_head, recorded_run
 from .stage import Stage
 
 
@@ -125,7 +125,7 @@ class Unrolled(Differentiation):
             return
         self.recording, first = recorded_run(bound)
         self.replay = self._replay(self.recording)
-        self._check_start(first)
+        inherit_head(bound, self.recording, first)
 
     def _replay(self, recording: Recording) -> Replay:
         bound = self.bound
@@ -140,23 +140,6 @@ class Unrolled(Differentiation):
             before,
             name=bound.name,
         )
-
-    def _check_start(self, first: dict[str, Tensor]) -> None:
-        """Refuses a run that does not start from the stage before; `first` are the parameters that it started from.
-
-        A head that starts with the values of the stage before is inherited, too.
-        """
-        bound, run, name = self.bound, self.recording, self.bound.name
-        if bound.before is None:
-            return
-        before = bound.before.model.parameters
-        for n, source in bound.split.inherited.items():
-            if n in first and not torch.allclose(bound.leading(n, first[n]), before[source].to(first[n]), rtol=1e-6):
-                raise InputError(
-                    f"stage {name!r}: the run in {run.folder} did not start from stage {bound.before.name!r}: {n!r} "
-                    "differs; pair it with the checkpoint that it started from."
-                )
-        bound.split = bound.split.with_inherited_head(first, before)
 
     # --- the pull-back
 
@@ -179,7 +162,8 @@ class Unrolled(Differentiation):
         """
         bound, recording, replay = self.bound, self.recording, self.replay
         limit = bound.stage.max_growth or growth_limit(replay.dtype)
-        cache_key = checkpoint.cache_key + bound.name if checkpoint else None
+        # The file's name tells the replicates of a query apart, whose sweeps begin with adjoints of their own.
+        cache_key = checkpoint.cache_key + checkpoint.path.stem if checkpoint else None
         first, certificate = go_back(recording, replay, adjoint, bound.name, limit, cache_key)
         trained = first.slots["parameters"]
         inherited = {n: first.frozen[n] if n in first.frozen else trained[n] for n in bound.split.inherited}

@@ -25,8 +25,8 @@ from .trajectory import Snapshot, Trajectory, nearest
 
 SAME = 1e-5  # relative distance of two models that counts as rounding
 SAME_RATE = 1e-6
-# What a schedule is made of, see `record.learning_rates`.
-SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+# What a schedule is made of, see `record.learning_rates`, and clipping.
+SETTINGS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm")
 
 
 def of_trainer(
@@ -59,19 +59,22 @@ def of_trainer(
         )
     total = _end(paths, steps, int(states[paths[-1]]["max_steps"]), model, trained, name)
     paths, steps = paths[: sum(s <= total for s in steps)], [s for s in steps if s <= total]
-    rates = _rates(paths[-1], states[paths[-1]], total, name)
     cut, places = nearest(steps, total)
-    groups = _load(paths[-1] / "optimizer.pt", name)["param_groups"]
+    state = _load(paths[-1] / "optimizer.pt", name)
+    optimiser, names = (
+        _optimiser(state["param_groups"], paths[-1], name),
+        _names(state, model, trained, paths[-1], name),
+    )
+    rates, clip = _rates(paths[-1], states[paths[-1]], total, _one_rate(state["param_groups"], paths[-1], name), name)
 
     def load(i: int) -> Snapshot:
         path = paths[places[i]]
         parameters, buffers = weights(path, model, name)
         return Snapshot(parameters, buffers, _second_moments(path, model, trained, name))
 
-    decay = any(group.get("weight_decay") for group in groups)
+    decayed = frozenset(n for n, group in names if group.get("weight_decay") and n in set(trained))
     origin = f"{len(paths)} checkpoint(s) in {paths[0].parent}"
-    decayed = frozenset(decayed_names(model) & set(trained)) if decay else frozenset()
-    return Trajectory(_optimiser(groups, paths[-1], name), rates, tuple(cut), load, decayed, origin)
+    return Trajectory(optimiser, rates, tuple(cut), load, decayed, origin, clip)
 
 
 def _paths(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> list[Path]:
@@ -184,54 +187,74 @@ def _load(path: Path, name: str) -> Any:
 
 
 def _optimiser(groups: list[dict[str, Any]], folder: Path, name: str) -> SGD | AdamW:
-    group = max(groups, key=lambda group: group.get("weight_decay", 0.0))
-    decay = float(group.get("weight_decay", 0.0))
-    if "betas" in group and "eps" in group and not group.get("amsgrad"):
-        beta1, beta2 = group["betas"]
-        decoupled = group.get("decoupled_weight_decay", True)
-        if decoupled or not decay:
-            return AdamW(float(beta1), float(beta2), float(group["eps"]), weight_decay=decay)
-    elif "momentum" in group and not group.get("dampening"):
-        return SGD(float(group["momentum"]), bool(group.get("nesterov")), decay)
+    decays = {float(group.get("weight_decay", 0.0)) for group in groups} - {0.0}
+    group, decay = groups[0], max(decays, default=0.0)
+    if len(decays) <= 1:
+        if {"betas", "eps", "amsgrad"} <= set(group) and not group["amsgrad"]:
+            beta1, beta2 = group["betas"]
+            if group.get("decoupled_weight_decay", True) or not decay:
+                return AdamW(float(beta1), float(beta2), float(group["eps"]), weight_decay=decay)
+        elif {"momentum", "dampening", "nesterov"} <= set(group) and not group["dampening"]:
+            return SGD(float(group["momentum"]), bool(group["nesterov"]), decay)
     raise InputError(
         f"stage {name!r}: the optimiser of {folder} has the settings {sorted(group)[:6]}; expected torch's AdamW "
-        "(without amsgrad) or SGD (without dampening)."
+        "(without amsgrad) or SGD (without dampening), with one weight decay."
+    )
+
+
+def _one_rate(groups: list[dict[str, Any]], folder: Path, name: str) -> float:
+    """The peak of the learning rate, which all groups must have in common."""
+    rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
+    if len(rates) > 1:
+        raise InputError(
+            f"stage {name!r}: the optimiser of {folder} has groups with the learning rates {sorted(rates)}; expected "
+            "one for all parameters."
+        )
+    return rates.pop()
+
+
+def _names(
+    state: dict[str, Any], model: nn.Module, trained: Sequence[str], folder: Path, name: str
+) -> list[tuple[str, dict[str, Any]]]:
+    """The names of the optimiser's parameters in its order, each with its group.
+
+    A Trainer's optimiser has two groups: the parameters that weight decay acts on, then the others, each in the
+    model's order; one of a single group has the model's order. Which ones it was given, is told by their number and
+    shapes.
+    """
+    groups, decayed = state["param_groups"], decayed_names(model)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    numbers = [(i, group) for group in groups for i in group["params"]]
+    entries = [state["state"].get(i, {}).get("exp_avg_sq") for i, _ in numbers]
+    given = [n for n, p in model.named_parameters() if p.requires_grad], [n for n in shapes if n in set(trained)]
+    for names in given:
+        first = [n for n in names if n in decayed]
+        ordered = names if len(groups) == 1 else [*first, *(n for n in names if n not in decayed)]
+        fits = len(ordered) == len(numbers) and (len(groups) == 1 or len(groups[0]["params"]) == len(first))
+        fits = fits and all(
+            entry is None or tuple(entry.shape) == shapes[n] for n, entry in zip(ordered, entries, strict=True)
+        )
+        if fits and set(trained) <= set(ordered):
+            return [(n, group) for n, (_, group) in zip(ordered, numbers, strict=True)]
+    raise InputError(
+        f"stage {name!r}: the optimiser of {folder} has {len(numbers)} tensors in {len(groups)} groups, which are not "
+        f"those that the stage trains ({len(set(trained))}, in the order of a Trainer); expected its trainable, or "
+        "requires_grad, to say what that run trained."
     )
 
 
 def _second_moments(folder: Path, model: nn.Module, trained: Sequence[str], name: str) -> dict[str, Tensor] | None:
-    """v̂ by the names of the trained parameters; None for an optimiser that has none.
-
-    A Trainer's optimiser numbers the parameters: first those that weight decay acts on, then the others, each in the
-    model's order. Which ones it was given, is told by their number and shapes.
-    """
+    """v̂ by the names of the trained parameters; None for an optimiser that has none."""
     state = _load(folder / "optimizer.pt", name)
-    group = state["param_groups"][0]
-    if "betas" not in group:
+    if "betas" not in state["param_groups"][0]:
         return None
-    decayed, wanted = decayed_names(model), set(trained)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    moments, wanted = {}, set(trained)
     numbers = [i for group in state["param_groups"] for i in group["params"]]
-    found = [tuple(state["state"][i]["exp_avg_sq"].shape) if i in state["state"] else None for i in numbers]
-    for names in ([n for n, p in model.named_parameters() if p.requires_grad], [n for n in shapes if n in wanted]):
-        ordered = [*(n for n in names if n in decayed), *(n for n in names if n not in decayed)]
-        fits = len(ordered) == len(numbers) and all(
-            shape is None or shape == shapes[n] for n, shape in zip(ordered, found, strict=True)
-        )
-        if fits and wanted <= set(ordered):
-            break
-    else:
-        raise InputError(
-            f"stage {name!r}: the optimiser of {folder} has {len(numbers)} tensors, which are not those that the "
-            f"stage trains ({len(wanted)}, in the order of a Trainer); expected its trainable, or requires_grad, to "
-            "say what that run trained."
-        )
-    moments = {}
-    for n, i in zip(ordered, numbers, strict=True):
+    for (n, group), i in zip(_names(state, model, trained, folder, name), numbers, strict=True):
         if n in wanted:
             entry = state["state"].get(i)
             if entry is None:  # it never had a gradient
-                moments[n] = torch.zeros(shapes[n])
+                moments[n] = torch.zeros(model.get_parameter(n).shape)
             else:
                 moments[n] = entry["exp_avg_sq"] / (1 - float(group["betas"][1]) ** float(entry["step"]))
     return moments
@@ -240,13 +263,27 @@ def _second_moments(folder: Path, model: nn.Module, trained: Sequence[str], name
 # The learning rates -------------------------------------------------------------------------------------------------
 
 
-def _rates(folder: Path, state: Mapping[str, Any], total: int, name: str) -> list[float]:
-    """The learning rate of each step."""
+def _rates(
+    folder: Path, state: Mapping[str, Any], total: int, peak: float, name: str
+) -> tuple[list[float], float | None]:
+    """The learning rate of each step, and the norm to which gradients were clipped, where it is known.
+
+    Args:
+        folder: the last checkpoint.
+        state: its trainer_state.json.
+        total: number of steps.
+        peak: the learning rate that the optimiser was given.
+        name: the stage's name, for messages.
+    """
     # A Trainer logs the rate of the step that it has just taken; scheduler.pt has that of the next one.
     logged = {int(e["step"]): float(e["learning_rate"]) for e in state["log_history"] if "learning_rate" in e}
-    rates = _scheduled(folder, int(state["max_steps"]))
+    arguments = _arguments(folder)
+    rates, clip = None, None
+    if arguments is not None:
+        clip = float(arguments.max_grad_norm or 0.0) or None
+        if abs(arguments.learning_rate - peak) <= SAME_RATE * peak:
+            rates = learning_rates(arguments, int(state["max_steps"]))
     if rates is not None:
-        peak = max(rates) or 1.0
         next_rate = _next_rate(folder)
         checked = {**logged}
         if next_rate is not None and state["global_step"] < len(rates):
@@ -254,7 +291,7 @@ def _rates(folder: Path, state: Mapping[str, Any], total: int, name: str) -> lis
         if all(
             abs(rates[step - 1] - rate) <= SAME_RATE * peak for step, rate in checked.items() if step <= len(rates)
         ):
-            return rates[:total]
+            return rates[:total], clip
     if not logged:
         raise InputError(
             f"stage {name!r}: the learning rates of the run in {folder.parent} are not known: its training_args.bin "
@@ -267,7 +304,7 @@ def _rates(folder: Path, state: Mapping[str, Any], total: int, name: str) -> lis
         stacklevel=2,
     )
     steps = sorted(logged)
-    return np.interp(np.arange(1, total + 1), steps, [logged[step] for step in steps]).tolist()
+    return np.interp(np.arange(1, total + 1), steps, [logged[step] for step in steps]).tolist(), clip
 
 
 def _next_rate(folder: Path) -> float | None:
@@ -277,16 +314,18 @@ def _next_rate(folder: Path) -> float | None:
         return None
 
 
-def _scheduled(folder: Path, steps: int) -> list[float] | None:
-    """The rates by the schedule that training_args.bin names; None where it cannot be read."""
+def _arguments(folder: Path) -> TrainingArguments | None:
+    """What training_args.bin says of the schedule and of clipping; None where it cannot be read."""
     path = folder / "training_args.bin"
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # Each class in the file is replaced by one that keeps what it is given, and does nothing.
         with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-        values = {key: _plain(vars(saved)[key]) for key in SCHEDULE}
-        return learning_rates(TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], **values), steps)
+            saved = vars(torch.load(path, weights_only=True, map_location="cpu"))
+        values = {key: _plain(saved[key]) for key in SETTINGS}
+        # Older versions give the warm-up as a share by a setting of its own.
+        values["warmup_steps"] = values["warmup_steps"] or saved.get("warmup_ratio") or 0
+        return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], **values)
     except Exception:
         return None
 

@@ -54,6 +54,8 @@ class Trajectory:
         clip: the norm to which gradients were clipped, which makes τ an upper bound; None: they were not, or it is not
             known.
         fingerprint: of whatever else it depends on.
+        alpha: α by which a recorded run was tied to the stage before; None: by none, or it is not known.
+        batch: rows per step, by which second moments that are not known are estimated.
     """
 
     optimiser: SGD | AdamW
@@ -64,6 +66,8 @@ class Trajectory:
     origin: str
     clip: float | None = None
     fingerprint: str = ""
+    alpha: float | None = None
+    batch: int | None = None
 
     @property
     def steps(self) -> int:
@@ -106,6 +110,7 @@ class Trajectory:
             "segments": [list(segment) for segment in self.segments],
             "decayed": digest(sorted(self.decayed)),
             "fingerprint": self.fingerprint,
+            "batch": self.batch,
         }
 
 
@@ -170,6 +175,7 @@ def of_recording(recording: Recording, segments: int) -> Trajectory:
         origin=f"the recorded run in {recording.folder}",
         clip=recording.clip,
         fingerprint=digest(recording.settings),
+        alpha=recording.alpha,
     )
 
 
@@ -180,6 +186,7 @@ def of_models(
     optimiser: SGD | AdamW,
     decayed: Collection[str] = (),
     second_moments: Sequence[Mapping[str, Tensor]] | None = None,
+    batch: int | None = None,
 ) -> Trajectory:
     """A run from models that were saved along it, such as the revisions of a model on the Hub.
 
@@ -193,7 +200,8 @@ def of_models(
         decayed: the names on which the optimiser's weight decay acts; `adapters.split.decayed_names(model)` are those
             of a `Trainer`.
         second_moments: v̂ of AdamW at each model, corrected for its bias. None: they are estimated from the gradients
-            of rows (`influence.coordinates`).
+            of rows (`influence.coordinates`), for which `batch` is needed.
+        batch: rows per step of the run.
 
     Raises:
         InputError: the lists do not fit together.
@@ -216,4 +224,10 @@ def of_models(
             moments,
         )
 
-    return Trajectory(optimiser, rates, tuple(cut), load, frozenset(decayed), f"{len(models)} models")
+    if isinstance(optimiser, AdamW) and second_moments is None and (batch is None or batch < 1):
+        raise InputError(
+            f"the second moments of AdamW are not given, and batch is {batch!r}; expected second_moments, or the "
+            "number of rows per step, by which they are estimated."
+        )
+    origin = f"{len(models)} models"
+    return Trajectory(optimiser, rates, tuple(cut), load, frozenset(decayed), origin, batch=batch)

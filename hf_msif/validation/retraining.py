@@ -68,6 +68,7 @@ class _Retrainer:
                 "name": s.name,
                 "model": tensors_fingerprint(dict(s.model.named_parameters())),
                 "objective": objective_identity(s.objective),
+                "measured": objective_identity(s.influence_objective),
                 "data": digest(as_rows(s.data, f"the data of stage {s.name!r}")),
                 "trainable": s.trainable if isinstance(s.trainable, str) else list(s.trainable),
                 "weight_decay": s.weight_decay,

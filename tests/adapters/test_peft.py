@@ -278,7 +278,7 @@ def test_the_chain_is_that_of_dense_algebra(pair, tuned, wrapped):
     model, exact = tuned if wrapped else tuned.base_model.model, {"curvature": "hessian"}
     exact["solver"] = solvers.Dense(damping=DAMPING)
     stages = [
-        Stage("pre", pair[0], tiny.objective("masked"), CORPUS, PRETRAINED, **exact),
+        Stage("pre", pair[0], tiny.objective("masked"), CORPUS, PRETRAINED, mask_rounds=None, **exact),
         Stage("fine", model, tiny.objective("classification"), TWEETS, "head", weight_decay=DECAY, **exact),
     ]
     query = MultiStageInfluence(stages, progress=False).query(TESTS)

@@ -82,7 +82,7 @@ def results(dtype, **settings):
 STATES = [tiny.model("bert", "masked", seed=seed) for seed in (0, 3)]
 SEGMENTS = {
     "link": "segments",
-    "checkpoints": of_models(STATES, [4, 9], [0.01] * 9, AdamW(weight_decay=0.1), decayed_names(STATES[0])),
+    "checkpoints": of_models(STATES, [4, 9], [0.01] * 9, AdamW(weight_decay=0.1), decayed_names(STATES[0]), batch=4),
     "solver": solvers.Auto(tol=1e-12, max_iter=12),
 }
 AUTO = solvers.CG(damping_fraction=0.1, tol=1e-12, max_iter=3)  # with less damping three iterations gain nothing

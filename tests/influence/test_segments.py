@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import runs, tiny
 from helpers.runs import PATTERNS, ROWS, TESTS, Run, pair, trained_names, unrolled_chain
-from helpers.toy import toy_rows
+from helpers.toy import ToyObjective, toy_rows
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
@@ -52,6 +52,8 @@ def test_one_step_per_segment_is_the_unrolled_link(tmp_path, trainable, alpha, m
     recording, every = Recording.from_pretrained(tmp_path), states(unrolled)
     steps = recording.steps
     given = trajectory.of_models(at(model, every[:steps]), range(steps), recording.schedule.rates, recording.optimiser)
+    if alpha is not None:  # a recorded run says its own
+        assert trajectory.of_recording(recording, 1).alpha == alpha
     msif = unrolled_chain(run, before, model, None, trainable, **EXACT, checkpoints=given, alpha=alpha)
     query = msif.query(TESTS)
     for stage, data in (("first", toy_rows(2, 12)), ("second", rows)):
@@ -300,6 +302,49 @@ def test_a_growing_adjoint_is_refused(recorded):
     settings = {"link": "segments", "checkpoints": given, "curvature": "hessian", "solver": solvers.Auto()}
     with pytest.raises(InputError, match=r"the adjoint grew .* take curvature='gauss_newton'"):
         unrolled_chain(run, before, model, None, **settings).query(TESTS)
+
+
+def test_the_alpha_of_a_recorded_run_is_taken(tmp_path):
+    before, model = pair()
+    run = Run(toy_rows(3, ROWS), [], alpha=0.7, batch=ROWS, epochs=9)
+    run.record(model, tmp_path, before)
+    links = [
+        unrolled_chain(run, before, model, tmp_path, link="segments", solver=solvers.Auto(), alpha=alpha)
+        .stages[1]
+        .differentiation
+        for alpha in (None, 0.7)
+    ]
+    assert [link.facts()["alpha"] for link in links] == [0.7, 0.7]
+    assert set(links[0].quadratic.tie) == {n for n, _ in model.named_parameters() if n.startswith("encoder.")}
+
+
+def test_a_run_of_another_start_is_refused(tmp_path):
+    before, model = pair()
+    run = Run(toy_rows(3, ROWS), [], batch=ROWS, epochs=9)
+    run.record(model, tmp_path, before)
+    with pytest.raises(InputError, match="did not start from stage 'first'"):
+        unrolled_chain(
+            run,
+            at(before, [{"parameters": {"encoder.shift": torch.ones(3)}}])[0],
+            model,
+            tmp_path,
+            **{"link": "segments", "solver": solvers.Auto()},
+        )
+
+
+def test_growth_in_the_only_segment_is_refused(recorded):
+    """Where nothing is handed on, u itself would be huge, or not finite."""
+    run, _, model, _ = recorded
+    given = trajectory.of_models([model], [200], [5.0] * 2000, SGD())
+    settings = {"link": "segments", "checkpoints": given, "curvature": "hessian", "solver": solvers.Auto()}
+    msif = MultiStageInfluence([Stage("only", model, ToyObjective(), run.rows, **settings)], progress=False)
+    with pytest.raises(InputError, match="the adjoint grew"):
+        msif.query(TESTS)
+
+
+def test_unknown_moments_need_the_size_of_a_step():
+    with pytest.raises(InputError, match="the second moments of AdamW are not given, and batch is None"):
+        trajectory.of_models([pair()[1]], [1], [0.1], AdamW())
 
 
 def test_what_does_not_fit_is_refused(recorded):

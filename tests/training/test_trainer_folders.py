@@ -78,6 +78,7 @@ def test_rates_moments_weights_and_decay_are_those_of_the_run(run):
     assert list(trajectory.rates) == pytest.approx(watch.rates, rel=1e-12)
     assert [tuple(segment) for segment in trajectory.segments] == [(0, 6, 4), (6, 9, 8), (9, 10, 10)]
     assert trajectory.optimiser == AdamW(0.9, 0.95, 1e-8, weight_decay=0.1)
+    assert trajectory.clip == 1.0
     assert "bert.embeddings.word_embeddings.weight" in trajectory.decayed
     assert not any("bias" in name or "LayerNorm" in name for name in trajectory.decayed)
     for i, segment in enumerate(trajectory.segments):
@@ -120,12 +121,12 @@ def test_no_code_of_a_file_is_run(run, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "touched"), "w"))
 
-    for name in ("training_args.bin", "scheduler.pt", "optimizer.pt"):
+    for name in ("training_args.bin", "scheduler.pt"):
         torch.save({"state": Evil()}, tmp_path / "checkpoint-10" / name)
-    with (
-        pytest.raises(InputError, match=r"optimizer\.pt cannot be read"),
-        pytest.warns(UserWarning, match="interpolated"),
-    ):
+    with pytest.warns(UserWarning, match="interpolated"):
+        of_trainer(tmp_path / "checkpoint-10", model, names_of(model), "stage")
+    torch.save({"state": Evil()}, tmp_path / "checkpoint-10" / "optimizer.pt")
+    with pytest.raises(InputError, match=r"optimizer\.pt cannot be read"):
         of_trainer(tmp_path / "checkpoint-10", model, names_of(model), "stage")
     assert not (tmp_path / "touched").exists()
 
@@ -140,6 +141,25 @@ def test_sgd_and_a_frozen_part(tmp_path):
     trajectory = of_trainer(f"{tmp_path}/checkpoint-*", model, head, "stage")
     assert trajectory.optimiser == SGD(momentum=0.5, weight_decay=0.1)
     assert trajectory.load(0).second_moments is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda groups: groups[0].update(initial_lr=1.0), r"groups with the learning rates \[0\.01, 1\.0\]"),
+        (lambda groups: [g.update(amsgrad=True) for g in groups], "expected torch's AdamW"),
+        (lambda groups: [g.pop("betas") for g in groups], "expected torch's AdamW"),
+    ],
+    ids=["two rates", "amsgrad", "another optimiser"],
+)
+def test_an_optimiser_that_is_not_understood_is_refused(run, tmp_path, change, message):
+    folder, model, _ = run
+    shutil.copytree(folder / "checkpoint-10", tmp_path / "checkpoint-10")
+    state = torch.load(tmp_path / "checkpoint-10" / "optimizer.pt", weights_only=True)
+    change(state["param_groups"])
+    torch.save(state, tmp_path / "checkpoint-10" / "optimizer.pt")
+    with pytest.raises(InputError, match=message):
+        of_trainer(tmp_path / "checkpoint-10", model, names_of(model), "stage")
 
 
 def test_adapters(tmp_path):
