@@ -32,6 +32,9 @@ from helpers.toy import ToyObjective, decayed, example_losses, toy, toy_rows
 from transformers import get_scheduler
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, solvers, training, vectors
+from hf_msif.engine.checkpoints import open_checkpoint
+from hf_msif.influence import unrolled
+from hf_msif.influence.multistage import checkpoint_name
 from hf_msif.influence.sweep import damping_sweep
 from hf_msif.influence.unrolled import check_replay
 from hf_msif.training.record import rerun
@@ -659,3 +662,22 @@ def test_there_is_no_damping_to_sweep(made):
         InputError, match="stage 'second' is differentiated by link='unrolled', without a linear system"
     ):
         damping_sweep(found, TESTS, run.rows, [0.1, 1.0], "second")
+
+
+def test_replicates_do_not_share_an_interrupted_sweep(tmp_path, monkeypatch):
+    """Each has a checkpoint of its own, under the cache key of the query."""
+    before, model = pair()
+    run = Run(rows_of(TESTS), [], epochs=2)
+    run.record(model, tmp_path / "run", before)
+    msif, keys = unrolled_chain(run, before, model, tmp_path / "run"), []
+
+    def seen(recording, replay, adjoint, name, limit, cache_key):
+        keys.append(cache_key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unrolled, "go_back", seen)
+    for r in (0, 1):
+        checkpoint = open_checkpoint(tmp_path, checkpoint_name("second", r), "key", msif.engine)
+        with pytest.raises(KeyboardInterrupt):
+            msif.stages[1].differentiation.pull_back(msif.measurement(rows_of(TESTS))[0], checkpoint)
+    assert len(set(keys)) == 2
