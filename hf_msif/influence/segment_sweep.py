@@ -177,20 +177,21 @@ def go_back(
     outputs = 1 + number if carries else 1
     unstable, amplified = False, 0.0
 
-    def functions(values: Tensor, column: int) -> Tensor:
+    def functions(values: Tensor, numbers: list[int]) -> Tensor:
         nonlocal unstable, amplified
-        slot = column // columns
-        response = responses(optimiser, rates, values)[slot]
-        too_curved = (values > 0) & ~(response[1 + slot].abs() <= UNSTABLE)
+        slot, each = torch.tensor([q // columns for q in numbers]), torch.arange(len(numbers))
+        # One walk through the schedule for all columns: along an eigenvalue it is the same for each.
+        answers = responses(optimiser, rates, values.flatten()).unflatten(2, values.shape)
+        response = answers[slot, :, each]
+        too_curved = (values > 0) & ~(response[each, 1 + slot].abs() <= UNSTABLE)
         if too_curved.any():
             unstable = True
             converged = torch.zeros_like(response)
-            converged[0] = (slot == 0) / values
-            response = torch.where(too_curved, converged, response)
-        # The last call has the widest spectrum of its column.
-        growth = response[1 + slot].abs().max().nan_to_num(nan=torch.inf)
+            converged[:, 0] = (slot == 0)[:, None] / values
+            response = torch.where(too_curved[:, None], converged, response)
+        growth = response[each, 1 + slot].abs().max().nan_to_num(nan=torch.inf)
         amplified = max(amplified, float(growth))
-        return response[:outputs]
+        return response[:, :outputs]
 
     # A linear function of the parameters φ is one of P^−½ φ with P^½ λ, and of the momentum the other way round.
     whitened = [system.scaled(slots[0]), *(system.unscaled(slot) for slot in slots[1:])]

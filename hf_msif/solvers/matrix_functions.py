@@ -13,8 +13,8 @@ from ..vectors import Block
 from ._base import Progress
 from .operator import CountedOperator, Operator, rounding_unit
 
-# Values of the functions at the Ritz values (k,) of a column: shape (F, k), float64.
-Functions = Callable[[Tensor, int], Tensor]
+# Values of the functions of some columns, given by their numbers, at their Ritz values (A, k): (A, F, k), float64.
+Functions = Callable[[Tensor, list[int]], Tensor]
 SETTLED_CHECKS = 2  # checks in a row in which the iterates must have changed by at most `tol`
 SPACING = 16  # up to that iteration each one is checked, later ones at distances of 1/SPACING of their number
 KEPT_SHARE = 0.7  # of a vector's norm; where one sweep of orthogonalisation leaves less, rounding asks for another
@@ -55,8 +55,8 @@ def apply_functions(
     Args:
         operator: A, symmetric.
         b: Q columns.
-        functions: `functions(values, q)`, the values of column q's functions at the Ritz values (k,): (F, k). All
-            columns have the same F.
+        functions: `functions(values, columns)`, the values of the functions of A columns, given by their numbers, at
+            their Ritz values (A, k): (A, F, k). All columns have the same F.
         tol: a column is done where two checks in a row find each of its iterates changed by at most `tol`.
         max_iter: k at most.
         groups: number of the group of each column. The results of a group are added up later, so that the change of a
@@ -74,7 +74,7 @@ def apply_functions(
     ...     def matvec(self, v):
     ...         return {"w": v["w"] * torch.tensor([1.0, 4.0], dtype=torch.float64)}
     >>> b = {"w": torch.tensor([[1.0, 1.0]], dtype=torch.float64)}
-    >>> (root,), report = apply_functions(Diagonal(), b, lambda values, q: values.sqrt()[None], 1e-9, 10)
+    >>> (root,), report = apply_functions(Diagonal(), b, lambda values, columns: values.sqrt()[:, None], 1e-9, 10)
     >>> root["w"].round(decimals=6).tolist(), report.iterations
     ([[1.0, 2.0]], [2])
     """
@@ -100,8 +100,10 @@ def apply_functions(
         if not checked and not any(runs[q].exhausted for q in active):
             v = vectors.scale(w, 1 / beta)
             continue
-        for q in active:
-            runs[q].evaluate(functions, q)
+        spectra = [runs[q].spectrum() for q in active]
+        table = functions(torch.stack([values for values, _ in spectra]), active)
+        for q, (values, vectors_of_t), at_values in zip(active, spectra, table, strict=True):
+            runs[q].evaluate(values, vectors_of_t, at_values)
         _judge(runs, groups)
         done = [runs[q].exhausted or runs[q].settled(tol) or iteration == max_iter for q in active]
         if progress is not None:
@@ -121,7 +123,7 @@ def apply_functions(
         if active:
             v = vectors.scale(w, 1 / beta)
     if outputs is None:
-        outputs = [vectors.zeros_like(b) for _ in functions(norms.new_zeros(1).cpu(), 0)]
+        outputs = [vectors.zeros_like(b) for _ in functions(norms.new_zeros(1, 1).cpu(), [0])[0]]
     return outputs, FunctionsReport(
         iterations=[len(run.diagonal) for run in runs],
         error=[0.0 if run.exhausted else run.error for run in runs],
@@ -154,12 +156,16 @@ class _Column:
         self.exhausted = beta <= 8 * self.unit * max(*map(abs, self.diagonal), *self.off, 0.0)
         self.off.append(beta)
 
-    def evaluate(self, functions: Functions, q: int) -> None:
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of T."""
         diagonal = torch.tensor(self.diagonal, dtype=torch.float64)
         off = torch.tensor(self.off[:-1], dtype=torch.float64)
-        values, basis = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
+        return torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
+
+    def evaluate(self, values: Tensor, basis: Tensor, at_values: Tensor) -> None:
+        """The iterates, from T's eigenvalues and eigenvectors and the functions' values there, (F, k)."""
         self.smallest, self.largest = float(values[0]), float(values[-1])
-        coefficients = (functions(values, q) * basis[0]) @ basis.T
+        coefficients = (at_values * basis[0]) @ basis.T
         before = torch.zeros_like(coefficients)
         before[:, : self.coefficients.shape[-1]] = self.coefficients
         self.changes = self.norm * (coefficients - before).norm(dim=1)
