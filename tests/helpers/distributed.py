@@ -67,9 +67,9 @@ def results(dtype, **settings):
     terms = query.token_scores(CORPUS[:2])
     found["terms"] = torch.tensor(terms[[f"influence_{q}" for q in range(3)]].to_numpy())
     replicated = made.query(TESTS[:1], replicates=2).score(CORPUS)
-    found["replicated"] = torch.tensor(replicated.influence())
-    if dtype == torch.float64:  # a difference of two replicates, of which float32 leaves fewer digits
-        found["errors"] = torch.tensor(replicated.standard_error())
+    found["replicated/influence"] = torch.tensor(replicated.influence())
+    if dtype == torch.float64:  # differences of two replicates, in the unit of the influence
+        found["replicated/errors"] = torch.tensor(replicated.standard_error())
     group = made.query(TESTS, aggregate="mean")
     found |= {f"group/{n}": t for n, t in group.solutions["pre"].tensors().items()}
     found["N"] = torch.tensor([made.stage("pre").count, made.stage("fine").count])
