@@ -68,7 +68,8 @@ def results(dtype, **settings):
     found["terms"] = torch.tensor(terms[[f"influence_{q}" for q in range(3)]].to_numpy())
     replicated = made.query(TESTS[:1], replicates=2).score(CORPUS)
     found["replicated/influence"] = torch.tensor(replicated.influence())
-    if dtype == torch.float64:  # differences of two replicates, in the unit of the influence
+    # Their fit takes logarithms of small differences of replicates, which a solve to its last digit does not keep.
+    if dtype == torch.float64 and "solver" not in settings:
         found["replicated/errors"] = torch.tensor(replicated.standard_error())
     group = made.query(TESTS, aggregate="mean")
     found |= {f"group/{n}": t for n, t in group.solutions["pre"].tensors().items()}
