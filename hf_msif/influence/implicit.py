@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .. import training, vectors
-from ..curvature import EKFAC, Curvature, auto
+from ..curvature import EKFAC, Curvature
 from ..curvature.norms import Metric
 from ..curvature.sharded import Sharded
 from ..curvature.whitened import Whitened
@@ -37,7 +37,7 @@ from .coordinates import whitened
 from .cost import Cost, activation_bytes
 from .differentiation import Retraining, StageCertificate
 from .direction import Direction
-from .implicit_cost import curvature_examples, implicit_cost
+from .implicit_cost import implicit_cost
 from .recorded import TrainingDamping, trajectory_of
 from .sampled import Sampled
 from .stage import Stage
@@ -94,11 +94,6 @@ class Implicit(Sampled):
         self.solver = bound.stage.solver
         self._solver_states: dict[Solver, Any] = {}
         stage, split = bound.stage, bound.split
-        if isinstance(bound.rows, Stream) and stage.curvature_samples is None:
-            raise InputError(
-                f"the data of stage {stage.name!r} is a stream, and curvature_samples is None; expected the number of "
-                "rows on which the curvature is estimated."
-            )
         if split.proximal and stage.alpha is None:
             raise missing_alpha(split)
         self.training_damping: TrainingDamping | None = None
@@ -140,14 +135,6 @@ class Implicit(Sampled):
         if self.training_damping is None or self.training_damping.optimiser == "SGD":
             return operator
         return whitened(operator, self.trajectory, self.trajectory.load(len(self.trajectory.segments) - 1))
-
-    @cached_property
-    def curvature_kind(self) -> tuple[Callable[..., Curvature], str | None]:
-        """What makes the operator, and why `curvature="auto"` took it (None: it was given)."""
-        bound, stage = self.bound, self.bound.stage
-        if stage.curvature != "auto":
-            return stage.curvature_class, None
-        return auto.chosen(bound.model, bound.objective, bound.compared_rows, curvature_examples(self), bound.engine)
 
     def curvature(self, rows: list[dict], ridge: Mapping[str, float | Tensor] | None = None) -> Curvature:
         """The curvature estimated on `rows`; `ridge`, the diagonal of the quadratic terms, defaults to that of F_k."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import ClassVar, Self
 
-from ..curvature import Curvature
+from ..curvature import Curvature, auto
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
@@ -20,6 +20,9 @@ class Sampled(Differentiation):
     """A differentiation by curvature, which can be replicated: other masks, another part of the sample.
 
     A subclass estimates its curvature on `curvature_rows`, by `objective`.
+
+    Raises:
+        InputError: the data are a stream and `curvature_samples` is None.
     """
 
     bound: BoundStage
@@ -29,13 +32,22 @@ class Sampled(Differentiation):
 
     def __init__(self, bound: BoundStage):
         super().__init__(bound)
+        stage = bound.stage
+        if isinstance(bound.rows, Stream) and stage.curvature_samples is None:
+            raise InputError(
+                f"the data of stage {stage.name!r} is a stream, and curvature_samples is None; expected the number of "
+                "rows on which the curvature is estimated."
+            )
         self._draw, self._part = 0, (0, 1)  # number of the round of masks; number and number of parts of the sample
         self._replicates: dict[tuple[int, int], Self] = {}
 
-    @property
+    @cached_property
     def curvature_kind(self) -> tuple[Callable[..., Curvature], str | None]:
         """What makes the operators, and why `curvature="auto"` took it (None: it was given)."""
-        raise NotImplementedError
+        bound, stage = self.bound, self.bound.stage
+        if stage.curvature != "auto":
+            return stage.curvature_class, None
+        return auto.chosen(bound.model, bound.objective, bound.compared_rows, curvature_examples(self), bound.engine)
 
     @property
     def objective(self) -> Objective:

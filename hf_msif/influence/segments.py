@@ -29,13 +29,12 @@ from torch import Tensor
 
 from .. import training, vectors
 from ..adapters.functional import FunctionalModel
-from ..curvature import Curvature, auto
+from ..curvature import Curvature
 from ..curvature.whitened import Whitened
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint
 from ..engine.files import nested_keys
 from ..engine.hashing import digest, tensors_fingerprint
-from ..engine.stream import Stream
 from ..errors import InputError
 from ..solvers import Auto
 from ..training import optimisers
@@ -50,7 +49,6 @@ from .coordinates import whitened
 from .cost import Cost
 from .differentiation import Retraining, StageCertificate
 from .direction import Direction, Directions
-from .implicit_cost import curvature_examples
 from .recorded import trajectory_of
 from .sampled import Sampled
 from .segment_sweep import SegmentsCertificate, Sweep, go_back, in_parts, joined
@@ -89,11 +87,6 @@ class Segments(Sampled):
             raise InputError(
                 f"stage {stage.name!r}: link is 'segments' and alpha is 'auto'; expected the α with which the stage "
                 "was trained, or None where nothing tied it to the stage before."
-            )
-        if isinstance(bound.rows, Stream) and stage.curvature_samples is None:
-            raise InputError(
-                f"the data of stage {stage.name!r} is a stream, and curvature_samples is None; expected the number of "
-                "rows on which the curvature is estimated."
             )
         self.tol, self.max_iter = stage.solver.tol, stage.solver.max_iter
         # A head that the run took over was not tied: the quadratic terms keep the roles without it.
@@ -141,14 +134,6 @@ class Segments(Sampled):
         return self._models[i]
 
     # --- curvature
-
-    @cached_property
-    def curvature_kind(self) -> tuple[Callable[..., Curvature], str | None]:
-        """What makes the operators, and why `curvature="auto"` took it (None: it was given)."""
-        bound, stage = self.bound, self.bound.stage
-        if stage.curvature != "auto":
-            return stage.curvature_class, None
-        return auto.chosen(bound.model, bound.objective, bound.compared_rows, curvature_examples(self), bound.engine)
 
     def curvature(self, rows: list[dict], i: int = -1) -> Curvature:
         """∂²F/∂trained² at the state of segment i (the last one by default), estimated on `rows`."""
