@@ -25,7 +25,6 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_msif.project.demo.run.CURVATURE_SAMPLES", 32)
-        patch.setattr("hf_msif.project.demo.run.DRAWS", 1)
         report = demo(folder, quiet=True, steps=(30, 20), check=False)
     report["removal"] = [{"left out": "made up", "loss": 0.5, "change": 0.25, "predicted change": 0.125}]
     (folder / "demo.json").write_text(json.dumps(report))

@@ -34,6 +34,11 @@ def chain(models, masks=(), **pretraining):
     )
 
 
+def folds(number):
+    """The masks of influence in one of its rounds: each token once in eight."""
+    return tiny.objective("masked", masks="folds", mask_probability=1 / 8, draws=8, first_draw=8 * number)
+
+
 def test_each_replicate_is_a_query_with_its_own_masks_and_part_of_the_sample(models):
     made = chain(models, curvature_samples=20)
     query = made.query(TESTS, replicates=2)
@@ -43,7 +48,7 @@ def test_each_replicate_is_a_query_with_its_own_masks_and_part_of_the_sample(mod
     for r in range(2):
         alone = MultiStageInfluence(
             [
-                Stage("pre", models[0], tiny.objective("masked", first_draw=r), sample[r::2], solver=solver),
+                Stage("pre", models[0], folds(r), sample[r::2], solver=solver),
                 made.stage("fine").stage,
             ],
             progress=False,
@@ -80,7 +85,7 @@ def test_a_curvature_on_all_rows_stays_on_all_rows(models):
     made = chain(models)
     replicate = made.stage("pre").differentiation.replicate(1, 2)
     assert replicate.curvature_rows == made.stage("pre").rows
-    assert replicate.objective.first_draw == 1
+    assert (replicate.objective.masks, replicate.objective.first_draw) == ("folds", 8)
     assert made.query(TESTS, replicates=2).noise().replicates == 2
 
 
