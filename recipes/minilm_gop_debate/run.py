@@ -23,19 +23,19 @@ import torch
 from tabulate import tabulate
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 from transformers.utils import logging
 
 from hf_msif import MultiStageInfluence, Stage, objectives, solvers, training, validation
+from hf_msif.models import FeedForwardClassifier
 
-LABELS = ("Negative", "Positive")
+LABELS, HIDDEN = ("Negative", "Positive"), 32
 SENTENCE_WORDS, TWEET_WORDS = range(8, 17), range(6, 20)
 TRAINABLE = {"frozen": "head", "updated": "all"}
 # ε inside the root: with Adam's own the run is not smooth where a gradient is 0.
@@ -192,27 +192,28 @@ class Proof:
 
     def fresh(self, seed: int) -> list[nn.Module]:
         """The models of both stages before training: MiniLM under new heads, or all from nothing."""
-        classes = AutoModelForMaskedLM, AutoModelForSequenceClassification
         torch.manual_seed(seed)
         if self.settings.size == "minilm":
-            config = AutoConfig.from_pretrained(self.settings.model, num_labels=len(LABELS), **STILL)
-            return [cls.from_pretrained(self.settings.model, config=config) for cls in classes]
-        config = BertConfig(
+            pretrained = AutoModelForMaskedLM.from_pretrained(self.settings.model, **STILL)
+        else:
+            pretrained = BertForMaskedLM(self._config())
+        return [pretrained.eval(), FeedForwardClassifier.from_encoder(pretrained, HIDDEN, num_labels=len(LABELS))]
+
+    def _config(self) -> BertConfig:
+        return BertConfig(
             vocab_size=len(self.tokenizer),
             hidden_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=512,
             max_position_embeddings=64,
-            num_labels=len(LABELS),
             **STILL,
         )
-        return [cls.from_config(config) for cls in classes]
 
     def _train(self) -> None:
         (pretrained, finetuned), (first, second) = self.models, self.arguments
         training.record(pretrained, self.masked, self.sentences, first, self.runs[0], name="pretraining")
-        finetuned.base_model.load_state_dict(pretrained.base_model.state_dict(), strict=False)  # it has a pooler, too
+        finetuned.encoder.load_state_dict(pretrained.base_model.state_dict())
         roles = {"previous": pretrained, "trainable": TRAINABLE[self.kind]}
         training.record(finetuned, self.sentiment, self.tweets, second, self.runs[1], **roles, name="finetuning")
 
