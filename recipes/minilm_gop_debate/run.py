@@ -38,8 +38,9 @@ from hf_msif.models import FeedForwardClassifier
 LABELS, HIDDEN = ("Negative", "Positive"), 32
 SENTENCE_WORDS, TWEET_WORDS = range(8, 17), range(6, 20)
 TRAINABLE = {"frozen": "head", "updated": "all"}
+FINETUNING_RATE = {"frozen": 1e-2, "updated": 3e-4}
 # ε inside the root: with Adam's own the run is not smooth where a gradient is 0.
-ADAM = {"adam_beta2": 0.95, "adam_epsilon": 1e-4, "optim_args": "eps_inside_root=true", "max_grad_norm": 0.0}
+ADAM = {"adam_beta2": 0.95, "adam_epsilon": 1e-8, "optim_args": "eps_inside_root=true", "max_grad_norm": 0.0}
 ADAM |= {"lr_scheduler_type": "cosine", "save_strategy": "no", "report_to": [], "use_cpu": True}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -48,15 +49,15 @@ SIZES = {
         "number": 480,
         "steps": 60,
         "batch": 8,
-        "rate": 3e-4,
+        "rate": 3e-5,
         "finetuning_steps": 30,
         "starts": 2,
     },
     "small": {
         "number": 480,
-        "steps": 240,
+        "steps": 120,
         "batch": 16,
-        "rate": 2e-3,
+        "rate": 3e-3,
         "finetuning_steps": 60,
         "starts": 8,
     },
@@ -64,7 +65,7 @@ SIZES = {
 # How pretraining is pulled back: by its own steps, or by what is known of its end, or of a few of its states.
 THROUGH = "unrolled, its own steps"
 BY_TIME, BY_EIGENVALUE = solvers.Auto(damping="training", tol=1e-2, max_iter=60), solvers.Auto(tol=1e-2, max_iter=60)
-GAUSS_NEWTON, EKFAC = {"curvature": "gauss_newton"}, {"curvature": "ekfac"}
+GAUSS_NEWTON, EKFAC = {"curvature": "gauss_newton", "curvature_samples": 128}, {"curvature": "ekfac"}
 WAYS = {
     "EK-FAC, damping auto": {**EKFAC, "run": None, "solver": solvers.ClosedForm()},
     "EK-FAC, damping 1/τ": {**EKFAC, "solver": BY_TIME},
@@ -182,9 +183,11 @@ class Proof:
         self.masked = objectives.MaskedLM(self.tokenizer, seed=settings.seed, static=True)
         self.sentiment = objectives.SequenceClassification(self.tokenizer)
         shared = {**ADAM, "output_dir": str(self.folder / "trainer"), "per_device_train_batch_size": settings.batch}
-        shared |= {"learning_rate": settings.rate, "seed": settings.seed}
-        lengths = settings.steps, settings.finetuning_steps
-        self.arguments = [TrainingArguments(max_steps=n, warmup_steps=n // 6, **shared) for n in lengths]
+        shared |= {"seed": settings.seed}
+        runs = [(settings.steps, settings.rate), (settings.finetuning_steps, FINETUNING_RATE[kind])]
+        self.arguments = [
+            TrainingArguments(max_steps=n, warmup_steps=n // 6, learning_rate=rate, **shared) for n, rate in runs
+        ]
         # Frozen and updated encoders share the run of pretraining.
         self.runs = folder / "pretraining.run", self.folder / "finetuning.run"
         self.models = self.fresh(settings.seed)
