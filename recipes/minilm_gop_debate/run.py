@@ -57,7 +57,7 @@ SIZES = {
         "number": 480,
         "steps": 120,
         "batch": 16,
-        "rate": 3e-3,
+        "rate": 2e-3,
         "finetuning_steps": 60,
         "starts": 8,
     },
