@@ -40,7 +40,7 @@ SENTENCE_WORDS, TWEET_WORDS = range(8, 17), range(6, 20)
 TRAINABLE = {"frozen": "head", "updated": "all"}
 FINETUNING_RATE = {"frozen": 1e-2, "updated": 3e-4}
 # ε inside the root: with Adam's own the run is not smooth where a gradient is 0.
-ADAM = {"adam_beta2": 0.95, "adam_epsilon": 1e-8, "optim_args": "eps_inside_root=true", "max_grad_norm": 0.0}
+ADAM = {"adam_beta2": 0.95, "optim_args": "eps_inside_root=true", "max_grad_norm": 0.0}
 ADAM |= {"lr_scheduler_type": "cosine", "save_strategy": "no", "report_to": [], "use_cpu": True}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -50,6 +50,7 @@ SIZES = {
         "steps": 60,
         "batch": 8,
         "rate": 3e-5,
+        "epsilon": 1e-8,
         "finetuning_steps": 30,
         "starts": 2,
     },
@@ -57,7 +58,8 @@ SIZES = {
         "number": 480,
         "steps": 120,
         "batch": 16,
-        "rate": 2e-3,
+        "rate": 3e-3,
+        "epsilon": 1e-4,
         "finetuning_steps": 60,
         "starts": 8,
     },
@@ -183,7 +185,7 @@ class Proof:
         self.masked = objectives.MaskedLM(self.tokenizer, seed=settings.seed, static=True)
         self.sentiment = objectives.SequenceClassification(self.tokenizer)
         shared = {**ADAM, "output_dir": str(self.folder / "trainer"), "per_device_train_batch_size": settings.batch}
-        shared |= {"seed": settings.seed}
+        shared |= {"seed": settings.seed, "adam_epsilon": settings.epsilon}
         runs = [(settings.steps, settings.rate), (settings.finetuning_steps, FINETUNING_RATE[kind])]
         self.arguments = [
             TrainingArguments(max_steps=n, warmup_steps=n // 6, learning_rate=rate, **shared) for n, rate in runs
