@@ -60,7 +60,7 @@ SIZES = {
         "batch": 16,
         "rate": 3e-3,
         "epsilon": 1e-4,
-        "finetuning_steps": 60,
+        "finetuning_steps": 120,
         "starts": 8,
     },
 }
@@ -185,10 +185,14 @@ class Proof:
         self.masked = objectives.MaskedLM(self.tokenizer, seed=settings.seed, static=True)
         self.sentiment = objectives.SequenceClassification(self.tokenizer)
         shared = {**ADAM, "output_dir": str(self.folder / "trainer"), "per_device_train_batch_size": settings.batch}
-        shared |= {"seed": settings.seed, "adam_epsilon": settings.epsilon}
-        runs = [(settings.steps, settings.rate), (settings.finetuning_steps, FINETUNING_RATE[kind])]
+        shared |= {"seed": settings.seed}
+        runs = [
+            (settings.steps, settings.rate, settings.epsilon),
+            (settings.finetuning_steps, FINETUNING_RATE[kind], 1e-8),
+        ]
         self.arguments = [
-            TrainingArguments(max_steps=n, warmup_steps=n // 6, learning_rate=rate, **shared) for n, rate in runs
+            TrainingArguments(max_steps=n, warmup_steps=n // 6, learning_rate=rate, adam_epsilon=epsilon, **shared)
+            for n, rate, epsilon in runs
         ]
         # Frozen and updated encoders share the run of pretraining.
         self.runs = folder / "pretraining.run", self.folder / "finetuning.run"
