@@ -57,8 +57,8 @@ SIZES = {
     "small": {
         "number": 480,
         "steps": 240,
-        "batch": 16,
-        "rate": 2e-3,
+        "batch": 32,
+        "rate": 1e-3,
         "epsilon": 1e-4,
         "finetuning_steps": 60,
         "starts": 4,
