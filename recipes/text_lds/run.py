@@ -61,8 +61,9 @@ BY_TIME = "Gauss-Newton, 1/τ in Adam's coordinates"
 STATES = {f"segments, {n} state(s), Gauss-Newton": ("gauss_newton", n) for n in (1, 2, 3, 6, 12)}
 STATES |= {f"segments, {n} state(s), exact Hessian": ("hessian", n) for n in (1, 3, 6)}
 # Means of influences: of two models that were trained from different starts, and of models along the run.
-OF_TWO = {f"two models, {name}": name for name in (BY_TIME, "segments, 3 state(s), Gauss-Newton")}
-ALONG_THE_RUN = "Gauss-Newton, λ = 0.1, mean over 3 states"
+FIXED = "Gauss-Newton, CG, λ = 0.1"
+OF_TWO = {f"two models, {name}": name for name in (FIXED, BY_TIME, "segments, 3 state(s), Gauss-Newton")}
+ALONG_THE_RUN = f"{FIXED}, mean over 3 states"
 OTHER_MODEL = 500  # added to the seed: the start of the second model
 
 
@@ -353,14 +354,14 @@ def effects(chain: MultiStageInfluence, corpus: list[dict], tests: list[dict]) -
 
 def means(setup: Setup, second: Setup, predicted: dict, tests: list[dict]) -> dict[str, np.ndarray]:
     """Mean removal effects of two models, and of models along the run."""
-    ways = by_time(second)
+    curvature, solver, _ = METHODS["Gauss-Newton, CG"]
+    fixed = {"curvature": curvature, "solver": replace(solver, damping=0.1)}
+    ways = {FIXED: fixed, **by_time(second)}
     found = {
         name: (predicted[way] + effects(second.chain(**ways[way]), setup.corpus, tests)[0]) / 2
         for name, way in OF_TWO.items()
     }
-    curvature, solver, _ = METHODS["Gauss-Newton, CG"]
-    way = {"curvature": curvature, "solver": replace(solver, damping=0.1)}
-    along = [effects(setup.chain(models, **way), setup.corpus, tests)[0] for models in setup.along_the_run(3)]
+    along = [effects(setup.chain(models, **fixed), setup.corpus, tests)[0] for models in setup.along_the_run(3)]
     return found | {ALONG_THE_RUN: sum(along) / len(along)}
 
 
