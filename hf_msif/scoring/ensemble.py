@@ -29,7 +29,8 @@ def mean(rankings: Sequence[Scores]) -> Scores:
         its stages are named `STAGE of ranking r`.
 
     Raises:
-        InputError: fewer than two rankings; rows, tests, stages or N differ; or only extreme rows were kept.
+        InputError: fewer than two rankings; rows, tests, stages or N differ; two rankings are the same; or only
+            extreme rows were kept.
 
     >>> rows = [{"example_id": i, "text": text} for i, text in enumerate(["tax", "vote", "war", "debt"])]
     >>> facts = {"stage": "pretraining", "N": 4.0, "tests": [{"text": "I vote"}]}
@@ -64,7 +65,7 @@ def mean(rankings: Sequence[Scores]) -> Scores:
 
 def _check(rankings: Sequence[Scores]) -> None:
     if len(rankings) < 2:
-        raise InputError(f"there are {len(rankings)} rankings; expected at least two, whose mean is taken.")
+        raise InputError(f"got {len(rankings)} ranking(s); expected at least two, whose mean is taken.")
     if any({"kept", "shortlist"} & set(scores.metadata) for scores in rankings):
         raise InputError(
             "of a ranking only the extreme rows were kept, which are others in each; expected all scores: score "
@@ -78,16 +79,30 @@ def _check(rankings: Sequence[Scores]) -> None:
                 f"ranking {number} is of stage {stages[1]!r} about the tests {_short(tests[1])}, ranking 0 of "
                 f"{stages[0]!r} about {_short(tests[0])}; expected the same."
             )
-        if first.columns != scores.columns:
-            raise InputError(f"ranking {number} has {scores.columns} query columns, ranking 0 {first.columns}.")
+        ways = [(s.metadata.get("certificate") or {}).get("aggregate") for s in (first, scores)]
+        if ways[0] != ways[1] or first.columns != scores.columns:
+            raise InputError(
+                f"ranking {number} has {scores.columns} query column(s) with aggregate={ways[1]!r}, ranking 0 "
+                f"{first.columns} with {ways[0]!r}; expected the same."
+            )
         if len(first) != len(scores) or any((first.frame[n] != scores.frame[n]).any() for n in names):
             raise InputError(f"the rows of ranking {number} are not those of ranking 0; expected the same corpus.")
+        same = next((k for k in range(number) if _equal(rankings[k], scores)), None)
+        if same is not None:
+            raise InputError(
+                f"ranking {number} has the influences of ranking {same}, number for number: it says nothing new, and "
+                "its agreement would count as reliability; expected different ones."
+            )
         counts = [float(s.metadata["N"]) for s in (first, scores)]
         if not math.isclose(*counts, rel_tol=1e-6):
             raise InputError(
                 f"N is {counts[1]:g} in ranking {number} and {counts[0]:g} in ranking 0, so that their influences are "
                 "in different units; expected the same objective and tokenizer."
             )
+
+
+def _equal(one: Scores, other: Scores) -> bool:
+    return all(np.array_equal(one.influence(q), other.influence(q)) for q in range(one.columns))
 
 
 def _shared(rankings: Sequence[Scores]) -> dict[str, Any]:

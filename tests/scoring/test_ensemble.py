@@ -82,11 +82,19 @@ def test_a_mean_is_written_and_read(tmp_path):
         (lambda: ranking(2, stage="finetuning"), "'finetuning'"),
         (lambda: ranking(2, tests=TESTS[::-1]), "'tax', 'vote'"),
         (lambda: ranking(2, count=9.0), "N is 9"),
+        (lambda: ranking(1), "ranking 1 has the influences of ranking 0"),
     ],
 )
 def test_what_cannot_be_put_together_is_refused(other, message):
     with pytest.raises(InputError, match=message):
         scoring.mean([ranking(1), other()])
+
+
+def test_sums_and_means_over_tests_are_not_put_together():
+    each = [ranking(seed) for seed in (1, 2)]
+    each[1].metadata["certificate"]["aggregate"] = "sum"
+    with pytest.raises(InputError, match="with aggregate='sum', ranking 0"):
+        scoring.mean(each)
 
 
 def test_one_ranking_or_extreme_rows_are_refused():
