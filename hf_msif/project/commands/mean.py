@@ -25,16 +25,17 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict:
     """Writes `scores.parquet` to `--output_dir`, and reports its reliability."""
     from ...errors import InputError
-    from ...scoring.ensemble import mean
+    from ...scoring import Scores, mean
     from ..saved_scores import saved_scores
 
-    folder = Path(arguments.output_dir).expanduser()
-    if folder.resolve() in [Path(run).expanduser().resolve() for run in arguments.runs]:
-        raise InputError(f"--output_dir {folder} is one of the runs, whose scores the mean would replace.")
+    path = Path(arguments.output_dir).expanduser() / "scores.parquet"
+    if path.exists() and "runs" not in Scores.from_parquet(path).metadata:
+        raise InputError(
+            f"{path} exists, and msif mean did not write it: it would be lost; expected another --output_dir."
+        )
     scores = mean([saved_scores(run, arguments.stage) for run in arguments.runs])
     scores.metadata["runs"] = arguments.runs
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "scores.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
     scores.to_parquet(path)
     facts = {"stage": scores.metadata["stage"], "rows": len(scores), "noise": scores.metadata["noise_text"]}
     return {"runs": arguments.runs, "scores": str(path), **facts}
