@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def smoothness(project: Run, retrain: validation.WarmStart, scores: Scores | None) -> dict[str, Any]:
     """`validation.metasmoothness` with the predictions of `scores`, None where there are none; and its text."""
-    found = validation.metasmoothness(retrain, scores, aggregate=project.aggregate)
-    return {**found.to_dict(), "text": str(found)}
+    metasmoothness = validation.metasmoothness(retrain, scores, aggregate=project.aggregate)
+    return {**metasmoothness.to_dict(), "text": str(metasmoothness)}
 
 
 def of_own_rows(project: Run, scores: Scores) -> Scores | None:

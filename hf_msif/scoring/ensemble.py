@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InputError
 from .noise import SAMPLE_ROWS, Noise
 from .orders import NORMS
-from .scores import Scores, with_duplicates
+from .scores import Scores, query_columns, with_duplicates
 
 
 def mean(rankings: Sequence[Scores]) -> Scores:
@@ -42,24 +42,23 @@ def mean(rankings: Sequence[Scores]) -> Scores:
     >>> found.influence().tolist(), found.noise.reliability
     ([1.5, -4.0, 0.5, 0.5], [0.8])
     """
+    import pandas as pd
+
     rankings = list(rankings)
     _check(rankings)
     influences = np.stack([scores.influences() for scores in rankings], axis=1)  # (rows, R, Q)
     sample = np.unique(np.linspace(0, len(influences) - 1, min(SAMPLE_ROWS, len(influences))).round().astype(int))
     noise = Noise.measured(influences[sample])
-    errors, effects = noise.standard_errors(influences), np.mean([s.removal_effects() for s in rankings], axis=0)
-    frame, width = rankings[0].frame, rankings[0].columns
-    shared = [name for name in frame if all(name in scores.frame for scores in rankings)]
-    frame = frame[[name for name in shared if not name.startswith("influence_se") and name != "duplicates"]].copy()
+    errors, frame = noise.standard_errors(influences), rankings[0].frame
+    of_rows = ["example_id", "text", "text_sha256", "loss", "terms", *NORMS["self"]]
+    shared = [name for name in of_rows if all(name in scores.frame for scores in rankings)]
+    frame = frame[shared].reset_index(drop=True)
     for name in {"loss", *NORMS["self"]} & set(shared):
         frame[name] = np.mean([scores.frame[name] for scores in rankings], axis=0)
-    for q in range(width):
-        suffix = "" if width == 1 else f"_{q}"
-        frame[f"influence{suffix}"] = influences[:, :, q].mean(1)
-        frame[f"removal_effect{suffix}"] = effects[:, q]
-        frame.insert(list(frame).index(f"removal_effect{suffix}"), f"influence_se{suffix}", errors[:, q])
+    queries = query_columns(influences.mean(1), rankings[0].metadata["N"], errors)
+    frame = pd.concat([frame, queries], axis=1)
     text = f"mean of {len(rankings)} rankings, each of which counts as a replicate: {noise}"
-    facts = {"noise": noise.to_dict(), "noise_text": text, "columns": width}
+    facts = {"noise": noise.to_dict(), "noise_text": text, "columns": rankings[0].columns}
     return Scores(with_duplicates(frame), {**_shared(rankings), **facts})
 
 

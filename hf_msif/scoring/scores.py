@@ -420,15 +420,22 @@ def frame_of(
             for value in contents
         ],
     }
-    width, pairs = influence.shape[1], {}
-    for q in range(width):
-        suffix = "" if width == 1 else f"_{q}"
-        pairs[f"influence{suffix}"] = influence[:, q]
-        if errors is not None:
-            pairs[f"influence_se{suffix}"] = errors[:, q]
-        pairs[f"removal_effect{suffix}"] = -influence[:, q] / count
     # All at once: pandas warns about a frame to which more than a hundred columns are added one by one.
-    return pd.concat([pd.DataFrame({**table, **columns}), pd.DataFrame(pairs)], axis=1)
+    return pd.concat([pd.DataFrame({**table, **columns}), query_columns(influence, count, errors)], axis=1)
+
+
+def query_columns(influence: np.ndarray, count: float, errors: np.ndarray | None = None) -> pd.DataFrame:
+    """The columns that exist for each query column, from the same arguments as `frame_of`."""
+    import pandas as pd
+
+    columns = {}
+    for q, name in enumerate(influence_columns(influence.shape[1])):
+        suffix = name.removeprefix("influence")
+        columns[name] = influence[:, q]
+        if errors is not None:
+            columns[f"influence_se{suffix}"] = errors[:, q]
+        columns[f"removal_effect{suffix}"] = -influence[:, q] / count
+    return pd.DataFrame(columns)
 
 
 def influence_columns(width: int) -> list[str]:

@@ -150,9 +150,10 @@ def _smoothness(project: Run, bank: Bank, scores: Scores) -> dict | None:
         return None
     predicted = of_own_rows(project, scores)
     effects = None if predicted is None else digest([{"effects": predicted.removal_effects()}])
-    found = bank.once(f"metasmoothness, predicted by {effects}", lambda: smoothness(project, retrain, predicted))
-    print(found["text"], flush=True)
-    return found
+    name = f"metasmoothness, predicted by {effects}"
+    metasmoothness = bank.once(name, lambda: smoothness(project, retrain, predicted))
+    print(metasmoothness["text"], flush=True)
+    return metasmoothness
 
 
 def _truth(project: Run) -> Truth:
