@@ -190,7 +190,7 @@ class Scores:
         noise = self.noise
         if errors is not None and noise is not None and len(places) and by not in DIVISORS:
             share = noise.reliability_of_mean(noise.reliability[query])
-            share = min(max(share, 0.0), 1.0) if share == share else 1.0  # NaN: unknown
+            share = 1.0 if share != share else share  # NaN: unknown
             values = share * self.influence(query) * (-1 if by == "helpful" else 1)
             probabilities = top_probabilities(values, share**0.5 * errors, len(places), absolute=by == "absolute")
             rows.insert(list(rows).index("influence_se") + 1, "top_probability", probabilities[places])
