@@ -305,7 +305,7 @@ class Proof:
         return figures
 
     def _predict(self, name: str, way: dict) -> tuple[np.ndarray, dict[str, float]]:
-        """Removal effects (sentences, tests), and their price: CPU seconds and MiB. Read where they were made before."""
+        """Removal effects (sentences, tests), and their price: CPU seconds and MiB. What was made before is read."""
         of_models = {key: value for key, value in vars(self.settings).items() if key not in OF_TRUTH}
         key = hashlib.sha256(repr((name, way, sorted(of_models.items()))).encode()).hexdigest()[:16]
         made = self.folder / "predicted" / f"{key}.npz"
