@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import validation
 from ..errors import InputError
+from .provenance import check_query, check_query_content
 from .retraining import retraining
 from .saved_scores import saved_scores
 
@@ -27,11 +28,12 @@ def of_own_rows(project: Run, scores: Scores) -> Scores | None:
     return scores if own_rows.issuperset(scores.frame["example_id"]) else None
 
 
-def diagnosed(project: Run) -> dict[str, Any]:
-    """The smoothness of the ranked stage's run, with the predictions that lie in the run folder.
+def check_measurable(project: Run) -> None:
+    """Refuses to measure smoothness where it cannot be measured; before anything is computed.
 
     Raises:
-        InputError: a stage is not trained yet, or the ranked one repeats no run; or of several processes.
+        InputError: a stage is not trained yet, or the ranked one repeats no run; there are several processes; or the
+            query in the run folder has other settings.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--smoothness repeats a training, in one process; expected msif diagnose without a launcher.")
@@ -44,10 +46,21 @@ def diagnosed(project: Run) -> dict[str, Any]:
     untrained = [name for name in project.names if not project.is_trained(name)]
     if untrained:
         raise InputError(f"stage {untrained[0]!r} is not trained yet, and has no run to repeat: run msif train first.")
-    retrain = retraining(project, project.chain(project.models()), project.tests(), "warm_start")
+    if project.output("scores.parquet").is_file():
+        check_query(project, project.folder / "query")
+
+
+def diagnosed(project: Run) -> dict[str, Any]:
+    """The smoothness of the ranked stage's run, with the predictions that lie in the run folder.
+
+    Raises:
+        InputError: these are not the present models', tests' or rows', or cannot be read.
+    """
+    chain, tests = project.chain(project.models()), project.tests()
+    retrain = retraining(project, chain, tests, "warm_start")
     assert isinstance(retrain, validation.WarmStart)
-    try:
+    scores = None
+    if project.output("scores.parquet").is_file():
+        check_query_content(project, chain, tests)
         scores = of_own_rows(project, saved_scores(str(project.folder), project.ranked))
-    except InputError:  # not scored yet
-        scores = None
     return smoothness(project, retrain, scores)

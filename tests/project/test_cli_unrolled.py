@@ -106,6 +106,13 @@ def test_diagnose_tells_whether_the_run_can_be_predicted(copied, capsys):
     near, far = answer(capsys, "diagnose", *flags, "--smoothness")["metasmoothness"]["first_order_error"]
     assert near < 0.2
     assert far == pytest.approx(2 * near, rel=0.1)
+    assert msif("diagnose", *flags, f"{PRE}.weight_decay", "0.5", "--smoothness") == 2
+    shown = capsys.readouterr()
+    assert "determinism" not in shown.out  # refused before any check
+    assert "weight_decay was" in shown.err and "query again" in shown.err
+    (copied.parent / "run" / "scores.parquet").write_bytes(b"damaged")
+    assert msif("diagnose", *flags, "--smoothness") == 2
+    assert "holds no scores" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -30,6 +30,10 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     from ...influence.findings import findings
     from ...registry import CHECKS
 
+    if arguments.smoothness:
+        from ..smoothness import check_measurable, diagnosed
+
+        check_measurable(project)
     models = {name: project.present_model(name) for name in project.names}
     chain = project.chain(models, planned=True, skip_checks=list(CHECKS))
     report: dict[str, dict] = {}
@@ -42,8 +46,6 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
             "text": [str(finding) for finding in results],
         }
     if arguments.smoothness:
-        from ..smoothness import diagnosed
-
         return {"stages": report, "metasmoothness": diagnosed(project)}
     ranked = project.config.stages[project.ranked]
     if ranked.link == "unrolled" and report[project.ranked]["trained"]:
