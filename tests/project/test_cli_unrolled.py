@@ -109,7 +109,8 @@ def test_diagnose_tells_whether_the_run_can_be_predicted(copied, capsys):
     assert msif("diagnose", *flags, f"{PRE}.weight_decay", "0.5", "--smoothness") == 2
     shown = capsys.readouterr()
     assert "determinism" not in shown.out  # refused before any check
-    assert "weight_decay was" in shown.err and "query again" in shown.err
+    assert "weight_decay was" in shown.err
+    assert "query again" in shown.err
     (copied.parent / "run" / "scores.parquet").write_bytes(b"damaged")
     assert msif("diagnose", *flags, "--smoothness") == 2
     assert "holds no scores" in capsys.readouterr().err
