@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import re
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +94,6 @@ WAYS_OF = {
 # Times what the order of the run and its rates make of a sentence: `Recording.exposure`.
 EXPOSED = {f"{name}, × exposure": name for name in ("EK-FAC, damping auto", "EK-FAC, damping 1/τ", "gradients alone")}
 OWN, EXPECTED = "own", "expected"  # the two truths
-# Settings on which no prediction depends (of both files, their rows count).
-OF_TRUTH = {"finetuning", "groups", "group_size", "starts", "threads", "output", "sentences", "tweets"}
 
 
 def main() -> None:
@@ -251,9 +249,12 @@ class Proof:
         started = time.process_time()
         training.evaluate(self.models[0], self.masked, self.sentences, settings.batch)
         pass_seconds = time.process_time() - started
-        predicted, prices = {}, {}
+        unrolled = self.stages(**WAYS_OF[settings.size][THROUGH])
+        own = validation.WarmStart(unrolled, self.tests)
+        bank, predicted, prices = validation.Bank(own, self.folder / "bank"), {}, {}
         for name, way in WAYS_OF[settings.size].items():
-            predicted[name], prices[name] = self._predict(name, way)
+            prediction = bank.once(f"predicted by {name}, {way}", partial(self._predict, name, way))
+            predicted[name], prices[name] = np.array(prediction["effects"]), prediction["price"]
         exposure = Recording.from_pretrained(self.runs[0]).exposure(len(self.sentences))
         for name, of in EXPOSED.items():
             predicted[name], prices[name] = exposure[:, None] * predicted[of], prices[of]
@@ -262,8 +263,6 @@ class Proof:
             generator.choice(settings.number, settings.group_size, replace=False) for _ in range(settings.groups)
         ]
         groups = {number: group.tolist() for number, group in enumerate(chosen)}
-        unrolled = self.stages(**WAYS_OF[settings.size][THROUGH])
-        own = validation.WarmStart(unrolled, self.tests)
         smooth = validation.metasmoothness(own, predicted[THROUGH], range(settings.number))
         print(f"  {smooth}", flush=True)
         others = validation.FromScratch(
@@ -304,15 +303,8 @@ class Proof:
         )
         return figures
 
-    def _predict(self, name: str, way: dict) -> tuple[np.ndarray, dict[str, float]]:
-        """Removal effects (sentences, tests), and their price: CPU seconds and MiB. What was made before is read."""
-        of_models = {key: value for key, value in vars(self.settings).items() if key not in OF_TRUTH}
-        data = self.sentences, self.tweets, self.tests
-        key = hashlib.sha256(repr((name, way, sorted(of_models.items()), data)).encode()).hexdigest()[:16]
-        made = self.folder / "predicted" / f"{key}.npz"
-        if made.exists():
-            with np.load(made) as saved:
-                return saved["effects"], json.loads(str(saved["price"]))
+    def _predict(self, name: str, way: dict) -> dict:
+        """`effects`, removal effects (sentences, tests), and their `price`: CPU seconds and MiB."""
         forget_peak()
         before, started = peak(), time.process_time()
         with warnings.catch_warnings():
@@ -322,11 +314,7 @@ class Proof:
         effects = query.score(self.sentences).removal_effects()
         price = {"query": solved - started, "score": time.process_time() - solved, "memory": peak() - before}
         print(f"  {name}: query {price['query']:.0f} s, scores {price['score']:.0f} s of CPU", flush=True)
-        made.parent.mkdir(exist_ok=True)
-        unfinished = made.with_suffix(".unfinished.npz")
-        np.savez(unfinished, effects=effects, price=json.dumps(price))
-        unfinished.replace(made)
-        return effects, price
+        return {"effects": effects.tolist(), "price": price}
 
     def _print(self, results: dict, prices: dict, pass_seconds: float) -> None:
         lines = []
