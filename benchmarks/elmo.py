@@ -32,13 +32,8 @@ from torch import Tensor
 
 from hf_msif import objectives
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature.derivatives import (
-    Evaluation,
-    directional_derivatives,
-    gauss_newton_product,
-    gradient,
-    hessian_product,
-)
+from hf_msif.curvature.derivatives import Evaluation, directional_derivatives, gradient, hessian_product
+from hf_msif.curvature.gauss_newton import gauss_newton_product
 from hf_msif.models import ElmoConfig, ElmoForBidirectionalLM, ElmoTokenizer
 from hf_msif.models.elmo.layers import LstmLayer
 from hf_msif.vectors import column

@@ -38,13 +38,8 @@ from hf_msif import objectives
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.adapters.positions import forward
-from hf_msif.curvature.derivatives import (
-    Evaluation,
-    directional_derivatives,
-    gauss_newton_product,
-    gradient,
-    hessian_product,
-)
+from hf_msif.curvature.derivatives import Evaluation, directional_derivatives, gradient, hessian_product
+from hf_msif.curvature.gauss_newton import gauss_newton_product
 from hf_msif.models import FeedForwardClassifier
 from hf_msif.vectors import Block, column
 

@@ -14,7 +14,7 @@ from helpers.runs import TESTS, Mixed, rows_of
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, vectors
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature import derivatives
+from hf_msif.curvature import derivatives, gauss_newton
 from hf_msif.curvature.derivatives import Evaluation
 from hf_msif.engine import Engine
 from hf_msif.engine.batching import row_shape
@@ -101,9 +101,9 @@ def test_a_hessian_product_is_the_central_difference_of_the_gradient(batch):
 def test_a_gauss_newton_product_has_the_columns_that_each_has_alone(batch):
     v = batch.direction(6, columns=3)
     with batch.model.evaluating():
-        together = derivatives.gauss_newton_product(batch.evaluation, v)
+        together = gauss_newton.gauss_newton_product(batch.evaluation, v)
         for q in range(3):
-            alone = derivatives.gauss_newton_product(batch.evaluation, vectors.take(v, torch.tensor([q])))
+            alone = gauss_newton.gauss_newton_product(batch.evaluation, vectors.take(v, torch.tensor([q])))
             near(vectors.flatten(together)[q], vectors.flatten(alone)[0], 1e-12)
     assert batch.model.linear_backward  # no column was computed like the first one
 

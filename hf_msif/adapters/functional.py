@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -16,11 +19,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..engine.batching import TextSettings
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .gather_points import find_gather_point
 from .peft import unwrap
 from .positions import GatherPoint, Positions, forward
 from .split import encoder
+
+logger = logging.getLogger(__name__)
+
+# Kernels of a mixture of experts that have all derivatives, and those for which its weights were rearranged.
+EXPERTS = (None, "eager", "batched_mm", "deepgemm_megamoe")
 
 
 class FunctionalModel:
@@ -37,8 +45,10 @@ class FunctionalModel:
         model: the user's model.
         parameters: name → detached parameter; tied tensors appear once.
         buffers: name → detached buffer.
+        forward_mode: whether all of the model's functions have a forward-mode derivative, as far as it is known, see
+            `curvature.derivatives`.
         linear_backward: whether autograd can differentiate the model's backward pass; None: it is not known yet, see
-            `curvature.derivatives.gauss_newton_product`.
+            `curvature.gauss_newton.gauss_newton_product`.
         gather_points: where the last layer gathers the states at the masked positions, see `gather_point`.
 
     Raises:
@@ -58,6 +68,7 @@ class FunctionalModel:
         self.model = model
         self.parameters = {n: self._in_full_precision(p.detach(), device) for n, p in model.named_parameters()}
         self.buffers = {n: self._in_full_precision(b.detach(), device) for n, b in model.named_buffers()}
+        self.forward_mode = True
         self.linear_backward: bool | None = None
         self.gather_points: dict[tuple, GatherPoint | None] = {}
 
@@ -137,9 +148,21 @@ class FunctionalModel:
                 )
         return self.gather_points.get(key)
 
+    def refuse_forward_mode(self, error: NotImplementedError) -> None:
+        """Notes, and logs once, that a function of the model has no forward-mode derivative."""
+        if self.forward_mode:
+            self.forward_mode = False
+            logger.warning(
+                "%s has no forward-mode derivative (%s, at %s): reverse mode is used, at about twice the price.",
+                type(self.model).__name__,
+                first_line(error),
+                _source_of(error),
+            )
+
     @contextmanager
     def evaluating(self, dropout: bool = False) -> Iterator[None]:
-        """Inside, the model is in evaluation mode, and its attention kernels have forward-mode and second derivatives.
+        """Inside, the model is in evaluation mode, and its kernels of attention and of experts have forward-mode and
+        second derivatives.
 
         Modes and kernels are restored on leaving.
 
@@ -153,6 +176,7 @@ class FunctionalModel:
         # An encoder inside a model may have its own configuration, and so its own kernels.
         attention = [(config, config._attn_implementation) for config in _configs(self.model)]
         swap = any(kernel not in (None, "eager", "sdpa") for _, kernel in attention)
+        experts = [(config, config._experts_implementation) for config in _configs(self.model)]
         try:
             self.model.train(dropout)
             for module in self.model.modules():
@@ -160,6 +184,9 @@ class FunctionalModel:
                     module.eval()
             if swap:
                 cast(PreTrainedModel, self.model).set_attn_implementation("eager")
+            for config, kernel in experts:
+                if kernel not in EXPERTS:
+                    config._experts_implementation = "eager"
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
@@ -168,6 +195,16 @@ class FunctionalModel:
             if swap:
                 for config, kernel in attention:
                     config._attn_implementation = kernel
+            for config, kernel in experts:
+                config._experts_implementation = kernel
+
+
+def _source_of(error: BaseException) -> str:
+    """Where the call that raised an error stands: the last line outside of PyTorch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    torch_folder = os.path.dirname(torch.__file__)
+    outside = [frame for frame in frames if not frame.filename.startswith(torch_folder)]
+    return f"{os.path.basename(outside[-1].filename)}:{outside[-1].lineno}" if outside else "a line of PyTorch"
 
 
 def _key(inputs: dict[str, Any]) -> tuple:

@@ -8,8 +8,7 @@ not used, since `jvp(jacrev(f))` is silently wrong through an affine LayerNorm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +19,9 @@ from torch import Tensor
 from ..adapters.functional import FunctionalModel
 from ..engine.accelerated import to_device
 from ..objectives import Objective, Terms
-from ..vectors import Block, column, columns
+from ..vectors import Block, columns
+
+Other = TypeVar("Other")
 
 
 @dataclass
@@ -98,6 +99,10 @@ def example_gradients(evaluation: Evaluation, names: Iterable[str]) -> Block:
 def directional_derivatives(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """⟨∇ℓ_i, direction⟩ for every example, by forward mode: no gradient is stored. Costs 3 F.
 
+    Where a function of the model has no forward-mode derivative, the derivative in w of ⟨Σ_i w_i ∇ℓ_i, direction⟩
+    gives the same by two backward passes, about 7 F; where a backward pass cannot be differentiated either, a backward
+    pass per example does.
+
     Args:
         evaluation: the batch.
         direction: a plain vector (no axis of columns); parameters whose names are missing have a zero entry.
@@ -105,30 +110,67 @@ def directional_derivatives(evaluation: Evaluation, direction: Mapping[str, Tens
     Returns:
         (derivatives, sums, counts), each (B,): ⟨∇ℓ_i, direction⟩ and what `Evaluation.losses` returns.
     """
-    with _moving(evaluation.model, direction) as parameters:
-        sums, counts = evaluation.losses(parameters)
-        return *_tangent_and_primal(sums), counts
+    return _derivatives(evaluation.model, direction, evaluation.losses)
 
 
 def term_derivatives(evaluation: Evaluation, direction: Mapping[str, Tensor]) -> tuple[Tensor, Terms]:
     """⟨∇ℓ_t, direction⟩ for every term t of the losses, (M,), and the terms. Costs 3 F, as `directional_derivatives`,
     whose derivatives are the sums of these."""
-    with _moving(evaluation.model, direction) as parameters:
+
+    def losses_and_terms(parameters: Mapping[str, Tensor]) -> tuple[Tensor, Terms]:
         terms = evaluation.terms(parameters)
-        tangent, primal = _tangent_and_primal(terms.losses)
-        return tangent, terms._replace(losses=primal)
+        return terms.losses, terms
+
+    derivatives, losses, terms = _derivatives(evaluation.model, direction, losses_and_terms)
+    return derivatives, terms._replace(losses=losses)
 
 
-@contextmanager
-def _moving(model: FunctionalModel, direction: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The parameters of a direction with their tangents, for forward mode."""
-    with torch.no_grad(), forward_ad.dual_level():
-        yield {name: forward_ad.make_dual(model.parameters[name], tangent) for name, tangent in direction.items()}
+def _derivatives(
+    model: FunctionalModel,
+    direction: Mapping[str, Tensor],
+    losses: Callable[[Mapping[str, Tensor]], tuple[Tensor, Other]],
+) -> tuple[Tensor, Tensor, Other]:
+    """The derivatives of the first value of `losses(parameters)`, (M,), along a direction; and both its values."""
+    if model.forward_mode:
+        try:
+            with torch.no_grad(), forward_ad.dual_level():
+                dual, other = losses({n: forward_ad.make_dual(model.parameters[n], t) for n, t in direction.items()})
+                primal, tangent = forward_ad.unpack_dual(dual)
+                return torch.zeros_like(primal) if tangent is None else tangent, primal, other
+        except NotImplementedError as error:
+            model.refuse_forward_mode(error)
+    leaves = {name: model.parameters[name].detach().requires_grad_() for name in direction}
+    with torch.enable_grad():
+        values, other = losses(leaves)
+        return _reverse_derivatives(model, values, leaves, direction), values.detach(), other
 
 
-def _tangent_and_primal(dual: Tensor) -> tuple[Tensor, Tensor]:
-    primal, tangent = forward_ad.unpack_dual(dual)
-    return torch.zeros_like(primal) if tangent is None else tangent, primal
+def _reverse_derivatives(
+    model: FunctionalModel, values: Tensor, leaves: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+) -> Tensor:
+    """⟨∇value_i, direction⟩ of every value, (M,), by reverse mode: of all at once, if a backward pass can be
+    differentiated, which the first values with a slope find out by a backward pass each."""
+    if not values.requires_grad or not len(values):  # they do not depend on these parameters
+        return torch.zeros_like(values)
+
+    def one_by_one() -> Tensor:
+        gradients = (_grad(value, leaves, retain_graph=True) for value in values)
+        products = [torch.stack([(g[n] * t).sum() for n, t in direction.items()]).sum() for g in gradients]
+        return torch.stack(products)
+
+    if model.linear_backward is False:
+        return one_by_one()
+    try:
+        (together,) = LinearBackward([values], leaves, [torch.ones_like(values)]).tangents(direction, True)
+    except RuntimeError as error:
+        check_differentiability_is_meant(error)
+        model.linear_backward = False
+        return one_by_one()
+    if model.linear_backward is None:
+        each = one_by_one()
+        model.linear_backward = _agree([each], [together])
+        return each
+    return together
 
 
 def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> Block:
@@ -158,79 +200,7 @@ def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> B
     return _block(outer, columns(v), rows)
 
 
-def gauss_newton_product(evaluation: Evaluation, v: Block) -> Block:
-    """Jᵀ H_out J v for every column of v.
-
-    J is the Jacobian of the model's outputs, H_out the Hessian of the summed losses in these outputs. It works for any
-    objective: the model's outputs are cut from the loss, their tangent is J v, double backward through the loss alone
-    applies H_out, and one backward pass through the same evaluation of the model applies Jᵀ.
-
-    J v of the first column comes from forward mode. Its backward pass w ↦ Jᵀ w is linear in w, and the derivative of
-    ⟨Jᵀ w, v⟩ in w is J v: it serves the other columns, so that the model runs once for all of them. Costs about
-    5 F for the first column and 4.2 F for each further one. Autograd holds the graphs of two passes for any Q > 1, and
-    of one for Q = 1.
-
-    The first product with several columns finds out whether the model's backward pass can be differentiated (2.2 F
-    more), and stores it as `FunctionalModel.linear_backward`. If not, every column is computed as the first one.
-
-    Args:
-        evaluation: the batch.
-        v: a block of Q columns.
-
-    Returns:
-        A block of Q columns over the names of v.
-    """
-    product = _gauss_newton_columns(evaluation, v) if evaluation.model.linear_backward is not False else None
-    if product is not None:
-        return product
-
-    def rows() -> Iterator[dict[str, Tensor]]:
-        for q in range(columns(v)):
-            alone = _gauss_newton_columns(evaluation, {name: t[q : q + 1] for name, t in v.items()})
-            assert alone is not None
-            yield column(alone, 0)
-
-    return _block(column(v, 0), columns(v), rows())
-
-
-def _gauss_newton_columns(evaluation: Evaluation, v: Block) -> Block | None:
-    """`gauss_newton_product` by one run of the model; None if Q > 1 and the backward pass is not known to allow it."""
-    leaves, last = evaluation.leaves(v), columns(v) - 1
-    with forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(leaf, v[name][0]) for name, leaf in leaves.items()}
-        cut = _CutOutputs(evaluation.model.bind(duals, evaluation.memo))
-        sums, _ = evaluation.objective.losses(cut, evaluation.batch)
-    outputs, tangents, inputs = ([triple[i] for triple in cut.outputs] for i in range(3))
-    gradients = torch.autograd.grad(sums.sum(), inputs, create_graph=True, materialize_grads=True)
-    curved = [i for i, g in enumerate(gradients) if g.requires_grad]
-    if not curved:  # the loss is linear in the outputs
-        return {name: torch.zeros_like(t) for name, t in v.items()}
-
-    def curvature(tangents: Sequence[Tensor], retain_graph: bool) -> list[Tensor]:
-        """H_out times the tangents of the outputs."""
-        pairs = [(gradients[i], tangents[i]) for i in curved]
-        along = [t for _, t in pairs]
-        return list(_grad([g for g, _ in pairs], dict(enumerate(inputs)), along, retain_graph).values())
-
-    w = curvature(tangents, retain_graph=last > 0)
-    if last == 0:
-        return {name: t.unsqueeze(0) for name, t in _grad(outputs, leaves, w).items()}
-    backward = _LinearBackward(outputs, leaves, w)
-    if evaluation.model.linear_backward is None:
-        evaluation.model.linear_backward = backward.confirms(tangents, column(v, 0))
-    if not evaluation.model.linear_backward:
-        return None
-
-    def rows() -> Iterator[dict[str, Tensor]]:
-        yield backward.value
-        for q in range(1, last + 1):
-            products = curvature(backward.tangents(column(v, q), q < last), q < last)
-            yield _grad(outputs, leaves, products, retain_graph=q < last)
-
-    return _block(leaves, columns(v), rows())
-
-
-class _LinearBackward:
+class LinearBackward:
     """The linear map w ↦ Jᵀ w, at one w, with the graph by which it can be differentiated.
 
     Attributes:
@@ -257,36 +227,26 @@ class _LinearBackward:
         autograd what it does with w.
         """
         try:
-            pairs = list(zip(tangents, self.tangents(v, retain_graph=True), strict=True))
+            return _agree(tangents, self.tangents(v, retain_graph=True))
         except RuntimeError as error:
-            if not any(text in str(error) for text in ("not implemented", "differentiate twice")):
-                raise
+            check_differentiability_is_meant(error)
             return False
-        size = sum(float(t.double().square().sum()) for t, _ in pairs)
-        gap = sum(float((t - s).double().square().sum()) for t, s in pairs)
-        if not gap <= size * max(torch.finfo(t.dtype).eps for t, _ in pairs):  # of rounding, it is of the order eps²
-            return False
-        return True if size else None
 
 
-class _CutOutputs:
-    """A model call whose outputs are new leaves, cut from the graph; `outputs` has their (primal, tangent, leaf)."""
+def check_differentiability_is_meant(error: RuntimeError) -> None:
+    """Raises an error of autograd again, unless it says that a backward pass has no derivative."""
+    if not any(text in str(error) for text in ("not implemented", "differentiate twice", "does not require grad")):
+        raise error
 
-    def __init__(self, call: Callable):
-        self.call = call
-        self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, **inputs):
-        output = self.call(**inputs)
-        for key, value in list(output.items()):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                primal, tangent = forward_ad.unpack_dual(value)
-                leaf = primal.detach()
-                if tangent is not None:
-                    leaf.requires_grad_()
-                    self.outputs.append((primal, tangent.detach(), leaf))
-                output[key] = leaf
-        return output
+def _agree(tangents: Sequence[Tensor], others: Sequence[Tensor]) -> bool | None:
+    """Whether two computations of the same tensors agree up to rounding; None if the first ones are zero."""
+    pairs = list(zip(tangents, others, strict=True))
+    size = sum(float(t.double().square().sum()) for t, _ in pairs)
+    gap = sum(float((t - s).double().square().sum()) for t, s in pairs)
+    if not gap <= size * max(torch.finfo(t.dtype).eps for t, _ in pairs):  # of rounding, it is of the order eps²
+        return False
+    return True if size else None
 
 
 def _block(like: Mapping[str, Tensor], number: int, rows: Iterable[Mapping[str, Tensor]]) -> Block:

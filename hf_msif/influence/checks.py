@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .. import vectors
 from ..adapters.functional import without_tf32
-from ..curvature.derivatives import Evaluation
+from ..curvature.base import Curvature
+from ..curvature.derivatives import Evaluation, check_differentiability_is_meant, directional_derivatives
+from ..curvature.hessian import Hessian
 from ..curvature.padding import ROUNDING, ROUNDING_OF_OTHERS, batch_effect, tempered
 from ..errors import InputError, first_line
 from .chain import BoundStage
@@ -144,34 +146,44 @@ def symmetry(bound: BoundStage) -> Finding:
     """Of an implicit stage: ⟨w, C v⟩ = ⟨v, C w⟩ for random vectors v and w and the curvature C of two rows, whose
     losses are `tempered`.
 
+    Of a model whose functions have no forward-mode derivative, C is the Hessian, whatever the stage computes: its own
+    backward functions are all that is known of its derivatives, and only the Hessian shows whether they are some.
+
     The difference is relative to ‖C v‖, which is about the Frobenius norm of C: E⟨w, C v⟩² = ‖C‖².
 
     Raises:
         InputError: the product is not symmetric, so that it is no curvature; or it cannot be computed.
     """
-    differentiation = bound.differentiation
-    if not isinstance(differentiation, Implicit):
-        return Finding("symmetry", "the stage has no curvature")
-    if not differentiation.solver.products(1, 1):
-        return Finding("symmetry", f"{type(differentiation.solver).__name__} uses no curvature")
-    rows, stage = bound.compared_rows, bound.stage
+    rows = bound.compared_rows
     rows = [rows[0], rows[-1]] if len(rows) > 1 else rows
     with bound.engine.raising_together():
         objective = tempered(bound.objective, bound.model, rows)
-    operator = stage.curvature_class(bound.model, objective, rows, bound.split.trained, bound.engine, bound.batch_size)
-    if operator.is_symmetric:
-        return Finding("symmetry", f"curvature={stage.curvature_name!r} is symmetric by construction")
+        forward_mode = _has_forward_mode(bound, rows[0])
+    place = bound.model, objective, rows, bound.split.trained, bound.engine, bound.batch_size
+    reason = _no_products(bound)
+    operator: Curvature = Hessian(*place)
+    if reason is None:
+        own = bound.stage.curvature_class(*place)
+        if own.is_symmetric:
+            reason = f"curvature={bound.stage.curvature_name!r} is symmetric by construction"
+        if forward_mode:
+            operator = own
+    if reason is not None and forward_mode:
+        return Finding("symmetry", reason)
     if not operator.count:
         return Finding("symmetry", "none of the compared rows has a term")
     one, other = (vectors.rademacher(operator.parameters, 1, seed) for seed in (1, 2))
     try:
         with without_tf32():
             products = [operator.matvec(v) for v in (one, other)]
-    except NotImplementedError as error:
+    except RuntimeError as error:
+        check_differentiability_is_meant(error)
+        if reason is not None:
+            return Finding("symmetry", f"{reason}, and a backward function of {_class(bound)} has no derivative")
         raise InputError(
             f"stage {bound.name!r}: {_class(bound)} has no derivative of the kind that curvature="
-            f"{bound.stage.curvature_name!r} needs ({first_line(error)}); expected a model whose own functions define "
-            "jvp, or curvature='hessian'."
+            f"{bound.stage.curvature_name!r} needs ({first_line(error)}); expected a model whose functions can be "
+            "differentiated twice, curvature='ekfac', or solvers.Identity()."
         ) from error
     left, right = float(vectors.dot(other, products[0])), float(vectors.dot(one, products[1]))
     least = 1e-2 * _rounding(bound)  # of a product that is zero only rounding is left
@@ -182,7 +194,28 @@ def symmetry(bound: BoundStage) -> Finding:
             f"differ by {gap:.1e} of ‖C v‖): a backward function in it is no derivative of its forward function, so "
             "that no influence can be computed; expected another model, or its attention replaced by an exact one."
         )
+    if not forward_mode:
+        text = "a Hessian product is symmetric, and reverse mode takes the place of a forward mode that is not there"
+        return Finding("symmetry", text, gap)
     return Finding("symmetry", "a curvature product is symmetric", gap)
+
+
+def _no_products(bound: BoundStage) -> str | None:
+    """Why a stage takes no curvature products; None: it does."""
+    if not isinstance(bound.differentiation, Implicit):
+        return "the stage has no curvature"
+    solver = bound.differentiation.solver
+    if not solver.products(1, 1):
+        return f"{type(solver).__name__} uses no curvature"
+    return None
+
+
+def _has_forward_mode(bound: BoundStage, row: dict) -> bool:
+    """Whether all functions that a row's loss passes have a forward-mode derivative."""
+    direction = {name: torch.ones_like(bound.model.parameters[name]) for name in bound.split.trained}
+    with torch.no_grad(), bound.model.evaluating():
+        directional_derivatives(Evaluation(bound.model, bound.objective, bound.collate([row])), direction)
+    return bound.model.forward_mode
 
 
 # --- what they share

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_msif import vectors
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature import derivatives
+from hf_msif.curvature import derivatives, gauss_newton
 from hf_msif.curvature.derivatives import Evaluation
 from hf_msif.curvature.layers import LayerMap
 
@@ -20,7 +20,7 @@ DERIVATIVES = {
     "losses": lambda e, v, names: e.losses({})[0],
     "slopes": lambda e, v, names: derivatives.directional_derivatives(e, vectors.column(v, 0))[0],
     "gradient": lambda e, v, names: derivatives.gradient(e, names),
-    "gauss_newton": lambda e, v, names: derivatives.gauss_newton_product(e, v),
+    "gauss_newton": lambda e, v, names: gauss_newton.gauss_newton_product(e, v),
     "hessian": lambda e, v, names: derivatives.hessian_product(e, v, names),
 }
 

@@ -13,7 +13,7 @@ from transformers.models.modernbert import modeling_modernbert
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, vectors
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature import derivatives
+from hf_msif.curvature import derivatives, gauss_newton
 from hf_msif.curvature.derivatives import Evaluation
 
 ARCHITECTURES = list(tiny.CONFIGS)
@@ -359,7 +359,7 @@ def test_derivatives(name, all_float64):
     with model.evaluating():
         slopes, sums, _ = derivatives.directional_derivatives(evaluation, direction)
         product = derivatives.hessian_product(evaluation, v, names)
-        dense = derivatives.gauss_newton_product(evaluation, v)
+        dense = gauss_newton.gauss_newton_product(evaluation, v)
     torch.testing.assert_close(sums, plain.sums().detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(slopes, plain.along(direction, plain.sums), rtol=1e-6, atol=1e-7)
     expected = plain.along(direction, lambda: plain.gradient(names))

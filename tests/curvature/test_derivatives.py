@@ -8,7 +8,7 @@ from helpers.tiny import dense_gauss_newton
 
 from hf_msif import vectors
 from hf_msif.adapters.functional import ConstantPadding, FunctionalModel
-from hf_msif.curvature import derivatives
+from hf_msif.curvature import derivatives, gauss_newton
 from hf_msif.curvature.derivatives import Evaluation
 
 CASES = {"masked": "bert", "classification": "bert", "causal": "gpt2", "bidirectional": "elmo", "characters": "elmo"}
@@ -137,7 +137,7 @@ def test_product_on_parameters_in_which_the_loss_is_linear_is_zero():
 @pytest.mark.slow
 def test_gauss_newton_product(case):
     v = case.direction(columns=3, seed=6)
-    product = case.run(derivatives.gauss_newton_product, v)
+    product = case.run(gauss_newton.gauss_newton_product, v)
     dense = dense_gauss_newton(case.plain, case.names)
     expected = vectors.unflatten(vectors.flatten(v) @ dense.T, v)
     tiny.close(product, expected, 1e-11)
@@ -148,14 +148,14 @@ def test_gauss_newton_product(case):
 
 def test_gauss_newton_is_symmetric_and_positive_semidefinite(case):
     v = case.direction(columns=6, seed=7)
-    matrix = vectors.flatten(v) @ vectors.flatten(case.run(derivatives.gauss_newton_product, v)).T
+    matrix = vectors.flatten(v) @ vectors.flatten(case.run(gauss_newton.gauss_newton_product, v)).T
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-10 * float(matrix.abs().max()))
     assert torch.linalg.eigvalsh(matrix).min() > -1e-10 * matrix.abs().max()
 
 
 PRODUCTS = {
     "hessian": lambda e, v: derivatives.hessian_product(e, v, tuple(v)),
-    "gauss_newton": derivatives.gauss_newton_product,
+    "gauss_newton": gauss_newton.gauss_newton_product,
 }
 
 
@@ -191,7 +191,7 @@ def test_a_lookup_at_padding_idx_is_a_constant_in_all_derivatives(padding_read):
     dense = dense_gauss_newton(case.plain, case.names)
     expected = vectors.unflatten(vectors.flatten(v) @ dense.T, v)
     for q in range(3):  # the first column of a product and the others are computed differently
-        alone = case.run(derivatives.gauss_newton_product, {n: t[q:] for n, t in v.items()})
+        alone = case.run(gauss_newton.gauss_newton_product, {n: t[q:] for n, t in v.items()})
         tiny.close(alone, {n: t[q:] for n, t in expected.items()}, 1e-11)
     matrix = vectors.flatten(v) @ vectors.flatten(case.run(derivatives.hessian_product, v, case.names)).T
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-10 * float(matrix.abs().max()))
@@ -222,7 +222,7 @@ class Calls:
 
 def test_all_columns_of_a_gauss_newton_product_share_one_run_of_the_model(masked):
     run = Calls(masked.user)
-    masked.run(derivatives.gauss_newton_product, masked.direction(columns=4, seed=8))
+    masked.run(gauss_newton.gauss_newton_product, masked.direction(columns=4, seed=8))
     assert run.number == 1
 
 
@@ -293,7 +293,7 @@ def test_a_backward_pass_that_cannot_be_differentiated_costs_time_alone(hidden, 
         after_zero = {name: torch.cat([torch.zeros_like(t[:1]), t[1:]]) for name, t in v.items()}
         for block in (after_zero, v, v):
             with functional.evaluating():
-                products.append(derivatives.gauss_newton_product(evaluation, block))
+                products.append(gauss_newton.gauss_newton_product(evaluation, block))
             runs.append(run.number)
         assert functional.linear_backward is (square is PlainSquare)
     assert runs == [4, 5, 6, 4, 8, 11]  # a first column that is zero says nothing
@@ -313,7 +313,7 @@ def test_a_loss_that_is_linear_in_the_outputs_has_no_gauss_newton_matrix():
     case = Case("classification")
     inputs = {k: case.batch[k] for k in ("input_ids", "attention_mask")}
     v = case.direction(columns=2)
-    product = case.run(derivatives.gauss_newton_product, v, evaluation=Evaluation(case.model, Linear(), inputs))
+    product = case.run(gauss_newton.gauss_newton_product, v, evaluation=Evaluation(case.model, Linear(), inputs))
     assert {n: t.shape for n, t in product.items()} == {n: t.shape for n, t in v.items()}
     assert not any(t.any() for t in product.values())
 
@@ -366,6 +366,6 @@ def test_a_memo_is_not_used_for_what_varies(masked):
     v = masked.direction(columns=1, seed=11, names=head)
     expected = masked.run(derivatives.hessian_product, v, encoder)
     remembering = Evaluation(masked.model, masked.evaluation.objective, masked.batch, memo={})
-    masked.run(derivatives.gauss_newton_product, v, evaluation=remembering)
+    masked.run(gauss_newton.gauss_newton_product, v, evaluation=remembering)
     assert remembering.memo
     tiny.close(masked.run(derivatives.hessian_product, v, encoder, evaluation=remembering), expected, 1e-13)

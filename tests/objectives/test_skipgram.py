@@ -22,13 +22,8 @@ from transformers import (
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training
 from hf_msif.adapters import split
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature.derivatives import (
-    Evaluation,
-    directional_derivatives,
-    gauss_newton_product,
-    gradient,
-    hessian_product,
-)
+from hf_msif.curvature.derivatives import Evaluation, directional_derivatives, gradient, hessian_product
+from hf_msif.curvature.gauss_newton import gauss_newton_product
 from hf_msif.models import (
     FeedForwardClassifier,
     SkipGramConfig,
