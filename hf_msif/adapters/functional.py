@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..engine.batching import TextSettings
 from ..errors import InputError, first_line
-from .gather_points import find_gather_point
+from .gather_points import find_gather_point, head_needs_all
 from .peft import unwrap
 from .positions import GatherPoint, Positions, forward
 from .split import encoder
@@ -50,6 +50,7 @@ class FunctionalModel:
         linear_backward: whether autograd can differentiate the model's backward pass; None: it is not known yet, see
             `curvature.gauss_newton.gauss_newton_product`.
         gather_points: where the last layer gathers the states at the masked positions, see `gather_point`.
+        whole_heads: whether the head runs at all positions, see `needs_whole_head`.
 
     Raises:
         InputError: the model carries a state from batch to batch (`config.stateful`).
@@ -71,6 +72,7 @@ class FunctionalModel:
         self.forward_mode = True
         self.linear_backward: bool | None = None
         self.gather_points: dict[tuple, GatherPoint | None] = {}
+        self.whole_heads: dict[tuple, bool] = {}
 
     def at(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> FunctionalModel:
         """The same model with other values of some of its parameters and buffers, in its own dtypes and device."""
@@ -106,21 +108,41 @@ class FunctionalModel:
             return torch.func.functional_call(self.model, state, kwargs=kwargs)
 
         def call(positions: Positions | None = None, **inputs):
-            point = self.gather_point(positions, inputs)
+            whole_head, point = self.needs_whole_head(positions, inputs), self.gather_point(positions, inputs)
             if point is not None and memo is not None and _is_constant(point.layer, varying):
                 point = None  # the encoder's output is in the memo, or will be
             memoised = _memoised(self.model, varying, memo) if memo is not None else nullcontext()
             dual = any(forward_ad.unpack_dual(p).tangent is not None for p in parameters.values())
             with memoised, ConstantPadding() if dual else nullcontext():
                 try:
-                    return forward(self.model, run, positions, inputs, point)
+                    return forward(self.model, run, positions, inputs, point, whole_head)
                 except Exception:  # an error of the model itself comes again
                     if point is None:
                         raise
                 self.gather_points[_key(inputs)] = None
-                return forward(self.model, run, positions, inputs)
+                return forward(self.model, run, positions, inputs, whole_head=whole_head)
 
         return call
+
+    def needs_whole_head(self, positions: Positions | None, inputs: dict[str, Any]) -> bool:
+        """Whether the head must run at all positions, see `gather_points.head_needs_all`.
+
+        The first batch with these inputs finds it out, by two passes over one of its rows.
+
+        Args:
+            positions: (rows, columns), two index tensors (M,); None: the head runs at all positions.
+            inputs: of the model.
+        """
+        if positions is None:
+            return False
+        key = _key(inputs)
+        if key not in self.whole_heads and len(positions[0]):
+            with torch.autocast(positions[0].device.type, enabled=False), without_tf32(), self.evaluating():
+                self.whole_heads[key] = head_needs_all(self.model, self._run, self.parameters, positions, inputs)
+        return self.whole_heads.get(key, True)
+
+    def _run(self, parameters: Mapping[str, Tensor], kwargs: dict) -> Any:
+        return torch.func.functional_call(self.model, {**parameters, **self.buffers}, kwargs=kwargs)
 
     def gather_point(self, positions: Positions | None, inputs: dict[str, Any]) -> GatherPoint | None:
         """Where the model's last layer can gather the states at `positions`, see `find_gather_point`; None: nowhere.
@@ -132,20 +154,12 @@ class FunctionalModel:
             positions: (rows, columns), two index tensors (M,); None: the head runs at all positions.
             inputs: of the model.
         """
-        if positions is None or self.model.training:
+        if positions is None or self.model.training or self.needs_whole_head(positions, inputs):
             return None
         key = _key(inputs)
         if key not in self.gather_points and len(positions[0]):
             with torch.autocast(positions[0].device.type, enabled=False), without_tf32():
-                self.gather_points[key] = find_gather_point(
-                    self.model,
-                    lambda parameters, kwargs: torch.func.functional_call(
-                        self.model, {**parameters, **self.buffers}, kwargs=kwargs
-                    ),
-                    self.parameters,
-                    positions,
-                    inputs,
-                )
+                self.gather_points[key] = find_gather_point(self.model, self._run, self.parameters, positions, inputs)
         return self.gather_points.get(key)
 
     def refuse_forward_mode(self, error: NotImplementedError) -> None:
@@ -197,6 +211,15 @@ class FunctionalModel:
                     config._attn_implementation = kernel
             for config, kernel in experts:
                 config._experts_implementation = kernel
+
+
+def precision_advice(dtype: torch.dtype) -> str:
+    """The way out where a model computes in float64 what is made for float32, a clause that continues a sentence.
+
+    Some models mask by the smallest number of their dtype, which a softmax in float32 takes for −inf; others make
+    tensors of float32 whatever the dtype of their parameters is.
+    """
+    return ", or try float32: model.float()" if dtype == torch.float64 else ""
 
 
 def _source_of(error: BaseException) -> str:

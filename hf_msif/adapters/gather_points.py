@@ -49,18 +49,38 @@ def find_gather_point(
         The point; None if there is none, or if the model fails on these rows.
     """
     try:
-        positions, inputs = _sample(positions, inputs)
+        positions, inputs = _sample(positions, inputs, SAMPLE_ROWS)
         point = _search(model, lambda kwargs: run(parameters, kwargs), positions, inputs)
-        return point if point is not None and _agrees(model, run, parameters, positions, inputs, point) else None
+        if point is None or not _agrees(model, run, parameters, positions, inputs, {"point": point}, {}):
+            return None
+        return point
     except Exception:  # an error of the model itself comes again in its plain run
         logger.debug("%s gathers after its encoder", type(model).__name__, exc_info=True)
         return None
 
 
-def _sample(positions: Positions, inputs: dict[str, Any]) -> tuple[Positions, dict[str, Any]]:
-    """A few rows of the inputs that have positions, and these positions in another order."""
+def head_needs_all(
+    model: nn.Module, run: Run, parameters: Mapping[str, Tensor], positions: Positions, inputs: dict[str, Any]
+) -> bool:
+    """Whether a head cannot run on the encoder's states at some positions alone, tried out on a row of a batch.
+
+    It cannot where these states are not those of the tokens (Perceiver's latents), or where it looks at several.
+
+    Args:
+        model, run, parameters, positions, inputs: as `find_gather_point` takes them.
+    """
+    try:
+        positions, inputs = _sample(positions, inputs, 1)
+        return not _agrees(model, run, parameters, positions, inputs, {}, {"whole_head": True})
+    except Exception:  # an error of the model itself comes again in its plain run
+        logger.debug("%s runs its head at all positions", type(model).__name__, exc_info=True)
+        return True
+
+
+def _sample(positions: Positions, inputs: dict[str, Any], number: int) -> tuple[Positions, dict[str, Any]]:
+    """`number` rows of the inputs that have positions, and these positions in another order."""
     (rows, columns), size = positions, batch_shape(inputs)[0]
-    sampled_rows = rows.unique()[:SAMPLE_ROWS]
+    sampled_rows = rows.unique()[:number]
     inside = torch.isin(rows, sampled_rows)
     inputs = {
         name: value[sampled_rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
@@ -172,14 +192,15 @@ def _agrees(
     parameters: Mapping[str, Tensor],
     positions: Positions,
     inputs: dict,
-    point: GatherPoint,
+    way: dict[str, Any],
+    true_way: dict[str, Any],
 ) -> bool:
-    """Whether the model's outputs and their gradients with the point are those without."""
+    """Whether the model's outputs and their gradients are the same by two ways of `forward`."""
     leaves = {n: p.detach().requires_grad_() for n, p in parameters.items() if p.is_floating_point()}
 
-    def outputs_and_gradients(point: GatherPoint | None) -> tuple[list[Tensor], Tensor, Tensor]:
+    def outputs_and_gradients(way: dict[str, Any]) -> tuple[list[Tensor], Tensor, Tensor]:
         """The outputs; of each parameter's gradient, its product with a vector of ±1 and its norm."""
-        output = forward(model, lambda kwargs: run({**parameters, **leaves}, kwargs), positions, inputs, point)
+        output = forward(model, lambda kwargs: run({**parameters, **leaves}, kwargs), positions, inputs, **way)
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         generator = torch.Generator().manual_seed(0)
         weighted = [(t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in outputs if t.requires_grad]
@@ -195,8 +216,8 @@ def _agrees(
         )
 
     with torch.enable_grad():
-        outputs, products, _ = outputs_and_gradients(point)
-        true_outputs, true_products, norms = outputs_and_gradients(None)
+        outputs, products, _ = outputs_and_gradients(way)
+        true_outputs, true_products, norms = outputs_and_gradients(true_way)
     # The gradients of some parameters are nothing but rounding.
     gradients_agree = (products - true_products).abs() <= GRADIENT_TOLERANCE * (norms + 1e-3 * norms.max())
     same_outputs = len(outputs) == len(true_outputs) and all(map(_close, outputs, true_outputs))

@@ -20,6 +20,8 @@ from .split import encoder
 
 Positions = tuple[Tensor, Tensor]
 
+BESIDE_TOKENS = ("attention_mask", "token_type_ids")
+
 
 @dataclass(frozen=True)
 class GatherPoint:
@@ -50,6 +52,7 @@ def forward(
     positions: Positions | None,
     inputs: dict[str, Any],
     point: GatherPoint | None = None,
+    whole_head: bool = False,
 ) -> Any:
     """Runs a model whose head is needed only at some token positions.
 
@@ -57,8 +60,10 @@ def forward(
         model: the model, also with PEFT adapters.
         run: calls the model with a dict of inputs; returns its output.
         positions: (rows, columns), two index tensors (M,); None: all positions.
-        inputs: of the model. `use_cache=False` is added if the model knows it and `inputs` does not set it.
+        inputs: of the model. `use_cache=False` is added if the model knows it and `inputs` does not set it; what a
+            tokenizer makes beside the tokens is left out if the model does not know it.
         point: where the states are gathered; None: after the encoder.
+        whole_head: the head runs at all positions, and its logits are gathered.
 
     Returns:
         The model's output; its `logits`, if it has any, have the shape (M, V) with positions.
@@ -66,12 +71,15 @@ def forward(
     Raises:
         OrderError: the last layer ran otherwise than `point` says, and the output would be wrong.
     """
-    if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
+    accepted = inspect.signature(unwrap(model).forward).parameters
+    if "use_cache" in accepted:
         inputs = {"use_cache": False, **inputs}
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        inputs = {n: value for n, value in inputs.items() if n in accepted or n not in BESIDE_TOKENS}
     if positions is None:
         return run(inputs)
     base = encoder(model)
-    headless = base is unwrap(model)
+    headless = whole_head or base is unwrap(model)
     with nullcontext() if headless else _gathered(base, positions, point, batch_shape(inputs)):
         output = run(inputs)
     if getattr(output, "logits", None) is not None:  # if there are none, the objective raises the error

@@ -9,10 +9,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..errors import InputError
 from .peft import has_adapters, inspect_adapters, name_before_adapters, unwrap
@@ -34,6 +35,9 @@ class Split:
         resized: inherited tensors with more rows than before: name → number of inherited (leading) rows.
         left_out: tensors that are neither inherited nor trained: name → reason.
         held: tensors that `trainable` names, but whose requires_grad is False: they are frozen, or left out.
+        encoder_only: tensors of the encoder that are in the head all the same, since the encoder of the stage before
+            lacks them, as a decoder that its task does not use.
+        not_passed_on: tensors of the encoder of the stage before, by their names there, that this encoder lacks.
 
     >>> shapes = {"encoder.weight": torch.Size([2, 3]), "head.weight": torch.Size([4])}
     >>> roles = Split("finetuning", shapes, {"encoder.weight": "encoder.weight"}, ("head.weight",))
@@ -48,6 +52,8 @@ class Split:
     resized: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     held: tuple[str, ...] = ()
+    encoder_only: tuple[str, ...] = ()
+    not_passed_on: tuple[str, ...] = ()
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -100,6 +106,8 @@ class Split:
             if name in self.resized:
                 fate = "trained" if name in self.trained else "held constant"
                 note = f"first {self.resized[name]} of {shape[0]} rows inherited, the others {fate}"
+            if name in self.encoder_only and name not in self.left_out:
+                note = "in this encoder alone: not inherited"
             if name in self.held and name in self.inherited:
                 note = "; ".join(filter(None, [note, HELD]))
             rows.append(
@@ -123,9 +131,17 @@ class Split:
         lines = [f"stage {self.stage!r}: {self.count(tuple(self.shapes)):,} parameters in {len(self.shapes)} tensors"]
         lines += [f"  {label:34} {self.count(names):>13,} in {len(names)} tensors" for label, names in groups if names]
         lines += [f"    {name}: {why}" for name, why in self.left_out.items()]
+        if self.encoder_only:
+            lines.append(f"  in this encoder alone, and so its own: {_listed(self.encoder_only)}")
+        if self.not_passed_on:
+            lines.append(f"  in the encoder of the stage before alone: {_listed(self.not_passed_on)}")
         if self.held:
             lines.append(f"  {len(self.held)} of these tensors (first {self.held[0]!r}): {HELD}")
         return "\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} tensors (first {names[0]!r})" if len(names) > 1 else f"tensor {names[0]!r}"
 
 
 def encoder(model: nn.Module) -> nn.Module:
@@ -154,7 +170,11 @@ def split(
 ) -> Split:
     """Assigns every parameter of `model` its role.
 
-    W is what the two *base* models share by name and shape; a pooler that only one of them has belongs to its head.
+    W is what the two *base* models share by name and shape; a pooler that only one of them has belongs to its head. So
+    does what else one base model has and the other, of the same architecture and the same sizes, lacks (the mask token
+    of an image model, Funnel's decoder): its task alone uses it. The base model of a text model may be a part of that
+    of a model of texts and images.
+
     LoRA and other PEFT adapters inside the encoder belong to the head too, unless the previous model has the same
     ones. `query.base_layer.weight` is the `query.weight` of the stage before, and a copy in `modules_to_save` takes
     the place of its original. Inactive adapters and originals that a copy replaces are left out, and with "head" also
@@ -179,10 +199,8 @@ def split(
     """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     added, idle = inspect_adapters(model, stage)
-    inherited: dict[str, str] = {}
-    resized_rows: dict[str, int] = {}
-    if previous is not None:
-        inherited, resized_rows = _match(stage, model, previous, resized, previous_stage)
+    match = _Match() if previous is None else _match(stage, model, previous, resized, previous_stage)
+    inherited = match.inherited
     trained, left_out = _trained(stage, [name for name in shapes if name not in idle], inherited, trainable)
     if trainable == "head" and added:  # a weight and its adapter trained together would have a flat direction
         under = {n: "held constant under its adapter" for n in trained if ".base_layer." in n}
@@ -196,13 +214,23 @@ def split(
         )
     trained = tuple(n for n in trained if n not in set(held))
     left_out |= {name: HELD for name in held if name not in inherited}
-    return Split(stage, shapes, inherited, trained, resized_rows, {**left_out, **idle}, held)
+    left_out = {**left_out, **idle}
+    return Split(
+        stage, shapes, inherited, trained, match.resized, left_out, held, match.encoder_only, match.not_passed_on
+    )
 
 
-def _match(
-    stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str
-) -> tuple[dict[str, str], dict[str, int]]:
-    """`Split.inherited` and `Split.resized` of a model and the model of the stage before."""
+@dataclass(frozen=True)
+class _Match:
+    """Attributes of `Split` that a model and that of the stage before decide."""
+
+    inherited: dict[str, str] = field(default_factory=dict)
+    resized: dict[str, int] = field(default_factory=dict)
+    encoder_only: tuple[str, ...] = ()
+    not_passed_on: tuple[str, ...] = ()
+
+
+def _match(stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str) -> _Match:
     added, idle = inspect_adapters(model, stage)
     bases_by_name = _encoder_names(model, idle)
     previous_names = {
@@ -211,19 +239,26 @@ def _match(
     pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
     way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
 
-    # The head is part of the "base model" only if there is no base-model attribute: then names alone decide.
-    headless = any(encoder(m) is unwrap(m) for m in (model, previous))
+    contained = not set(bases_by_name.values()) & set(previous_names)
+    if contained:
+        bases_by_name, previous_names = _below_a_part(bases_by_name, previous_names)
     shared = {name: base for name, base in bases_by_name.items() if base in previous_names}
     if not shared:
         raise InputError(
             f"{pair} share no tensor: the first of the one is {next(iter(bases_by_name.values()))!r}, of the other "
             f"{next(iter(previous_names))!r}{way_out}."
         )
-    bases = dict.fromkeys(base for name, base in bases_by_name.items() if name in shared or name not in added)
-    for base in [*bases, *previous_names]:
-        if (base in bases) != (base in previous_names) and OPTIONAL_MODULE not in base.split(".") and not headless:
-            has, lacks = (stage, previous_stage) if base in bases else (previous_stage, stage)
-            raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
+    bases = {base: name for name, base in bases_by_name.items() if name in shared or name not in added}
+    encoder_only, not_passed_on = list[str](), list[str]()
+    # The head is part of the "base model" only if there is no base-model attribute: then names alone decide.
+    if not any(encoder(m) is unwrap(m) for m in (model, previous)):
+        encoder_only = [base for base in bases if base not in previous_names and not _is_optional(base)]
+        not_passed_on = [base for base in previous_names if base not in bases and not _is_optional(base)]
+    both = [*encoder_only, *not_passed_on]
+    if both and not contained and ((encoder_only and not_passed_on) or not _same_sizes(model, previous)):
+        base = both[0]
+        has, lacks = (stage, previous_stage) if base in bases else (previous_stage, stage)
+        raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
     resized_rows = {}
     for name, base in shared.items():
         shape, previous_shape = model.get_parameter(name).shape, previous.get_parameter(previous_names[base]).shape
@@ -243,7 +278,54 @@ def _match(
             f"{pair} do not match: tensor {base!r} is {tuple(shape)} in {stage!r} and {tuple(previous_shape)} in "
             f"{previous_stage!r}{way_out}."
         )
-    return {name: previous_names[base] for name, base in shared.items()}, resized_rows
+    return _Match(
+        {name: previous_names[base] for name, base in shared.items()},
+        resized_rows,
+        tuple(bases[base] for base in encoder_only),
+        tuple(previous_names[base] for base in not_passed_on),
+    )
+
+
+def _is_optional(base: str) -> bool:
+    return OPTIONAL_MODULE in base.split(".")
+
+
+def _below_a_part(names: dict[str, str], previous: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The names inside the base models (of `_encoder_names`, and the other way round), where the one base model is a
+    part of the other: the part's names are then those in the larger one."""
+    bases = list(names.values())
+    for part, whole in ((bases, list(previous)), (list(previous), bases)):
+        for prefix in dict.fromkeys(name.removesuffix(part[0]) for name in whole if name.endswith("." + part[0])):
+            if {prefix + name for name in part} <= set(whole):
+                if part is bases:
+                    return {name: prefix + base for name, base in names.items()}, previous
+                return names, {prefix + base: name for base, name in previous.items()}
+    return names, previous
+
+
+def _same_sizes(model: nn.Module, previous: nn.Module) -> bool:
+    """Whether two models have the same architecture and configured sizes, but for those of their vocabularies."""
+    one, other = (getattr(unwrap(m), "config", None) for m in (model, previous))
+    if not (isinstance(one, PretrainedConfig) and isinstance(other, PretrainedConfig)):
+        return False
+    sizes, other_sizes = _sizes(one.to_dict()), _sizes(other.to_dict())
+    return one.model_type == other.model_type and all(
+        sizes[path] == other_sizes[path] for path in set(sizes) & set(other_sizes)
+    )
+
+
+def _sizes(settings: Any, key: str = "") -> dict[str, int]:
+    """The whole numbers in nested settings, by path, without those of tokens and labels: layers, widths, heads."""
+    if key.endswith("label2id"):
+        return {}
+    if isinstance(settings, Mapping):
+        entries = settings.items()
+    elif isinstance(settings, (list, tuple)):
+        entries = enumerate(settings)
+    else:
+        is_size = type(settings) is int and not key.endswith(("_id", "_ids", "vocab_size"))
+        return {key: settings} if is_size else {}
+    return {path: size for name, value in entries for path, size in _sizes(value, f"{key}.{name}").items()}
 
 
 def _is_embedding(model: nn.Module, name: str) -> bool:

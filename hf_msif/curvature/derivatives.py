@@ -16,8 +16,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ..adapters.functional import FunctionalModel
+from ..adapters.functional import FunctionalModel, precision_advice
 from ..engine.accelerated import to_device
+from ..errors import InputError, first_line
 from ..objectives import Objective, Terms
 from ..vectors import Block, columns
 
@@ -61,7 +62,11 @@ class Evaluation:
 def parameters_in_use(
     model: FunctionalModel, objective: Objective, rows: list[dict], names: Iterable[str]
 ) -> tuple[str, ...]:
-    """Those of `names` on which the losses of the first two rows depend."""
+    """Those of `names` on which the losses of the first two rows depend.
+
+    Raises:
+        InputError: the model has no backward pass in evaluation mode, or a gradient is not finite.
+    """
     device, names, used = next(iter(model.parameters.values())).device, list(names), set[str]()
     with model.evaluating():
         for row in rows[:2]:  # one at a time: a model without a pad token takes no more
@@ -69,8 +74,23 @@ def parameters_in_use(
             leaves = evaluation.leaves(names)
             total = evaluation.losses(leaves)[0].sum()
             if total.requires_grad:
-                gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-                used |= {name for name, g in zip(leaves, gradients, strict=True) if g is not None}
+                try:
+                    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+                except (AssertionError, NotImplementedError) as error:
+                    raise InputError(
+                        f"{type(model.model).__name__} has no gradient in evaluation mode ({first_line(error)}); "
+                        "expected a model whose backward pass works without dropout: influence is that of its losses "
+                        "as it predicts."
+                    ) from error
+                slopes = {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+                for name, g in slopes.items():
+                    if not g.isfinite().all():
+                        raise InputError(
+                            f"the gradient of {type(model.model).__name__} in {name!r} is not finite at the row "
+                            f"{row['example_id']!r}; expected numbers: check its weights, leave the row out"
+                            f"{precision_advice(g.dtype)}."
+                        )
+                used |= set(slopes)
     return tuple(name for name in names if name in used)
 
 
@@ -240,11 +260,12 @@ def check_differentiability_is_meant(error: RuntimeError) -> None:
 
 
 def _agree(tangents: Sequence[Tensor], others: Sequence[Tensor]) -> bool | None:
-    """Whether two computations of the same tensors agree up to rounding; None if the first ones are zero."""
+    """Whether two computations of the same tensors agree up to rounding, that of float32 at least, in which models
+    compute parts whatever their dtype is; None if the first ones are zero."""
     pairs = list(zip(tangents, others, strict=True))
     size = sum(float(t.double().square().sum()) for t, _ in pairs)
     gap = sum(float((t - s).double().square().sum()) for t, s in pairs)
-    if not gap <= size * max(torch.finfo(t.dtype).eps for t, _ in pairs):  # of rounding, it is of the order eps²
+    if not gap <= size * torch.finfo(torch.float32).eps:  # of rounding, it is of the order eps²
         return False
     return True if size else None
 

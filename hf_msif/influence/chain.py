@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..adapters.fingerprint import model_identity
-from ..adapters.functional import FunctionalModel, check_vocabulary
+from ..adapters.functional import FunctionalModel, check_vocabulary, precision_advice
 from ..adapters.split import Split, split
 from ..curvature.base import _counts
 from ..curvature.derivatives import Evaluation, gradient_and_losses, parameters_in_use
@@ -124,7 +124,10 @@ class BoundStage:
 
     def _leave_out_what_the_loss_ignores(self) -> None:
         """A trained tensor that the loss never reads has no curvature: the system would be singular in it."""
-        trained = parameters_in_use(self.model, self.objective, first_rows(self.rows, 2), self.split.trained)
+        try:
+            trained = parameters_in_use(self.model, self.objective, first_rows(self.rows, 2), self.split.trained)
+        except InputError as error:
+            raise InputError(f"stage {self.name!r}: {error}") from error
         if not trained:
             names = list(self.split.trained[:3])
             raise InputError(
@@ -349,8 +352,8 @@ class Chain:
         not_finite = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
         if not_finite:
             raise InputError(
-                f"the loss of the test examples with example_id {not_finite[:5]} is not finite; leave them out, or "
-                "check the last stage's model."
+                f"the loss of the test examples with example_id {not_finite[:5]} is not finite; expected numbers: "
+                f"leave them out, check the last stage's model{precision_advice(next(iter(adjoint.values())).dtype)}."
             )
         return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), losses
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import vectors
-from ..adapters.functional import without_tf32
+from ..adapters.functional import precision_advice, without_tf32
 from ..curvature.base import Curvature
 from ..curvature.derivatives import Evaluation, check_differentiability_is_meant, directional_derivatives
 from ..curvature.hessian import Hessian
@@ -35,7 +35,15 @@ def determinism(bound: BoundStage) -> Finding:
     rows, objective = bound.compared_rows, bound.objective
     with bound.engine.raising_together(), torch.no_grad(), bound.model.evaluating():
         batches = [bound.collate([rows[-1]]), bound.collate([rows[0]]), bound.collate([rows[-1]])]
-        losses = [Evaluation(bound.model, objective, batch).losses({})[0].double() for batch in batches]
+        try:
+            losses = [Evaluation(bound.model, objective, batch).losses({})[0].double() for batch in batches]
+        except RuntimeError as error:
+            if not precision_advice(_dtype(bound)):
+                raise
+            raise InputError(
+                f"stage {bound.name!r}: {_class(bound)} fails in float64 ({first_line(error)}); expected a model that "
+                f"computes in the dtype of its parameters: mend its configuration{precision_advice(_dtype(bound))}."
+            ) from error
         for key, first in batches[0].items():
             if isinstance(first, Tensor) and not torch.equal(first, batches[2][key]):
                 raise InputError(
@@ -47,8 +55,7 @@ def determinism(bound: BoundStage) -> Finding:
             if not loss.isfinite().all():
                 raise InputError(
                     f"stage {bound.name!r}: the loss of its row {row['example_id']!r} is not finite; expected a "
-                    "number: leave the row out, check the weights, or take float32 where the model masks by the "
-                    "smallest number of its dtype."
+                    f"number: leave the row out, check the weights{precision_advice(_dtype(bound))}."
                 )
         gap = _relative(losses[0], losses[2])
         if not gap <= _rounding(bound):
@@ -225,9 +232,13 @@ def _class(bound: BoundStage) -> str:
     return type(bound.stage.model).__name__
 
 
+def _dtype(bound: BoundStage) -> torch.dtype:
+    return next(iter(bound.model.parameters.values())).dtype
+
+
 def _rounding(bound: BoundStage) -> float:
     """The relative difference up to which two numbers that should be equal may differ."""
-    return ROUNDING.get(next(iter(bound.model.parameters.values())).dtype, ROUNDING_OF_OTHERS)
+    return ROUNDING.get(_dtype(bound), ROUNDING_OF_OTHERS)
 
 
 def _places(length: int) -> list[int]:

@@ -112,8 +112,11 @@ class FeedForwardClassifier(PreTrainedModel):
         return model.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> SequenceClassifierOutput:
-        if "token_type_ids" not in inspect.signature(self.encoder.forward).parameters:
+        accepted = inspect.signature(self.encoder.forward).parameters
+        if "token_type_ids" not in accepted:
             inputs.pop("token_type_ids", None)
+        if "use_cache" in accepted:  # nothing is generated, and RWKV's state, written in place, has no gradient
+            inputs = {"use_cache": False, **inputs}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         mean = mean_state(states, attention_mask)
         return SequenceClassifierOutput(logits=self.classifier(torch.tanh(self.hidden(mean))))

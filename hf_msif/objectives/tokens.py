@@ -62,6 +62,7 @@ def tokenize(tokenizer, texts: list[str], max_length: int | None, **settings) ->
     Left padding would shift the absolute positions of a sentence by the length of its neighbours in the batch.
     """
     limit = tokenizer.model_max_length if max_length is None else max_length
+    settings["return_attention_mask"] = True  # it tells tokens from padding, also where the model reads none
     encoded = tokenizer(texts, truncation=False, padding=False, verbose=False, **settings)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     truncated = torch.from_numpy(lengths > limit)

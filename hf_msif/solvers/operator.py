@@ -99,7 +99,11 @@ class CountedOperator:
             infinite = self.operator.sum_over_processes(infinite)
         if infinite.any():
             name = list(x)[int(infinite.argmax())]
-            raise InputError(f"{what} holds NaN or inf in parameter {name!r}.")
+            narrower = ", or try float32: model.float()" if x[name].dtype == torch.float64 else ""
+            raise InputError(
+                f"{what} holds NaN or inf in parameter {name!r}; expected numbers: check the weights and the rows"
+                f"{narrower}."
+            )
 
 
 def _all_finite(t: Tensor) -> Tensor:

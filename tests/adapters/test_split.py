@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import transformers as T
 from helpers import tiny
 from helpers.state import photograph
 from transformers.models.llama import modeling_llama
@@ -152,6 +153,73 @@ def test_a_model_that_was_only_loaded_for_inference_is_refused():
     for trainable in ("all", "head", ["classifier.*"]):
         with pytest.raises(InputError, match=r"requires_grad is False in all \d+ .* model\.requires_grad_\(True\)"):
             split("fine", after, before, trainable)
+
+
+FUNNEL = {"vocab_size": len(tiny.WORDS), "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24, "block_sizes": [1, 1]}
+FUNNEL |= {"num_decoder_layers": 1}
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8}
+VIT |= {"patch_size": 4, "encoder_stride": 4}
+UNEQUAL = {
+    "Funnel": (T.FunnelForMaskedLM, T.FunnelForSequenceClassification, T.FunnelConfig(**FUNNEL), "decoder"),
+    "ViT": (T.ViTForMaskedImageModeling, T.ViTForImageClassification, T.ViTConfig(**VIT), "mask_token"),
+}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_a_tensor_that_one_task_alone_uses_belongs_to_its_head(name, tmp_path):
+    """Whichever comes first, and also if both are loaded from one checkpoint."""
+    pretraining, classification, config, own = UNEQUAL[name]
+    before = pretraining(config)
+    before.save_pretrained(tmp_path)
+    after = classification.from_pretrained(tmp_path)
+    found = split("fine", after, before, "head", previous_stage="pre")
+    shared = {n for n, _ in after.named_parameters() if not n.startswith("classifier")}
+    assert set(found.inherited) == shared
+    assert all(torch.equal(after.get_parameter(n), before.get_parameter(m)) for n, m in found.inherited.items())
+    assert set(found.head) == set(found.shapes) - shared
+    names, others = ({n for n, _ in m.base_model.named_parameters()} for m in (before, after))
+    prefix = before.base_model_prefix + "."
+    assert set(found.not_passed_on) == {prefix + n for n in names - others}
+    assert all(own in n for n in found.not_passed_on)
+    assert found.not_passed_on[0] in str(found)
+    back = split("pre", before, after, "all", previous_stage="fine")
+    assert set(back.encoder_only) == set(found.not_passed_on) <= set(back.head)
+    assert "in this encoder alone, and so its own: " in str(back)
+    notes = {row["tensor"]: row["note"] for row in back.table()}
+    assert notes[back.encoder_only[0]] == "in this encoder alone: not inherited"
+
+
+def test_other_sizes_are_no_task_of_the_same_encoder():
+    """A ViT without a mask token, but with other heads."""
+    before = T.ViTForMaskedImageModeling(T.ViTConfig(**VIT))
+    after = T.ViTForImageClassification(T.ViTConfig(**VIT | {"num_attention_heads": 4}))
+    with pytest.raises(InputError, match=r"'embeddings\.mask_token' is in 'pre' and not in 'fine'"):
+        split("fine", after, before, previous_stage="pre")
+
+
+class Both(T.PreTrainedModel):
+    """A text encoder as a part of a model that reads something else, too."""
+
+    config_class, base_model_prefix, _supports_sdpa = T.BertConfig, "model", True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = torch.nn.Module()
+        self.model.eyes, self.model.language_model = torch.nn.Linear(2, 2), T.BertModel(config)
+        self.score = torch.nn.Linear(16, 2)
+
+
+def test_a_text_encoder_inside_a_larger_one():
+    config = tiny.CONFIGS["bert"](1)
+    text, both = T.BertForMaskedLM(config), Both(config)
+    found = split("fine", both, text, "head", previous_stage="pre")
+    expected = {n: n.replace("model.language_model", "bert") for n in found.shapes if "language_model" in n}
+    expected = {n: m for n, m in expected.items() if "pooler" not in n}
+    assert found.inherited == expected
+    assert set(found.encoder_only) == {"model.eyes.weight", "model.eyes.bias"}
+    back = split("fine", text, both, "all", previous_stage="pre")
+    assert back.inherited == {m: n for n, m in expected.items()}
+    assert set(back.not_passed_on) == set(found.encoder_only)
 
 
 # Errors ------------------------------------------------------------------------------------------------------------
