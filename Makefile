@@ -1,6 +1,7 @@
 # make demo   set up a virtual environment and explain three tweets (no network beyond the package index)
 # make test   set up and run all tests, the slow ones and the notebook too
 # make fast   set up and run the tests but the slow ones and those that start processes (two minutes)
+# make coverage-suite   influence through every architecture of transformers; writes docs/coverage.md (some minutes)
 # make quality   check lint, formatting, what each wing imports, and types
 # make style     mend lint and formatting
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fast quality style clean
+.PHONY: demo test fast coverage-suite quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msif demo
@@ -19,6 +20,9 @@ test: $(VENV)/.test
 
 fast: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not launch"
+
+coverage-suite: $(VENV)/.test
+	$(BIN)/python benchmarks/coverage/run.py
 
 quality: $(VENV)/.test
 	$(BIN)/ruff check .

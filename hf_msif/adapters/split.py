@@ -172,8 +172,8 @@ def split(
 
     W is what the two *base* models share by name and shape; a pooler that only one of them has belongs to its head. So
     does what else one base model has and the other, of the same architecture and the same sizes, lacks (the mask token
-    of an image model, Funnel's decoder): its task alone uses it. The base model of a text model may be a part of that
-    of a model of texts and images.
+    of an image model, the decoders of Funnel and Perceiver): its task alone uses it. The base model of a text model
+    may be a part of that of a model of texts and images.
 
     LoRA and other PEFT adapters inside the encoder belong to the head too, unless the previous model has the same
     ones. `query.base_layer.weight` is the `query.weight` of the stage before, and a copy in `modules_to_save` takes
@@ -254,9 +254,9 @@ def _match(stage: str, model: nn.Module, previous: nn.Module, resized: bool, pre
     if not any(encoder(m) is unwrap(m) for m in (model, previous)):
         encoder_only = [base for base in bases if base not in previous_names and not _is_optional(base)]
         not_passed_on = [base for base in previous_names if base not in bases and not _is_optional(base)]
-    both = [*encoder_only, *not_passed_on]
-    if both and not contained and ((encoder_only and not_passed_on) or not _same_sizes(model, previous)):
-        base = both[0]
+    in_one = [*encoder_only, *not_passed_on]
+    if in_one and not contained and not _same_sizes(model, previous):
+        base = in_one[0]
         has, lacks = (stage, previous_stage) if base in bases else (previous_stage, stage)
         raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
     resized_rows = {}
