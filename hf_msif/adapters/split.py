@@ -7,7 +7,7 @@ are left out.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -318,6 +318,7 @@ def _sizes(settings: Any, key: str = "") -> dict[str, int]:
     """The whole numbers in nested settings, by path, without those of tokens and labels: layers, widths, heads."""
     if key.endswith("label2id"):
         return {}
+    entries: Iterable[tuple[Any, Any]]
     if isinstance(settings, Mapping):
         entries = settings.items()
     elif isinstance(settings, (list, tuple)):

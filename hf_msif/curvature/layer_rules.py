@@ -280,7 +280,13 @@ class Local(Layer):
     def slopes(self, call: Call, direction: Mapping[str, Tensor]) -> Tensor:
         """⟨direction, ∇ℓ_i⟩ of each example, (B,); `direction` by names in the module."""
         (args, kwargs), flat = call.a
-        return call.grouping.sum((flat(self.tangent(args, kwargs, direction)) * call.g).sum(1))
+        try:
+            tangent = self.tangent(args, kwargs, direction)
+        except NotImplementedError as error:  # a function in the module has no forward-mode derivative
+            self.model.refuse_forward_mode(error)
+            gradients = self.gradients(call)
+            return torch.stack([(gradients[self.names[n]] * t).flatten(1).sum(1) for n, t in direction.items()]).sum(0)
+        return call.grouping.sum((flat(tangent) * call.g).sum(1))
 
     def gradients(self, call: Call) -> Block:
         ((args, kwargs), flat), grouping = call.a, call.grouping

@@ -1,5 +1,6 @@
 """Models with a function that has no forward-mode derivative: derivatives by backward passes alone, in float64."""
 
+import copy
 import logging
 
 import pytest
@@ -124,19 +125,32 @@ def test_it_is_said_once(caplog):
     assert "test_reverse_mode.py:" in record.message
 
 
-@pytest.mark.parametrize("score", ["auto", "forward", "terms"])
-def test_bloom_is_scored_as_by_plain_backward_passes(score):
-    """Its GELU is a function of its own, without a jvp."""
-    config = T.BloomConfig(vocab_size=len(tiny.WORDS), hidden_size=16, n_layer=2, n_head=2, pad_token_id=0)
-    model, rows = tiny.perturbed(T.BloomForCausalLM(config).double(), 0), tiny.rows(6, seed=3)
+BLOOM = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
+GEMMA = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+GEMMA |= {"num_attention_heads": 2, "lru_width": 16, "pad_token_id": 0}
+MODELS = {
+    "Bloom": lambda: T.BloomForCausalLM(T.BloomConfig(**BLOOM)),
+    "RecurrentGemma": lambda: T.RecurrentGemmaForCausalLM(T.RecurrentGemmaConfig(**GEMMA)),
+}
+
+
+SCORED = [("Bloom", "auto"), ("Bloom", "forward"), ("Bloom", "terms"), ("RecurrentGemma", "auto")]
+
+
+@pytest.mark.parametrize(("name", "score"), SCORED)
+def test_scores_are_those_of_plain_backward_passes(name, score):
+    """Bloom's GELU is a function of its own, without a jvp; so is a square root in RecurrentGemma, in a module that
+    has parameters and no rule."""
+    model, rows = tiny.perturbed(MODELS[name]().double(), 0), tiny.rows(6, seed=3)
+    plain = copy.deepcopy(model)  # RecurrentGemma keeps a state, which cannot be copied once it has a graph
     objective = objectives.CausalLM(tiny.tokenizer(template=False))
-    stage = Stage("only", model, objective, rows, solver=solvers.CG(damping=1.0, tol=1e-6, max_iter=300))
+    stage = Stage("only", model, objective, rows, solver=solvers.CG(damping=10.0, tol=1e-6, max_iter=300))
     query = MultiStageInfluence([stage], progress=False).query(rows[:2] if score == "auto" else rows[:1])
     u = query.solutions["only"].tensors()
     expected = []
     for row in rows:
         batch = objective.collate([row])
-        gradient = tiny.Plain(model, "causal", batch).gradient(list(u))
+        gradient = tiny.Plain(plain, "causal", batch).gradient(list(u))
         expected.append(-sum((gradient[n] * t).flatten(1).sum(1) for n, t in u.items()))
     expected = torch.stack(expected)
     if score == "terms":
@@ -144,4 +158,4 @@ def test_bloom_is_scored_as_by_plain_backward_passes(score):
         found = torch.tensor(table.groupby("example_id")["influence"].sum().to_numpy())[:, None]
     else:
         found = torch.tensor(query.score(rows, batch_size=4).influences())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
