@@ -167,7 +167,7 @@ class FunctionalModel:
         if self.forward_mode:
             self.forward_mode = False
             logger.warning(
-                "%s has no forward-mode derivative (%s, at %s): reverse mode is used, at about twice the price.",
+                "%s has no forward-mode derivative (%s, at %s): reverse mode is used, which takes a third longer.",
                 type(self.model).__name__,
                 first_line(error),
                 _source_of(error),

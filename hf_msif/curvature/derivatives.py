@@ -120,7 +120,7 @@ def directional_derivatives(evaluation: Evaluation, direction: Mapping[str, Tens
     """⟨∇ℓ_i, direction⟩ for every example, by forward mode: no gradient is stored. Costs 3 F.
 
     Where a function of the model has no forward-mode derivative, the derivative in w of ⟨Σ_i w_i ∇ℓ_i, direction⟩
-    gives the same by two backward passes, about 7 F; where a backward pass cannot be differentiated either, a backward
+    gives the same by two backward passes, about 4 F; where a backward pass cannot be differentiated either, a backward
     pass per example does.
 
     Args:
