@@ -83,7 +83,8 @@ def forward(
     with nullcontext() if headless else _gathered(base, positions, point, batch_shape(inputs)):
         output = run(inputs)
     if getattr(output, "logits", None) is not None:  # if there are none, the objective raises the error
-        output.logits = output.logits[positions] if headless else output.logits[0]
+        # Logits without an axis of tokens lose one, too, so that the objective sees another task in them.
+        output.logits = output.logits[positions] if headless and output.logits.dim() > 2 else output.logits[0]
     return output
 
 
