@@ -231,6 +231,7 @@ def main(names: list[str], say: Callable[[str], None] = print) -> None:
     by_name = {pair.name: pair for pair in pairs("all")}
     for name in names:
         say(json.dumps({"started": name}))
+        sys.stdout.flush()
         say(json.dumps(asdict(examine(by_name[name]))))
         sys.stdout.flush()
 

@@ -5,20 +5,20 @@
     python benchmarks/coverage/run.py --only bert mixtral --page runs/coverage/some.md
 
 Pairs are examined in processes of their own, some pairs each. One that ends its process is named, and the others go
-on. Results are appended to a file, so that an interrupted run continues; `--again` starts anew. The exit code is 1
-where fewer than 95 % pass.
+on. Results are appended to a file, so that an interrupted run continues; a change of the library or of the suite, and
+`--again`, start anew. The exit code is 1 where fewer than 95 % pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", choices=["first", "all"], default="first")
     parser.add_argument("--only", nargs="*", help="architectures, or architecture/task")
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "coverage" / "results.jsonl")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "coverage" / f"{version()}.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "coverage.md")
     parser.add_argument("--again", action="store_true", help="forget the results that are there")
     args = parser.parse_args(argv)
@@ -89,35 +89,47 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if passed >= SHARE * len(examinations) else 1
 
 
+def version() -> str:
+    """A digest of everything that a result depends on."""
+    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
+    for path in sorted([*(ROOT / "hf_msif").rglob("*.py"), *FOLDER.glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def run_some(some: list[Pair], results: Path) -> None:
-    """Examines pairs in a process; the one that ends it, or outlasts it, gets a result that says so."""
+    """Examines pairs in a process; one that ends it, or outlasts it, gets a result that says so.
+
+    Raises:
+        SystemExit: the process did not come to the first pair.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / "examination.py"), *(pair.name for pair in some)]
+    before = results.stat().st_size if results.exists() else 0
     with results.open("a") as file:
         try:
             # Twice the time of each pair: a signal does not reach code that never returns to Python.
-            code: Any = subprocess.run(
+            process = subprocess.run(
                 command, stdout=file, stderr=subprocess.PIPE, env=environment, timeout=2 * SECONDS * len(some)
             )
-            end = f"its process ended with exit code {code.returncode}"
-            said = code.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            said = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            end = ": ".join([f"its process ended with exit code {process.returncode}", *said])
         except subprocess.TimeoutExpired:
-            end, said = "its process did not end", []
-    started, ended = lines(results)
-    unfinished = [name for name in started if name not in ended]
-    if not unfinished and not ended:  # it did not come to the first pair
-        raise SystemExit("\n".join([f"{command[1]}: {end}", *said]))
-    for name in unfinished:
-        pair = next(p for p in pairs("all") if p.name == name)
-        crashed = Examination(name, [pair.language_model, pair.classifier], error=": ".join([end, *said]))
+            end = "its process did not end"
+    started, ended = lines(results, before)
+    if not started:
+        raise SystemExit(f"{command[1]}: {end}")
+    if started[-1] not in ended:
+        pair = next(pair for pair in some if pair.name == started[-1])
+        crashed = Examination(pair.name, [pair.language_model, pair.classifier], error=end)
         with results.open("a") as file:
-            file.write(json.dumps(vars(crashed)) + "\n")
+            file.write("\n" + json.dumps(vars(crashed)) + "\n")  # its process may have left half a line
 
 
-def lines(path: Path) -> tuple[list[str], dict[str, dict]]:
-    """The names of the pairs that were started, and the results by name."""
+def lines(path: Path, start: int = 0) -> tuple[list[str], dict[str, dict]]:
+    """The names of the pairs that were started, and the results by name, from a byte of the file on."""
     started, ended = list[str](), dict[str, dict]()
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes()[start:].splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:  # an interruption cut it

@@ -65,6 +65,30 @@ def test_a_wrong_score_fails_the_examination(suite, monkeypatch):
     assert examination.examine(pair).error.startswith("scores: relative difference 1.0e-04")
 
 
+CRASH = """
+import json, os, sys
+for name in sys.argv[1:]:
+    print(json.dumps({"started": name}), flush=True)
+    if name == "bart/masked":
+        os._exit(9)
+    print(json.dumps({"name": name, "classes": ["A", "B"], "scores": 1e-9}), flush=True)
+"""
+
+
+def test_a_crash_of_one_pair_does_not_end_the_suite(suite, monkeypatch, tmp_path, capsys):
+    run = suite("run")
+    (tmp_path / "examination.py").write_text(CRASH)
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    results, page = tmp_path / "results.jsonl", tmp_path / "page.md"
+    results.write_text('{"started": "bert/masked"}\n{"na')  # of a run that was interrupted
+    only = ["--only", "albert", "bart", "bert", "--results", str(results), "--page", str(page)]
+    assert run.main(only) == 1
+    assert "bart/masked: its process ended with exit code 9\npassed 2 of 3" in capsys.readouterr().out
+    assert "**2 of 3 pass** (67%)" in page.read_text()
+    (tmp_path / "examination.py").unlink()
+    assert run.main(only) == 1  # all results are there
+
+
 def stage(model, objective, rows, **settings):
     return Stage("only", model, objective, rows, **{"solver": solvers.Identity(), **settings})
 
