@@ -47,6 +47,7 @@ class FunctionalModel:
         buffers: name → detached buffer.
         forward_mode: whether all of the model's functions have a forward-mode derivative, as far as it is known, see
             `curvature.derivatives`.
+        twice_differentiable: whether every function is known to have a second derivative.
         linear_backward: whether autograd can differentiate the model's backward pass; None: it is not known yet, see
             `curvature.gauss_newton.gauss_newton_product`.
         gather_points: where the last layer gathers the states at the masked positions, see `gather_point`.
@@ -70,6 +71,7 @@ class FunctionalModel:
         self.parameters = {n: self._in_full_precision(p.detach(), device) for n, p in model.named_parameters()}
         self.buffers = {n: self._in_full_precision(b.detach(), device) for n, b in model.named_buffers()}
         self.forward_mode = True
+        self.twice_differentiable = False
         self.linear_backward: bool | None = None
         self.gather_points: dict[tuple, GatherPoint | None] = {}
         self.whole_heads: dict[tuple, bool] = {}

@@ -206,12 +206,17 @@ def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> B
 
     Returns:
         A block of Q columns over `names`.
+
+    Raises:
+        NotTwiceDifferentiableError: a function of the model, or of the loss, has no second derivative.
     """
     inner = evaluation.leaves(v)
     outer = {name: inner.get(name, leaf) for name, leaf in evaluation.leaves(names).items()}
     sums, _ = evaluation.losses({**outer, **inner})
     gradients = torch.autograd.grad(sums.sum(), list(inner.values()), create_graph=True, materialize_grads=True)
     curved = [(g, v[name]) for name, g in zip(inner, gradients, strict=True) if g.requires_grad]
+    if not evaluation.model.twice_differentiable:
+        _check_twice_differentiable(evaluation.model, [g for g, _ in curved])
     if not curved:  # the loss is linear in these parameters
         return {name: leaf.new_zeros(columns(v), *leaf.shape) for name, leaf in outer.items()}
     inner_gradients, last = [g for g, _ in curved], columns(v) - 1
@@ -254,8 +259,9 @@ class LinearBackward:
 
 
 def check_differentiability_is_meant(error: RuntimeError) -> None:
-    """Raises an error of autograd again, unless it says that a backward pass has no derivative."""
-    if not any(text in str(error) for text in ("not implemented", "differentiate twice", "does not require grad")):
+    """Raises an error of autograd again, unless it says that a function or its backward pass has no derivative."""
+    said = any(text in str(error) for text in ("not implemented", "differentiate twice"))
+    if not said and not isinstance(error, NotImplementedError):
         raise error
 
 
@@ -268,6 +274,32 @@ def _agree(tangents: Sequence[Tensor], others: Sequence[Tensor]) -> bool | None:
     if not gap <= size * torch.finfo(torch.float32).eps:  # of rounding, it is of the order eps²
         return False
     return True if size else None
+
+
+class NotTwiceDifferentiableError(InputError):
+    """A function of a model has no second derivative."""
+
+
+def _check_twice_differentiable(model: FunctionalModel, gradients: Sequence[Tensor]) -> None:
+    """Refuses gradients that passed a function marked with `once_differentiable`.
+
+    Autograd puts a node that raises an error behind such a function, but no parameter can be reached from that node:
+    it is never run, and the second derivative would lack all that passes it, without a word.
+    """
+    nodes, seen = [g.grad_fn for g in gradients], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("::Error"):
+            raise NotTwiceDifferentiableError(
+                f"a function of {type(model.model).__name__} is marked as once_differentiable, so that its losses "
+                "have no second derivative; expected functions whose backward pass can be differentiated: another "
+                "implementation of them, or a single stage with solvers.Identity()."
+            )
+        nodes += [following for following, _ in node.next_functions]
+    model.twice_differentiable = True
 
 
 def _block(like: Mapping[str, Tensor], number: int, rows: Iterable[Mapping[str, Tensor]]) -> Block:

@@ -125,9 +125,8 @@ def batch_effect(
     row where they differ.
 
     Losses are `tempered`. Gradients are compared as Σ_i g_i / ‖g_i‖, g_i being those of the rows alone: one backward
-    pass for all rows of a batch. Only as many of the parameters `names` as have 4 million entries take part, the
-    smallest tensors first (in most models biases and normalisations of all layers): the comparison needs little memory
-    beside the activations.
+    pass for all rows of a batch. Only the `smallest` of the parameters `names` take part: the comparison needs little
+    memory beside the activations.
 
     Args:
         model: at the parameters at which the losses are differentiated.
@@ -135,14 +134,7 @@ def batch_effect(
         rows: rows of different length.
         names: parameters on which the losses depend.
     """
-    compared: list[str] = []
-    total = 0
-    for name in sorted(names, key=lambda name: model.parameters[name].numel()):
-        total += model.parameters[name].numel()
-        if compared and total > COMPARED_PARAMETERS:
-            break
-        compared.append(name)
-    beside_equals = 0.0
+    compared, beside_equals = smallest(model, names), 0.0
     with model.evaluating(), without_tf32():
         tempered_objective = tempered(objective, model, rows)
         limit = rounding(model, tempered_objective, rows[-1])
@@ -163,6 +155,19 @@ def batch_effect(
                 beside_equals = max(beside_equals, _difference((loss.repeat(2), weight * g), twice))
     shapes = {row_shape(row, objective) for row in rows}
     return BatchEffect(beside_others, beside_equals, len(shapes) > 1, limit)
+
+
+def smallest(model: FunctionalModel, names: Iterable[str]) -> list[str]:
+    """Those of the parameters `names` that have 4 million entries together, the smallest tensors first (in most models
+    biases and normalisations of all layers); at least one."""
+    result: list[str] = []
+    total = 0
+    for name in sorted(names, key=lambda name: model.parameters[name].numel()):
+        total += model.parameters[name].numel()
+        if result and total > COMPARED_PARAMETERS:
+            break
+        result.append(name)
+    return result
 
 
 def without_padding(

@@ -15,9 +15,14 @@ from torch import Tensor
 from .. import vectors
 from ..adapters.functional import precision_advice, without_tf32
 from ..curvature.base import Curvature
-from ..curvature.derivatives import Evaluation, check_differentiability_is_meant, directional_derivatives
+from ..curvature.derivatives import (
+    Evaluation,
+    NotTwiceDifferentiableError,
+    check_differentiability_is_meant,
+    directional_derivatives,
+)
 from ..curvature.hessian import Hessian
-from ..curvature.padding import ROUNDING, ROUNDING_OF_OTHERS, batch_effect, tempered
+from ..curvature.padding import ROUNDING, ROUNDING_OF_OTHERS, batch_effect, smallest, tempered
 from ..errors import InputError, first_line
 from .chain import BoundStage
 from .findings import Finding
@@ -183,8 +188,9 @@ def symmetry(bound: BoundStage) -> Finding:
     try:
         with without_tf32():
             products = [operator.matvec(v) for v in (one, other)]
-    except RuntimeError as error:
-        check_differentiability_is_meant(error)
+    except (RuntimeError, NotTwiceDifferentiableError) as error:
+        if isinstance(error, RuntimeError):
+            check_differentiability_is_meant(error)
         if reason is not None:
             return Finding("symmetry", f"{reason}, and a backward function of {_class(bound)} has no derivative")
         raise InputError(
@@ -218,8 +224,9 @@ def _no_products(bound: BoundStage) -> str | None:
 
 
 def _has_forward_mode(bound: BoundStage, row: dict) -> bool:
-    """Whether all functions that a row's loss passes have a forward-mode derivative."""
-    direction = {name: torch.ones_like(bound.model.parameters[name]) for name in bound.split.trained}
+    """Whether the functions that a row's loss passes have forward-mode derivatives, by small tensors of all layers."""
+    names = smallest(bound.model, bound.split.trained)
+    direction = {name: torch.ones_like(bound.model.parameters[name]) for name in names}
     with torch.no_grad(), bound.model.evaluating():
         directional_derivatives(Evaluation(bound.model, bound.objective, bound.collate([row])), direction)
     return bound.model.forward_mode

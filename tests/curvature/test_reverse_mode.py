@@ -10,7 +10,13 @@ from helpers import tiny
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, vectors
 from hf_msif.adapters.functional import FunctionalModel
-from hf_msif.curvature.derivatives import Evaluation, directional_derivatives, example_gradients
+from hf_msif.curvature.derivatives import (
+    Evaluation,
+    NotTwiceDifferentiableError,
+    directional_derivatives,
+    example_gradients,
+    hessian_product,
+)
 from hf_msif.curvature.gauss_newton import gauss_newton_product
 
 
@@ -112,6 +118,15 @@ def test_without_any_derivative_of_the_backward_pass_there_is_no_product(square)
     of = evaluation(square)
     with pytest.raises(InputError, match=r"Network has no forward-mode derivative, and its backward pass cannot"):
         gauss_newton_product(of, tiny.block(of.model.parameters, 2, seed=2))
+
+
+def test_a_hessian_product_lacks_nothing_without_a_word():
+    """Autograd itself says nothing of the path through the function, and would return the rest."""
+    of, plain = evaluation(Once), evaluation(Plain)
+    v = tiny.block(of.model.parameters, 1, seed=2)
+    with pytest.raises(NotTwiceDifferentiableError, match="a function of Network is marked as once_differentiable"):
+        hessian_product(of, v, tuple(v))
+    tiny.close(hessian_product(evaluation(Backward), v, tuple(v)), hessian_product(plain, v, tuple(v)), 1e-12)
 
 
 def test_it_is_said_once(caplog):

@@ -214,6 +214,46 @@ def test_a_backward_that_is_no_derivative_is_refused(settings):
         bound(model, **settings)
 
 
+class Square(torch.autograd.Function):
+    """x², with neither a jvp nor a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Squaring(ToyModel):
+    def forward(self, x):
+        output = super().forward(x)
+        output.logits = Square.apply(output.logits)
+        return output
+
+
+def test_a_model_with_one_derivative_has_scores_and_no_curvature():
+    rows = toy_rows(0, 6)
+    chain = MultiStageInfluence(
+        [Stage("only", toy(0, Squaring), ToyObjective(), rows, solver=solvers.Identity())], progress=False
+    )
+    text = "Identity uses no curvature, and a backward function of Squaring has no derivative"
+    assert [f.text for f in chain.stages[0].findings if f.check == "symmetry"] == [text]
+    query = chain.query(rows[:1])
+    u = {name: t[0] for name, t in query.solutions["only"].tensors().items()}
+    model, expected = toy(0, Squaring), []
+    for row in rows:
+        sums, _ = ToyObjective().losses(model, ToyObjective().collate([row]))
+        gradients = torch.autograd.grad(sums.sum(), [model.get_parameter(name) for name in u])
+        expected.append(-sum(float((t * g).sum()) for t, g in zip(u.values(), gradients, strict=True)))
+    np.testing.assert_allclose(query.score(rows).influence(), expected, rtol=1e-9)
+    with pytest.raises(ValueError, match="Squaring has no derivative of the kind that curvature='gauss_newton' needs"):
+        MultiStageInfluence([Stage("only", toy(0, Squaring), ToyObjective(), rows)], progress=False)
+
+
 class PrefixLlama(T.LlamaForCausalLM):
     """The first four tokens see each other."""
 
