@@ -215,8 +215,7 @@ def hessian_product(evaluation: Evaluation, v: Block, names: Iterable[str]) -> B
     sums, _ = evaluation.losses({**outer, **inner})
     gradients = torch.autograd.grad(sums.sum(), list(inner.values()), create_graph=True, materialize_grads=True)
     curved = [(g, v[name]) for name, g in zip(inner, gradients, strict=True) if g.requires_grad]
-    if not evaluation.model.twice_differentiable:
-        _check_twice_differentiable(evaluation.model, [g for g, _ in curved])
+    check_twice_differentiable(evaluation.model, [g for g, _ in curved])
     if not curved:  # the loss is linear in these parameters
         return {name: leaf.new_zeros(columns(v), *leaf.shape) for name, leaf in outer.items()}
     inner_gradients, last = [g for g, _ in curved], columns(v) - 1
@@ -280,12 +279,18 @@ class NotTwiceDifferentiableError(InputError):
     """A function of a model has no second derivative."""
 
 
-def _check_twice_differentiable(model: FunctionalModel, gradients: Sequence[Tensor]) -> None:
+def check_twice_differentiable(model: FunctionalModel, gradients: Iterable[Tensor]) -> None:
     """Refuses gradients that passed a function marked with `once_differentiable`.
 
     Autograd puts a node that raises an error behind such a function, but no parameter can be reached from that node:
-    it is never run, and the second derivative would lack all that passes it, without a word.
+    it is never run, and the second derivative would lack all that passes it, without a word. The first gradients of a
+    model tell.
+
+    Raises:
+        NotTwiceDifferentiableError: they passed one.
     """
+    if model.twice_differentiable:
+        return
     nodes, seen = [g.grad_fn for g in gradients], set[Any]()
     while nodes:
         node = nodes.pop()

@@ -31,7 +31,7 @@ from .. import vectors
 from ..adapters.functional import FunctionalModel, has_dropout
 from ..adapters.split import Split
 from ..curvature.base import _counts
-from ..curvature.derivatives import Evaluation
+from ..curvature.derivatives import Evaluation, check_twice_differentiable
 from ..engine.accelerated import Engine
 from ..engine.corpus import checked_omission
 from ..errors import InputError
@@ -228,6 +228,7 @@ class Replay:
             allow_unused=True,
             materialize_grads=True,
         )
+        check_twice_differentiable(evaluation.model, gradients)
         return _Graph(dict(zip(leaves, gradients, strict=True)), leaves, frozen, weights)
 
     @torch.no_grad()

@@ -254,6 +254,16 @@ def test_a_model_with_one_derivative_has_scores_and_no_curvature():
         MultiStageInfluence([Stage("only", toy(0, Squaring), ToyObjective(), rows)], progress=False)
 
 
+def test_a_run_of_such_a_model_is_not_gone_back_through(tmp_path):
+    """Autograd would leave out what passes the function, without a word."""
+    model, rows = toy(0, Squaring), toy_rows(0, 6)
+    arguments = T.TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True, num_train_epochs=1)
+    training.record(model, ToyObjective(), rows, arguments, tmp_path / "run", progress=False)
+    stage = Stage("only", model, ToyObjective(), rows, link="unrolled", run=tmp_path / "run")
+    with pytest.raises(ValueError, match="a function of Squaring is marked as once_differentiable"):
+        MultiStageInfluence([stage], progress=False).query(rows[:1])
+
+
 class PrefixLlama(T.LlamaForCausalLM):
     """The first four tokens see each other."""
 
