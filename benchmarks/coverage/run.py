@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     results = finished(args.results)
     missing = [pair for pair in chosen if pair.name not in results]
     while missing:
-        run_some(missing[:PER_PROCESS], args.results)
+        run_process(missing[:PER_PROCESS], args.results)
         results = finished(args.results)
         missing = [pair for pair in chosen if pair.name not in results]
         print(f"{len(chosen) - len(missing)} of {len(chosen)}", file=sys.stderr)
@@ -97,20 +97,20 @@ def version() -> str:
     return digest.hexdigest()[:12]
 
 
-def run_some(some: list[Pair], results: Path) -> None:
+def run_process(chunk: list[Pair], results: Path) -> None:
     """Examines pairs in a process; one that ends it, or outlasts it, gets a result that says so.
 
     Raises:
         SystemExit: the process did not come to the first pair.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER / "examination.py"), *(pair.name for pair in some)]
+    command = [sys.executable, str(FOLDER / "examination.py"), *(pair.name for pair in chunk)]
     before = results.stat().st_size if results.exists() else 0
     with results.open("a") as file:
         try:
             # Twice the time of each pair: a signal does not reach code that never returns to Python.
             process = subprocess.run(
-                command, stdout=file, stderr=subprocess.PIPE, env=environment, timeout=2 * SECONDS * len(some)
+                command, stdout=file, stderr=subprocess.PIPE, env=environment, timeout=2 * SECONDS * len(chunk)
             )
             said = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
             end = ": ".join([f"its process ended with exit code {process.returncode}", *said])
@@ -120,7 +120,7 @@ def run_some(some: list[Pair], results: Path) -> None:
     if not started:
         raise SystemExit(f"{command[1]}: {end}")
     if started[-1] not in ended:
-        pair = next(pair for pair in some if pair.name == started[-1])
+        pair = next(pair for pair in chunk if pair.name == started[-1])
         crashed = Examination(pair.name, [pair.language_model, pair.classifier], error=end)
         with results.open("a") as file:
             file.write("\n" + json.dumps(vars(crashed)) + "\n")  # its process may have left half a line

@@ -291,12 +291,12 @@ def check_twice_differentiable(model: FunctionalModel, gradients: Iterable[Tenso
     """
     if model.twice_differentiable:
         return
-    nodes, seen = [g.grad_fn for g in gradients], set[Any]()
+    nodes, visited = [g.grad_fn for g in gradients], set[Any]()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if node.name().endswith("::Error"):
             raise NotTwiceDifferentiableError(
                 f"a function of {type(model.model).__name__} is marked as once_differentiable, so that its losses "

@@ -175,11 +175,11 @@ def symmetry(bound: BoundStage) -> Finding:
     reason = _no_products(bound)
     operator: Curvature = Hessian(*place)
     if reason is None:
-        own = bound.stage.curvature_class(*place)
-        if own.is_symmetric:
+        curvature = bound.stage.curvature_class(*place)
+        if curvature.is_symmetric:
             reason = f"curvature={bound.stage.curvature_name!r} is symmetric by construction"
         if forward_mode:
-            operator = own
+            operator = curvature
     if reason is not None and forward_mode:
         return Finding("symmetry", reason)
     if not operator.count:
