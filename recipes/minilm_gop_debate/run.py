@@ -268,7 +268,7 @@ class Proof:
         ]
         groups = {number: group.tolist() for number, group in enumerate(chosen)}
         smooth = bank.once("metasmoothness", partial(self._smoothness, own, predicted[THROUGH]))
-        print(f"  {smooth.pop('sentence')}", flush=True)
+        print(f"  {smooth['sentence']}", flush=True)
         others = validation.FromScratch(
             unrolled, self.tests, self.fresh, self.arguments, start=settings.seed, vary=("weights", "order")
         )
