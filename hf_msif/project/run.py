@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import os
 import random
 from functools import cached_property
@@ -15,12 +13,12 @@ from ..engine import folders
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError, first_line
+from ..objectives import within_positions
 from ..objectives.classification import class_of
 from ..registry import CHECKS, DIFFERENTIATIONS, registered
 from . import build, provenance
 from .data import load_rows, stream_rows
 from .outputs import Outputs
-from .plugins import parameters
 from .schema import Config, StageConfig
 from .tasks import task_of
 
@@ -183,22 +181,10 @@ class Run:
         objective = self.objectives[name]
         check_vocabulary(name, model, objective)
         objective.check_model(model)
-        if objective.tokenizer is None or "max_length" not in parameters(type(objective)):
-            return objective
-        limit = getattr(model.base_model.config, "max_position_embeddings", None)
-        length = objective.max_length
-        if limit is None or (objective.tokenizer.model_max_length if length is None else length) <= limit:
-            return objective
-        if objective.max_length is not None:
-            raise InputError(
-                f"stages.{name}.objective.max_length is {objective.max_length}; expected at most {limit}, which is "
-                "what the model takes."
-            )
-        if dataclasses.is_dataclass(objective) and not isinstance(objective, type):
-            return dataclasses.replace(objective, max_length=limit)
-        objective = copy.copy(objective)
-        objective.max_length = limit
-        return objective
+        try:
+            return within_positions(objective, model)
+        except InputError as error:
+            raise InputError(f"stages.{name}.objective.{error}") from error
 
     def model(self, name: str):
         """The trained model of a stage: from `run_dir/<stage>`, else from `model.path`.
