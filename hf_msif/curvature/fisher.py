@@ -256,9 +256,7 @@ def cross_entropies(outputs: Outputs, losses: Callable, sums: Tensor) -> list[Cr
     return parts if bool(((sums - expected).abs() <= _tolerance(sums) * (1 + sums.abs())).all()) else None
 
 
-def _cross_entropies_of(
-    z: Tensor, slope: Tensor, weighted: Tensor, size: int
-) -> tuple[CrossEntropies, Tensor] | None:
+def _cross_entropies_of(z: Tensor, slope: Tensor, weighted: Tensor, size: int) -> tuple[CrossEntropies, Tensor] | None:
     """The cross-entropies of the rows of one output and their values, by the slopes at 0; None where the slopes are
     others."""
     classes = slope.shape[-1]

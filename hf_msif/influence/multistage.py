@@ -1,13 +1,13 @@
 """The method on one screen: gradient of the test measurement, one pull-back per stage, the query that results.
 
-start   a = ∇f(φ_K)                                         the test examples' loss gradients
+start   a = ∇f(φ_K)                                         gradients of the test examples' losses
 for k = K … 1:
     u_k = (∂²F_k/∂trained² + 2α P_prox + λ)⁻¹ a_trained     one inverse-curvature-vector product per stage
     b   = a_frozen − ∂/∂frozen ⟨∇_trained F_k, u_k⟩         on frozen names: eq. (11)
     b   = 2α u_k                                            on proximal names: eqs. (13)–(15)
     a   = b, carried to the parameters of stage k − 1
 an unrolled stage, in the place of u_k: λ from step to step back through the recorded run, see `unrolled`
-influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x⟩, eq. (6); positive: more of x raises the test loss
+influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x⟩, eq. (6); positive: more of x raises f
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from ..errors import InputError
 from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import Differentiation, StageCertificate, StageSolution
+from .measurements import Loss, as_measurement
 from .query import Query
 from .replicates import joined
 from .stage import Stage
@@ -91,8 +92,10 @@ class MultiStageInfluence(Chain):
         aggregate: str | None = None,
         checkpoints: str | os.PathLike | None = None,
         replicates: int | Literal["auto"] = "auto",
+        measurement: Any = "loss",
     ) -> Query:
-        """Pulls the loss of test examples back through all stages: one pull-back per stage, however large the corpus.
+        """Pulls the loss of test examples (or another measurement of them) back through all stages: one pull-back per
+        stage, however large the corpus.
 
         Args:
             tests: examples of the last stage (rows as its objective reads them).
@@ -104,6 +107,10 @@ class MultiStageInfluence(Chain):
                 sample, for error bars (`replicates.Replicates`, `scoring.noise.Noise`): each replicate has
                 1/R of the `curvature_samples`, and `draws` masks of its own. "auto": two where the curvature of a
                 stage is estimated on a sample of its rows, one otherwise. Where nothing is drawn there is one.
+            measurement: f, what is explained: "loss"; "log_probability" or "logit_margin" of the row's label;
+                `measurements.LogProbability("predicted")` or of any class, `LogitMargin` likewise,
+                `SpanLogProbability("some words")` of a language model; or a function (call, batch) → (B,). Influences
+                have its sign: positive means that more of a row raises f.
 
         Returns:
             A `Query`: the solution of every stage with its certificate.
@@ -118,10 +125,13 @@ class MultiStageInfluence(Chain):
         """
         rows = as_rows(tests, "the test examples")
         number = self.number_of_replicates(replicates)
-        measured, losses = self.measurement(rows, aggregate)
+        explained = as_measurement(measurement)
+        measured, values = self.measurement(rows, aggregate, explained)
+        losses = values if isinstance(explained, Loss) else self.losses(rows)
         cache_key = ""
         if checkpoints:
-            cache_key = digest([rows, aggregate or "", number, *(s.cache_key for s in self.stages)])
+            asked = [rows, aggregate or "", number, explained.identity]
+            cache_key = digest([*asked, *(s.cache_key for s in self.stages)])
         opened = {
             (bound, r): open_checkpoint(checkpoints, checkpoint_name(bound.name, r), cache_key, self.engine)
             for bound in self.stages
@@ -148,7 +158,7 @@ class MultiStageInfluence(Chain):
             self._forget(opened.values(), checkpoints)
             raise
         solutions = {b.name: joined(*zip(*each, strict=True)) for b, each in reversed(by_stage.items())}
-        query = Query(solutions, rows, losses, aggregate, self)
+        query = Query(solutions, rows, losses, aggregate, self, measurement=str(explained), values=values)
         query.measure_noise()
         self._forget(opened.values())
         return query

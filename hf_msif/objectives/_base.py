@@ -228,6 +228,13 @@ class Objective(ABC):
     as many classes; "classes": a list of classes per row, and likewise; "number": a number, and a head with one
     output. None: rows have no label."""
 
+    outputs_for: Callable[[Mapping[str, Any]], int] | None = None
+    """Method `outputs_for(row) -> int`: how many outputs a head needs for the labels of a row, where `label_kind` is
+    "classes" or "number"; it raises an `InputError` where these cannot be read."""
+
+    words: ClassVar[bool] = False
+    """Whether the text column holds lists of words."""
+
     problem_type: ClassVar[str | None] = None
     """`config.problem_type` of a new model, where the same class of models is trained on several losses."""
 

@@ -85,7 +85,9 @@ class InChunks(SumOfTerms):
             return super().content(row)
         found = self._windows([row])
         (ids,) = found.batch["input_ids"][found.kept]
-        return self.tokenizer.decode(ids[found.batch["attention_mask"][found.kept][0].bool()], skip_special_tokens=True)
+        return self.tokenizer.decode(
+            ids[found.batch["attention_mask"][found.kept][0].bool()], skip_special_tokens=True
+        )
 
     def _windows(self, rows: Rows) -> Windows:
         if self.chunk is not None:
@@ -153,7 +155,9 @@ def _chunks(objective: InChunks, rows: Rows, chunk: int, stride: int) -> Windows
         begin = 0 if first[i] or not len(places) else places[min(stride, len(places) - 1)]
         end = len(ids) if last[i] or not len(places) else places[-1] + 1
         counted[i, begin:end] = True
-    kept = np.array([rows[owner].get("chunk", number) == number for owner, number in zip(owners, numbers, strict=True)])
+    kept = np.array(
+        [rows[owner].get("chunk", number) == number for owner, number in zip(owners, numbers, strict=True)]
+    )
     for i, row in enumerate(rows):
         if not kept[owners == i].any():
             raise InputError(

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ._base import Batch, Rows, SumOfTerms, Terms, logits_of
 from .chunks import InChunks
 from .corruption import Corruption
-from .tokens import check_length, texts_of, tokenize
+from .tokens import check_length, encode, texts_of, tokenize
 
 
 def refuse_encoder_decoder(model: Any, objective: str, table: str) -> None:
@@ -111,6 +111,22 @@ class MaskedLM(Corruption):
         inputs[where] = np.where(action < 0.8, self.tokenizer.mask_token_id, shown)
         batch |= {"rows": torch.from_numpy(lines), "columns": torch.from_numpy(columns)}
         return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
+
+    def collate_masked(self, rows: Rows, spans: Sequence[tuple[int, int]]) -> Batch:
+        """A batch in which the tokens of one span per row are masked, and no others; `spans`, (B, 2), are theirs.
+
+        Args:
+            rows: as `collate` reads them.
+            spans: (first token, one after the last) of each row, special tokens counted.
+        """
+        batch, truncated = encode(self, rows)
+        inputs, real = batch["input_ids"], batch["attention_mask"].bool()
+        where, place = torch.tensor(spans).reshape(-1, 2), torch.arange(inputs.shape[1])
+        lines, columns = (real & (where[:, :1] <= place) & (place < where[:, 1:])).nonzero(as_tuple=True)
+        labels = inputs[lines, columns]
+        inputs[lines, columns] = self.tokenizer.mask_token_id
+        batch |= {"rows": lines, "columns": columns, "labels": labels, "truncated": truncated, "spans": where}
+        return batch | {"owners": torch.arange(len(rows)), "starts": torch.zeros(len(rows), dtype=torch.int64)}
 
     def _numbers(self, batch: Batch) -> Tensor:
         owners, size = batch["owners"][batch["rows"]], len(batch["truncated"])

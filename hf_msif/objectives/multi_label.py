@@ -89,6 +89,11 @@ class MultiLabel(_Classification):
             return [c for c, value in enumerate(values) if value], len(values)
         return sorted({self._class(value, row) for value in values}), -1
 
+    def outputs_for(self, row: Mapping[str, Any]) -> int:
+        """The number of its floats, or one more than its largest class."""
+        classes, width = self._classes(row)
+        return max(width, 1 + max(classes, default=0))
+
     def content(self, row: Mapping[str, Any]) -> Any:
         """The text; of a pair both, with a bar between them."""
         return pair_content(super().content(row), row, self.text_pair_column)

@@ -48,6 +48,7 @@ class TokenClassification(SumOfTerms, _Classification):
 
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     label_kind: ClassVar[str] = "classes"
+    words: ClassVar[bool] = True
     inputs = ("input_ids", "attention_mask", "token_type_ids")
 
     def __post_init__(self):
@@ -107,6 +108,10 @@ class TokenClassification(SumOfTerms, _Classification):
             number = f"{len(values)} labels" if isinstance(values, (list, tuple)) else f"the labels {values!r}"
             raise InputError(f"{name} has {len(words)} words and {number}; expected a list of one label per word.")
         return words, [IGNORED if value == IGNORED else self._class(value, row) for value in values]
+
+    def outputs_for(self, row: Mapping[str, Any]) -> int:
+        """One more than its largest class."""
+        return 1 + max([0, *self._words(row)[1]])
 
     def content(self, row: Mapping[str, Any]) -> Any:
         """The words, with blanks between them."""

@@ -92,7 +92,12 @@ def padded(tokenizer: Any, encoded: Mapping[str, list]) -> Batch:
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     real = np.arange(max(1, lengths.max())) < lengths[:, None]
     batch = {}
-    for key, fill in (("input_ids", padding_id(tokenizer)), ("attention_mask", 0), ("token_type_ids", 0), ("labels", -100)):
+    for key, fill in (
+        ("input_ids", padding_id(tokenizer)),
+        ("attention_mask", 0),
+        ("token_type_ids", 0),
+        ("labels", -100),
+    ):
         if key in encoded:
             values = np.array([value for row in encoded[key] for value in row], dtype=np.int64)
             filled = np.full(real.shape + values.shape[1:], fill, dtype=np.int64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,41 @@ def objective(config: Config, name: str, tokenizer: Any) -> Objective:
     # What is known otherwise, the columns as in the rows of `data.load_rows`.
     known = {"tokenizer": tokenizer, "text_column": "text", "image_column": "image", "label_column": "label"}
     known["dtype"] = stage.model.dtype or "float32"
-    values = settings(kind, stage.objective, f"{key}.objective", without=[*known, "processor", "unigrams"])
     takes = parameters(kind)
+    columns = [parameter for parameter in takes if parameter.endswith("_column")]
+    known |= {f"{name}_column": name for name in stage.data.columns if f"{name}_column" in takes}
+    _check_columns(stage, key, takes)
+    values = settings(kind, stage.objective, f"{key}.objective", without=[*known, *columns, "processor", "unigrams"])
     if "seed" in takes:
         values.setdefault("seed", config.seed)
     return kind(**{parameter: value for parameter, value in known.items() if parameter in takes}, **values)
+
+
+def measurement(config: Config) -> Any:
+    """What a query explains, as `MultiStageInfluence.query` takes it."""
+    from ..influence.measurements import NAMES
+
+    section = config.test.measurement
+    if is_dotted(section.name):
+        return imported(section.name, "test.measurement.name")
+    chosen = {"label": section.label, "span": section.span}
+    return NAMES[section.name](**{key: value for key, value in chosen.items() if value is not None})
+
+
+def _check_columns(stage: StageConfig, key: str, takes: Iterable[str]) -> None:
+    """Refuses names in `data.columns` that a task of the table does not read."""
+    if is_dotted(stage.task):
+        return
+    columns = [name.removesuffix("_column") for name in takes if name.endswith("_column")]
+    task = task_of(stage.task, f"{key}.task")
+    read = {*task.columns, *columns} - {"text", "image", "label"}
+    read |= {"input_ids", "attention_mask", "token_type_ids"} if task.content == "text" else set()
+    unknown = [name for name in stage.data.columns if name not in read]
+    if unknown:
+        raise InputError(
+            f"{key}.data.columns names {unknown[0]!r}, which {stage.task} does not read; expected names among "
+            f"{sorted(read)}."
+        )
 
 
 def new_config(config: Config, name: str) -> Any:
@@ -192,6 +222,9 @@ def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, c
     stage = config.stages[name]
     transformers.set_seed(seed)
     head: dict[str, Any] = {} if classes is None else {"num_labels": len(classes)}
+    problem_type = task_of(stage.task, f"stages.{name}.task").problem_type
+    if problem_type is not None:
+        head["problem_type"] = problem_type
     if stage.model.path is not None:
         model = load_model(config, name, stage.model.path, **head)[0]
         named = getattr(model.config, "id2label", None) or {}

@@ -48,11 +48,16 @@ class Data(Section):
     test_split: str | None = None
     """split whose rows are the test side, where the data come with one"""
     text_column: str = "text"
-    """column with the text"""
+    """column with the text; for token-classification with its words, a list"""
     image_column: str = "image"
     """column with the image, for tasks with images"""
     label_column: str | None = None
-    """column with the label, for classification"""
+    """column with the label, for classification; with the number, for regression; with a list of classes, for
+    multi-label-classification and token-classification"""
+    columns: dict[str, str] = {}
+    """further columns: what the task calls it → the column, such as target: summary, text_pair: hypothesis, or
+    input_ids: tokens for rows that are tokenised already, which need no text; columns of the task's own names are
+    found without it"""
     id_column: str | None = None
     """column that names rows; null: the row's number in the file"""
     keep: dict[str, list[Scalar]] = {}
@@ -221,6 +226,37 @@ class StageConfig(Section):
         return bool(self.training) or self.polish is None
 
 
+class Measurement(Section):
+    """What is explained of each test row; its name alone stands for the section."""
+
+    name: Literal["loss", "log_probability", "logit_margin", "span_log_probability"] | Dotted = "loss"
+    """loss; log_probability or logit_margin of a class; span_log_probability of words that a language model predicts; or
+    a function of your own, (call, batch) -> one number per row"""
+    label: int | str | None = None
+    """log_probability and logit_margin: the class, or predicted: the one that the model predicts; null: the row's
+    label"""
+    span: str | None = None
+    """span_log_probability: words of each test row's text (or target)"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Measurement:
+        if self.label is not None and self.name not in ("log_probability", "logit_margin"):
+            raise InputError(
+                f"test.measurement has a label, which is for log_probability and logit_margin; its name is {self.name!r}."
+            )
+        if (self.span is not None) != (self.name == "span_log_probability"):
+            raise InputError(
+                f"test.measurement has the name {self.name!r} and the span {self.span!r}; expected a span for "
+                "span_log_probability, and for no other."
+            )
+        return self
+
+
 class Tests(Section):
     """The predictions that are explained: rows of the last stage's test side."""
 
@@ -235,6 +271,7 @@ class Tests(Section):
     replicates: Count = 2
     """how often everything is done with other masks and another part of the curvature_samples, for error bars; 1: no
     error bars"""
+    measurement: Measurement = Measurement()
     wrong: bool = False
     """only rows that the finetuned model classifies wrongly"""
     split: Literal["train", "test"] | None = None

@@ -24,7 +24,8 @@ def tokenizer(side="right", template=True, words=WORDS, **settings):
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if template:
         ends = [(word, words.index(word)) for word in ("[CLS]", "[SEP]")]
-        backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+        pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+        backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, special_tokens=ends)
     names = {
         "unk_token": "[UNK]",
         "pad_token": "[PAD]",
@@ -35,6 +36,11 @@ def tokenizer(side="right", template=True, words=WORDS, **settings):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, padding_side=side, **{"model_max_length": LENGTH, **names, **settings}
     )
+
+
+def pair_tokenizer():
+    """One that says which of two texts a token belongs to, as BERT's does."""
+    return tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
 
 
 def rows(size, seed=0, classes=2, longest=9, shortest=1):
@@ -180,7 +186,7 @@ def objective(task, **settings):
     if task == "sequence to sequence":
         return objectives.Seq2SeqLM(tokenizer(), **settings)
     if task == "pairs":
-        return objectives.SequenceClassification(tokenizer(), text_pair_column="text_pair", **settings)
+        return objectives.SequenceClassification(pair_tokenizer(), text_pair_column="text_pair", **settings)
     if task == "regression":
         return objectives.Regression(tokenizer(), **{"label_column": "number", **settings})
     if task == "multi-label":
@@ -188,8 +194,12 @@ def objective(task, **settings):
     if task == "words":
         return objectives.TokenClassification(tokenizer(), **{"label_column": "tags", **settings})
     if task in ("next sentence", "replaced tokens"):
-        kinds = {"next sentence": objectives.NextSentenceMaskedLM, "replaced tokens": objectives.ReplacedTokenDetection}
-        return kinds[task](tokenizer(), **{"mask_probability": 0.4, **settings})
+        kinds = {
+            "next sentence": objectives.NextSentenceMaskedLM,
+            "replaced tokens": objectives.ReplacedTokenDetection,
+        }
+        tokens = pair_tokenizer() if task == "next sentence" else tokenizer()
+        return kinds[task](tokens, **{"mask_probability": 0.4, **settings})
     return objectives.SequenceClassification(tokenizer(), **settings)
 
 
