@@ -360,8 +360,8 @@ class Chain:
         not_finite = [row["example_id"] for row, value in zip(rows, values, strict=True) if not math.isfinite(value)]
         if not_finite:
             raise InputError(
-                f"the {measured} of the test examples with example_id {not_finite[:5]} is not finite; leave them out, or "
-                "check the last stage's model."
+                f"the {measured} of the test examples with example_id {not_finite[:5]} is not finite; leave them out, "
+                "or check the last stage's model."
             )
         return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), values
 

@@ -1,7 +1,7 @@
 """What a query explains: a number f per test row, by default its loss.
 
-The sign of an influence is that of f: I(x) = ∂f/∂ε > 0 means that more of x *raises* f. Of a loss that is harmful; of a
-log-probability or a margin it is the opposite.
+The sign of an influence is that of f: I(x) = ∂f/∂ε > 0 means that more of x *raises* f. Of a loss that is harmful; of
+a log-probability or a margin it is the opposite.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _OfClass(Measurement):
     name = ""
 
     def __str__(self) -> str:
-        of = {None: "the row's label", PREDICTED: "the predicted class"}
+        of: dict[Any, str] = {None: "the row's label", PREDICTED: "the predicted class"}
         return f"{self.name} of {of.get(self.label, repr(self.label))}"
 
     def applied(self, objective: Objective) -> Objective:
@@ -159,7 +159,7 @@ class SpanLogProbability(Measurement):
             if hasattr(changed, name):
                 object.__setattr__(changed, name, value)
         if type(objective) is MaskedLM:
-            changed = replace(changed, chunk=None, masks="random")  # type: ignore[type-var]
+            changed = replace(changed, chunk=None, masks="random")
             collate: Callable = changed.collate_masked
         else:
             collate = partial(_with_spans, changed)
@@ -188,7 +188,7 @@ class SpanLogProbability(Measurement):
             return span[0], span[1]
         name = f"row {row.get('example_id')!r}"
         column = getattr(objective, "target_column", objective.text_column)
-        text = row.get(column)
+        text = None if column is None else row.get(column)
         if not isinstance(span, str) or not span or not isinstance(text, str):
             raise InputError(
                 f"the measurement is the {self}, and {name} has the span {span!r} of {text!r}; expected words of its "

@@ -67,7 +67,7 @@ def damping_sweep(
     name = target.name
     rows = as_rows(tests, "the test examples")
     damped = [target.differentiation.damped(damping) for damping in dampings]
-    adjoint, values = chain.measurement(rows, measurement=measurement)
+    adjoint, explained = chain.measurement(rows, measurement=measurement)
     for bound in reversed(chain.stages):
         if bound is target:
             break
@@ -85,7 +85,7 @@ def damping_sweep(
         if reason is not None:
             warnings.warn(f"stage {name!r}: no ranking at damping {damping:g}: {reason}. {certificate}", stacklevel=2)
             continue
-        scores = Query({name: solution}, rows, values, None, chain).score(corpus, stage=name)
+        scores = Query({name: solution}, rows, explained, None, chain).score(corpus, stage=name)
         values = scores.influences().T
         row["spread"] = float(values.std(axis=1).mean())
         if before is not None:

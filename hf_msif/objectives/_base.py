@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 
 Batch = dict[str, Any]
+LabelKind = Literal["class", "classes", "number"]
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -223,7 +224,7 @@ class Objective(ABC):
     """Auto class of transformers whose models it takes, e.g. "AutoModelForMaskedLM"; only read for a configuration's
     `task: mypackage.mymodule:MyObjective`."""
 
-    label_kind: ClassVar[Literal["class", "classes", "number"] | None] = None
+    label_kind: ClassVar[LabelKind | None] = None
     """What `data.label_column` of a configuration holds. "class": one class per row, and a new model gets a head with
     as many classes; "classes": a list of classes per row, and likewise; "number": a number, and a head with one
     output. None: rows have no label."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -50,9 +50,9 @@ class InChunks(SumOfTerms):
     the chunks before it have not: each token counts once.
     """
 
-    chunk: int | None
-    stride: int
-    least_stride = 0
+    chunk: int | None = None
+    stride: int = 0
+    least_stride: ClassVar[int] = 0
 
     def _check_chunk(self) -> None:
         if self.chunk is None:
@@ -109,7 +109,7 @@ def chunk_rows(objective: Objective, rows: Iterable[Mapping[str, Any]]) -> list[
     Raises:
         InputError: an objective without a `chunk`.
     """
-    if getattr(objective, "chunk", None) is None:
+    if not isinstance(objective, InChunks) or objective.chunk is None:
         raise InputError(f"{type(objective).__name__} has no chunk; expected one with chunk=..., stride=....")
     made = []
     for row in rows:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ._base import Batch, Objective, Rows, Terms, logits_of
+from ._base import Batch, LabelKind, Objective, Rows, Terms, logits_of
 from .images import channels_first, decoded, shrunk
 from .tokens import check_length, encode
 
@@ -60,9 +60,9 @@ def check_problem(model: Any, objective: str, problem: str, loss: str) -> None:
 class _Classification(Objective):
     """What all classifications share: the classes of the model, and those of the rows."""
 
-    label_kind = "class"
-    problem = "single_label_classification"
-    loss_name = "softmax cross-entropy"
+    label_kind: ClassVar[LabelKind | None] = "class"
+    problem: ClassVar[str] = "single_label_classification"
+    loss_name: ClassVar[str] = "softmax cross-entropy"
     label_column: str
     inputs: tuple[str, ...]
 
@@ -153,8 +153,8 @@ class _Classification(Objective):
         self._check_classes(classes)
         if labels.numel() and (labels.max() >= classes or labels.min() < 0):
             raise InputError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes: set "
-                "num_labels when loading it, or renumber the labels from 0."
+                f"labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes: "
+                "set num_labels when loading it, or renumber the labels from 0."
             )
         return cross_entropy(logits, labels, reduction="none")
 

@@ -22,7 +22,8 @@ class Corrupted(NamedTuple):
     """A batch with D copies of every window, and the tokens that are to be changed in each.
 
     Attributes:
-        batch: what the model reads, (I, T), unchanged yet, with `owners`, (I,), the row of each copy, and `starts`, (I,).
+        batch: what the model reads, (I, T), unchanged yet, with `owners`, (I,), the row of each copy, and `starts`,
+            (I,), those of its window.
         truncated: (B,) which rows were cut.
         lines, columns: (M,) where a token is to be changed.
         action: (M,) a number in [0, 1) for each that says what becomes of it.
@@ -97,13 +98,14 @@ class Corruption(InChunks):
         index = torch.tensor(sources)
         batch = {key: value[index] for key, value in windows.batch.items()}
         batch |= {"owners": torch.tensor(owners), "starts": torch.from_numpy(windows.starts)[index]}
-        numbers = [np.concatenate([np.zeros(0, dtype=np.int64), *parts]) for parts in (lines, columns)]
+        none = np.zeros(0, dtype=np.int64)
         return Corrupted(
             batch,
             windows.truncated,
-            *numbers,
+            np.concatenate([none, *lines]),
+            np.concatenate([none, *columns]),
             np.concatenate([np.zeros(0), *actions]),
-            np.concatenate([np.zeros(0, dtype=np.int64), *substitutes]),
+            np.concatenate([none, *substitutes]),
         )
 
     def _draw(
@@ -152,7 +154,7 @@ class Corruption(InChunks):
 
     def of_epoch(self, epoch: int) -> Self:
         """The objective with the masks of an epoch of training; with `static` masks, itself."""
-        return self if self.static else replace(self, first_draw=self.first_draw + epoch * self.draws)
+        return self if self.static else self._with(first_draw=self.first_draw + epoch * self.draws)
 
     def for_influence(self, rounds: int = 1) -> Self:
         """The objective with `rounds` rounds of folds: eight of them, or 1/p where `masks` is "folds" already.
@@ -162,5 +164,8 @@ class Corruption(InChunks):
         if self.static:
             return self
         if self.masks == "folds":
-            return replace(self, draws=rounds * self._folds_per_round)
-        return replace(self, masks="folds", mask_probability=1 / FOLDS, draws=rounds * FOLDS, first_draw=0)
+            return self._with(draws=rounds * self._folds_per_round)
+        return self._with(masks="folds", mask_probability=1 / FOLDS, draws=rounds * FOLDS, first_draw=0)
+
+    def _with(self, **settings: Any) -> Self:
+        return replace(self, **settings)  # type: ignore[type-var]  # subclasses are dataclasses

@@ -207,7 +207,7 @@ class CausalLM(InChunks):
         return batch | {key: torch.from_numpy(value)[kept] for key, value in arrays.items()}
 
     def _numbers(self, batch: Batch) -> Tensor:
-        numbers = batch.get("counted", batch["attention_mask"])[:, 1:].sum(1)
+        numbers = _counted(batch)[:, 1:].sum(1)
         if "owners" in batch:
             numbers = numbers.new_zeros(len(batch["truncated"])).index_add(0, batch["owners"], numbers)
         return numbers.to(torch.get_default_dtype())
@@ -216,12 +216,17 @@ class CausalLM(InChunks):
         """The tokens after the first, in their order."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits = logits_of(call(input_ids=ids, attention_mask=mask), "CausalLM", 3)
-        lines, before = batch.get("counted", mask)[:, 1:].nonzero(as_tuple=True)
+        lines, before = _counted(batch)[:, 1:].nonzero(as_tuple=True)
         targets, positions, owners = ids[lines, before + 1], before + 1, lines
         losses = cross_entropy(logits[lines, before], targets, reduction="none")
         if "owners" in batch:
             positions, owners = positions + batch["starts"][lines], batch["owners"][lines]
         return Terms(losses, owners, positions, targets)
+
+
+def _counted(batch: Batch) -> Tensor:
+    """The tokens that count, (I, T): of a document in windows those that each adds, else all real ones."""
+    return batch["counted"] if "counted" in batch else batch["attention_mask"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -20,8 +20,8 @@ Some = TypeVar("Some", bound=Objective)
 def positions_of(model: nn.Module) -> int | None:
     """The number of tokens for which a model has positions; None where its configuration names no limit.
 
-    It is `config.max_position_embeddings`. A table of positions with a `padding_idx`, as RoBERTa has it, keeps the rows
-    up to this one for itself, and has padding_idx + 1 positions less.
+    It is `config.max_position_embeddings`. A table of positions with a `padding_idx`, as RoBERTa has it, keeps the
+    rows up to this one for itself, and has padding_idx + 1 positions less.
     """
     config = getattr(getattr(model, "base_model", model), "config", None)
     size = getattr(config, "max_position_embeddings", None)
@@ -87,8 +87,8 @@ def checked_objective(objective: object, owner: str, model: nn.Module | None = N
     if not isinstance(objective, Objective):
         what = f"the class {objective.__name__}" if isinstance(objective, type) else f"a {type(objective).__name__}"
         raise InputError(
-            f"the objective of {owner} is {what}; expected an object of hf_msif.objectives, or of your own subclass of "
-            "hf_msif.objectives.Objective with the methods collate(rows) and losses(call, batch)."
+            f"the objective of {owner} is {what}; expected an object of hf_msif.objectives, or of your own subclass "
+            "of hf_msif.objectives.Objective with the methods collate(rows) and losses(call, batch)."
         )
     try:
         return objective if model is None else within_positions(objective, model)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import InputError
-from ._base import Batch, Rows, Terms
+from ._base import Batch, LabelKind, Rows, Terms
 from .classification import _Classification, pair_content
 from .tokens import check_length, encode
 
@@ -45,8 +45,8 @@ class MultiLabel(_Classification):
     text_pair_column: str | None = None
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    label_kind: ClassVar[str] = "classes"
-    problem_type: ClassVar[str] = "multi_label_classification"
+    label_kind: ClassVar[LabelKind | None] = "classes"
+    problem_type: ClassVar[str | None] = "multi_label_classification"
     problem: ClassVar[str] = "multi_label_classification"
     loss_name: ClassVar[str] = "a binary cross-entropy per class"
     inputs = ("input_ids", "attention_mask", "token_type_ids")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
@@ -49,8 +48,8 @@ class NextSentenceMaskedLM(MaskedLM):
         super().__post_init__()
         if self.chunk is not None:
             raise InputError(
-                f"NextSentenceMaskedLM got chunk={self.chunk}; expected None: a pair is read in one window, and cut at "
-                "max_length."
+                f"NextSentenceMaskedLM got chunk={self.chunk}; expected None: a pair is read in one window, and cut "
+                "at max_length."
             )
 
     def _windows(self, rows: Rows) -> Windows:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._base import Batch, Objective, Rows, Terms, logits_of
+from ._base import Batch, LabelKind, Objective, Rows, Terms, logits_of
 from .classification import check_problem, pair_content
 from .tokens import check_length, encode
 
@@ -43,8 +43,8 @@ class Regression(Objective):
     text_pair_column: str | None = None
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    label_kind: ClassVar[str] = "number"
-    problem_type: ClassVar[str] = "regression"
+    label_kind: ClassVar[LabelKind | None] = "number"
+    problem_type: ClassVar[str | None] = "regression"
 
     def __post_init__(self):
         check_length(self.tokenizer, self.max_length, "Regression")

@@ -56,7 +56,6 @@ class ReplacedTokenDetection(Corruption):
     text_column: str = "text"
 
     auto_class: ClassVar[str] = "AutoModelForPreTraining"
-    chunk: ClassVar[None] = None
 
     def __post_init__(self):
         self._check_reduction()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._base import Batch, Rows, SumOfTerms, Terms
+from ._base import Batch, LabelKind, Rows, SumOfTerms, Terms
 from .classification import _Classification
 from .tokens import check_length, padded
 
@@ -47,7 +47,7 @@ class TokenClassification(SumOfTerms, _Classification):
     text_column: str = "tokens"
 
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
-    label_kind: ClassVar[str] = "classes"
+    label_kind: ClassVar[LabelKind | None] = "classes"
     words: ClassVar[bool] = True
     inputs = ("input_ids", "attention_mask", "token_type_ids")
 

@@ -22,8 +22,8 @@ def texts_of(rows: Rows, column: str | None) -> list[str]:
     """
     if column is None or column not in rows[0]:
         raise InputError(
-            f"the rows have no column {column!r}; they have {sorted(rows[0])}: name the text column, or give rows with "
-            "'input_ids'."
+            f"the rows have no column {column!r}; they have {sorted(rows[0])}: name the text column, or give rows "
+            "with 'input_ids'."
         )
     texts = [row[column] for row in rows]
     for row, text in zip(rows, texts, strict=True):
@@ -139,8 +139,8 @@ def token_ids(tokenizer: Any, rows: Rows) -> dict[str, list[list[int]]]:
         wrong = ids[(ids < 0) | (ids >= size)] if ids.size else ids
         if len(wrong):
             raise InputError(
-                f"row {row.get('example_id')!r} has the token id {int(wrong[0])} in 'input_ids'; expected ids from 0 to "
-                f"{size - 1}, those of the objective's tokenizer: tokenise the rows with this one."
+                f"row {row.get('example_id')!r} has the token id {int(wrong[0])} in 'input_ids'; expected ids from 0 "
+                f"to {size - 1}, those of the objective's tokenizer: tokenise the rows with this one."
             )
         mask = row.get("attention_mask")
         real = np.ones(len(ids), dtype=bool) if mask is None else np.asarray(mask).astype(bool)

@@ -230,8 +230,8 @@ class Measurement(Section):
     """What is explained of each test row; its name alone stands for the section."""
 
     name: Literal["loss", "log_probability", "logit_margin", "span_log_probability"] | Dotted = "loss"
-    """loss; log_probability or logit_margin of a class; span_log_probability of words that a language model predicts; or
-    a function of your own, (call, batch) -> one number per row"""
+    """loss; log_probability or logit_margin of a class; span_log_probability of words that a language model predicts;
+    or a function of your own, (call, batch) -> one number per row"""
     label: int | str | None = None
     """log_probability and logit_margin: the class, or predicted: the one that the model predicts; null: the row's
     label"""
@@ -247,7 +247,8 @@ class Measurement(Section):
     def _fits_together(self) -> Measurement:
         if self.label is not None and self.name not in ("log_probability", "logit_margin"):
             raise InputError(
-                f"test.measurement has a label, which is for log_probability and logit_margin; its name is {self.name!r}."
+                "test.measurement has a label, which is for log_probability and logit_margin; its name is "
+                f"{self.name!r}."
             )
         if (self.span is not None) != (self.name == "span_log_probability"):
             raise InputError(

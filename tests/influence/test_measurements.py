@@ -8,7 +8,6 @@ import torch
 from helpers import tiny
 
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers
-from hf_msif.influence.sweep import damping_sweep
 from hf_msif.influence.measurements import (
     Function,
     LogitMargin,
@@ -16,6 +15,7 @@ from hf_msif.influence.measurements import (
     SpanLogProbability,
     as_measurement,
 )
+from hf_msif.influence.sweep import damping_sweep
 
 ROWS, TESTS = tiny.rows(6, seed=1, classes=3), tiny.rows(3, seed=2, classes=3, shortest=3)
 DAMPING = 0.5

@@ -43,7 +43,7 @@ def near(found, expected, tolerance=1e-10):
 @pytest.mark.parametrize("architecture", ["bart", "t5"])
 def test_sequence_to_sequence_is_the_mean_over_target_tokens(architecture):
     model = tiny.model(architecture, "sequence to sequence")
-    sums, counts, batch = evaluate(model, tiny.objective("sequence to sequence"))
+    sums, counts, _batch = evaluate(model, tiny.objective("sequence to sequence"))
     labels = tokens(column("target"))
     labels = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
     inputs = {key: value for key, value in tokens(column("text")).items() if key != "token_type_ids"}
@@ -123,7 +123,7 @@ def test_words_are_labelled_at_their_first_token():
 
 def test_token_classification_is_the_mean_over_words():
     model = tiny.model("bert", "words")
-    sums, counts, batch = evaluate(model, tiny.objective("words"))
+    sums, counts, _batch = evaluate(model, tiny.objective("words"))
     inputs = tokens(column("tokens"), is_split_into_words=True)
     labels = torch.full_like(inputs["input_ids"], -100)
     for i, tags in enumerate(column("tags")):

@@ -52,8 +52,7 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
             names.append("ekfac-*.safetensors")
             folders.add_names(checkpoints, "checkpoints of a query", names)
     try:
-        replicates = project.config.test.replicates
-        query = chain.query(tests, project.aggregate, checkpoints, replicates, project.measurement)
+        query = chain.query(tests, project.aggregate, checkpoints, project.config.test.replicates, project.measurement)
     except BaseException:
         if is_main:
             folders.remove_if_empty(checkpoints)
