@@ -139,6 +139,7 @@ def _chunks(objective: InChunks, rows: Rows, chunk: int, stride: int) -> Windows
                 max_length=chunk,
                 stride=stride,
                 padding=False,
+                return_attention_mask=True,
                 return_overflowing_tokens=True,
                 return_special_tokens_mask=True,
             )

@@ -77,6 +77,7 @@ def tokenize(
     """
     limit = tokenizer.model_max_length if max_length is None else max_length
     both = (texts,) if pairs is None else (texts, pairs)
+    settings["return_attention_mask"] = True  # it tells tokens from padding, also where the model reads none
     encoded = tokenizer(*both, truncation=False, padding=False, verbose=False, **settings)
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     truncated = torch.from_numpy(lengths > limit)

@@ -96,11 +96,10 @@ def measurement(config: Config) -> Any:
     """What a query explains, as `MultiStageInfluence.query` takes it."""
     from ..influence.measurements import NAMES
 
-    section = config.test.measurement
-    if is_dotted(section.name):
-        return imported(section.name, "test.measurement.name")
-    chosen = {"label": section.label, "span": section.span}
-    return NAMES[section.name](**{key: value for key, value in chosen.items() if value is not None})
+    name, of = config.test.measurement, config.test.of
+    if is_dotted(name):
+        return imported(name, "test.measurement")
+    return NAMES[name]() if of is None else NAMES[name](of)
 
 
 def _check_columns(stage: StageConfig, key: str, takes: Iterable[str]) -> None:
@@ -132,7 +131,7 @@ def new_config(config: Config, name: str) -> Any:
         raise InputError(f"{key}.model_type is missing; expected a model type of transformers, e.g. bert.")
     try:
         default = AutoConfig.for_model(values["model_type"])
-        known = {"num_labels", *default.to_dict(), *default.attribute_map}
+        known = {"num_labels", "decoder_start_token_id", *default.to_dict(), *default.attribute_map}
         unknown = [k for k in values if k not in known]
         if unknown:
             raise InputError(unknown_key(f"{key}.{unknown[0]}", [f"{key}.{k}" for k in sorted(known)]))

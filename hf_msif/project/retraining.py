@@ -123,9 +123,9 @@ def refuse_streams(run: Run, command: str) -> None:
 
 def refuse_measurements(run: Run, command: str) -> None:
     """Refuses a measurement other than the loss, which is what retrainings measure."""
-    name = run.config.test.measurement.name
+    name = run.config.test.measurement
     if name != "loss":
         raise InputError(
             f"test.measurement is {name}, but msif {command} trains again and measures losses; expected loss, as "
-            "--test.measurement.name loss has it."
+            "--test.measurement loss has it."
         )

@@ -226,38 +226,6 @@ class StageConfig(Section):
         return bool(self.training) or self.polish is None
 
 
-class Measurement(Section):
-    """What is explained of each test row; its name alone stands for the section."""
-
-    name: Literal["loss", "log_probability", "logit_margin", "span_log_probability"] | Dotted = "loss"
-    """loss; log_probability or logit_margin of a class; span_log_probability of words that a language model predicts;
-    or a function of your own, (call, batch) -> one number per row"""
-    label: int | str | None = None
-    """log_probability and logit_margin: the class, or predicted: the one that the model predicts; null: the row's
-    label"""
-    span: str | None = None
-    """span_log_probability: words of each test row's text (or target)"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Measurement:
-        if self.label is not None and self.name not in ("log_probability", "logit_margin"):
-            raise InputError(
-                "test.measurement has a label, which is for log_probability and logit_margin; its name is "
-                f"{self.name!r}."
-            )
-        if (self.span is not None) != (self.name == "span_log_probability"):
-            raise InputError(
-                f"test.measurement has the name {self.name!r} and the span {self.span!r}; expected a span for "
-                "span_log_probability, and for no other."
-            )
-        return self
-
-
 class Tests(Section):
     """The predictions that are explained: rows of the last stage's test side."""
 
@@ -272,12 +240,29 @@ class Tests(Section):
     replicates: Count = 2
     """how often everything is done with other masks and another part of the curvature_samples, for error bars; 1: no
     error bars"""
-    measurement: Measurement = Measurement()
+    measurement: Literal["loss", "log_probability", "logit_margin", "span_log_probability"] | Dotted = "loss"
+    """what is explained of each test row: its loss; the log-probability or the logit margin of a class; the
+    log-probability of words that a language model predicts; or a function of your own, (call, batch) -> one number per
+    row"""
+    of: int | str | None = None
+    """of log_probability and logit_margin the class, or predicted, the one that the model predicts (null: the row's
+    label); of span_log_probability the words"""
     wrong: bool = False
     """only rows that the finetuned model classifies wrongly"""
     split: Literal["train", "test"] | None = None
     """which rows of the last stage: test, those that its data set aside; train, those that it is trained on, where
     that is meant; null: test"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Tests:
+        if self.of is not None and (self.measurement == "loss" or is_dotted(self.measurement)):
+            raise InputError(
+                f"test.of is {self.of!r}, which is for log_probability, logit_margin and span_log_probability; "
+                f"test.measurement is {self.measurement}."
+            )
+        if self.measurement == "span_log_probability" and not isinstance(self.of, str):
+            raise InputError(f"test.of is {self.of!r}; test.measurement: span_log_probability expects the words.")
+        return self
 
 
 class Corpus(Section):
