@@ -184,8 +184,8 @@ class MultiStageInfluence(Chain):
         fit of A and one solve, which tells λ.
 
         Args:
-            rows: a table of rows as `Query.token_scores` takes them, as `scores.top(50).to_dict("records")`; where it is
-                approximate, any corpus that `Query.score` takes.
+            rows: a table of rows as `Query.token_scores` takes them, as `scores.top(50).to_dict("records")`; where it
+                is approximate, any corpus that `Query.score` takes.
             stage: name of the stage whose examples they are; defaults to the first. It must be an implicit one.
             columns: rows that are solved for at a time; their gradients are held.
             approximate: by EK-FAC, in one pass.

@@ -74,38 +74,40 @@ class Corruption(InChunks):
     def _corrupted(self, rows: Rows, vocabulary: int) -> Corrupted:
         """The rows' windows, once per draw, and the tokens that the draws choose; random tokens are numbers below
         `vocabulary`."""
-        windows = self._windows(rows)
-        ordinary = ordinary_tokens(self.tokenizer, windows.batch) & windows.counted
-        sources, owners = list[int](), list[int]()
-        lines, columns, actions, substitutes = (list[np.ndarray]() for _ in range(4))
-        for i, row in enumerate(rows):
-            (own,) = np.nonzero(windows.owners == i) if self.chunk is not None else (np.array([i]),)
-            kept = own[windows.kept[own]]
-            # Of a document the tokens of all of its windows are drawn, also where the row is one chunk of it.
-            window, column = ordinary[own].nonzero()
-            place = np.full(len(own), -1)
-            place[windows.kept[own]] = np.arange(len(kept))
-            if len(column):
-                for d, (chosen, action, substitute) in enumerate(self._draw(row, len(column), vocabulary)):
-                    here = place[window[chosen]]
-                    inside = here >= 0
-                    lines.append(len(sources) + d * len(kept) + here[inside])
-                    columns.append(column[chosen[inside]])
-                    actions.append(action[inside])
-                    substitutes.append(substitute[inside])
-            sources += [*kept] * self.draws
-            owners += [i] * len(kept) * self.draws
-        index = torch.tensor(sources)
-        batch = {key: value[index] for key, value in windows.batch.items()}
-        batch |= {"owners": torch.tensor(owners), "starts": torch.from_numpy(windows.starts)[index]}
-        none = np.zeros(0, dtype=np.int64)
+        batch, truncated, owners, counted, starts, kept = self._windows(rows)
+        # Of a document the tokens of all of its windows are drawn, also where the row is one chunk of it.
+        window, column = (ordinary_tokens(self.tokenizer, batch) & counted).nonzero()
+        numbers = np.bincount(owners[window], minlength=len(rows))
+        first = np.cumsum(numbers) - numbers  # of a row's tokens among all
+        tokens, actions, substitutes = [np.zeros(0, int)], [np.zeros(0)], [np.zeros(0, int)]
+        sizes, turns = list[int](), list[int]()
+        for row, number, start in zip(rows, numbers.tolist(), first.tolist(), strict=True):
+            for d, (chosen, action, substitute) in enumerate(self._draw(row, number, vocabulary)) if number else ():
+                tokens.append(chosen + start)
+                actions.append(action)
+                substitutes.append(substitute)
+                sizes.append(len(chosen))
+                turns.append(d)
+        chosen, draw = np.concatenate(tokens), np.repeat(np.array(turns, dtype=int), sizes)
+        # The copies of a row lie draw by draw, and in each draw window by window.
+        width = np.bincount(owners[kept], minlength=len(rows))
+        base = np.cumsum(width) - width
+        line = self.draws * base[owners] + (np.cumsum(kept) - 1 - base[owners])  # of a window in the first draw
+        sources = np.zeros(self.draws * len(owners[kept]), dtype=int)
+        for d in range(self.draws):
+            sources[line[kept] + d * width[owners[kept]]] = kept.nonzero()[0]
+        index = torch.from_numpy(sources)
+        copies = {key: value[index] for key, value in batch.items()}
+        copies |= {"owners": torch.from_numpy(owners[sources]), "starts": torch.from_numpy(starts[sources])}
+        place, inside = window[chosen], kept[window[chosen]]
+        lines = line[place] + draw * width[owners[place]]
         return Corrupted(
-            batch,
-            windows.truncated,
-            np.concatenate([none, *lines]),
-            np.concatenate([none, *columns]),
-            np.concatenate([np.zeros(0), *actions]),
-            np.concatenate([none, *substitutes]),
+            copies,
+            truncated,
+            lines[inside],
+            column[chosen][inside],
+            np.concatenate(actions)[inside],
+            np.concatenate(substitutes)[inside],
         )
 
     def _draw(
@@ -129,15 +131,14 @@ class Corruption(InChunks):
 
     def _folds(self, example_id: Any, number: int, vocabulary: int) -> Iterator:
         """The folds of one round after another; the action is 0, of which a mask comes."""
-        folds = self._folds_per_round
+        folds, dealt, zeros = self._folds_per_round, -1, np.zeros(number)
         for draw in self._draws:
             turn, fold = divmod(draw, folds)
-            generator = seeded(self.seed, example_id, turn)
-            order, random = generator.permutation(number), generator.integers(vocabulary, size=number)
-            part = slice(fold * number // folds, (fold + 1) * number // folds)
-            chosen, substitutes = order[part], random[part]
-            ascending = np.argsort(chosen)
-            yield chosen[ascending], np.zeros(len(chosen)), substitutes[ascending]
+            if turn != dealt:  # once per round
+                dealt, generator = turn, seeded(self.seed, example_id, turn)
+                order, random = generator.permutation(number), generator.integers(vocabulary, size=number)
+            chosen = np.sort(order[fold * number // folds : (fold + 1) * number // folds])
+            yield chosen, zeros[: len(chosen)], random[chosen]
 
     @property
     def _folds_per_round(self) -> int:

@@ -273,7 +273,8 @@ def _inputs(objective: Objective, rows: list[dict]) -> dict:
 
 def _pooled(bound: BoundStage, inputs: dict) -> Tensor:
     """The encoder's output of a batch as (B, features): a mean over real tokens, or over image positions."""
-    base, parameters = encoder(bound.stage.model), bound.model.parameters
+    parameters = bound.model.parameters
+    base: Any = encoder(bound.stage.model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         base = base.get_encoder()  # there is no target to decode
     values = {id(p): parameters[name] for name, p in bound.stage.model.named_parameters()}

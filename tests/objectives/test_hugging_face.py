@@ -350,3 +350,25 @@ def test_a_stage_refuses_t5_under_a_causal_objective():
     stage = Stage("only", tiny.model("t5", "sequence to sequence"), tiny.objective("causal"), ROWS)
     with pytest.raises(InputError, match=r"stage 'only': T5ForConditionalGeneration is an encoder-decoder"):
         MultiStageInfluence([stage], progress=False)
+
+
+def test_a_dataset_that_is_tokenised_or_formatted_is_a_stage():
+    """A transform gives the scores of the texts, torch labels those of plain ones (case: row formats)."""
+    import datasets
+
+    from hf_msif import MultiStageInfluence, solvers
+
+    def scores(model, objective, data):
+        stage = Stage("only", model, objective, data, solver=solvers.CG(damping=1.0))
+        return MultiStageInfluence([stage], progress=False).query(ROWS[:1]).score(data).influence()
+
+    rows = [{key: row[key] for key in ("text", "label")} for row in ROWS]
+    dataset = datasets.Dataset.from_list([{**row, "example_id": i} for i, row in enumerate(rows)])
+    masked, model = tiny.objective("masked"), tiny.model("bert", "masked")
+    transformed = dataset.with_transform(lambda batch: masked.tokenizer(batch["text"]))
+    np.testing.assert_allclose(scores(model, masked, transformed), scores(model, masked, rows), rtol=1e-9)
+    classified, classifier = tiny.objective("classification"), tiny.model("bert", "classification")
+    found = scores(classifier, classified, dataset.with_format("torch"))
+    np.testing.assert_allclose(found, scores(classifier, classified, rows), rtol=1e-9)
+    labels = [{**row, "label": torch.tensor(row["label"])} for row in rows]
+    np.testing.assert_allclose(scores(classifier, classified, labels), found, rtol=1e-9)

@@ -108,11 +108,35 @@ def test_a_new_head_has_the_outputs_and_the_problem_of_its_task(files, tmp_path)
 
 
 REFUSED = {
-    "another column": ("masked-lm", BERT, {"columns": {"summary": "x"}}, {}, r"data.columns names 'summary', which masked"),
-    "no such column": ("sequence-to-sequence", T5, {"columns": {"target": "x"}}, {}, r"data.columns.target: there is no"),
+    "another column": (
+        "masked-lm",
+        BERT,
+        {"columns": {"summary": "x"}},
+        {},
+        r"data.columns names 'summary', which masked",
+    ),
+    "no such column": (
+        "sequence-to-sequence",
+        T5,
+        {"columns": {"target": "x"}},
+        {},
+        r"data.columns.target: there is no",
+    ),
     "words of a text": ("token-classification", BERT, {"label_column": "tags"}, {}, "expected a list of words"),
-    "a text as number": ("regression", BERT, {"label_column": "hypothesis"}, {}, r"label_column: row \d+ has the label"),
-    "a column as setting": ("masked-lm", BERT, {}, {"text_column": "x"}, "unknown key 'stages.only.objective.text_column'"),
+    "a text as number": (
+        "regression",
+        BERT,
+        {"label_column": "hypothesis"},
+        {},
+        r"label_column: row \d+ has the label",
+    ),
+    "a column as setting": (
+        "masked-lm",
+        BERT,
+        {},
+        {"text_column": "x"},
+        "unknown key 'stages.only.objective.text_column'",
+    ),
 }
 
 
