@@ -102,6 +102,16 @@ def test_a_log_probability_has_minus_the_influences_of_the_loss():
     )
 
 
+def test_retrainings_measure_losses():
+    from hf_msif.validation.experiments import _effects
+
+    scores = chain(classifier(), tiny.objective("classification")).query(TESTS, measurement="logit_margin").score(ROWS)
+    with pytest.raises(
+        InputError, match="explain the logit margin of the row's label, but retrainings measure losses"
+    ):
+        _effects("influence", scores, None)
+
+
 def test_an_aggregated_measurement_is_the_sum():
     msif = chain(classifier(), tiny.objective("classification"))
     each = msif.query(TESTS, measurement="logit_margin").score(ROWS).influences().sum(1)
