@@ -29,8 +29,8 @@ def mean(rankings: Sequence[Scores]) -> Scores:
         certificate of every ranking: its stages are named `STAGE of ranking r`.
 
     Raises:
-        InputError: fewer than two rankings; rows, tests, measurements, stages or N differ; two rankings are the same; or
-            only extreme rows were kept.
+        InputError: fewer than two rankings; rows, tests, measurements, stages or N differ; two rankings are the
+            same; or only extreme rows were kept.
 
     >>> rows = [{"example_id": i, "text": text} for i, text in enumerate(["tax", "vote", "war", "debt"])]
     >>> facts = {"stage": "pretraining", "N": 4.0, "tests": [{"text": "I vote"}]}
