@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 def text(task, architecture, **settings):
-    rows = partial(tiny.rows, longest=6, shortest=2)
+    rows = partial(tiny.rows, longest=6, shortest=2) if task in tiny.PLAIN else tiny.rows_of_all_tasks
     name = ", ".join([task, architecture, *map(str, settings.values())])
     return Case(name, partial(tiny.model, architecture, task), partial(tiny.objective, task, **settings), rows)
 
@@ -63,6 +63,15 @@ CASES = [
     text("masked", "albert"),
     text("causal", "gpt2"),
     text("classification", "bert"),
+    text("sequence to sequence", "bart"),
+    text("pairs", "bert"),
+    text("regression", "bert"),
+    text("multi-label", "bert"),
+    text("words", "bert"),
+    text("next sentence", "bert"),
+    text("replaced tokens", "electra", draws=2),
+    text("masked", "bert", chunk=5, stride=1),
+    text("causal", "gpt2", chunk=4, stride=2),
     text("bidirectional", "elmo"),
     text("characters", "elmo"),
     Case("classification, LoRA", adapted, partial(tiny.objective, "classification"), partial(tiny.rows, shortest=2)),

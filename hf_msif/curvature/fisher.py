@@ -77,9 +77,10 @@ class Sampled:
         if not outputs.varying or not bool(counts.any()):  # no term at all
             return torch.zeros_like(sums) + sum(0 * outputs.tensors[k].sum() for k in outputs.varying), counts
         losses = partial(objective.losses, batch=batch)
-        terms = cross_entropies(outputs, losses, sums)
-        if terms is not None:
-            cotangent = terms.sampled(self._random(ids, draw))
+        parts = cross_entropies(outputs, losses, sums)
+        if parts is not None:
+            # Labels of different outputs are independent, too.
+            cotangents = [each.sampled(self._random(ids, draw + k * self.draws)) for k, each in enumerate(parts)]
         else:
             roots = square_roots(outputs, losses, len(sums))
             if roots is None:
@@ -90,9 +91,12 @@ class Sampled:
                     stacklevel=2,
                 )
                 return objective.losses(call, batch)
-            cotangent = roots.sampled(self._random(ids, draw))
-        scaled = cotangent.values / math.sqrt(self.draws)
-        return _Product.apply(cotangent.outputs, scaled, cotangent.examples, len(sums)), counts
+            cotangents = [roots.sampled(self._random(ids, draw))]
+        products = [
+            _Product.apply(each.outputs, each.values / math.sqrt(self.draws), each.examples, len(sums))
+            for each in cotangents
+        ]
+        return torch.stack(products).sum(0), counts
 
     def _random(self, ids: Sequence[Any], draw: int) -> Callable[[Tensor], Tensor]:
         """(M,) examples of M terms → (M,) uniform numbers; those of an example do not depend on the others."""
@@ -219,8 +223,9 @@ class CrossEntropies:
         return Cotangent(self.outputs, values.view_as(self.outputs), self.examples)
 
 
-def cross_entropies(outputs: Outputs, losses: Callable, sums: Tensor) -> CrossEntropies | None:
-    """What the losses are, if they are weighted softmax cross-entropies of the rows of one output; else None.
+def cross_entropies(outputs: Outputs, losses: Callable, sums: Tensor) -> list[CrossEntropies] | None:
+    """What the losses are, one entry per output that they read, if they are weighted softmax cross-entropies of the
+    outputs' rows; else None.
 
     At outputs of 0 the slope of a term w · CE with the label y is w (1/C − e_y), which tells y and w without rounding,
     and by a second slope, with the loss of example i weighted by i + 1, the example. Then the losses at the true
@@ -236,10 +241,25 @@ def cross_entropies(outputs: Outputs, losses: Callable, sums: Tensor) -> CrossEn
     if not total.requires_grad:
         return None
     slopes = _slopes(total.sum(), zeros, retain_graph=True)
-    if len(slopes) != 1:
+    if not slopes:
         return None
-    ((index, slope),) = slopes.items()
-    classes, z = slope.shape[-1], outputs.tensors[index]
+    order = torch.arange(1.0, len(total) + 1, device=total.device, dtype=total.dtype)
+    weighted = _slopes((order * total).sum(), {index: zeros[index] for index in slopes})
+    parts, expected = [], torch.zeros_like(sums)
+    for index, slope in slopes.items():
+        found = _cross_entropies_of(outputs.tensors[index], slope, weighted[index], len(total))
+        if found is None:
+            return None
+        part, terms = found
+        expected.index_add_(0, part.examples if part.used is None else part.examples[part.used], terms)
+        parts.append(part)
+    return parts if bool(((sums - expected).abs() <= _tolerance(sums) * (1 + sums.abs())).all()) else None
+
+
+def _cross_entropies_of(z: Tensor, slope: Tensor, weighted: Tensor, size: int) -> tuple[CrossEntropies, Tensor] | None:
+    """The cross-entropies of the rows of one output and their values, by the slopes at 0; None where the slopes are
+    others."""
+    classes = slope.shape[-1]
     if slope.dim() < 2 or classes < 2:
         return None
     slope = slope.flatten(0, -2)
@@ -250,10 +270,8 @@ def cross_entropies(outputs: Outputs, losses: Callable, sums: Tensor) -> CrossEn
     slope = slope.scatter_add(1, labels, weights)
     if not float((torch.stack([slope.amax(1), slope.amin(1)], 1) - weights / classes).abs().max()) <= limit:
         return None
-    order = torch.arange(1.0, len(total) + 1, device=total.device, dtype=total.dtype)
-    (weighted,) = _slopes((order * total).sum(), {index: zeros[index]}).values()
     growth = weighted.flatten(0, -2).gather(1, labels) / torch.where(lowest == 0, 1, lowest)
-    examples = (growth.squeeze(1).round().long() - 1).clamp(0, len(total) - 1)
+    examples = (growth.squeeze(1).round().long() - 1).clamp(0, size - 1)
     weights = weights.squeeze(1)
     used = (weights > limit).nonzero().squeeze(1) if bool((weights <= limit).any()) else None
     rows = z.detach().flatten(0, -2)
@@ -261,10 +279,7 @@ def cross_entropies(outputs: Outputs, losses: Callable, sums: Tensor) -> CrossEn
         rows, labels, weights = rows[used], labels[used], weights[used]
     logarithms = rows.log_softmax(1)
     terms = -weights * logarithms.gather(1, labels).squeeze(1)
-    expected = torch.zeros_like(sums).index_add_(0, examples if used is None else examples[used], terms)
-    if not bool(((sums - expected).abs() <= _tolerance(sums) * (1 + sums.abs())).all()):
-        return None
-    return CrossEntropies(z, used, weights, examples, logarithms.exp_())
+    return CrossEntropies(z, used, weights, examples, logarithms.exp_()), terms
 
 
 @dataclass

@@ -41,18 +41,25 @@ class Collator(TextSettings, Protocol):
 def row_cost(row: Mapping[str, Any], objective: TextSettings) -> float:
     """Cost of a row, in characters of its text: what the objective reads before it truncates.
 
-    The text is in the objective's `text_column`. At most 6 · max_length characters count,
-    where `max_length` is the objective's, or else its tokenizer's `model_max_length`. A row without a text costs 0.
+    The text is in the objective's `text_column`, a string or a list of words; a token of `input_ids` counts as 6
+    characters. At most 6 · max_length characters count, where `max_length` is the objective's, or else its tokenizer's
+    `model_max_length`; all of a document that is read in chunks. A row without a text costs 0.
 
     >>> from types import SimpleNamespace
     >>> row_cost({"text": "word " * 1000}, SimpleNamespace(text_column="text", max_length=128, tokenizer=None))
     768
     """
     text = None if objective.text_column is None else row.get(objective.text_column)
-    if not isinstance(text, str):
-        return 0
+    if text is None and "input_ids" in row:
+        length = CHARACTERS * len(row["input_ids"])
+    elif isinstance(text, (list, tuple)):  # of words
+        length = sum(len(word) for word in text)
+    else:
+        length = len(text) if isinstance(text, str) else 0
+    if getattr(objective, "chunk", None) is not None:  # a document, which is read whole
+        return length
     limit = objective.max_length or getattr(objective.tokenizer, "model_max_length", None) or math.inf
-    return min(len(text), CHARACTERS * limit)
+    return min(length, CHARACTERS * limit)
 
 
 def row_shape(row: Mapping[str, Any], objective: Collator) -> tuple:

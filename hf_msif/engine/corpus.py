@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Table(Sequence[dict]):
     """A map-style `datasets.Dataset` as a sequence of rows, which are read from its Arrow file on access.
 
-    Rows without an `example_id` are numbered from 0. A slice returns a list of dicts.
+    Rows without an `example_id` are numbered from 0. A slice returns a list of dicts. Values are plain ones, whatever
+    `with_format` says; a transform (`set_transform`) is applied, and rows keep the ids of the columns below it.
 
     Attributes:
         dataset: the dataset.
@@ -27,7 +28,8 @@ class Table(Sequence[dict]):
     """
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+        self.plain = dataset.with_format(None)
+        self.dataset = dataset if dataset.format["type"] == "custom" else self.plain
         self.numbered = "example_id" not in dataset.column_names
 
     def __len__(self) -> int:
@@ -44,14 +46,18 @@ class Table(Sequence[dict]):
             start, stop, step = index.indices(len(self))
             if step != 1:
                 return [self[i] for i in range(start, stop, step)]
-            return list(self._rows(start, self.dataset[start:stop]))
-        return next(self._rows(range(len(self))[index], {k: [v] for k, v in self.dataset[index].items()}))
+            return list(self._rows(start, stop))
+        place = range(len(self))[index]
+        return next(self._rows(place, place + 1))
 
     def __iter__(self) -> Iterator[dict]:
         for start in range(0, len(self), 1000):
             yield from self[start : start + 1000]
 
-    def _rows(self, start: int, columns: Mapping[str, list]) -> Iterator[dict]:
+    def _rows(self, start: int, stop: int) -> Iterator[dict]:
+        columns: Mapping[str, Sequence] = self.dataset[start:stop]
+        if not self.numbered and "example_id" not in columns:  # a transform left it out
+            columns = {"example_id": self.plain.select_columns("example_id")[start:stop]["example_id"], **columns}
         for number, values in enumerate(zip(*columns.values(), strict=True), start):
             row = dict(zip(columns, values, strict=True))
             yield {"example_id": number, **row} if self.numbered else row
@@ -88,7 +94,7 @@ def as_corpus(data: Any, what: str) -> Sequence[dict] | Stream:
     if isinstance(data, Dataset) and len(data):
         table = Table(data)
         if not table.numbered:
-            _check_ids(data["example_id"], what)
+            _check_ids(table.plain["example_id"], what)
         return table
     return as_rows(data, what)
 
@@ -120,7 +126,7 @@ def as_rows(data: Any, what: str) -> list[dict]:
     if len(data) == 0:
         raise InputError(f"{what} is empty; expected at least one row: check the path, the split and the filters.")
     rows = []
-    for index, row in enumerate(data):
+    for index, row in enumerate(Table(data) if hasattr(data, "set_transform") else data):
         if not isinstance(row, (str, Mapping)):
             raise InputError(f"{what}: row {index} is a {type(row).__name__}; expected a dict or a string.")
         rows.append({"example_id": index, **({"text": row} if isinstance(row, str) else row)})

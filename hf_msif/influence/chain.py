@@ -32,6 +32,7 @@ from ..training.objective import without_terms
 from ..vectors import Block
 from .differentiation import Differentiation
 from .findings import Finding, check
+from .measurements import as_measurement
 from .stage import Stage
 
 SEARCHED_ROWS_OF_STREAM = 64  # for the compared rows; every process reads them
@@ -83,6 +84,7 @@ class BoundStage:
         # Before any other pass, which a model that keeps a state would remember.
         first, *others = CHECKS
         self.findings: list[Finding] = check(self, [first])
+        assert self.batch_size  # known to all processes from here on
         self._leave_out_what_the_loss_ignores()
         self.differentiation: Differentiation = stage.differentiation(self)
         self._check_frozen()
@@ -95,8 +97,12 @@ class BoundStage:
 
     @property
     def batch_size(self) -> int:
-        """Rows per batch: `Stage.batch_size` inputs of the model."""
-        return max(1, self.stage.batch_size // (self.objective.inputs_per_row or 1))
+        """Rows per batch: `Stage.batch_size` inputs of the model, as the longest of some rows has them."""
+        return max(1, self.stage.batch_size // (self.objective.inputs_per_row or self._inputs_of_a_row))
+
+    @cached_property
+    def _inputs_of_a_row(self) -> int:
+        return max(self.objective.inputs_of(row) for row in self.compared_rows)
 
     def _warn_of_held(self) -> None:
         held = self.split.held
@@ -305,35 +311,40 @@ class Chain:
             raise InputError(f"there is no stage {name!r}; the stages are {list(by_name)}.")
         return by_name[name]
 
-    def measurement(self, rows: list[dict], aggregate: str | None = None) -> tuple[Block, list[float]]:
-        """a = ∇f at the final parameters of the last stage, and f: the loss of each test row, a sum over its terms.
+    def measurement(
+        self, rows: list[dict], aggregate: str | None = None, measurement: Any = "loss"
+    ) -> tuple[Block, list[float]]:
+        """a = ∇f at the final parameters of the last stage, and f of each test row: its loss, a sum over its terms, or
+        another measurement.
 
         Args:
             rows: test rows of the last stage.
             aggregate: None: one column per row; "sum" or "mean": one column for all of them, eq. (8).
+            measurement: f, as `measurements.as_measurement` reads it.
 
         Returns:
-            a on the trained and the frozen names, tensors of shape (Q, *parameter.shape); the losses, one per row.
+            a on the trained and the frozen names, tensors of shape (Q, *parameter.shape); f, one number per row.
 
         Raises:
-            InputError: another `aggregate`, a row without text or without a term to predict, or a loss that is not
-                finite.
+            InputError: another `aggregate`, a measurement that the objective does not have, a row without text or
+                without a term to predict, or f is not finite.
         """
         if aggregate not in (None, "sum", "mean"):
             raise InputError(f"aggregate is {aggregate!r}; expected None, 'sum' or 'mean'.")
-        last = self.stages[-1]
+        last, measured = self.stages[-1], as_measurement(measurement)
         _check_texts(rows, last.objective.text_column)
+        objective = measured.applied(last.objective)
         names = (*last.split.trained, *last.split.frozen)
         # One backward pass per example: it goes through the whole batch, so a batch of one example costs least.
         size = 1 if aggregate is None else last.batch_size
         like = vectors.select(last.model.parameters, names)
-        losses_by_index: list[tuple[int, float, float]] = []
+        values_by_index: list[tuple[int, float, float]] = []
 
         def gradients() -> Iterator[tuple[int, dict[str, Tensor]]]:
-            for indices, batch in self.engine.batches(rows, last.objective, size):
-                evaluation = Evaluation(last.model, last.objective, batch)
+            for indices, batch in self.engine.batches(rows, objective, size):
+                evaluation = Evaluation(last.model, objective, batch)
                 slopes, sums, counts = gradient_and_losses(evaluation, names)
-                losses_by_index.extend(zip(indices, sums.tolist(), counts.tolist(), strict=True))
+                values_by_index.extend(zip(indices, sums.tolist(), counts.tolist(), strict=True))
                 yield indices[0], slopes
 
         with last.model.evaluating():
@@ -341,28 +352,40 @@ class Chain:
                 adjoint = self.engine.columns(like, len(rows), gradients())
             else:
                 adjoint = self.engine.sum(vectors.stack([like]), (vectors.stack([g]) for _, g in gradients()))
-        measured = sorted(self.engine.gather(losses_by_index))
-        losses = [loss for _, loss, _ in measured]
-        silent = [rows[i]["example_id"] for i, _, count in measured if not count]
+        by_index = sorted(self.engine.gather(values_by_index))
+        values = [value for _, value, _ in by_index]
+        silent = [rows[i]["example_id"] for i, _, count in by_index if not count]
         if silent:
             raise InputError(
-                f"the test examples with example_id {silent[:5]} have no term to predict, so their loss says nothing; "
-                "leave them out, or raise max_length where it cut all of their words."
+                f"the test examples with example_id {silent[:5]} have no term to predict, so their {measured} says "
+                "nothing; leave them out, or raise max_length where it cut all of their words."
             )
-        not_finite = [row["example_id"] for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+        not_finite = [row["example_id"] for row, value in zip(rows, values, strict=True) if not math.isfinite(value)]
         if not_finite:
             raise InputError(
-                f"the loss of the test examples with example_id {not_finite[:5]} is not finite; expected numbers: "
-                f"leave them out, check the last stage's model{precision_advice(next(iter(adjoint.values())).dtype)}."
+                f"the {measured} of the test examples with example_id {not_finite[:5]} is not finite; expected "
+                "numbers: leave them out, check the last stage's "
+                f"model{precision_advice(next(iter(adjoint.values())).dtype)}."
             )
-        return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), losses
+        return (vectors.scale(adjoint, 1.0 / len(rows)) if aggregate == "mean" else adjoint), values
 
-    def sketched_adjoints(self, rows: list[dict], aggregate: str | None = None) -> dict[str, Block]:
+    def losses(self, rows: list[dict]) -> list[float]:
+        """The loss of each test row at the final parameters of the last stage, a sum over its terms."""
+        last, found = self.stages[-1], list[tuple[int, float]]()
+        with torch.no_grad(), last.model.evaluating():
+            for indices, batch in self.engine.batches(rows, last.objective, last.batch_size):
+                sums, _ = Evaluation(last.model, last.objective, batch).losses({})
+                found += zip(indices, sums.tolist(), strict=True)
+        return [loss for _, loss in sorted(self.engine.gather(found))]
+
+    def sketched_adjoints(
+        self, rows: list[dict], aggregate: str | None = None, measurement: Any = "loss"
+    ) -> dict[str, Block]:
         """About the adjoint from which each stage's pull-back will start, by name; for `Differentiation.cost`.
 
         Exact for the last stage. A stage below one that has no `sketch` is left out. Arguments as for `measurement`.
         """
-        adjoint: Block | None = self.measurement(rows, aggregate)[0]
+        adjoint: Block | None = self.measurement(rows, aggregate, measurement)[0]
         adjoints: dict[str, Block] = {}
         for bound in reversed(self.stages):
             if adjoint is None:

@@ -129,7 +129,9 @@ def causality(bound: BoundStage) -> Finding:
         return Finding("causality", f"{type(objective).__name__} is not causal")
     with bound.engine.raising_together(), torch.no_grad(), bound.model.evaluating():
         batch = bound.collate([bound.compared_rows[-1]])
-        length = batch["input_ids"].shape[1]
+        inputs, length = batch["input_ids"].shape
+        # Of a document in windows the first one.
+        batch = {k: t[:1] if isinstance(t, Tensor) and t.dim() and len(t) == inputs else t for k, t in batch.items()}
         if length < 2:
             return Finding("causality", "no row has two tokens")
         places = _places(length)

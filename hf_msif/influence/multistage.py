@@ -1,13 +1,13 @@
 """The method on one screen: gradient of the test measurement, one pull-back per stage, the query that results.
 
-start   a = ∇f(φ_K)                                         the test examples' loss gradients
+start   a = ∇f(φ_K)                                         gradients of the test examples' losses
 for k = K … 1:
     u_k = (∂²F_k/∂trained² + 2α P_prox + λ)⁻¹ a_trained     one inverse-curvature-vector product per stage
     b   = a_frozen − ∂/∂frozen ⟨∇_trained F_k, u_k⟩         on frozen names: eq. (11)
     b   = 2α u_k                                            on proximal names: eqs. (13)–(15)
     a   = b, carried to the parameters of stage k − 1
 an unrolled stage, in the place of u_k: λ from step to step back through the recorded run, see `unrolled`
-influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x⟩, eq. (6); positive: more of x raises the test loss
+influence of an example x of stage k:  I(x) = ∂f/∂ε = −⟨u_k, ∇ℓ_x⟩, eq. (6); positive: more of x raises f
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,13 +24,15 @@ from ..curvature.derivatives import Evaluation, example_gradients
 from ..engine import Engine
 from ..engine.accelerated import to_device
 from ..engine.checkpoints import Checkpoint, open_checkpoint
-from ..engine.corpus import as_rows
+from ..engine.corpus import as_corpus, as_rows, first_rows
 from ..engine.files import flat_keys, nested_keys
 from ..engine.hashing import digest
 from ..errors import InputError
 from ..vectors import Block
 from .chain import BoundStage, Chain
 from .differentiation import Differentiation, StageCertificate, StageSolution
+from .direction import Direction
+from .measurements import Loss, as_measurement
 from .query import Query
 from .replicates import joined
 from .stage import Stage
@@ -91,8 +93,10 @@ class MultiStageInfluence(Chain):
         aggregate: str | None = None,
         checkpoints: str | os.PathLike | None = None,
         replicates: int | Literal["auto"] = "auto",
+        measurement: Any = "loss",
     ) -> Query:
-        """Pulls the loss of test examples back through all stages: one pull-back per stage, however large the corpus.
+        """Pulls the loss of test examples (or another measurement of them) back through all stages: one pull-back per
+        stage, however large the corpus.
 
         Args:
             tests: examples of the last stage (rows as its objective reads them).
@@ -104,6 +108,10 @@ class MultiStageInfluence(Chain):
                 sample, for error bars (`replicates.Replicates`, `scoring.noise.Noise`): each replicate has
                 1/R of the `curvature_samples`, and `draws` masks of its own. "auto": two where the curvature of a
                 stage is estimated on a sample of its rows, one otherwise. Where nothing is drawn there is one.
+            measurement: f, what is explained: "loss"; "log_probability" or "logit_margin" of the row's label;
+                `measurements.LogProbability("predicted")` or of any class, `LogitMargin` likewise,
+                `SpanLogProbability("some words")` of a language model; or a function (call, batch) → (B,). Influences
+                have its sign: positive means that more of a row raises f.
 
         Returns:
             A `Query`: the solution of every stage with its certificate.
@@ -118,10 +126,13 @@ class MultiStageInfluence(Chain):
         """
         rows = as_rows(tests, "the test examples")
         number = self.number_of_replicates(replicates)
-        measured, losses = self.measurement(rows, aggregate)
+        explained = as_measurement(measurement)
+        measured, values = self.measurement(rows, aggregate, explained)
+        losses = values if isinstance(explained, Loss) else self.losses(rows)
         cache_key = ""
         if checkpoints:
-            cache_key = digest([rows, aggregate or "", number, *(s.cache_key for s in self.stages)])
+            asked = [rows, aggregate or "", number, explained.identity]
+            cache_key = digest([*asked, *(s.cache_key for s in self.stages)])
         opened = {
             (bound, r): open_checkpoint(checkpoints, checkpoint_name(bound.name, r), cache_key, self.engine)
             for bound in self.stages
@@ -148,7 +159,7 @@ class MultiStageInfluence(Chain):
             self._forget(opened.values(), checkpoints)
             raise
         solutions = {b.name: joined(*zip(*each, strict=True)) for b, each in reversed(by_stage.items())}
-        query = Query(solutions, rows, losses, aggregate, self)
+        query = Query(solutions, rows, losses, aggregate, self, measurement=str(explained), values=values)
         query.measure_noise()
         self._forget(opened.values())
         return query
@@ -163,19 +174,24 @@ class MultiStageInfluence(Chain):
             raise InputError(f"replicates is {replicates!r}; expected at least 1, or 'auto'.")
         return replicates if any(d.draws for d in differentiations) else 1
 
-    def self_influence(self, rows, stage: str | None = None, columns: int = 16) -> np.ndarray:
-        """∇ℓ_xᵀ (A + λ)⁻¹ ∇ℓ_x of a few rows x, by the stage's own curvature and solver: minus the influence of x on
-        its own loss.
+    def self_influence(
+        self, rows, stage: str | None = None, columns: int = 16, approximate: bool = False
+    ) -> np.ndarray:
+        """∇ℓ_xᵀ (A + λ)⁻¹ ∇ℓ_x of rows x of any stage: minus the influence of x on its own loss.
 
-        One column of a solve per row: for the head of a list, whose column `self_influence` is EK-FAC's approximation.
+        By the stage's own curvature A and solver it takes one column of a solve per row: for a few rows, as the head
+        of a list. `approximate` takes EK-FAC for A (exact for curvature="ekfac"), and all rows in one pass, after a
+        fit of A and one solve, which tells λ.
 
         Args:
-            rows: a table of rows as `Query.token_scores` takes them, as `scores.top(50).to_dict("records")`.
+            rows: a table of rows as `Query.token_scores` takes them, as `scores.top(50).to_dict("records")`; where it
+                is approximate, any corpus that `Query.score` takes.
             stage: name of the stage whose examples they are; defaults to the first. It must be an implicit one.
             columns: rows that are solved for at a time; their gradients are held.
+            approximate: by EK-FAC, in one pass.
 
         Returns:
-            (rows,) in float64; not negative, unless the curvature is indefinite.
+            (rows,) in float64, in their order; not negative, unless the curvature is indefinite.
 
         Warns:
             UserWarning: a system was not solved to its tolerance.
@@ -183,16 +199,26 @@ class MultiStageInfluence(Chain):
         Raises:
             InputError: bad rows, a stage that is not implicit, or a solve whose result would mean nothing.
         """
-        rows, bound = as_rows(rows, "the rows"), self.stage(stage)
-        values = []
-        for start in range(0, len(rows), columns):
-            batch = to_device(bound.objective.collate(rows[start : start + columns]), self.engine.device)
-            with bound.model.evaluating():
-                gradients = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
-            value, certificate = bound.differentiation.self_solve(gradients)
-            judge(bound.name, certificate)
-            values.append(value.cpu().numpy())
-        return np.concatenate(values)
+        bound = self.stage(stage)
+        if approximate:
+            _, gradients, certificate = self._self_solved(bound, first_rows(as_corpus(rows, "the rows"), 1))
+            # Which direction it is does not matter: of its scores the norms alone are read.
+            objective = bound.differentiation.objective
+            solution = Direction(bound.model, objective, gradients, certificate, lambda: bound.compared_rows)
+            scores = Query({bound.name: solution}, [], [], None, self).score(rows, stage=bound.name, norms="self")
+            return scores.frame["self_influence"].to_numpy()
+        rows = as_rows(rows, "the rows")
+        starts = range(0, len(rows), columns)
+        return np.concatenate([self._self_solved(bound, rows[n : n + columns])[0] for n in starts])
+
+    def _self_solved(self, bound: BoundStage, rows: list[dict]) -> tuple[np.ndarray, Block, StageCertificate]:
+        """The self-influence of a few rows by a solve, their gradients, and the certificate of the solve."""
+        batch = to_device(bound.objective.collate(rows), self.engine.device)
+        with bound.model.evaluating():
+            gradients = example_gradients(Evaluation(bound.model, bound.objective, batch), bound.split.trained)
+        values, certificate = bound.differentiation.self_solve(gradients)
+        judge(bound.name, certificate)
+        return values.cpu().numpy(), gradients, certificate
 
     def _forget(self, checkpoints: Iterable[Checkpoint | None], folder: str | os.PathLike | None = None) -> None:
         """Deletes checkpoints, and their folder where it is given and nothing else is in it."""

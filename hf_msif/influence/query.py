@@ -30,7 +30,7 @@ from .replicates import Replicates, is_direction, load, measured_noise
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 4
+FORMAT = 5
 FILES = ("query.safetensors", "query.json")
 
 
@@ -42,12 +42,14 @@ class Query:
         solutions: stage name → its solution (u_k of an implicit stage, ∂f/∂w of the rows of an unrolled one), with its
             certificate.
         tests: the test rows.
-        losses: the loss f of each test row at the final parameters, a sum over its terms.
+        losses: the loss of each test row at the final parameters, a sum over its terms.
         aggregate: None: one column per test row; "sum" or "mean": one column for all of them, eq. (8).
         chain: the chain whose stages were pulled back.
         facts: stage name → facts about the stage for the certificate; measured when the query is made. Those of a
             stage that has replicates have their `noise`.
         identity: stage name → `BoundStage.identity`: what the query depends on.
+        measurement: name of what is explained, f: "loss", or another of `measurements`.
+        values: f of each test row at the final parameters; the losses where it is the loss.
     """
 
     solutions: dict[str, StageSolution]
@@ -57,8 +59,11 @@ class Query:
     chain: Chain
     facts: dict[str, dict] = field(default_factory=dict)
     identity: dict[str, dict] = field(default_factory=dict)
+    measurement: str = "loss"
+    values: list[float] = field(default_factory=list)
 
     def __post_init__(self):
+        self.values = self.values or self.losses
         for bound in self.chain.stages:  # the query of a damping sweep holds the swept stage alone
             if bound.name in self.solutions and bound.name not in self.facts:
                 self.facts[bound.name], self.identity[bound.name] = _facts(bound), bound.identity
@@ -121,7 +126,7 @@ class Query:
         norms: str | None = None,
         **settings,
     ) -> Scores:
-        """Influence of every row of `corpus`, as an example of `stage`, on the test loss.
+        """Influence of every row of `corpus`, as an example of `stage`, on f: the test loss, or what else is measured.
 
         Args:
             corpus: a table or a stream of rows, see `engine.corpus.as_corpus`. Each has the `example_id` that it has
@@ -154,8 +159,8 @@ class Query:
                 batches per process, or one part) and those that are being written.
 
         Returns:
-            `Scores` with `influence` = ∂f/∂ε, eq. (6), positive where more of the row raises the test loss, and
-            `removal_effect` = −influence / N, the predicted change of the test loss on removal.
+            `Scores` with `influence` = ∂f/∂ε, eq. (6), positive where more of the row raises f (of the test loss:
+            harmful), and `removal_effect` = −influence / N, the predicted change of f on removal.
 
         Raises:
             InputError: there is no such stage, a setting out of range, `mask_rounds` for a stage whose scores have no
@@ -249,6 +254,7 @@ class Query:
                 "N": count,
                 "objective": describe(objective),
                 "certificate": self.certificate(),
+                "measurement": self.measurement,
                 "tests": self.tests,
                 "noise": None if noise is None else noise.to_dict(),
                 "noise_text": self.noise_text(bound.name),
@@ -263,7 +269,7 @@ class Query:
         solution = tensors_fingerprint(self.solutions[bound.name].tensors())
         count = self.facts[bound.name]["N"]
         identity = {"the ranked stage": bound.name}
-        identity["the query"] = digest([solution, self.plain_tests, self.aggregate or "", count])
+        identity["the query"] = digest([solution, self.plain_tests, self.aggregate or "", self.measurement, count])
         for stage, settings in self.identity.items():
             identity |= {f"{name} of stage {stage!r}": value for name, value in settings.items()}
         return identity
@@ -281,7 +287,8 @@ class Query:
             if facts.get("noise"):
                 text = f"{Noise.from_dict(facts['noise'])}\n{text}"
             stages[name] = {"solve": certificate.to_dict(), "text": text, **facts}
-        return {"stages": stages, "aggregate": self.aggregate, "losses": self.losses}
+        facts = {"measurement": self.measurement, "values": self.values, "losses": self.losses}
+        return {"stages": stages, "aggregate": self.aggregate, **facts}
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all.
@@ -363,7 +370,10 @@ class Query:
             # Counting inside of scoring would be a pass that not all processes reach.
             bound.remember_size(saved["N"], saved["examples"])
             facts[bound.name] = {key: value for key, value in saved.items() if key not in ("solve", "text")}
-        return cls(solutions, state["tests"], state["losses"], state["aggregate"], chain, facts, state["depends_on"])
+        asked = {"measurement": state["measurement"], "values": state["values"]}
+        return cls(
+            solutions, state["tests"], state["losses"], state["aggregate"], chain, facts, state["depends_on"], **asked
+        )
 
 
 def plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -417,7 +427,7 @@ def _read_tensors(folder: Path, state: dict[str, Any], chain: Chain) -> dict[str
 def _check_solution(solution: StageSolution, state: dict[str, Any], stage: str, folder: Path) -> None:
     """Refuses a solution that does not answer the query's tests, or holds NaN or inf."""
     columns = 1 if state["aggregate"] else len(state["tests"])
-    if solution.columns != columns or len(state["losses"]) != len(state["tests"]):
+    if solution.columns != columns or {len(state["losses"]), len(state["values"])} != {len(state["tests"])}:
         raise _damaged(folder, f"{solution.columns} columns of stage {stage!r} for {len(state['tests'])} tests")
     for name, t in solution.tensors().items():
         if not t.isfinite().all():

@@ -32,7 +32,8 @@ class Stage:
         name: unique in its chain.
         model: a `PreTrainedModel` at the stage's final parameters, or a `PeftModel` of one, whose adapters are not
             merged: they belong to the stage, and the encoder is inherited as without them. It is never modified.
-        objective: an object of `hf_msif.objectives`, or of your own subclass of `objectives.Objective`.
+        objective: an object of `hf_msif.objectives`, or of your own subclass of `objectives.Objective`. Its texts are
+            cut after as many tokens as the model has positions (`objectives.within_positions`).
         data: the stage's training examples: a `datasets.Dataset`, a list of dicts, or a list of strings. A column
             `example_id` names rows (and seeds their masks); rows without one are numbered. A first stage with
             `curvature_samples` also takes a stream (`engine.corpus.as_corpus`), which is read twice: for the subset of
@@ -103,7 +104,7 @@ class Stage:
     skip_checks: Sequence[str] = ()
 
     def __post_init__(self):
-        checked_objective(self.objective, f"stage {self.name!r}")
+        self.objective = checked_objective(self.objective, f"stage {self.name!r}", self.model)
         self.solver = as_solver(self.solver)
         kind = self.curvature.func if isinstance(self.curvature, partial) else self.curvature
         is_class = isinstance(kind, type) and issubclass(kind, Curvature)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 def damping_sweep(
-    chain: Chain, tests, corpus, dampings: Sequence[float] | str = "auto", stage: str | None = None, k: int = 10
+    chain: Chain,
+    tests,
+    corpus,
+    dampings: Sequence[float] | str = "auto",
+    stage: str | None = None,
+    k: int = 10,
+    measurement: Any = "loss",
 ) -> pd.DataFrame:
     """Scores `corpus` once for every λ of `stage` (the first by default); the later stages are solved once.
 
@@ -34,6 +40,7 @@ def damping_sweep(
             eigenvalue.
         stage: name of the stage whose damping varies; defaults to the first.
         k: number of rows in the top of a ranking.
+        measurement: what is explained, as for `MultiStageInfluence.query`.
 
     Returns:
         One row per λ, ascending, with the columns `damping`, `iterations` and `residual` (of the worst query column),
@@ -60,7 +67,7 @@ def damping_sweep(
     name = target.name
     rows = as_rows(tests, "the test examples")
     damped = [target.differentiation.damped(damping) for damping in dampings]
-    adjoint, losses = chain.measurement(rows)
+    adjoint, explained = chain.measurement(rows, measurement=measurement)
     for bound in reversed(chain.stages):
         if bound is target:
             break
@@ -78,7 +85,7 @@ def damping_sweep(
         if reason is not None:
             warnings.warn(f"stage {name!r}: no ranking at damping {damping:g}: {reason}. {certificate}", stacklevel=2)
             continue
-        scores = Query({name: solution}, rows, losses, None, chain).score(corpus, stage=name)
+        scores = Query({name: solution}, rows, explained, None, chain).score(corpus, stage=name)
         values = scores.influences().T
         row["spread"] = float(values.std(axis=1).mean())
         if before is not None:

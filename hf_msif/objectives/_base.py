@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 
 Batch = dict[str, Any]
+LabelKind = Literal["class", "classes", "number"]
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -110,6 +111,15 @@ class Objective(ABC):
     """How many inputs of the model (places on the first axis of its tensors) a row has in a batch, one row's after
     another's; None: it differs from row to row. Scoring layer by layer must know which inputs are whose."""
 
+    def inputs_of(self, row: Mapping[str, Any]) -> int:
+        """How many inputs of the model count as this row's where batches are limited to a number of inputs."""
+        return self.inputs_per_row or 1
+
+    logits: Callable[[Callable, Batch], Tensor] | None = None
+    """Method `logits(call, batch) -> (B, C)`: one logit per example and class, for measurements of a class
+    (`influence.measurements`), which find the classes of the rows in `batch["labels"]`. None: the objective has no
+    classes of examples."""
+
     def token_texts(self, targets: Sequence[int]) -> list[str]:
         """The tokens with the ids `Terms.targets`, as the tokenizer writes them; the ids themselves without one."""
         return [str(i) for i in targets] if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(targets)
@@ -143,6 +153,17 @@ class Objective(ABC):
     def content_column(self) -> str:
         """Column that is written beside an example's scores: the text, or the image where there is no text."""
         return self.text_column or self.image_column or "text"
+
+    def content(self, row: Mapping[str, Any]) -> Any:
+        """What is written beside a row's scores, and by which equal rows are known: its text, or its image; of a row
+        that is tokenised already, the text of its tokens."""
+        value = row.get(self.content_column)
+        if value is None and "input_ids" in row and hasattr(self.tokenizer, "decode"):
+            return self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        return "" if value is None else value
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Further columns that it needs, as `data.columns` of a configuration names them."""
 
     # --- how it reads them
 
@@ -203,24 +224,20 @@ class Objective(ABC):
     """Auto class of transformers whose models it takes, e.g. "AutoModelForMaskedLM"; only read for a configuration's
     `task: mypackage.mymodule:MyObjective`."""
 
-    label_kind: ClassVar[Literal["class"] | None] = None
-    """"class": `data.label_column` holds one class per row, and a new model gets a head with as many classes. None:
-    rows have no label."""
+    label_kind: ClassVar[LabelKind | None] = None
+    """What `data.label_column` of a configuration holds. "class": one class per row, and a new model gets a head with
+    as many classes; "classes": a list of classes per row, and likewise; "number": a number, and a head with one
+    output. None: rows have no label."""
 
+    outputs_for: Callable[[Mapping[str, Any]], int] | None = None
+    """Method `outputs_for(row) -> int`: how many outputs a head needs for the labels of a row, where `label_kind` is
+    "classes" or "number"; it raises an `InputError` where these cannot be read."""
 
-def checked_objective(objective: object, owner: str) -> Objective:
-    """The objective itself.
+    words: ClassVar[bool] = False
+    """Whether the text column holds lists of words."""
 
-    Raises:
-        InputError: it is no object of a subclass of `Objective`; `owner` is whose objective it is.
-    """
-    if isinstance(objective, Objective):
-        return objective
-    what = f"the class {objective.__name__}" if isinstance(objective, type) else f"a {type(objective).__name__}"
-    raise InputError(
-        f"the objective of {owner} is {what}; expected an object of hf_msif.objectives, or of your own subclass of "
-        "hf_msif.objectives.Objective with the methods collate(rows) and losses(call, batch)."
-    )
+    problem_type: ClassVar[str | None] = None
+    """`config.problem_type` of a new model, where the same class of models is trained on several losses."""
 
 
 def with_losses(objective: Objective, losses: Callable) -> Objective:

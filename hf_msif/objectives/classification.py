@@ -1,4 +1,4 @@
-"""Classification of texts and of images: one label per example."""
+"""Classification of texts, of pairs of texts and of images: one label per example."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
-from ._base import Batch, Objective, Rows, Terms, logits_of
+from ._base import Batch, LabelKind, Objective, Rows, Terms, logits_of
 from .images import channels_first, decoded, shrunk
-from .tokens import check_length, texts_of, tokenize
+from .tokens import check_length, encode
 
 
 def class_of(value: Any, labels: Sequence[str | int] | None) -> int | None:
@@ -38,10 +38,31 @@ def class_of(value: Any, labels: Sequence[str | int] | None) -> int | None:
     return value if isinstance(value, int) and not any(re.fullmatch(r"[+-]?\d+", name) for name in names) else None
 
 
-class _Classification(Objective):
-    """What the classification of texts and of images share: one label per example, cross-entropy, count one."""
+# Which objective has the loss of a model's `problem_type`.
+OF_PROBLEM = {
+    "single_label_classification": "SequenceClassification",
+    "regression": "Regression",
+    "multi_label_classification": "MultiLabel",
+}
 
-    label_kind = "class"
+
+def check_problem(model: Any, objective: str, problem: str, loss: str) -> None:
+    """Raises an `InputError` where `config.problem_type` of a model is that of another loss."""
+    found = getattr(getattr(model, "config", None), "problem_type", None)
+    if found not in (None, problem):
+        other = f"objectives.{OF_PROBLEM[found]}" if found in OF_PROBLEM else "an objective of your own"
+        raise InputError(
+            f"the model was made for problem_type={found!r}; {objective} expects {problem!r}, whose loss is {loss}: "
+            f"give a model with such a head, or {other}, which has the loss that trained this one."
+        )
+
+
+class _Classification(Objective):
+    """What all classifications share: the classes of the model, and those of the rows."""
+
+    label_kind: ClassVar[LabelKind | None] = "class"
+    problem: ClassVar[str] = "single_label_classification"
+    loss_name: ClassVar[str] = "softmax cross-entropy"
     label_column: str
     inputs: tuple[str, ...]
 
@@ -52,14 +73,8 @@ class _Classification(Objective):
             InputError: `problem_type` is that of another loss; the number of classes is not that of `labels`, or below
                 2; or `id2label` has the classes in another order. (Names such as LABEL_0 say nothing of the order.)
         """
-        config, what = getattr(model, "config", None), type(self).__name__
-        problem = getattr(config, "problem_type", None)
-        if problem not in (None, "single_label_classification"):
-            raise InputError(
-                f"the model was made for problem_type={problem!r}; {what} expects 'single_label_classification', "
-                "whose loss is softmax cross-entropy: give a model with such a head, or an objective of your own with "
-                "the loss that trained this one."
-            )
+        config = getattr(model, "config", None)
+        check_problem(model, type(self).__name__, self.problem, self.loss_name)
         classes, names = getattr(config, "num_labels", None), getattr(config, "id2label", None) or {}
         if classes is not None:
             self._check_classes(classes)
@@ -78,8 +93,12 @@ class _Classification(Objective):
         if classes < 2:
             raise InputError(
                 f"the model has {classes} class, and the softmax over one class is always 1; {type(self).__name__} "
-                "expects at least 2: set num_labels when making the model."
+                "expects at least 2: set num_labels when making the model, or take objectives.Regression, whose head "
+                "has one output."
             )
+        self._check_number(classes)
+
+    def _check_number(self, classes: int) -> None:
         if self.labels and len(self.labels) != classes:
             raise InputError(
                 f"labels lists {len(self.labels)} classes, {list(self.labels)}, but the model has {classes}; expected "
@@ -111,7 +130,11 @@ class _Classification(Objective):
             raise InputError(
                 f"the rows have no label column {self.label_column!r}; they have {sorted(row)}: pass label_column=."
             )
-        value = row[self.label_column]
+        return self._class(row[self.label_column], row)
+
+    def _class(self, value: Any, row: Mapping[str, Any]) -> int:
+        """The class that a value in a row's label column names."""
+        value = value.item() if isinstance(value, (np.generic, Tensor)) and value.ndim == 0 else value
         number = class_of(value, self.labels)
         if number is not None:
             return number
@@ -120,23 +143,30 @@ class _Classification(Objective):
             f"{list(self.labels or [])}: pass labels=[...] in the order of the model's classes."
         )
 
-    def _run(self, call: Callable, batch: Batch) -> Tensor:
+    def _run(self, call: Callable, batch: Batch, dimensions: int = 2) -> Tensor:
         inputs = {k: batch[k] for k in self.inputs if k in batch}
-        return logits_of(call(**inputs), type(self).__name__, 2)
+        return logits_of(call(**inputs), type(self).__name__, dimensions)
+
+    def _cross_entropies(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """−log softmax(logits)[label], (M,), of logits (M, C) and labels (M,), which are compared with the head."""
+        classes = logits.shape[1]
+        self._check_classes(classes)
+        if labels.numel() and (labels.max() >= classes or labels.min() < 0):
+            raise InputError(
+                f"labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes: "
+                "set num_labels when loading it, or renumber the labels from 0."
+            )
+        return cross_entropy(logits, labels, reduction="none")
+
+
+class _OfExamples(_Classification):
+    """What the classification of texts and of images share: one label per example, cross-entropy, count one."""
 
     def counts(self, batch: Batch) -> Tensor:
         return torch.ones(batch["labels"].shape[0])
 
     def losses(self, call: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self._run(call, batch)
-        classes = logits.shape[1]
-        self._check_classes(classes)
-        if batch["labels"].max() >= classes or batch["labels"].min() < 0:
-            raise InputError(
-                f"labels run from {int(batch['labels'].min())} to {int(batch['labels'].max())}, but the model has "
-                f"{classes} classes: set num_labels when loading it, or renumber the labels from 0."
-            )
-        sums = cross_entropy(logits, batch["labels"], reduction="none")
+        sums = self._cross_entropies(self._run(call, batch), batch["labels"])
         return sums, torch.ones_like(sums)
 
     def terms(self, call: Callable, batch: Batch) -> Terms:
@@ -144,21 +174,31 @@ class _Classification(Objective):
         losses, _ = self.losses(call, batch)
         return Terms(losses, torch.arange(len(losses), device=losses.device))
 
+    def logits(self, call: Callable, batch: Batch) -> Tensor:
+        """The logits of all classes, (B, C)."""
+        return self._run(call, batch)
+
     def predictions(self, call: Callable, batch: Batch) -> Tensor:
         """The class with the largest logit, (B,)."""
         return self._run(call, batch).argmax(1)
 
 
+def pair_content(text: Any, row: Mapping[str, Any], column: str | None) -> Any:
+    """A text with that of the row's second column after it, which need not be there."""
+    return text if column is None or column not in row else f"{text} | {row[column]}"
+
+
 @dataclass(frozen=True)
-class SequenceClassification(_Classification):
-    """Classification of a whole text: ℓ_i = −log p(label | text), count one.
+class SequenceClassification(_OfExamples):
+    """Classification of a whole text, or of a pair of texts: ℓ_i = −log p(label | text), count one.
 
     Args:
         tokenizer: the model's tokenizer.
         label_column: where the label is: an integer, or what `labels` lists.
         labels: the classes in the order of the logits; needed for strings, and for integers that are not 0, 1, ….
         max_length: tokens after which a text is cut, and counted as truncated; defaults to the tokenizer's limit.
-        text_column: where the text is.
+        text_column: where the text is. Rows without this column may hold `input_ids`, tokenised already.
+        text_pair_column: where the second text of a pair is (a hypothesis, an answer); None: texts have no second.
 
     Raises:
         InputError: fewer than 2 `labels`, or one of them twice; a row without a text, or with a label that is neither
@@ -171,6 +211,7 @@ class SequenceClassification(_Classification):
     labels: tuple[str | int, ...] | None = None
     max_length: int | None = None
     text_column: str = "text"
+    text_pair_column: str | None = None
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     inputs = ("input_ids", "attention_mask", "token_type_ids")
@@ -181,12 +222,16 @@ class SequenceClassification(_Classification):
 
     def collate(self, rows: Rows) -> Batch:
         labels = self._labels(rows)
-        batch, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
+        batch, truncated = encode(self, rows, self.text_pair_column)
         return batch | {"labels": labels, "truncated": truncated}
+
+    def content(self, row: Mapping[str, Any]) -> Any:
+        """The text; of a pair both, with a bar between them."""
+        return pair_content(super().content(row), row, self.text_pair_column)
 
 
 @dataclass(frozen=True)
-class ImageClassification(_Classification):
+class ImageClassification(_OfExamples):
     """Classification of an image: ℓ_i = −log p(label | image), count one.
 
     Images are PIL images, encoded bytes, arrays or nested lists of shape (H, W), (H, W, C) or (C, H, W). The batch

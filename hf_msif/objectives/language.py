@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,13 +13,31 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import InputError
 from ._base import Batch, Rows, SumOfTerms, Terms, logits_of
-from .tokens import check_length, ordinary_tokens, seeded, texts_of, tokenize
+from .chunks import InChunks
+from .corruption import Corruption
+from .tokens import check_length, encode, texts_of, tokenize
 
-FOLDS = 8  # close to the masked share of BERT's training, 0.15
+
+def refuse_encoder_decoder(model: Any, objective: str, table: str) -> None:
+    """Raises an `InputError` for an encoder-decoder that is not in this table of transformers.
+
+    (BART is in that of masked LMs: its decoder reads the masked sentence, too.)
+    """
+    from transformers.models.auto import modeling_auto
+
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    if name not in getattr(modeling_auto, table).values():
+        raise InputError(
+            f"{name} is an encoder-decoder, which predicts a target from a text; {objective} expects a model that "
+            "reads one text: take objectives.Seq2SeqLM (task: sequence-to-sequence), whose rows have a 'text' and a "
+            "'target'."
+        )
 
 
 @dataclass(frozen=True)
-class MaskedLM(SumOfTerms):
+class MaskedLM(Corruption):
     """Masked language modelling with masks that are a pure function of (seed, example id, draw).
 
     ℓ_i = (1/D) Σ_draws Σ_masked −log p(token | masked sentence). The head runs on the masked tokens only.
@@ -44,11 +62,14 @@ class MaskedLM(SumOfTerms):
         max_length: tokens after which a sentence is cut, and counted as truncated; defaults to the tokenizer's limit.
         reduction: "token" (N counts masked tokens, as Hugging Face trains) or "example" (each sentence is the mean of
             its terms and counts once).
-        text_column: where the sentence is.
+        text_column: where the sentence is. Rows without this column may hold `input_ids`, tokenised already.
+        chunk: tokens of a window: a document is read in windows instead of being cut, ℓ_i is the sum over them, and
+            each token counts in one of them (`chunk_rows`); None: a document is cut.
+        stride: tokens that a window has in common with the one before, as context that is not masked.
 
     Raises:
         InputError: a tokenizer without a mask token, or settings out of range, among them a `max_length` (or limit of
-            the tokenizer) without room for an ordinary token.
+            the tokenizer) without room for an ordinary token; an encoder-decoder that is no masked LM.
     """
 
     tokenizer: Any = field()  # required, though `Objective` has a default
@@ -61,6 +82,8 @@ class MaskedLM(SumOfTerms):
     max_length: int | None = None
     reduction: str = "token"
     text_column: str = "text"
+    chunk: int | None = None
+    stride: int = 0
 
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
 
@@ -68,108 +91,64 @@ class MaskedLM(SumOfTerms):
         self._check_reduction()
         if self.tokenizer.mask_token_id is None:
             raise InputError(
-                "MaskedLM needs a tokenizer with a mask token; this one has none: use CausalLM for this model."
+                f"{type(self).__name__} needs a tokenizer with a mask token; this one has none: use CausalLM for this "
+                "model."
             )
-        if not 0 < self.mask_probability <= 1 or self.draws < 1:
-            raise InputError(
-                f"MaskedLM got mask_probability={self.mask_probability} and draws={self.draws}; expected a "
-                "probability in (0, 1] and at least one draw."
-            )
-        if self.masks not in ("random", "folds"):
-            raise InputError(f"MaskedLM got masks={self.masks!r}; expected 'random' or 'folds'.")
-        if self.masks == "folds" and abs(self._folds_per_round * self.mask_probability - 1) > 0.01:
-            raise InputError(
-                f"MaskedLM got masks='folds' and mask_probability={self.mask_probability}; expected 1/K with an "
-                f"integer K, so that K folds cover a sentence: give 1/{self._folds_per_round}."
-            )
-        check_length(self.tokenizer, self.max_length, "MaskedLM")
+        self._check_draws()
+        check_length(self.tokenizer, self.max_length if self.chunk is None else self.chunk, type(self).__name__)
+        self._check_chunk()
+
+    def check_model(self, model: Any) -> None:
+        """Refuses an encoder-decoder that transformers does not list as a masked LM."""
+        refuse_encoder_decoder(model, "MaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES")
 
     def collate(self, rows: Rows) -> Batch:
-        encoded, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
-        inputs = np.repeat(encoded["input_ids"].numpy(), self.draws, axis=0)
-        lines, columns, actions, substitutes = [], [], [], []
-        for i, (row, ordinary) in enumerate(zip(rows, ordinary_tokens(self.tokenizer, encoded), strict=True)):
-            (candidates,) = ordinary.nonzero()
-            if len(candidates) == 0:
-                continue
-            draws = (self._folds if self.masks == "folds" else self._random)(row["example_id"], candidates)
-            for d, (places, action, substitute) in enumerate(draws):
-                lines += [i * self.draws + d] * len(places)
-                columns.append(places)
-                actions.append(action)
-                substitutes.append(substitute)
-        where = np.array(lines, dtype=np.int64), np.concatenate([np.zeros(0, dtype=np.int64), *columns])
+        batch, truncated, lines, columns, action, substitutes = self._corrupted(rows, len(self.tokenizer))
+        inputs = batch["input_ids"].numpy()
+        where = lines, columns
         labels = inputs[where]
-        if columns:
-            action, substitute = np.concatenate(actions), np.concatenate(substitutes)
-            mask = self.tokenizer.mask_token_id
-            inputs[where] = np.where(action < 0.8, mask, np.where(action < 0.9, substitute, labels))
-        batch = {key: value.repeat_interleave(self.draws, dim=0) for key, value in encoded.items()}
-        batch["input_ids"] = torch.from_numpy(inputs)
-        batch |= {"rows": torch.from_numpy(where[0]), "columns": torch.from_numpy(where[1])}
+        shown = np.where(action < 0.9, substitutes, labels)
+        inputs[where] = np.where(action < 0.8, self.tokenizer.mask_token_id, shown)
+        batch |= {"rows": torch.from_numpy(lines), "columns": torch.from_numpy(columns)}
         return batch | {"labels": torch.from_numpy(labels), "truncated": truncated}
 
-    @property
-    def _draws(self) -> range:
-        return range(self.first_draw, self.first_draw + self.draws)
+    def collate_masked(self, rows: Rows, spans: Sequence[tuple[int, int]]) -> Batch:
+        """A batch in which the tokens of one span per row are masked, and no others; `spans`, (B, 2), are theirs.
 
-    def _random(self, example_id: Any, candidates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each draw: places of the masked tokens; a number in [0, 1) for each that says what becomes of it; and
-        random tokens."""
-        number, vocabulary = max(1, round(self.mask_probability * len(candidates))), len(self.tokenizer)
-        for draw in self._draws:
-            generator = seeded(self.seed, example_id, draw)
-            places = np.sort(generator.choice(candidates, size=number, replace=False))
-            yield places, generator.random(number), generator.integers(vocabulary, size=number)
-
-    def _folds(self, example_id: Any, candidates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The same, of the folds of one round after another; each token becomes `[MASK]`."""
-        number, folds = len(candidates), self._folds_per_round
-        for draw in self._draws:
-            turn, fold = divmod(draw, folds)
-            order = seeded(self.seed, example_id, turn).permutation(candidates)
-            places = np.sort(order[fold * number // folds : (fold + 1) * number // folds])
-            yield places, np.zeros(len(places)), np.zeros(len(places), dtype=np.int64)
-
-    @property
-    def _folds_per_round(self) -> int:
-        return round(1 / self.mask_probability)
-
-    @property
-    def inputs_per_row(self) -> int:  # type: ignore[override]  # a setting decides what is a constant elsewhere
-        """`draws`, each with its mask."""
-        return self.draws
-
-    def of_epoch(self, epoch: int) -> MaskedLM:
-        """The objective with the masks of an epoch of training; with `static` masks, itself."""
-        return self if self.static else replace(self, first_draw=self.first_draw + epoch * self.draws)
-
-    def for_influence(self, rounds: int = 1) -> MaskedLM:
-        """The objective with `rounds` rounds of folds: eight of them, or 1/p where `masks` is "folds" already.
-
-        With `static` masks, itself. N counts an eighth of all tokens, where masks of training count p of them.
+        Args:
+            rows: as `collate` reads them.
+            spans: (first token, one after the last) of each row, special tokens counted.
         """
-        if self.static:
-            return self
-        if self.masks == "folds":
-            return replace(self, draws=rounds * self._folds_per_round)
-        return replace(self, masks="folds", mask_probability=1 / FOLDS, draws=rounds * FOLDS, first_draw=0)
+        batch, truncated = encode(self, rows)
+        inputs, real = batch["input_ids"], batch["attention_mask"].bool()
+        where, place = torch.tensor(spans).reshape(-1, 2), torch.arange(inputs.shape[1])
+        lines, columns = (real & (where[:, :1] <= place) & (place < where[:, 1:])).nonzero(as_tuple=True)
+        labels = inputs[lines, columns]
+        inputs[lines, columns] = self.tokenizer.mask_token_id
+        batch |= {"rows": lines, "columns": columns, "labels": labels, "truncated": truncated, "spans": where}
+        return batch | {"owners": torch.arange(len(rows)), "starts": torch.zeros(len(rows), dtype=torch.int64)}
 
     def _numbers(self, batch: Batch) -> Tensor:
-        size = batch["input_ids"].shape[0]
-        counted = torch.bincount(batch["rows"], minlength=size).to(torch.get_default_dtype())
-        return counted.view(-1, self.draws).mean(1)
+        owners, size = batch["owners"][batch["rows"]], len(batch["truncated"])
+        return torch.bincount(owners, minlength=size).to(torch.get_default_dtype()) / self.draws
 
     def _terms(self, call: Callable, batch: Batch) -> Terms:
         """The masked tokens, one draw after the other."""
+        return self._masked_terms(self._logits(call, batch), batch)
+
+    def _logits(self, call: Callable, batch: Batch) -> Tensor:
+        """The logits of the masked tokens, (M, V)."""
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
-        logits = logits_of(call(**inputs, positions=(batch["rows"], batch["columns"])), "MaskedLM", 2)
+        return logits_of(call(**inputs, positions=(batch["rows"], batch["columns"])), "MaskedLM", 2)
+
+    def _masked_terms(self, logits: Tensor, batch: Batch) -> Terms:
         losses = cross_entropy(logits, batch["labels"], reduction="none") / self.draws
-        return Terms(losses, batch["rows"] // self.draws, batch["columns"], batch["labels"])
+        positions = batch["columns"] + batch["starts"][batch["rows"]]
+        return Terms(losses, batch["owners"][batch["rows"]], positions, batch["labels"])
 
 
 @dataclass(frozen=True)
-class CausalLM(SumOfTerms):
+class CausalLM(InChunks):
     """Next-token prediction: ℓ_i = Σ_t −log p(token_t | tokens before it), over the real tokens after the first.
 
     Args:
@@ -177,40 +156,77 @@ class CausalLM(SumOfTerms):
         max_length: tokens after which a text is cut, and counted as truncated; defaults to the tokenizer's limit.
         reduction: "token" (N counts predicted tokens) or "example" (each text is the mean of its terms and counts
             once).
-        text_column: where the text is.
+        text_column: where the text is. Rows without this column may hold `input_ids`, tokenised already.
+        chunk: tokens of a window: a document is read in windows instead of being cut, ℓ_i is the sum over them, and
+            each token is predicted in one of them (`chunk_rows`); None: a document is cut.
+        stride: tokens that a window has in common with the one before, from which its first tokens are predicted; at
+            least 1.
 
     Raises:
         InputError: an unknown `reduction`, or a `max_length` (or limit of the tokenizer) without room for two tokens,
-            one of them an ordinary one.
+            one of them an ordinary one; an encoder-decoder.
     """
 
     tokenizer: Any = field()  # required, though `Objective` has a default
     max_length: int | None = None
     reduction: str = "token"
     text_column: str = "text"
+    chunk: int | None = None
+    stride: int = 1
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     causal: ClassVar[bool] = True
+    least_stride: ClassVar[int] = 1
 
     def __post_init__(self):
         self._check_reduction()
-        check_length(self.tokenizer, self.max_length, "CausalLM", tokens=2)
+        limit = self.max_length if self.chunk is None else self.chunk
+        check_length(self.tokenizer, limit, "CausalLM", tokens=2)
+        self._check_chunk()
+
+    def check_model(self, model: Any) -> None:
+        """Refuses an encoder-decoder."""
+        refuse_encoder_decoder(model, "CausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+
+    @property
+    def inputs_per_row(self) -> int | None:  # type: ignore[override]  # a setting decides what is a constant elsewhere
+        """One; None where a row has several windows."""
+        return 1 if self.chunk is None else None
+
+    def inputs_of(self, row: Mapping[str, Any]) -> int:
+        """The number of the row's windows."""
+        return 1 if self.chunk is None else int(self._windows([row]).kept.sum())
 
     def collate(self, rows: Rows) -> Batch:
-        batch, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
-        return batch | {"truncated": truncated}
+        windows = self._windows(rows)
+        if self.chunk is None:
+            return windows.batch | {"truncated": windows.truncated}
+        kept = torch.from_numpy(windows.kept)
+        batch = {key: value[kept] for key, value in windows.batch.items()} | {"truncated": windows.truncated}
+        arrays = {"counted": windows.counted, "owners": windows.owners, "starts": windows.starts}
+        return batch | {key: torch.from_numpy(value)[kept] for key, value in arrays.items()}
 
     def _numbers(self, batch: Batch) -> Tensor:
-        return batch["attention_mask"][:, 1:].sum(1).to(torch.get_default_dtype())
+        numbers = _counted(batch)[:, 1:].sum(1)
+        if "owners" in batch:
+            numbers = numbers.new_zeros(len(batch["truncated"])).index_add(0, batch["owners"], numbers)
+        return numbers.to(torch.get_default_dtype())
 
     def _terms(self, call: Callable, batch: Batch) -> Terms:
         """The tokens after the first, in their order."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits = logits_of(call(input_ids=ids, attention_mask=mask), "CausalLM", 3)
-        owners, before = mask[:, 1:].nonzero(as_tuple=True)
-        targets = ids[owners, before + 1]
-        losses = cross_entropy(logits[owners, before], targets, reduction="none")
-        return Terms(losses, owners, before + 1, targets)
+        lines, before = _counted(batch)[:, 1:].nonzero(as_tuple=True)
+        targets, positions, owners = ids[lines, before + 1], before + 1, lines
+        losses = cross_entropy(logits[lines, before], targets, reduction="none")
+        if "owners" in batch:
+            positions, owners = positions + batch["starts"][lines], batch["owners"][lines]
+        return Terms(losses, owners, positions, targets)
+
+
+def _counted(batch: Batch) -> Tensor:
+    """The tokens that count, (I, T): of a document in windows those that each adds, else all real ones."""
+    return batch["counted"] if "counted" in batch else batch["attention_mask"]
 
 
 @dataclass(frozen=True)

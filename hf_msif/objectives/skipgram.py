@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from ..errors import InputError
 from ._base import Batch, Rows, SumOfTerms, Terms
-from .tokens import check_length, ordinary_tokens, seeded, texts_of, tokenize
+from .tokens import check_length, encode, ordinary_tokens, seeded
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SkipGram(SumOfTerms):
         static: training keeps the same negatives in every epoch instead.
         max_length: tokens after which a sentence is cut, and counted as truncated; defaults to the tokenizer's limit.
         reduction: "token" (N counts pairs) or "example" (each sentence is the mean of its terms and counts once).
-        text_column: where the sentence is.
+        text_column: where the sentence is. Rows without this column may hold `input_ids`, tokenised already.
 
     Raises:
         InputError: an unknown `reduction`, settings below 1, a `max_length` (or limit of the tokenizer) without room
@@ -126,7 +126,7 @@ class SkipGram(SumOfTerms):
 
     def _sentences(self, rows: Rows) -> tuple[list[np.ndarray], Tensor]:
         """The ordinary tokens of each row, and which rows were cut."""
-        encoded, truncated = tokenize(self.tokenizer, texts_of(rows, self.text_column), self.max_length)
+        encoded, truncated = encode(self, rows)
         ids, ordinary = encoded["input_ids"].long().numpy(), ordinary_tokens(self.tokenizer, encoded)
         return [line[is_word] for line, is_word in zip(ids, ordinary, strict=True)], truncated
 

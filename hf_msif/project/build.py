@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,40 @@ def objective(config: Config, name: str, tokenizer: Any) -> Objective:
     # What is known otherwise, the columns as in the rows of `data.load_rows`.
     known = {"tokenizer": tokenizer, "text_column": "text", "image_column": "image", "label_column": "label"}
     known["dtype"] = stage.model.dtype or "float32"
-    values = settings(kind, stage.objective, f"{key}.objective", without=[*known, "processor", "unigrams"])
     takes = parameters(kind)
+    columns = [parameter for parameter in takes if parameter.endswith("_column")]
+    known |= {f"{name}_column": name for name in stage.data.columns if f"{name}_column" in takes}
+    _check_columns(stage, key, takes)
+    values = settings(kind, stage.objective, f"{key}.objective", without=[*known, *columns, "processor", "unigrams"])
     if "seed" in takes:
         values.setdefault("seed", config.seed)
     return kind(**{parameter: value for parameter, value in known.items() if parameter in takes}, **values)
+
+
+def measurement(config: Config) -> Any:
+    """What a query explains, as `MultiStageInfluence.query` takes it."""
+    from ..influence.measurements import NAMES
+
+    name, of = config.test.measurement, config.test.of
+    if is_dotted(name):
+        return imported(name, "test.measurement")
+    return NAMES[name]() if of is None else NAMES[name](of)
+
+
+def _check_columns(stage: StageConfig, key: str, takes: Iterable[str]) -> None:
+    """Refuses names in `data.columns` that a task of the table does not read."""
+    if is_dotted(stage.task):
+        return
+    columns = [name.removesuffix("_column") for name in takes if name.endswith("_column")]
+    task = task_of(stage.task, f"{key}.task")
+    read = {*task.columns, *columns} - {"text", "image", "label"}
+    read |= {"input_ids", "attention_mask", "token_type_ids"} if task.content == "text" else set()
+    unknown = [name for name in stage.data.columns if name not in read]
+    if unknown:
+        raise InputError(
+            f"{key}.data.columns names {unknown[0]!r}, which {stage.task} does not read; expected names among "
+            f"{sorted(read)}."
+        )
 
 
 def new_config(config: Config, name: str) -> Any:
@@ -102,7 +131,7 @@ def new_config(config: Config, name: str) -> Any:
         raise InputError(f"{key}.model_type is missing; expected a model type of transformers, e.g. bert.")
     try:
         default = AutoConfig.for_model(values["model_type"])
-        known = {"num_labels", *default.to_dict(), *default.attribute_map}
+        known = {"num_labels", "decoder_start_token_id", *default.to_dict(), *default.attribute_map}
         unknown = [k for k in values if k not in known]
         if unknown:
             raise InputError(unknown_key(f"{key}.{unknown[0]}", [f"{key}.{k}" for k in sorted(known)]))
@@ -192,6 +221,9 @@ def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, c
     stage = config.stages[name]
     transformers.set_seed(seed)
     head: dict[str, Any] = {} if classes is None else {"num_labels": len(classes)}
+    problem_type = task_of(stage.task, f"stages.{name}.task").problem_type
+    if problem_type is not None:
+        head["problem_type"] = problem_type
     if stage.model.path is not None:
         model = load_model(config, name, stage.model.path, **head)[0]
         named = getattr(model.config, "id2label", None) or {}

@@ -21,8 +21,8 @@ DIGITS = "sklearn:digits"
 
 
 def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
-    """The rows of a stage, {example_id, text[, label]} or {example_id, image[, label]}; rows that are left out are
-    counted, and the counts printed.
+    """The rows of a stage, {example_id, text[, label]} or {example_id, image[, label]}, and the further columns that
+    `data.columns` names; rows that are left out are counted, and the counts printed.
 
     Equal texts or images fall on the same side of the split. A whole number that a column with gaps turned into 7.0
     is 7 again.
@@ -30,7 +30,7 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
     Args:
         data: the `data` section of the stage.
         stage: its name, for messages.
-        content: "text" or "image".
+        content: "text", "image" or "words".
 
     Raises:
         InputError: missing or empty files, a column or a value of `keep` that does not exist, ids that repeat, or no
@@ -78,7 +78,7 @@ def stream_rows(data: Data, stage: str, content: str = "text") -> Stream:
     Args:
         data: the `data` section of the stage.
         stage: its name, for messages.
-        content: "text" or "image".
+        content: "text", "image" or "words".
 
     Raises:
         InputError: missing or empty files, or a column that does not exist.
@@ -121,10 +121,26 @@ def _source(data: Data, key: str) -> Iterable[dict]:
     return as_corpus(_table(data, data.split, key), key)
 
 
+def content_key(data: Data, content: str) -> str:
+    """Where a row holds its content: "text" (or a list of words), "image", or "input_ids" where it is tokenised."""
+    if content == "image":
+        return content
+    return "input_ids" if "input_ids" in data.columns else "text"
+
+
+def _content_role(data: Data, content: str) -> tuple[str, str]:
+    """Which key of the configuration names the content's column, and this column."""
+    if content_key(data, content) == "input_ids":
+        return "columns.input_ids", data.columns["input_ids"]
+    role = "image_column" if content == "image" else "text_column"
+    return role, getattr(data, role)
+
+
 def _columns(data: Data, content: str, known: list[str], key: str) -> dict[str, str]:
     """Role → column, where every column exists."""
-    roles = {f"{content}_column": getattr(data, f"{content}_column"), "label_column": data.label_column}
-    roles["id_column"] = data.id_column
+    role, column = _content_role(data, content)
+    roles = {role: column, "label_column": data.label_column, "id_column": data.id_column}
+    roles |= {f"columns.{name}": column for name, column in data.columns.items()}
     columns = {role: column for role, column in roles.items() if column is not None}
     for role, column in [*columns.items(), *((f"keep.{column}", column) for column in data.keep)]:
         if column not in known:
@@ -142,25 +158,28 @@ def _rows(
     sources: Iterable[dict], data: Data, content: str, key: str, dropped: Counter, held_out: bool
 ) -> Iterator[dict]:
     """The rows that are used, each with its id, content and label; rows that are left out are counted by reason."""
-    admitted, source_column = _admitted(data), getattr(data, f"{content}_column")
+    admitted, (role, source_column) = _admitted(data), _content_role(data, content)
+    place = content_key(data, content)
+    expected: tuple[type, ...] = {"text": (str,), "words": (list,)}.get(content, (object,))
     for number, source in enumerate(sources):
         source = {column: _whole(value) for column, value in source.items()}
-        row = {"example_id": source.get("example_id", number), content: source[source_column]}
+        row = {"example_id": source.get("example_id", number), place: source[source_column]}
+        row |= {name: source[column] for name, column in data.columns.items()}
         if data.id_column is not None:
             row["example_id"] = source[data.id_column]
         if data.label_column is not None:
             row["label"] = source[data.label_column]
-        value = row[content]
-        if content == "text" and not isinstance(value, (str, type(None))):
-            raise InputError(
-                f"{key}.text_column: {data.text_column!r} holds {value!r} in row {number}; expected text."
-            )
+        value = row[place]
+        if place == "text" and not isinstance(value, (*expected, type(None))):
+            what = "text" if content == "text" else "a list of words"
+            raise InputError(f"{key}.{role}: {source_column!r} holds {value!r} in row {number}; expected {what}.")
         if any(str(source[column]) not in values for column, values in admitted.items()):
             dropped["not in keep"] += 1
-        elif value is None or (content == "text" and not value.strip()):
+        elif value is None or not (value.strip() if isinstance(value, str) else content == "image" or len(value)):
             dropped[f"no {content}"] += 1
         elif None in row.values():
-            dropped["no label" if row["example_id"] is not None else "no id"] += 1
+            missing = next(name for name, found in row.items() if found is None)
+            dropped[f"no {'id' if missing == 'example_id' else missing}"] += 1
         elif not held_out and data.part != "all" and not _is_on_side(value, data):
             dropped[f"not in the {data.part} part"] += 1
         else:

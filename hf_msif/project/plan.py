@@ -40,7 +40,11 @@ def plan(run: Run, processes: int = 1) -> dict:
     lines: list[str] = []
     costs: dict[str, Cost] = {}
     # Of untrained weights nothing is to be foretold.
-    adjoints = chain.sketched_adjoints(run.tests(), run.aggregate) if all(map(run.is_trained, run.names)) else {}
+    adjoints = (
+        chain.sketched_adjoints(run.tests(), run.aggregate, run.measurement)
+        if all(map(run.is_trained, run.names))
+        else {}
+    )
     differentiations = [run.planned(bound) for bound in chain.stages]
     replicates = chain.number_of_replicates(run.config.test.replicates)
     for bound in chain.stages:

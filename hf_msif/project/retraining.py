@@ -119,3 +119,13 @@ def refuse_streams(run: Run, command: str) -> None:
             f"stages.{streamed[0]}.data.streaming is true, but msif {command} trains again and needs the rows at "
             "hand; expected streaming: false, with data.max_rows where they are too many."
         )
+
+
+def refuse_measurements(run: Run, command: str) -> None:
+    """Refuses a measurement other than the loss, which is what retrainings measure."""
+    name = run.config.test.measurement
+    if name != "loss":
+        raise InputError(
+            f"test.measurement is {name}, but msif {command} trains again and measures losses; expected loss, as "
+            "--test.measurement loss has it."
+        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import os
 import random
 from functools import cached_property
@@ -15,12 +13,12 @@ from ..engine import folders
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError, first_line
+from ..objectives import within_positions
 from ..objectives.classification import class_of
 from ..registry import CHECKS, DIFFERENTIATIONS, registered
 from . import build, provenance
-from .data import load_rows, stream_rows
+from .data import content_key, load_rows, stream_rows
 from .outputs import Outputs
-from .plugins import parameters
 from .schema import Config, StageConfig
 from .tasks import task_of
 
@@ -70,6 +68,7 @@ class Run:
         self.curvatures = {name: build.curvature(self.config, name) for name in self.names}
         self.differentiations = {name: build.link(self.config, name) for name in self.names}
         self.solvers = {name: build.solver(self.config, name) for name in self.names}
+        self.measurement = build.measurement(self.config)
         self.tokenizer = None
         if config.tokenizer is not None:
             try:
@@ -137,7 +136,8 @@ class Run:
     def rows(self, name: str, part: str | None = None) -> list[dict] | Stream:
         """The stage's rows: those of its `data.part`, or of another part. Loaded once, their labels checked."""
         data = self.config.stages[name].data
-        data = data.model_copy(update={"part": part or data.part})
+        columns = {**{column: column for column in self.tasks[name].columns}, **data.columns}
+        data = data.model_copy(update={"part": part or data.part, "columns": columns})
         if (name, data.part) not in self._rows:
             if data.streaming:
                 self._rows[name, data.part] = stream_rows(data, name, self.content(name))
@@ -158,11 +158,13 @@ class Run:
         return self._digests[name]
 
     def content(self, name: str) -> str:
-        """What a row of the stage holds: "text" or "image"."""
+        """What a row of the stage holds: "text", "image" or "words"."""
         return self.tasks[name].content
 
     def _check_labels(self, name: str, rows: list[dict]) -> None:
-        if self.tasks[name].label_kind is None:
+        if self.tasks[name].label_kind != "class":
+            for row in rows if self.objectives[name].outputs_for is not None else ():
+                self._outputs_for(name, row)
             return
         labels = self.objectives[name].labels or ()
         classes = {label: class_of(label, labels) for label in {row["label"] for row in rows}}
@@ -176,6 +178,14 @@ class Run:
                 f"stages.{name}.data.keep."
             )
 
+    def _outputs_for(self, name: str, row: dict) -> int:
+        outputs_for = self.objectives[name].outputs_for
+        assert outputs_for is not None
+        try:
+            return outputs_for(row)
+        except InputError as error:
+            raise InputError(f"stages.{name}.data.label_column: {error}") from error
+
     def objective(self, name: str, model) -> Objective:
         """The stage's objective; texts are cut after as many tokens as the model takes, unless max_length is less."""
         if not self.objectives[name].is_fitted:
@@ -183,22 +193,10 @@ class Run:
         objective = self.objectives[name]
         check_vocabulary(name, model, objective)
         objective.check_model(model)
-        if objective.tokenizer is None or "max_length" not in parameters(type(objective)):
-            return objective
-        limit = getattr(model.base_model.config, "max_position_embeddings", None)
-        length = objective.max_length
-        if limit is None or (objective.tokenizer.model_max_length if length is None else length) <= limit:
-            return objective
-        if objective.max_length is not None:
-            raise InputError(
-                f"stages.{name}.objective.max_length is {objective.max_length}; expected at most {limit}, which is "
-                "what the model takes."
-            )
-        if dataclasses.is_dataclass(objective) and not isinstance(objective, type):
-            return dataclasses.replace(objective, max_length=limit)
-        objective = copy.copy(objective)
-        objective.max_length = limit
-        return objective
+        try:
+            return within_positions(objective, model)
+        except InputError as error:
+            raise InputError(f"stages.{name}.objective.{error}") from error
 
     def model(self, name: str):
         """The trained model of a stage: from `run_dir/<stage>`, else from `model.path`.
@@ -296,9 +294,13 @@ class Run:
 
     def _made(self, name: str, before, seed: int):
         classes: list[str] | None = None
-        if self.tasks[name].label_kind == "class":
-            labels = self.objectives[name].labels
-            classes = [str(label) for label in labels] if labels else self._unnamed_classes(name)
+        kind, labels = self.tasks[name].label_kind, self.objectives[name].labels
+        if labels:
+            classes = [str(label) for label in labels]
+        elif kind == "class":
+            classes = self._unnamed_classes(name)
+        elif kind is not None:
+            classes = [f"LABEL_{i}" for i in range(max(self._outputs_for(name, row) for row in self.rows(name)))]
         return build.new_model(self.config, name, before, seed, self.adapters[name], classes)
 
     def _unnamed_classes(self, name: str) -> list[str]:
@@ -452,7 +454,8 @@ class Run:
         if settings.wrong:
             rows = self._misclassified(name, rows)
         content = self.content(name)
-        distinct = list({digest(row[content]): row for row in rows}.values())
+        place = content_key(self.config.stages[name].data, content)
+        distinct = list({digest(row[place]): row for row in rows}.values())
         if settings.number > len(distinct):
             raise InputError(
                 f"test.number is {settings.number}; expected at most {len(distinct)}, the distinct {content}s on the "

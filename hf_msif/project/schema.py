@@ -48,11 +48,16 @@ class Data(Section):
     test_split: str | None = None
     """split whose rows are the test side, where the data come with one"""
     text_column: str = "text"
-    """column with the text"""
+    """column with the text; for token-classification with its words, a list"""
     image_column: str = "image"
     """column with the image, for tasks with images"""
     label_column: str | None = None
-    """column with the label, for classification"""
+    """column with the label, for classification; with the number, for regression; with a list of classes, for
+    multi-label-classification and token-classification"""
+    columns: dict[str, str] = {}
+    """further columns: what the task calls it → the column, such as target: summary, text_pair: hypothesis, or
+    input_ids: tokens for rows that are tokenised already, which need no text; columns of the task's own names are
+    found without it"""
     id_column: str | None = None
     """column that names rows; null: the row's number in the file"""
     keep: dict[str, list[Scalar]] = {}
@@ -235,11 +240,29 @@ class Tests(Section):
     replicates: Count = 2
     """how often everything is done with other masks and another part of the curvature_samples, for error bars; 1: no
     error bars"""
+    measurement: Literal["loss", "log_probability", "logit_margin", "span_log_probability"] | Dotted = "loss"
+    """what is explained of each test row: its loss; the log-probability or the logit margin of a class; the
+    log-probability of words that a language model predicts; or a function of your own, (call, batch) -> one number per
+    row"""
+    of: int | str | None = None
+    """of log_probability and logit_margin the class, or predicted, the one that the model predicts (null: the row's
+    label); of span_log_probability the words"""
     wrong: bool = False
     """only rows that the finetuned model classifies wrongly"""
     split: Literal["train", "test"] | None = None
     """which rows of the last stage: test, those that its data set aside; train, those that it is trained on, where
     that is meant; null: test"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Tests:
+        if self.of is not None and (self.measurement == "loss" or is_dotted(self.measurement)):
+            raise InputError(
+                f"test.of is {self.of!r}, which is for log_probability, logit_margin and span_log_probability; "
+                f"test.measurement is {self.measurement}."
+            )
+        if self.measurement == "span_log_probability" and not isinstance(self.of, str):
+            raise InputError(f"test.of is {self.of!r}; test.measurement: span_log_probability expects the words.")
+        return self
 
 
 class Corpus(Section):

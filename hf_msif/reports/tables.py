@@ -22,21 +22,24 @@ def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
         k: how many of either.
 
     Returns:
-        One row per test example and rank below min(k, rows of the corpus). Influences are signed: positive is harmful.
+        One row per test example and rank below min(k, rows of the corpus). Influences are signed: positive raises the
+        test loss, or what else the column `explained` names.
         Without the columns of the smallest influence where the scores come from a shortlist, which does not seek it.
     """
     import pandas as pd
 
     rows = []
     for column in range(scores.columns):
-        test = test_sentence(scores, column)
+        test = {"test sentence": test_sentence(scores, column)}
+        if scores.metadata.get("measurement", "loss") != "loss":
+            test["explained"] = scores.metadata["measurement"]
         top = scores.top(k, query=column)
         found = [{"max |influence|": top.influence[i], "sentence with it": _shown(top, i)} for i in range(len(top))]
         if "shortlist" not in scores.metadata:
             bottom = scores.bottom(k, query=column)
             for i, row in enumerate(found):
                 row |= {"min |influence|": bottom.influence[i], "sentence with that": _shown(bottom, i)}
-        rows += [{"test sentence": test, **row} for row in found]
+        rows += [{**test, **row} for row in found]
     return pd.DataFrame(rows)
 
 

@@ -25,12 +25,12 @@ def mean(rankings: Sequence[Scores]) -> Scores:
         rankings: at least two, of the same rows in the same order, about the same tests.
 
     Returns:
-        Scores with the metadata that all have, the means of the test losses, and the certificate of every ranking:
-        its stages are named `STAGE of ranking r`.
+        Scores with the metadata that all have, the means of the test losses and of what is explained, and the
+        certificate of every ranking: its stages are named `STAGE of ranking r`.
 
     Raises:
-        InputError: fewer than two rankings; rows, tests, stages or N differ; two rankings are the same; or only
-            extreme rows were kept.
+        InputError: fewer than two rankings; rows, tests, measurements, stages or N differ; two rankings are the
+            same; or only extreme rows were kept.
 
     >>> rows = [{"example_id": i, "text": text} for i, text in enumerate(["tax", "vote", "war", "debt"])]
     >>> facts = {"stage": "pretraining", "N": 4.0, "tests": [{"text": "I vote"}]}
@@ -78,6 +78,12 @@ def _check(rankings: Sequence[Scores]) -> None:
                 f"ranking {number} is of stage {stages[1]!r} about the tests {_short(tests[1])}, ranking 0 of "
                 f"{stages[0]!r} about {_short(tests[0])}; expected the same."
             )
+        explained = [s.metadata.get("measurement", "loss") for s in (first, scores)]
+        if explained[0] != explained[1]:
+            raise InputError(
+                f"ranking {number} explains the {explained[1]}, ranking 0 the {explained[0]}; expected the same "
+                "measurement."
+            )
         ways = [(s.metadata.get("certificate") or {}).get("aggregate") for s in (first, scores)]
         if ways[0] != ways[1] or first.columns != scores.columns:
             raise InputError(
@@ -116,8 +122,12 @@ def _shared(rankings: Sequence[Scores]) -> dict[str, Any]:
         for number, certificate in enumerate(certificates)
         for name, facts in certificate["stages"].items()
     }
-    losses = np.mean([certificate["losses"] for certificate in certificates], axis=0).tolist()
-    return {**same, "certificate": {**certificates[0], "losses": losses, "stages": stages}}
+    means = {
+        name: np.mean([certificate[name] for certificate in certificates], axis=0).tolist()
+        for name in ("losses", "values")
+        if name in certificates[0]
+    }
+    return {**same, "certificate": {**certificates[0], **means, "stages": stages}}
 
 
 def _short(tests: Sequence[dict]) -> str:

@@ -67,7 +67,7 @@ class Scorable:
         file_name: of the finished file: "scores.parquet", or "scores-NAME.parquet" for another stage than the first.
         engine: deals the rows out to the processes.
         model: the stage's model.
-        objective: makes batches of rows; its `text_column` or `image_column` says where a row's content is.
+        objective: makes batches of rows; its `content(row)` is written beside the scores.
         batch_size: rows per batch, unless `score` is asked for another size.
         columns: Q, the number of query columns.
         count: N of the stage: the removal of a row has the effect −influence / N.
@@ -296,12 +296,11 @@ def check_finite(values: np.ndarray, rows: list[dict]) -> None:
 
 def _frame(scorable: Scorable, rows: list[dict], measured: Measured) -> pd.DataFrame:
     """The columns of `Scores`, without `duplicates`."""
-    objective = scorable.objective
-    content_column = objective.content_column
+    contents = [{"example_id": row["example_id"], "text": scorable.objective.content(row)} for row in rows]
     columns = {"loss": measured.losses, "terms": measured.counts}
     columns |= dict(zip(scorable.norms, measured.norms.T, strict=True))
     errors = None if scorable.noise is None else scorable.noise.standard_errors(measured.replicates)
-    return frame_of(rows, measured.influence, scorable.count, columns, content_column, errors)
+    return frame_of(contents, measured.influence, scorable.count, columns, errors=errors)
 
 
 def _precision_error(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class RecordCallback(TrainerCallback):
         self.orders: list[list[int]] = []
         train_dataloader.batch_sampler.sampler = _OrderRecorder(sampler, self.orders)
         self.drop_last = train_dataloader.batch_sampler.drop_last
+        self.objective = checked_objective(self.objective, f"stage {self.name!r}", model)
         functional = FunctionalModel(model)
         self.initial = model_fingerprint(functional.model)
         roles = split(self.name, model, self.previous, self.trainable, self.resized)

@@ -36,7 +36,7 @@ def evaluate(
     Raises:
         InputError: bad rows, or rows without a counted term.
     """
-    engine, objective = engine or Engine(progress=False), checked_objective(objective, "the evaluation")
+    engine, objective = engine or Engine(progress=False), checked_objective(objective, "the evaluation", model)
     rows = as_rows(data, "the evaluation data")
     functional = FunctionalModel(model, engine.device)
     objective = without_padding(functional, objective, rows, engine)
@@ -62,7 +62,7 @@ def mistakes(
     model: nn.Module, objective: Objective, data: Any, batch_size: int = 64, engine: Engine | None = None
 ) -> list[dict]:
     """The rows whose predicted class is not their label, in their order; for objectives with `predictions`."""
-    engine, objective = engine or Engine(progress=False), checked_objective(objective, "the evaluation")
+    engine, objective = engine or Engine(progress=False), checked_objective(objective, "the evaluation", model)
     if objective.predictions is None:
         raise InputError(f"{type(objective).__name__} predicts no classes; expected an objective with `predictions`.")
     rows = as_rows(data, "the evaluation data")

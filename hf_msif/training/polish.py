@@ -182,7 +182,7 @@ def polish(
     limits = {"lbfgs_iter": lbfgs_iter, "max_iter": max_iter, "cg_iter": cg_iter, "dense_limit": dense_limit}
     check_limits({"tol": tol, **limits}, f"stage {name!r}: ")
     started = time.perf_counter()
-    engine, objective = engine or Engine(progress=False), checked_objective(objective, f"stage {name!r}")
+    engine, objective = engine or Engine(progress=False), checked_objective(objective, f"stage {name!r}", model)
     objective.check_model(model)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)

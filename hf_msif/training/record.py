@@ -83,7 +83,7 @@ def record(
         InputError: bad rows or arguments, or a folder with another run.
         DivergedError: a parameter stopped being finite.
     """
-    engine, objective = Engine(progress=progress), checked_objective(objective, f"stage {name!r}")
+    engine, objective = Engine(progress=progress), checked_objective(objective, f"stage {name!r}", model)
     objective.check_model(model)
     rows = as_rows(data, f"the data of stage {name!r}")
     roles = split(name, model, previous, trainable, resized)

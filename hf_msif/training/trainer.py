@@ -92,7 +92,10 @@ def train(
         DivergedError: a loss or parameter stopped being finite (at the step where it did; no checkpoint of it is
             written).
     """
-    rows, objective = as_rows(data, f"the data of stage {name!r}"), checked_objective(objective, f"stage {name!r}")
+    rows, objective = (
+        as_rows(data, f"the data of stage {name!r}"),
+        checked_objective(objective, f"stage {name!r}", model),
+    )
     model = unwrap(model)  # the checkpoints of a PeftModel are its adapters alone
     objective.check_model(model)
     roles = split(name, model, previous, trainable, resized)

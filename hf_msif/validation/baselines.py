@@ -105,7 +105,7 @@ class Case:
                     f"stage {bound.name!r} has no texts ({type(bound.objective).__name__}): leave out "
                     "the baselines tfidf and bm25."
                 )
-            texts.append([row[column] for row in rows])
+            texts.append([bound.objective.content(row) for row in rows])
         return texts[0], texts[1]
 
 
@@ -273,7 +273,10 @@ def _inputs(objective: Objective, rows: list[dict]) -> dict:
 
 def _pooled(bound: BoundStage, inputs: dict) -> Tensor:
     """The encoder's output of a batch as (B, features): a mean over real tokens, or over image positions."""
-    base, parameters = encoder(bound.stage.model), bound.model.parameters
+    parameters = bound.model.parameters
+    base: Any = encoder(bound.stage.model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        base = base.get_encoder()  # there is no target to decode
     values = {id(p): parameters[name] for name, p in bound.stage.model.named_parameters()}
     state = {name: values[id(p)] for name, p in base.named_parameters()}
     buffers = {name: b.to(bound.engine.device) for name, b in base.named_buffers()}

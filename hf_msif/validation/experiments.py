@@ -364,6 +364,12 @@ def _effects(name: str, values: Scores | np.ndarray, aggregate: str | None) -> n
                 f"the scores of {name!r} are of the {scores_aggregate} over the test examples, but aggregate is "
                 f"{aggregate!r}: use the same, or scores with one column per test example."
             )
+        explained = values.metadata.get("measurement", "loss")
+        if explained != "loss":
+            raise InputError(
+                f"the scores of {name!r} explain the {explained}, but retrainings measure losses: query with "
+                "measurement='loss'."
+            )
         values = values.removal_effects()
     values = np.asarray(values, dtype=np.float64)
     values = values.reshape(len(values), -1)

@@ -38,7 +38,7 @@ class Enumerated:
     def losses(self, objective, term, label, call, batch):
         outputs = Outputs(call)
         sums, counts = objective.losses(outputs.first, batch)
-        terms = fisher.cross_entropies(outputs, partial(objective.losses, batch=batch), sums)
+        (terms,) = fisher.cross_entropies(outputs, partial(objective.losses, batch=batch), sums)
         used = torch.arange(len(terms.examples)) if terms.used is None else terms.used
         examples = terms.examples[used].tolist()
         number = torch.tensor([examples[:k].count(i) for k, i in enumerate(examples)])  # of the term in its example
@@ -279,7 +279,7 @@ def test_padding_and_ignored_labels_have_no_term():
     functional, batch = FunctionalModel(model), objective.collate(rows)
     outputs = Outputs(functional.bind({n: p.requires_grad_() for n, p in functional.parameters.items()}))
     sums, counts = objective.losses(outputs.first, batch)
-    terms = fisher.cross_entropies(outputs, partial(objective.losses, batch=batch), sums)
+    (terms,) = fisher.cross_entropies(outputs, partial(objective.losses, batch=batch), sums)
     assert len(terms.used) == counts.sum() < terms.outputs[..., 0].numel()
     assert torch.bincount(terms.examples[terms.used]).tolist() == counts.tolist()
     near(terms.weights, torch.ones(len(terms.used)).double())

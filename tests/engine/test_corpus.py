@@ -11,7 +11,7 @@ from helpers import tiny
 from helpers.project import msif, project
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
-from hf_msif.engine.corpus import Table, as_corpus, first_rows
+from hf_msif.engine.corpus import Table, as_corpus, as_rows, first_rows
 from hf_msif.engine.hashing import objective_fingerprint
 from hf_msif.engine.stream import Stream
 from hf_msif.project.data import load_rows, stream_rows
@@ -222,3 +222,24 @@ def test_a_plan_of_a_stream_reads_its_beginning(tmp_path, capsys):
     flags = ["--config", path, "--stages.pretraining.data.streaming", "true"]
     assert msif("plan", *flags, "--stages.pretraining.curvature_samples", "5") == 0
     assert "scoring 1,000 rows of the stream for 2 column(s)" in capsys.readouterr().out
+
+
+def _ids(batch):
+    """What a tokenizer makes of a batch: other columns than those below it."""
+    return {"input_ids": [[len(word) for word in text.split()] for text in batch["text"]]}
+
+
+@pytest.mark.parametrize("read", [as_rows, as_corpus])
+def test_a_format_or_a_transform_of_a_dataset(read):
+    """Plain values under any format; a transform's columns with the ids of the rows below it."""
+    rows = [{"example_id": f"id{i}", "text": "w " * (i + 1), "label": i} for i in range(5)]
+    dataset = datasets.Dataset.from_list(rows)
+    for formatted in (dataset.with_format("torch"), dataset.with_format("numpy", columns=["label"])):
+        assert list(read(formatted, "the rows")) == rows
+    transformed = dataset.with_transform(_ids)
+    expected = [{"example_id": f"id{i}", "input_ids": [1] * (i + 1)} for i in range(5)]
+    assert list(read(transformed, "the rows")) == expected
+    assert read(transformed, "the rows")[1:3] == expected[1:3]
+    assert read(transformed, "the rows")[-1] == expected[-1]
+    numbered = dataset.remove_columns("example_id").with_transform(_ids)
+    assert [row["example_id"] for row in read(numbered, "the rows")] == list(range(5))

@@ -24,7 +24,8 @@ def tokenizer(side="right", template=True, words=WORDS, **settings):
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if template:
         ends = [(word, words.index(word)) for word in ("[CLS]", "[SEP]")]
-        backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+        pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+        backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, special_tokens=ends)
     names = {
         "unk_token": "[UNK]",
         "pad_token": "[PAD]",
@@ -35,6 +36,11 @@ def tokenizer(side="right", template=True, words=WORDS, **settings):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, padding_side=side, **{"model_max_length": LENGTH, **names, **settings}
     )
+
+
+def pair_tokenizer():
+    """One that says which of two texts a token belongs to, as BERT's does."""
+    return tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
 
 
 def rows(size, seed=0, classes=2, longest=9, shortest=1):
@@ -48,6 +54,28 @@ def rows(size, seed=0, classes=2, longest=9, shortest=1):
         }
         for i in range(size)
     ]
+
+
+def rows_of_all_tasks(size, seed=0, longest=6, shortest=2):
+    """The same sentences with all that the objectives read beside them."""
+    generator = np.random.default_rng(seed + 100)
+    found = []
+    for row, other in zip(rows(size, seed, 2, longest, shortest), rows(size, seed + 50, 2, longest), strict=True):
+        words = row["text"].split()
+        applies = generator.permutation(3)[: generator.integers(4)]
+        found.append(
+            {
+                **row,
+                "text_pair": other["text"],
+                "target": other["text"],
+                "next_sentence_label": row["label"],
+                "number": float(generator.normal()),
+                "classes": sorted(int(c) for c in applies),
+                "tokens": words,
+                "tags": [int(c) for c in generator.integers(3, size=len(words))],
+            }
+        )
+    return found
 
 
 _NARROW = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": LENGTH + 4}
@@ -81,6 +109,18 @@ CONFIGS = {
         num_hidden_layers=layers, **_NARROW | {"num_key_value_heads": 1} | kw
     ),
 }
+ENCODER_DECODERS = {
+    "bart": lambda layers, **kw: transformers.BartConfig(
+        encoder_layers=layers, decoder_layers=layers, **_HALVES | {"max_position_embeddings": LENGTH} | kw
+    ),
+    "t5": lambda layers, **kw: transformers.T5Config(
+        num_layers=layers, d_kv=8, d_ff=24, num_heads=2, **{k: _HALVES[k] for k in _SHARED} | kw
+    ),
+}
+_SHARED = ("vocab_size", "d_model", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+_HALVES = {"vocab_size": len(WORDS), "d_model": 16, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+_HALVES |= {"decoder_start_token_id": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+_HALVES |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "forced_eos_token_id": None}
 _CHARACTERS = {"filters": [[1, 3], [2, 4]], "character_size": 3, "num_highway_layers": 1, "dropout": 0.1}
 _CHARACTERS |= {"cell_size": 8, "projection_size": 4, "cell_clip": 0.8, "projection_clip": 0.6}
 _CHARACTERS |= {"vocab_size": 12, "classifier_hidden_size": 6}
@@ -93,7 +133,16 @@ CLASSES = {
     "bidirectional": transformers.AutoModelForPreTraining,
     "characters": transformers.AutoModelForSequenceClassification,
     "base": transformers.AutoModel,
+    "sequence to sequence": transformers.AutoModelForSeq2SeqLM,
+    "pairs": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
+    "multi-label": transformers.AutoModelForSequenceClassification,
+    "words": transformers.AutoModelForTokenClassification,
+    "next sentence": transformers.AutoModelForPreTraining,
+    "replaced tokens": transformers.AutoModelForPreTraining,
 }
+PLAIN = ("masked", "causal", "classification", "bidirectional", "characters", "base")  # rows of a text and a label
+OUTPUTS = {"regression": 1, "multi-label": 3, "words": 3}
 
 
 def perturbed(model, seed, size=0.2):
@@ -112,7 +161,8 @@ def model(name, task, seed=0, layers=1, dtype=torch.float64, attention=None, **c
     if name == "elmo":
         config = ElmoConfig(num_hidden_layers=layers + 1, **_CHARACTERS | config)
     else:
-        config = CONFIGS[name](layers, **config)
+        labels = {"num_labels": OUTPUTS[task]} if task in OUTPUTS else {}
+        config = {**CONFIGS, **ENCODER_DECODERS}[name](layers, **labels | config)
     made = CLASSES[task].from_config(config, **settings)
     return perturbed(made, seed).to(dtype).train()
 
@@ -133,6 +183,23 @@ def objective(task, **settings):
         words = ElmoTokenizer.train([" ".join(WORDS[len(SPECIAL) :])], size=12, model_max_length=LENGTH)
         kind = objectives.BidirectionalLM if task == "bidirectional" else objectives.SequenceClassification
         return kind(words, **settings)
+    if task == "sequence to sequence":
+        return objectives.Seq2SeqLM(tokenizer(), **settings)
+    if task == "pairs":
+        return objectives.SequenceClassification(pair_tokenizer(), text_pair_column="text_pair", **settings)
+    if task == "regression":
+        return objectives.Regression(tokenizer(), **{"label_column": "number", **settings})
+    if task == "multi-label":
+        return objectives.MultiLabel(tokenizer(), **{"label_column": "classes", **settings})
+    if task == "words":
+        return objectives.TokenClassification(tokenizer(), **{"label_column": "tags", **settings})
+    if task in ("next sentence", "replaced tokens"):
+        kinds = {
+            "next sentence": objectives.NextSentenceMaskedLM,
+            "replaced tokens": objectives.ReplacedTokenDetection,
+        }
+        tokens = pair_tokenizer() if task == "next sentence" else tokenizer()
+        return kinds[task](tokens, **{"mask_probability": 0.4, **settings})
     return objectives.SequenceClassification(tokenizer(), **settings)
 
 

@@ -97,6 +97,16 @@ def test_sums_and_means_over_tests_are_not_put_together():
         scoring.mean(each)
 
 
+def test_measurements_are_not_mixed():
+    each = [ranking(seed) for seed in (1, 2)]
+    for scores, values in zip(each, (3.0, 5.0), strict=True):
+        scores.metadata["certificate"]["values"] = [values, 1.0]
+    assert scoring.mean(each).metadata["certificate"]["values"] == [4.0, 1.0]
+    each[1].metadata["measurement"] = "logit margin of the row's label"
+    with pytest.raises(InputError, match="ranking 1 explains the logit margin of the row's label, ranking 0 the loss"):
+        scoring.mean(each)
+
+
 def test_one_ranking_or_extreme_rows_are_refused():
     with pytest.raises(InputError, match="at least two"):
         scoring.mean([ranking(1)])

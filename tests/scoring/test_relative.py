@@ -188,6 +188,15 @@ def test_the_column_is_exact_where_the_curvature_is_ekfac(chain, full):
     np.testing.assert_allclose(full.frame.self_influence, chain.self_influence(ROWS), rtol=1e-9)
 
 
+def test_self_influence_in_one_pass(chain, full):
+    """As the column, without a query; of the later stage, too."""
+    np.testing.assert_allclose(chain.self_influence(ROWS, approximate=True), full.frame.self_influence, rtol=1e-9)
+    rows = tiny.rows(6, seed=2)
+    found = chain.self_influence(rows, "fine", approximate=True)
+    expected = chain.query(tiny.rows(1, seed=3)).score(rows, "fine", norms="self").frame.self_influence
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("solver", "inverse"),
     [

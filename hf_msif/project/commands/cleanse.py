@@ -36,9 +36,10 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     The ranking is by influence on the mean loss of the rows of `test`; what is measured are other rows of the test
     side. Each repetition has its own initial weights, test rows, ranking and random rows.
     """
-    from ..retraining import checkpoint_folders, refuse_streams
+    from ..retraining import checkpoint_folders, refuse_measurements, refuse_streams
 
     refuse_streams(project, "cleanse")
+    refuse_measurements(project, "cleanse")
     settings = project.config.cleanse
     if settings.retrain == "no" and settings.seeds > 1:
         raise InputError("cleanse.seeds are repetitions of a retraining; set cleanse.retrain, or leave seeds out.")
@@ -173,11 +174,12 @@ def _table(rows: list[dict]) -> pd.DataFrame:
 def _held_out(project: Run, tests: list[dict]) -> list[dict]:
     """Rows of the test side whose content is in none of `tests`: the ranking must not be measured on its own rows."""
     from ...engine.hashing import digest
+    from ..data import content_key
 
     last = project.names[-1]
-    content = project.content(last)
-    ranked_by = {digest(row[content]) for row in tests}
     data = project.config.stages[last].data
+    content = content_key(data, project.content(last))
+    ranked_by = {digest(row[content]) for row in tests}
     aside = project.rows(last, "test") if data.has_test_side and not data.trains_on_test_side else []
     held_out = [row for row in aside if digest(row[content]) not in ranked_by][: project.config.cleanse.held_out]
     if not held_out:

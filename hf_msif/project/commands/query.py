@@ -1,4 +1,4 @@
-"""`msif query`: pulls the test losses back through the stages."""
+"""`msif query`: pulls the test losses, or what else is measured, back through the stages."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
             names.append("ekfac-*.safetensors")
             folders.add_names(checkpoints, "checkpoints of a query", names)
     try:
-        query = chain.query(tests, project.aggregate, checkpoints, project.config.test.replicates)
+        query = chain.query(tests, project.aggregate, checkpoints, project.config.test.replicates, project.measurement)
     except BaseException:
         if is_main:
             folders.remove_if_empty(checkpoints)
@@ -71,4 +71,6 @@ def render(report: dict) -> None:
     for name, stage in report["stages"].items():
         measured = stage.get("noise") is not None  # then it is the first line of the text
         print(f"{name}: {stage['text']}" + ("" if measured else f"\n{report['noise'][name]}"))
+    if report["measurement"] != "loss":
+        print(f"explained: the {report['measurement']} of each test row, which positive influences raise")
     print(f"query written to {report['query']} in {report['seconds']} s")

@@ -45,7 +45,8 @@ def _sweep(project: Run) -> dict:
     models, tests, corpus = project.models(), project.tests(), project.corpus()
     chain = project.chain(models)
     check_query_content(project, chain, tests)
-    table = damping_sweep(chain, tests, corpus, project.config.dampings, project.config.corpus.stage)
+    config = project.config
+    table = damping_sweep(chain, tests, corpus, config.dampings, config.corpus.stage, measurement=project.measurement)
     with chain.engine.raising_together():
         if chain.engine.is_main:
             write_table(table, project.output("sweep"))

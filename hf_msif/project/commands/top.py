@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> dict:
         for column in range(scores.columns)
     ]
     facts = {"stage": scores.metadata.get("stage"), "by": arguments.by, "noise": scores.metadata.get("noise_text")}
+    facts["measurement"] = scores.metadata.get("measurement", "loss")
     report = {"run": arguments.run, **facts, "tests": tests}
     if scores.columns > 1:
         report["common"] = scores.common(arguments.k, arguments.by)
@@ -45,6 +46,7 @@ def render(report: dict) -> None:
 
     if report["noise"]:
         print(report["noise"])
+    of = "" if report["measurement"] == "loss" else f" the {report['measurement']} of"
     common, lists = report.get("common"), len(report["tests"])
     shown = ["example_id", "influence", "influence_se", "top_probability", f"{report['by']}_influence"]
     shown += ["removal_effect", "text"]
@@ -54,7 +56,7 @@ def render(report: dict) -> None:
             counts = dict(zip(common["example_id"], common["columns"], strict=True))
             marks = [f"{counts[name]} of {lists}" if name in counts else "" for name in table["example_id"]]
             table = table.assign(common=marks)
-        print(f"\n{report['by']} influence on: {test['test']}")
+        print(f"\n{report['by']} influence on{of}: {test['test']}")
         print(plain(table, width=80))
     if common is not None and len(common):
         print(

@@ -34,9 +34,10 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Runs the configuration's experiment; writes `run_dir/validation`. Retrainings are kept in `run_dir/bank`, where
     the next call finds them."""
     from ..provenance import check_query
-    from ..retraining import checkpoint_folders, refuse_streams
+    from ..retraining import checkpoint_folders, refuse_measurements, refuse_streams
 
     refuse_streams(project, "validate")
+    refuse_measurements(project, "validate")
     settings = project.config.validation
     kind = settings.experiment if settings.truth == "own" else f"{settings.experiment}-{settings.truth}"
     path = project.output(f"validation/{kind}")
