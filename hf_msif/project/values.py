@@ -67,5 +67,17 @@ def shown_text(text: str) -> str:
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
+def shortened(value: Any) -> str:
+    """A value as text; its beginning where it is long.
+
+    >>> shortened(10**200)
+    'a number of 201 digits'
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"a number of {len(str(abs(value))) if abs(value) < 10**4000 else 'thousands of'} digits"
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _is_plain(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)

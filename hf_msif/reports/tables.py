@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,12 +78,21 @@ def plain(table: pd.DataFrame, width: int = 46) -> str:
     return tabulate(
         table,
         headers="keys",
-        tablefmt="simple_grid",
+        tablefmt="simple_grid" if shows("┌") else "grid",  # a terminal of ASCII has no lines
         showindex=False,
         floatfmt=".3g",
         maxcolwidths=[width if n in texts else None for n in range(table.shape[1])],
         disable_numparse=texts,
     )
+
+
+def shows(text: str) -> bool:
+    """Whether stdout can show all characters of a text."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _text_columns(table: pd.DataFrame) -> list[int]:
