@@ -209,16 +209,16 @@ def _table(data: Data, split: str, key: str):
         cause: BaseException = error
         while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
             cause = cause.__cause__
-        for path in _local_paths(data):
-            problem = problem_of(path, data.path)
+        for file in _local_paths(data):
+            problem = problem_of(file, data.path)
             if problem:
-                raise InputError(
-                    f"{key}.data_files: {str(path)!r} cannot be read as {data.path}: {problem}."
-                ) from error
-        offline = "" if data.path in FILE_BUILDERS or os.path.exists(os.path.expanduser(data.path)) else hub.reason()
+                what = f"{shown_text(str(file))} cannot be read as {data.path}"
+                raise InputError(f"{key}.data_files: {what}: {problem}.") from error
+        is_local = data.path in FILE_BUILDERS or os.path.exists(os.path.expanduser(data.path))
+        offline = "" if is_local else hub.reason()
         raise InputError(
-            f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}{offline}; expected a Hub dataset "
-            "id, or one of text, csv, json, parquet with data_files."
+            f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}{offline}; expected a Hub "
+            "dataset id, or one of text, csv, json, parquet with data_files."
         ) from error
 
 
