@@ -178,7 +178,7 @@ def load_model(config: Config, name: str, source: str | Path, **overrides: Any) 
         raise
     except Exception as error:
         raise InputError(
-            f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}{_offline(source)}); expected "
+            f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}{_offline(source, error)}); expected "
             "a Hub id, or a folder as save_pretrained writes it."
         ) from error
     for tensor, saved, expected in sorted(report["mismatched_keys"])[:1]:
@@ -204,13 +204,13 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(hub.prepare(source))
     except Exception as error:  # a damaged file raises anything
         raise InputError(
-            f"tokenizer: cannot load {source!r} ({first_line(error)}{_offline(source)}); expected a Hub id or a "
+            f"tokenizer: cannot load {source!r} ({first_line(error)}{_offline(source, error)}); expected a Hub id or a "
             "folder as save_pretrained writes it."
         ) from error
 
 
-def _offline(source: str | Path) -> str:
-    return "" if Path(source).expanduser().exists() else hub.reason()
+def _offline(source: str | Path, error: Exception) -> str:
+    return "" if Path(source).expanduser().exists() else hub.reason(error)
 
 
 def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, classes: list[str] | None) -> Any:

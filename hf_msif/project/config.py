@@ -22,7 +22,7 @@ from ..errors import Complaints, InputError
 from .misfits import misfits
 from .plugins import DOTTED, parameters
 from .schema import LARGEST, RULES, Config, Scalar, Section, StageConfig
-from .values import MOST_VALUES, check_values, shown_text, too_deep
+from .values import DEEPEST, MOST_VALUES, check_values, shown_text, too_deep
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -63,7 +63,7 @@ def load(
         check_values(read)
         values = _laid_over(values, read)
     for key, value in overrides:
-        value = _value(value) if isinstance(value, str) else value
+        value = _value(value, key) if isinstance(value, str) else value
         check_values({key: value})
         _put(values, key, value)
     try:
@@ -127,6 +127,17 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  (declared by the base class)
 
+    depth = 0
+
+    def compose_node(self, parent, index):
+        if self.depth > DEEPEST:
+            raise RecursionError
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
     def construct_mapping(self, node, deep=False):
         names = set()
         for key, _ in node.value:
@@ -165,6 +176,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 def _read(path: str | os.PathLike) -> dict:
     what = f"the configuration {shown_text(str(path))}"
+    if "\0" in str(path):
+        raise InputError(f"cannot read {what} (it has a NUL); expected a YAML file.")
     try:
         with open(os.path.expanduser(path), "rb") as file:
             content = file.read(MOST_BYTES + 1)  # a device or a corpus may have no end
@@ -172,7 +185,7 @@ def _read(path: str | os.PathLike) -> dict:
             raise InputError(f"{what} has more than {MOST_BYTES:,} bytes; expected the settings of a run: shorten it.")
         values = yaml.load(content.decode("utf-8-sig"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read {what} ({reason}); expected a YAML file.") from None
     except RecursionError:
         raise too_deep(what) from None
@@ -187,15 +200,15 @@ def _read(path: str | os.PathLike) -> dict:
     return values or {}
 
 
-def _value(text: str) -> Any:
+def _value(text: str, key: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:  # *.csv and @name are words here
         if getattr(error, "problem", None) == TOO_LONG:
-            raise InputError(f"the value {shown_text(text)} is {TOO_LONG}; expected a smaller one.") from None
+            raise InputError(f"{shown_text(key)} is {shown_text(text)}, {TOO_LONG}; expected a smaller one.") from None
         return text
     except RecursionError:
-        raise too_deep(f"the value {shown_text(text)}") from None
+        raise too_deep(f"the value {shown_text(text)} of {shown_text(key)}") from None
 
 
 def _laid_over(below: dict, above: dict) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
 import string
@@ -209,13 +210,18 @@ def _table(data: Data, split: str, key: str):
         cause: BaseException = error
         while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
             cause = cause.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise InputError(
+                f"{key}: the cache of datasets cannot be written ({cause.strerror}): free space, or set the environment "
+                "variable HF_DATASETS_CACHE to a folder elsewhere."
+            ) from error
         for file in _local_paths(data):
             problem = problem_of(file, data.path)
             if problem:
                 what = f"{shown_text(str(file))} cannot be read as {data.path}"
                 raise InputError(f"{key}.data_files: {what}: {problem}.") from error
         is_local = data.path in FILE_BUILDERS or os.path.exists(os.path.expanduser(data.path))
-        offline = "" if is_local else hub.reason()
+        offline = "" if is_local else hub.reason(cause)
         raise InputError(
             f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}{offline}; expected a Hub "
             "dataset id, or one of text, csv, json, parquet with data_files."
@@ -250,7 +256,9 @@ def _matches(file: str) -> list[str]:
 
 
 def _local_paths(data: Data) -> list[Path]:
-    return [Path(path) for file in data.files if "://" not in file for path in _matches(os.path.expanduser(file))]
+    return [
+        Path(path) for file in data.files if file and "://" not in file for path in _matches(os.path.expanduser(file))
+    ]
 
 
 def _digits():

@@ -27,11 +27,13 @@ def prepare(source: str) -> str:
     return path
 
 
-def reason() -> str:
-    """What an error about something on the Hub adds where the Hub cannot be reached; empty where nobody asked."""
+def reason(error: BaseException) -> str:
+    """What a message about something on the Hub adds where the Hub cannot be reached and `error` does not say so."""
     from huggingface_hub import constants
 
-    return f"; {constants.ENDPOINT} cannot be reached, and it is not in the cache" if constants.HF_HUB_OFFLINE else ""
+    if not constants.HF_HUB_OFFLINE or constants.ENDPOINT in str(error):
+        return ""
+    return f"; {constants.ENDPOINT} cannot be reached, and it is not in the cache"
 
 
 @cache

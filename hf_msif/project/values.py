@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from ..errors import InputError
@@ -30,7 +31,11 @@ def check_values(values: Any) -> None:
             raise InputError(
                 f"{shown_key(path)} is {shown_text(value)}; expected text without NUL and halves of surrogate pairs."
             )
-        if not isinstance(value, (dict, list, tuple, set)):
+        if isinstance(value, (bytes, datetime.date, set)):  # of the tags !!binary, !!timestamp and !!set of YAML
+            raise InputError(
+                f"{shown_key(path)} is a {type(value).__name__}; expected text, numbers and lists of them."
+            )
+        if not isinstance(value, (dict, list, tuple)):
             return
         if id(value) in above:
             raise InputError(f"{shown_key(path)} contains itself, by an alias of YAML; expected values with an end.")

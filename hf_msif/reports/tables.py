@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.files import write_atomically
+from ..errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,9 @@ def _shown(rows: pd.DataFrame, i: int) -> str:
 def test_sentence(scores: Scores, query: int) -> str:
     """What a query column is about: the test example's text, its id where it has no text, or how many test examples
     it puts together."""
-    tests = scores.metadata["tests"]
+    tests = scores.metadata.get("tests")
+    if tests is None:
+        raise InputError("these scores do not say which tests they are about; expected those of a query: score again.")
     if len(tests) == scores.columns:
         return tests[query].get("text", f"example {tests[query].get('example_id')}")
     return f"{len(tests)} test examples together"
