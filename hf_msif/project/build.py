@@ -178,8 +178,8 @@ def load_model(config: Config, name: str, source: str | Path, **overrides: Any) 
         raise
     except Exception as error:
         raise InputError(
-            f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}{_offline(source, error)}); expected "
-            "a Hub id, or a folder as save_pretrained writes it."
+            f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}{_offline(source, error)}); "
+            "expected a Hub id, or a folder as save_pretrained writes it."
         ) from error
     for tensor, saved, expected in sorted(report["mismatched_keys"])[:1]:
         raise InputError(
@@ -204,8 +204,8 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(hub.prepare(source))
     except Exception as error:  # a damaged file raises anything
         raise InputError(
-            f"tokenizer: cannot load {source!r} ({first_line(error)}{_offline(source, error)}); expected a Hub id or a "
-            "folder as save_pretrained writes it."
+            f"tokenizer: cannot load {source!r} ({first_line(error)}{_offline(source, error)}); expected a Hub id or "
+            "a folder as save_pretrained writes it."
         ) from error
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 from .. import __version__
 from ..errors import InputError, ProcessError, first_line
 from . import launch
-from .values import shown_text
+from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
     from .commands import Command
@@ -155,7 +155,7 @@ def _told(error: Exception) -> str:
         text = str(error)
     elif isinstance(error, OSError):
         places = [os.fsdecode(place) for place in (error.filename, error.filename2) if isinstance(place, (str, bytes))]
-        place = f" at {' and '.join(map(shown_text, places))}" if places else ""
+        place = f" at {' and '.join([shown_text(place, LONGEST_PATH) for place in places])}" if places else ""
         text = f"the system refused{place}: {error.strerror or first_line(error)}; give another path, or free space."
     elif isinstance(error, MemoryError) or "allocate memory" in str(error):
         text = f"there is not enough memory ({first_line(error)}): use smaller models or batches, or another machine."

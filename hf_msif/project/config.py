@@ -22,7 +22,7 @@ from ..errors import Complaints, InputError
 from .misfits import misfits
 from .plugins import DOTTED, parameters
 from .schema import LARGEST, RULES, Config, Scalar, Section, StageConfig
-from .values import DEEPEST, MOST_VALUES, check_values, shown_text, too_deep
+from .values import DEEPEST, LONGEST_PATH, MOST_VALUES, check_values, shown_text, too_deep
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -175,7 +175,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _read(path: str | os.PathLike) -> dict:
-    what = f"the configuration {shown_text(str(path))}"
+    what = f"the configuration {shown_text(str(path), LONGEST_PATH)}"
     if "\0" in str(path):
         raise InputError(f"cannot read {what} (it has a NUL); expected a YAML file.")
     try:

@@ -20,7 +20,7 @@ from ..engine.stream import Stream
 from ..errors import InputError, first_line
 from . import hub
 from .schema import FILE_BUILDERS, Data
-from .values import shortened, shown_text
+from .values import LONGEST_PATH, shortened, shown_text
 
 DIGITS = "sklearn:digits"
 # Beside white space, what a text may consist of and say nothing: NUL, marks of byte order and of zero width.
@@ -62,7 +62,7 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
     table, dropped = table.select_columns(sorted({*columns.values(), *data.keep})), Counter[str]()
     limit = None if held_out else data.max_rows
     rows: list[dict] = []
-    for row in _rows(_sources(table), data, content, key, dropped, held_out):
+    for row in _rows(_sources(table, data, key), data, content, key, dropped, held_out):
         if limit is not None and len(rows) >= limit:
             dropped["beyond max_rows"] = len(table) - len(rows) - dropped.total()
             break
@@ -207,25 +207,30 @@ def _table(data: Data, split: str, key: str):
             path = data.path if data.path in FILE_BUILDERS else hub.prepare(data.path)
             return load_dataset(path, data.name, data_files=files, split=split, streaming=data.streaming)
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
-            cause = cause.__cause__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise InputError(
-                f"{key}: the cache of datasets cannot be written ({cause.strerror}): free space, or set the environment "
-                "variable HF_DATASETS_CACHE to a folder elsewhere."
-            ) from error
-        for file in _local_paths(data):
-            problem = problem_of(file, data.path)
-            if problem:
-                what = f"{shown_text(str(file))} cannot be read as {data.path}"
-                raise InputError(f"{key}.data_files: {what}: {problem}.") from error
-        is_local = data.path in FILE_BUILDERS or os.path.exists(os.path.expanduser(data.path))
-        offline = "" if is_local else hub.reason(cause)
-        raise InputError(
-            f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}{offline}; expected a Hub "
-            "dataset id, or one of text, csv, json, parquet with data_files."
-        ) from error
+        raise _unreadable(data, split, key, error) from error
+
+
+def _unreadable(data: Data, split: str, key: str, error: Exception) -> InputError:
+    """What to raise where `datasets` cannot load or read the rows: names the file, and the line where that is known."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
+        cause = cause.__cause__
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return InputError(
+            f"{key}: the cache of datasets cannot be written ({cause.strerror}): free space, or set the "
+            "environment variable HF_DATASETS_CACHE to a folder elsewhere."
+        )
+    for file in _local_paths(data):
+        problem = problem_of(file, data.path)
+        if problem:
+            what = f"{shown_text(str(file), LONGEST_PATH)} cannot be read as {data.path}"
+            return InputError(f"{key}.data_files: {what}: {problem}.")
+    is_local = data.path in FILE_BUILDERS or os.path.exists(os.path.expanduser(data.path))
+    offline = "" if is_local else hub.reason(cause)
+    return InputError(
+        f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}{offline}; expected a Hub "
+        "dataset id, or one of text, csv, json, parquet with data_files."
+    )
 
 
 def _files(paths: str | list[str], key: str) -> list[str]:
@@ -235,7 +240,7 @@ def _files(paths: str | list[str], key: str) -> list[str]:
         files.append(file if "://" in file else os.path.expanduser(file))
         if "://" in file:
             continue
-        shown, matches = shown_text(file), _matches(files[-1])
+        shown, matches = shown_text(file, LONGEST_PATH), _matches(files[-1])
         if not matches:
             raise InputError(f"{key}: the pattern {shown} matches no file; set it to where the data is.")
         try:
@@ -256,9 +261,8 @@ def _matches(file: str) -> list[str]:
 
 
 def _local_paths(data: Data) -> list[Path]:
-    return [
-        Path(path) for file in data.files if file and "://" not in file for path in _matches(os.path.expanduser(file))
-    ]
+    files = [os.path.expanduser(file) for file in data.files if file and "://" not in file]
+    return [Path(path) for file in files for path in _matches(file)]
 
 
 def _digits():
@@ -270,8 +274,15 @@ def _digits():
     return Dataset.from_dict({"image": digits.images.tolist(), "label": digits.target.tolist()})
 
 
-def _sources(table) -> Iterator[dict]:
-    for batch in table.iter(1000):
+def _sources(table, data: Data, key: str) -> Iterator[dict]:
+    batches = table.iter(1000)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # some formats are not checked when they are loaded
+            raise _unreadable(data, data.split, key, error) from error
+        if batch is None:
+            return
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 

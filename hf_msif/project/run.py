@@ -25,7 +25,7 @@ from .plugins import parameters
 from .schema import Config, StageConfig
 from .tasks import Task, task_of
 from .trial import refusal, try_training
-from .values import shortened, shown_text
+from .values import LONGEST_PATH, shortened, shown_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,7 +97,7 @@ class Run:
         Raises:
             InputError: a file, or a path that the system does not take.
         """
-        shown = shown_text(self.config.run_dir)
+        shown = shown_text(self.config.run_dir, LONGEST_PATH)
         try:
             is_there = self.folder.exists() or self.folder.is_symlink()
             if is_there and not self.folder.is_dir():
@@ -339,11 +339,18 @@ class Run:
         return models
 
     def _made(self, name: str, before, seed: int):
-        classes: list[str] | None = None
-        if self.tasks[name].label_kind == "class":
-            labels = self.objectives[name].labels
-            classes = [str(label) for label in labels] if labels else self._unnamed_classes(name)
-        return build.new_model(self.config, name, before, seed, self.adapters[name], classes)
+        return build.new_model(self.config, name, before, seed, self.adapters[name], self.classes(name))
+
+    def classes(self, name: str) -> list[str] | None:
+        """Names of what the stage's head tells apart, in the order of its logits; None for other tasks.
+
+        Raises:
+            InputError: no labels are listed, and the numbers in the label column are none of classes.
+        """
+        if self.tasks[name].label_kind != "class":
+            return None
+        labels = self.objectives[name].labels
+        return [str(label) for label in labels] if labels else self._unnamed_classes(name)
 
     def _unnamed_classes(self, name: str) -> list[str]:
         """One class for every integer up to the largest label, named as transformers does where it knows no name.

@@ -65,6 +65,8 @@ def stages_to_train(run: Run) -> list[str]:
     for name in names:
         for part in (None, "test") if run.config.stages[name].data.has_test_side else (None,):
             run.rows(name, part)
+        _require_classes(run, name)
+        run.classes(name)
     return names
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import InputError
 
+LONGEST_PATH = 250  # characters of a path that are shown
 DEEPEST, MOST_VALUES = 100, 100_000  # what is beyond is no list of settings
 
 
@@ -62,14 +63,14 @@ def shown_key(path: tuple[str, ...]) -> str:
     return ascii(".".join(path[:8]))[1:-1] or "the configuration"
 
 
-def shown_text(text: str) -> str:
-    """Text in quotes, in characters that every terminal shows; cut where it is long.
+def shown_text(text: str, most: int = 80) -> str:
+    """Text in quotes, in characters that every terminal shows; cut where it has more than `most` of them.
 
     >>> print(shown_text("a\\0b"))
     'a\\x00b'
     """
     shown = ascii(text)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def shortened(value: Any) -> str:

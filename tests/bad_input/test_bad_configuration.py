@@ -1,4 +1,4 @@
-"""Configurations that nobody should write: every key with values of every wrong kind, and files of every wrong kind."""
+"""Configurations that nobody should write: every key with wrong values of every kind, and files of every kind."""
 
 import json
 
