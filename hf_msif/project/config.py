@@ -117,6 +117,7 @@ def help_text(width: int = 100) -> str:
     return "\n".join(lines)
 
 
+MOST_SHOWN = 24  # keys in a message
 MOST_BYTES = 2**20  # of a configuration
 MOST_DIGITS = 40  # of a whole number in it
 TOO_LONG = f"a number of more than {MOST_DIGITS} digits"
@@ -296,6 +297,9 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(name, pool, n=1)
         if near:
             return f"unknown key {key!r}; the nearest known key is {pool[near[0]]!r}."
+    if len(siblings) > MOST_SHOWN:
+        nearest = difflib.get_close_matches(name, siblings, n=MOST_SHOWN // 2, cutoff=0)
+        return f"unknown key {key!r}; expected one of {len(siblings)} others, such as {', '.join(nearest)}."
     return f"unknown key {key!r}; expected {'one of ' + ', '.join(siblings) if siblings else 'none here'}."
 
 

@@ -211,7 +211,7 @@ def _table(data: Data, split: str, key: str):
 
 
 def _unreadable(data: Data, split: str, key: str, error: Exception) -> InputError:
-    """What to raise where `datasets` cannot load or read the rows: names the file, and the line where that is known."""
+    """What to raise where `datasets` cannot load or read the rows: names the file, and the line where it is known."""
     cause: BaseException = error
     while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
         cause = cause.__cause__

@@ -20,6 +20,7 @@ from ..errors import FileError, InputError
 from .scores import METADATA_KEY
 
 FORMAT = 1
+SHOWN = 5  # changes in a message
 PART_NAMES = "part-" + 8 * "[0-9]" + ".parquet"
 FILES = ("manifest.json", "kept.parquet", PART_NAMES)
 
@@ -64,8 +65,9 @@ class ScoringFolder:
         )
         changed = [name for name in {**saved, **manifest} if saved.get(name) != manifest.get(name)]
         if changed:
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
             raise InputError(
-                f"{' and '.join(changed)} changed since the scoring in {self.path} was interrupted: undo the change "
+                f"{' and '.join(changed[:SHOWN])}{more} changed since the scoring in {self.path} was interrupted: undo the change "
                 "to continue it, or delete the folder to score from the beginning."
             )
 

@@ -130,14 +130,13 @@ def train(
         try:
             with disk_errors(arguments.output_dir or "."):
                 loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
-        except InputError:
-            raise
         except Exception as error:
-            if checkpoint is None or watch.steps:
+            if checkpoint is None or watch.steps or isinstance(error, DivergedError):
                 raise
+            reason = first_line(error.__cause__ or error)  # not what `disk_errors` makes of it: it was read
             raise FileError(
-                f"stage {name!r}: training cannot go on from {checkpoint}, which is damaged ({first_line(error)}): "
-                f"delete {arguments.output_dir} to train anew."
+                f"stage {name!r}: training cannot go on from {checkpoint}, which is damaged ({reason}): delete "
+                f"{arguments.output_dir} to train anew."
             ) from error
         finally:
             watch.close()
