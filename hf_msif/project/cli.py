@@ -106,14 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     launch.print_anything()
-    commands, name = load_commands(), "msif"
+    commands = load_commands()
     try:
         parsed, remaining = make_parser(commands).parse_known_args(arguments)
-        name = f"msif {parsed.command}"
+    except SystemExit as end:
+        return int(end.code or 0)
+    name = f"msif {parsed.command}"
+    try:
         _execute(commands, parsed, remaining)
         sys.stdout.flush()  # what cannot be written is told here, and not while the process ends
-    except SystemExit as end:  # of the parser
-        return int(end.code or 0)
     except BrokenPipeError:
         launch.silence(sys.stdout)
         return 141

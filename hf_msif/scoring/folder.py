@@ -65,10 +65,11 @@ class ScoringFolder:
         )
         changed = [name for name in {**saved, **manifest} if saved.get(name) != manifest.get(name)]
         if changed:
-            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            more = [f"{len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
+            names = " and ".join([*changed[:SHOWN], *more])
             raise InputError(
-                f"{' and '.join(changed[:SHOWN])}{more} changed since the scoring in {self.path} was interrupted: undo the change "
-                "to continue it, or delete the folder to score from the beginning."
+                f"{names} changed since the scoring in {self.path} was interrupted: undo the change to continue it, or "
+                "delete the folder to score from the beginning."
             )
 
     def corpus_changed(self, how: str) -> InputError:
