@@ -1,6 +1,7 @@
 # make demo   set up a virtual environment and explain three tweets (no network beyond the package index)
 # make test   set up and run all tests, the slow ones and the notebook too
 # make fast   set up and run the tests but the slow ones and those that start processes (two minutes)
+# make oldest    set up the oldest supported versions beside it, and run the tests that ask the most of transformers
 # make quality   check lint, formatting, what each wing imports, and types
 # make style     mend lint and formatting
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fast quality style clean
+.PHONY: demo test fast oldest quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msif demo
@@ -19,6 +20,11 @@ test: $(VENV)/.test
 
 fast: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not launch"
+
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
+	$(VENV)-oldest/bin/python -m pytest -m "not slow and not launch" tests/adapters tests/objectives tests/training tests/project/test_run.py
 
 quality: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -31,7 +37,7 @@ style: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-oldest runs
 
 # One stamp per set of extras remembers what is installed; it is renewed when the metadata changes.
 $(BIN)/python:

@@ -68,8 +68,8 @@ class ScoringFolder:
             more = [f"{len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
             names = " and ".join([*changed[:SHOWN], *more])
             raise InputError(
-                f"{names} changed since the scoring in {self.path} was interrupted: undo the change to continue it, or "
-                "delete the folder to score from the beginning."
+                f"{names} changed since the scoring in {self.path} was interrupted: undo the change to continue it, "
+                "or delete the folder to score from the beginning."
             )
 
     def corpus_changed(self, how: str) -> InputError:

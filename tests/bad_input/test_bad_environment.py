@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers.faults import Fault, assert_refused
@@ -75,14 +76,11 @@ def test_every_terminal_can_show_help_and_errors(untrained, terminal, encoding):
     assert stderr.text().startswith("msif plan: error: unknown key '")
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "JSON"])
-@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize(("flags", "after"), [([], 0), ([], 1), ([], 3), (["--json"], 0)])
 def test_a_reader_that_stops_ends_it_silently(scored, terminal, flags, after):
-    terminal(
-        Terminal("utf-8", Gone(BrokenPipeError(32, "Broken pipe"), 0 if flags else after)), stderr := Terminal("utf-8")
-    )
+    terminal(Terminal("utf-8", Gone(BrokenPipeError(32, "Broken pipe"), after)), stderr := Terminal("utf-8"))
     assert msif("top", "--run", scored / "run", *flags) == 141
-    assert "error" not in stderr.text()
+    assert "error: " not in stderr.text()
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "JSON"])
@@ -109,16 +107,15 @@ def test_pipes_and_full_devices_of_the_system(scored):
 
 def test_an_interruption_of_the_imports_is_quiet(untrained):
     command = [sys.executable, "-m", "hf_msif", "plan", "--config", str(untrained / "config.yaml")]
-    for seconds in (0.4, 1.5):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
-        # In its first milliseconds a process is Python's alone.
-        if "hf_msif" not in error and "msif" in error:
-            assert "interrupted" in error
-            assert process.returncode == 130
-            assert out == ""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)  # until PyTorch is being imported, which takes a second
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert out == ""
 
 
 LAUNCHES = {"WORLD_SIZE": ("x", "0", "-1", "1.5", "٣", "1e3"), "RANK": ("x", "-1", "0x1", " ", "²")}
