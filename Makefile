@@ -2,6 +2,7 @@
 # make test   set up and run all tests, the slow ones and the notebook too
 # make fast   set up and run the tests but the slow ones and those that start processes (two minutes)
 # make coverage-suite   influence through every architecture of transformers; writes docs/coverage.md (some minutes)
+# make oldest    set up the oldest supported versions beside it, and run the tests that ask the most of transformers
 # make quality   check lint, formatting, what each wing imports, and types
 # make style     mend lint and formatting
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fast coverage-suite quality style clean
+.PHONY: demo test fast coverage-suite oldest quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msif demo
@@ -24,6 +25,11 @@ fast: $(VENV)/.test
 coverage-suite: $(VENV)/.test
 	$(BIN)/python benchmarks/coverage/run.py
 
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
+	$(VENV)-oldest/bin/python -m pytest -m "not slow and not launch" tests/adapters tests/objectives tests/training tests/project/test_run.py
+
 quality: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +41,7 @@ style: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-oldest runs
 
 # One stamp per set of extras remembers what is installed; it is renewed when the metadata changes.
 $(BIN)/python:

@@ -2,6 +2,8 @@
 
     python benchmarks/stress.py                       # 20 kills, about ten minutes on two cores
     python benchmarks/stress.py --kills 5 --seed 3
+    python benchmarks/stress.py --work run            # a training that is recorded, for an unrolled stage
+    python benchmarks/stress.py --work pair           # two scorings at once in one folder
 
 `torchrun` scores a corpus on 1, 2 or 3 processes (drawn anew at each start) with `resume=True`. At a random moment
 after the first new part, either one process or all of them with the launcher get signal 9. About every fourth start
@@ -9,6 +11,10 @@ has a full disk instead (a limit on the size of files that is smaller than any p
 part is damaged before the next start: it is cut short, or one bit is changed. When a run has finished, its file is
 compared with that of one undisturbed process (the same ids in the same order, none lost, none repeated, scores to
 1e-10), and the next run begins.
+
+A training that is recorded gets signal 9 after a state was written, and goes on; its last state must be, bit by bit,
+that of a training that nobody disturbed. Of two scorings in one folder, the one that comes second must be refused
+while the first one is at work; the first gets signal 9, and whoever comes next goes on.
 """
 
 from __future__ import annotations
@@ -34,12 +40,16 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the stress test; returns the exit code."""
     reader = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     reader.add_argument("--kills", type=int, default=20)
+    reader.add_argument("--work", choices=["score", "run", "pair"], default="score")
     reader.add_argument("--seed", type=int, default=0)
     reader.add_argument("--worker", help=argparse.SUPPRESS)
     reader.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
     settings = reader.parse_args(argv)
     if settings.worker:
-        return work(Path(settings.worker), settings.limit)
+        works = {"score": work, "run": record_run, "pair": score_alone}
+        return works[settings.work](Path(settings.worker), settings.limit)
+    if settings.work != "score":
+        return alone(settings.work, settings.kills, random.Random(settings.seed))
     chance, counts = random.Random(settings.seed), {"one": 0, "all": 0, "full": 0, "damaged": 0, "finished": 0}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -89,12 +99,64 @@ def disturb(folder: Path, expected: Path, chance: random.Random, counts: dict, k
     print("finished: the undisturbed file", flush=True)
 
 
-def run(folder: Path, processes: int, limit: int = 0) -> subprocess.Popen:
+def alone(what: str, kills: int, chance: random.Random) -> int:
+    """Kills single processes: recorded runs ("run"), or the first of two scorings in one folder ("pair")."""
+    pattern = "state-*" if what == "run" else "scores.parts/part-*"
+    killed = refused = finished = 0
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        assert run(base / "undisturbed", 1, what=what).wait() == 0
+        while killed < kills or not finished:
+            folder = base / f"disturbed-{finished}"
+            before = len(list(folder.glob(pattern)))
+            started = [run(folder, 1, what=what) for _ in range(2 if what == "pair" else 1)]
+            while any(process.poll() is None for process in started) and len(list(folder.glob(pattern))) <= before:
+                time.sleep(0.02)
+            time.sleep(chance.uniform(0, 0.5))
+            at_work = [process for process in started if process.poll() is None]
+            for process in started:
+                if process not in at_work and process.returncode:
+                    error = process.communicate()[1]
+                    assert "is in use by" in error, error
+                    refused += 1
+            if killed < kills and at_work:
+                at_work[0].kill()
+                killed += 1
+            for process in at_work:
+                error = process.communicate()[1]
+                assert process.returncode in (0, -signal.SIGKILL) or "is in use by" in error, error
+                refused += "is in use by" in error
+            if any(process.returncode == 0 for process in started):
+                same(what, folder, base / "undisturbed")
+                finished += 1
+    print(f"{killed} kills: {finished} finished as if undisturbed, {refused} refused while another was at work")
+    return 0
+
+
+def same(what: str, folder: Path, undisturbed: Path) -> None:
+    """Asserts that a folder holds what the undisturbed one holds."""
+    if what == "pair":
+        compare(folder / "scores.parquet", undisturbed / "scores.parquet")
+        return
+    import torch
+
+    from hf_msif.engine.files import load_tensors
+
+    names = sorted(path.name for path in undisturbed.glob("*.safetensors"))
+    assert names == sorted(path.name for path in folder.glob("*.safetensors"))
+    for name in names:
+        found, expected = (load_tensors(at / name)[0] for at in (folder, undisturbed))
+        assert all(torch.equal(found[key], expected[key]) for key in {**found, **expected}), name
+
+
+def run(folder: Path, processes: int, limit: int = 0, what: str = "score") -> subprocess.Popen:
     """Starts a scoring run in its own process group; `limit`: most bytes per file, 0 for no limit."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable]  # without a launcher, signal 9 ends all of it
+    if what == "score":
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, __file__, "--worker", str(folder), "--limit", str(limit)],
+        [*command, __file__, "--worker", str(folder), "--limit", str(limit), "--work", what],
         env={**os.environ, **settings},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -150,13 +212,13 @@ def compare(path: Path, expected: Path) -> None:
         np.testing.assert_allclose(frame[column], expected_frame[column], rtol=1e-10, atol=1e-14)
 
 
-def work(folder: Path, limit: int) -> int:
-    """One process of a launch; returns its exit code."""
+def problem():
+    """A model in float64, an objective, and rows."""
     import torch
     from scaling import MODELS, tokenizer
     from transformers import BertConfig, BertForMaskedLM
 
-    from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
+    from hf_msif import objectives
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -168,7 +230,39 @@ def work(folder: Path, limit: int) -> int:
         for i in range(ROWS)
     ]
     rows[77]["text"] = rows[1400]["text"]
-    objective = objectives.MaskedLM(tokenizer(), max_length=128)
+    return model, objectives.MaskedLM(tokenizer(), max_length=128), rows
+
+
+def record_run(folder: Path, limit: int) -> int:
+    """A training that is recorded; returns its exit code."""
+    from transformers import TrainingArguments
+
+    from hf_msif import training
+
+    model, objective, rows = problem()
+    arguments = TrainingArguments(str(folder), max_steps=100, learning_rate=1e-3, report_to=[], use_cpu=True)
+    training.record(model, objective, rows[:64], arguments, folder, progress=False)
+    return 0
+
+
+def score_alone(folder: Path, limit: int) -> int:
+    """A scoring that keeps others out of its folder, as `msif score` does; returns its exit code."""
+    from hf_msif import InputError
+    from hf_msif.project.lock import in_use
+
+    try:
+        with in_use(folder, "a scoring"):
+            return work(folder, limit)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def work(folder: Path, limit: int) -> int:
+    """One process of a launch; returns its exit code."""
+    from hf_msif import InputError, MultiStageInfluence, Stage, solvers
+
+    model, objective, rows = problem()
     stage = Stage("pretraining", model, objective, rows[:8], solver=solvers.Identity(), batch_size=2)
     chain = MultiStageInfluence([stage], progress=False)
     if limit:

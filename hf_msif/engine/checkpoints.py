@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import FileError
 from ..vectors import Block
 from .accelerated import Engine
 from .files import load_tensors, save_tensors
@@ -77,11 +78,9 @@ class Checkpoint:
         return tensors, header[1]
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        from safetensors import SafetensorError
-
         try:
             tensors, facts = load_tensors(self.path)
-        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        except FileError:
             return None
         return (tensors, facts) if facts.get("question") == self.cache_key else None
 

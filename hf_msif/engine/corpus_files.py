@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError, first_line
@@ -43,24 +47,96 @@ def from_files(paths: Sequence[str | os.PathLike], what: str = "the corpus", bui
         raise InputError(f"{what} has several files {twice[0]!r}, whose rows would have the same ids; rename one.")
 
     def read() -> Iterator[dict]:
-        from datasets import load_dataset
-
         for path in files:
-            streamed = load_dataset(builder or _builder(path), data_files=[str(path)], split="train", streaming=True)
-            rows, number = iter(streamed), 0
-            while True:
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    break
-                except Exception as error:  # of whatever reads the format
-                    raise InputError(
-                        f"{what}: {path.name} cannot be read after row {number}: {first_line(error)}."
-                    ) from error
+            for number, row in enumerate(_rows(path, builder or _builder(path), what)):
                 yield {"example_id": f"{path.name}:{number}", **row}
-                number += 1
 
     return Stream(read, what, tuple(files))
+
+
+def _rows(path: Path, builder: str | None, what: str) -> Iterator[dict]:
+    """The rows of one file; of one that is damaged those before the damage, then an `InputError`."""
+    from datasets import load_dataset
+
+    rows: Iterator[dict] | None = None
+    number, failure, is_done = 0, None, False
+    while not is_done:
+        ready: list[dict] = []
+        with silent_datasets():
+            try:
+                if rows is None:
+                    rows = iter(load_dataset(builder, data_files=[str(path)], split="train", streaming=True))
+                ready.extend(itertools.islice(rows, 256))
+                is_done = not ready
+            except Exception as error:  # of whatever reads the format
+                failure, is_done = error, True
+        yield from ready
+        number += len(ready)
+    if failure is not None:
+        reason = problem_of(path, builder) or first_line(failure)
+        raise InputError(f"{what}: {path.name} cannot be read after row {number}: {reason}.") from failure
+
+
+def problem_of(path: Path, builder: str | None) -> str | None:
+    """What is wrong with a file that a builder of `datasets` could not read, in words; None where nothing is found.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "tweets.csv"
+    ...     _ = path.write_bytes("text\\nnaïve\\n".encode("latin-1"))
+    ...     problem_of(path, "csv")
+    'line 2 is no UTF-8 text: convert it to UTF-8'
+    """
+    if path.is_dir():
+        return "it is a folder"
+    try:
+        if builder == "parquet":
+            import pyarrow.parquet as pq
+
+            return None if pq.read_metadata(path).num_rows else "it holds no row"
+        if builder not in ("text", "csv", "json"):
+            return None
+        return _problem_of_lines(path, builder)
+    except (OSError, ValueError, EOFError) as error:  # also of pyarrow
+        return first_line(error)
+
+
+def _problem_of_lines(path: Path, builder: str) -> str | None:
+    full, number = 0, 0
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115  (entered below)
+    with opened as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                return f"line {number} is no UTF-8 text: convert it to UTF-8"
+            full += bool(text.strip())
+            if builder == "json" and path.suffix in (".jsonl", ".gz") and text.strip():
+                try:
+                    is_row = isinstance(json.loads(text), dict)
+                except (ValueError, RecursionError) as error:
+                    return f"line {number} is no JSON ({first_line(error)})"
+                if not is_row:
+                    return f"line {number} is no JSON object"
+    if not full:
+        return "it holds no row"
+    return "it holds a header and no row" if builder == "csv" and full == 1 else None
+
+
+@contextmanager
+def silent_datasets() -> Iterator[None]:
+    """Without the progress bars of `datasets`, and without its log lines, which an error of ours would repeat."""
+    import datasets
+
+    level, shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _builder(path: Path) -> str | None:

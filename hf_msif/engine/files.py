@@ -1,15 +1,21 @@
-"""Files that are written whole or not at all: JSON, and tensors with metadata. Nested tensors under flat keys."""
+"""Files that are written whole or not at all, and checked when they are read: JSON, and tensors with metadata. Nested
+tensors under flat keys."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from ..errors import FileError, InputError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _watchers: list[Callable[[Path, Path], object]] = []
 
@@ -30,6 +36,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
     A crash or a power cut never damages an older file at `path`. Each process has a temporary file of its own, so
     processes may write the same path. If `write` raises, the temporary file is removed and `path` is unchanged.
 
+    Raises:
+        FileError: the disk is full, or something else keeps the file from being written.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_atomically(Path(folder) / "note.txt", lambda path: path.write_text("whole"))
@@ -37,17 +46,107 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
     [('note.txt', 'whole')]
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(part)
+            _sync(part)
+            for watcher in _watchers:
+                watcher(part, path)
+            os.replace(part, path)
+            _sync(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+# What the writers of other libraries say of a full disk, which they do not report as an `OSError`.
+_DISK = re.compile(r"I/O error|os error \d+|No space left|File too large|PytorchStreamWriter|file write failed")
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, what the disk refuses becomes a `FileError` that names `path`.
+
+    >>> with disk_errors("run/x.json"):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+        ...
+    hf_msif.errors.FileError: run/x.json cannot be written (No space left on device): free space, or write elsewhere.
+    """
     try:
-        write(part)
-        _sync(part)
-        for watcher in _watchers:
-            watcher(part, path)
-        os.replace(part, path)
-        _sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        # Safetensors and PyTorch have errors of their own for it.
+        if not isinstance(error, OSError) and not (_DISK.search(str(error)) and not isinstance(error, InputError)):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error).rpartition("I/O error: ")[2]
+        is_full = re.search(r"No space|too large|quota|PytorchStreamWriter|write failed", reason)
+        way_out = "free space, or write elsewhere" if is_full else "set its permissions, or write elsewhere"
+        raise FileError(f"{path} cannot be written ({reason}): {way_out}.") from error
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def read_json(path: str | os.PathLike, kind: Any, way_out: str) -> Any:
+    """Reads a JSON file that the library wrote, after checking that it holds what the library writes there.
+
+    Args:
+        path: the file.
+        kind: what it holds, as a type that pydantic knows: a `TypedDict`, or `dict[str, Any]`.
+        way_out: what to do where it is damaged, for the message.
+
+    Raises:
+        FileError: the file cannot be read, is no JSON, or holds something else.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_json(f"{folder}/x.json", {"step": 3})
+    ...     read_json(f"{folder}/x.json", dict[str, int], "delete it")
+    {'step': 3}
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror or error}): {way_out}.") from error
+    return parse_json(content, kind, path, way_out)
+
+
+def parse_json(content: bytes, kind: Any, path: str | os.PathLike, way_out: str) -> Any:
+    """The content of a JSON file, checked as by `read_json`."""
+    try:
+        value = json.loads(content.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs could not be written again
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+        raise FileError(f"{path} is damaged (no JSON: {reason}): {way_out}.") from error
+    return checked_value(value, kind, path, way_out)
+
+
+def checked_value(value: Any, kind: Any, path: str | os.PathLike, way_out: str) -> Any:
+    """`value`, of the file `path`, if it is of that kind.
+
+    Raises:
+        FileError: names the first entry that is missing, unknown, or of another type.
+    """
+    from pydantic import ValidationError
+
+    try:
+        _adapter(kind).validate_python(value, strict=True)
+    except (ValidationError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            raise FileError(f"{path} is damaged (nested too deep): {way_out}.") from error
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part)[:40] for part in first["loc"][:6]) or "the whole"
+        raise FileError(f"{path} is damaged ({place}: {first['msg']}): {way_out}.") from error
+    return value
 
 
 def _sync(path: Path) -> None:
@@ -86,8 +185,7 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     Files of other programs are read too; their metadata is then empty.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        safetensors.SafetensorError: the file is no complete safetensors file.
+        FileError: the file cannot be read, is no complete safetensors file, or its header is not as it was written.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,12 +193,24 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     ...     load_tensors(f"{folder}/x.safetensors")
     ({'w': tensor([1., 1.]), 'b': tensor([0.])}, {'step': 3})
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        names = json.loads(header["names"]) if "names" in header else list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, json.loads(header.get("hf_msif", "{}"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, names = file.metadata() or {}, list(file.keys())
+            if "names" in header:
+                ordered = json.loads(header["names"])
+                if not isinstance(ordered, list) or sorted(map(str, ordered)) != sorted(names):
+                    raise FileError(f"{path} is damaged: its header names other tensors than it holds.")
+                names = ordered
+            metadata = json.loads(header.get("hf_msif", "{}"))
+            if not isinstance(metadata, dict):
+                raise FileError(f"{path} is damaged: its metadata are no mapping.")
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except FileError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 def flat_keys(blocks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -116,6 +226,6 @@ def nested_keys(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """
     blocks: dict[str, dict[str, Tensor]] = {}
     for key, t in tensors.items():
-        part, name = key.split("/", 1)
+        part, _, name = key.partition("/")
         blocks.setdefault(part, {})[name] = t
     return blocks

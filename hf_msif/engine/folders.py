@@ -6,7 +6,6 @@ patterns of the names that the library writes there, and facts about them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +15,28 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
 from ..errors import InputError
-from .files import write_json
+from .files import checked_value, read_json, write_json
 
 MARKER = ".hf_msif.json"
 FORMAT = 1
 EVERYTHING = "**"  # of a folder that is being filled under a temporary name
 # What a crash leaves of `files.write_atomically`: NAME.PID.part belongs to whom NAME belongs to.
 UNFINISHED = re.compile(r"\.\d+\.part$")
+
+
+class SavedMarker(TypedDict):
+    """What `.hf_msif.json` holds."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # read by pydantic
+
+    format: int
+    kind: str
+    names: list[str]
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,22 +76,16 @@ def read_marker(folder: Path) -> Marker | None:
     Raises:
         InputError: the marker cannot be read, or was written in another format.
     """
-    path = folder / MARKER
+    path, way_out = folder / MARKER, f"it says what msif wrote there; move {folder} away"
     if not path.is_file():
         return None
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise InputError(
-                f"{path} was written in format {state['format']}; this version reads {FORMAT}: move {folder} away."
-            )
-        return Marker(str(state["kind"]), tuple(map(str, state["names"])), dict(state["facts"]))
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    state = read_json(path, dict[str, Any], way_out)
+    if state.get("format", FORMAT) != FORMAT:
         raise InputError(
-            f"{path}, which says what msif wrote there, is damaged ({type(error).__name__}): move {folder} away."
-        ) from error
+            f"{path} was written in format {state['format']!r}; this version reads {FORMAT}: move {folder} away."
+        )
+    checked_value(state, SavedMarker, path, way_out)
+    return Marker(state["kind"], tuple(state["names"]), state["facts"])
 
 
 def write_marker(folder: Path, kind: str, names: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:

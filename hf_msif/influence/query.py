@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,26 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine import folders
-from ..engine.files import flat_keys, load_tensors, nested_keys, save_tensors, write_atomically
+from ..engine.files import flat_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, tensors_fingerprint
-from ..errors import InputError, first_line
+from ..errors import InputError
 from ..scoring.noise import Noise
 from ..scoring.orders import columns_of
 from ..scoring.scorer import Scorable, score
 from ..scoring.scores import Scores
 from ..scoring.shortlist import shortlist
 from ..scoring.token_scores import token_scores
-from ..vectors import Block
+from . import saved_query
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 from .mask_rounds import with_mask_rounds
-from .replicates import Replicates, is_direction, load, measured_noise
+from .replicates import Replicates, is_direction, measured_noise
+from .saved_query import FILES, FORMAT
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FORMAT = 5
-FILES = ("query.safetensors", "query.json")
 
 
 @dataclass
@@ -335,14 +332,14 @@ class Query:
             InputError: as `from_pretrained`, but for the tensors, which are not read; or other test rows.
         """
         folder = Path(folder)
-        state = _read(folder)
+        state = saved_query.read(folder)
         names = [bound.name for bound in chain.stages]
         if list(state["stages"]) != names:
             raise InputError(
                 f"{folder} holds a query through the stages {list(state['stages'])}; this chain has {names}."
             )
         for bound in chain.stages:
-            _check_unchanged(bound, state["depends_on"][bound.name], folder)
+            saved_query.check_unchanged(bound, state["depends_on"][bound.name], folder)
         if tests is not None and json.loads(json.dumps(plain_rows(tests))) != state["tests"]:
             raise InputError(
                 f"the test rows are not those that the query in {folder} asks about: query again, or undo the change."
@@ -360,13 +357,11 @@ class Query:
         """
         folder = Path(folder)
         state = cls.check(folder, chain)
-        by_stage = _read_tensors(folder, state, chain)
+        by_stage = saved_query.read_tensors(folder, state, chain)
         solutions, facts = {}, {}
         for bound in chain.stages:
             saved = state["stages"][bound.name]
-            solution = load(bound.differentiation, by_stage.get(bound.name, {}), saved["solve"])
-            _check_solution(solution, state, bound.name, folder)
-            solutions[bound.name] = solution
+            solutions[bound.name] = saved_query.solution(bound, by_stage.get(bound.name, {}), state, folder)
             # Counting inside of scoring would be a pass that not all processes reach.
             bound.remember_size(saved["N"], saved["examples"])
             facts[bound.name] = {key: value for key, value in saved.items() if key not in ("solve", "text")}
@@ -380,79 +375,6 @@ def plain_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what JSON does not hold: texts and numbers, no pixels."""
     plain = (str, int, float, bool, type(None))
     return [{key: value for key, value in row.items() if isinstance(value, plain)} for row in rows]
-
-
-def _damaged(folder: Path, why: str) -> InputError:
-    return InputError(f"{folder} holds no whole query ({why}); expected what `save_pretrained` wrote: query again.")
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """What query.json holds, as it was written."""
-    path = folder / "query.json"
-    if not path.is_file():
-        raise InputError(
-            f"{folder} holds no query; expected query.json and query.safetensors as `save_pretrained` writes."
-        )
-    try:
-        state = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"query.json cannot be read: {first_line(error)}") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise _damaged(folder, "query.json does not say its format")
-    if state["format"] != FORMAT:
-        raise InputError(
-            f"{folder} was written in format {state['format']}; this version reads {FORMAT}: query again."
-        )
-    if state.pop("sha256", None) != digest(state):
-        raise _damaged(folder, "query.json was changed after it was written: its checksum differs")
-    return state
-
-
-def _read_tensors(folder: Path, state: dict[str, Any], chain: Chain) -> dict[str, Block]:
-    """The tensors of every stage, on the device of the chain."""
-    from safetensors import SafetensorError
-
-    path = folder / "query.safetensors"
-    if not path.is_file():
-        raise _damaged(folder, "there is no query.safetensors")
-    try:
-        tensors, _ = load_tensors(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _damaged(folder, f"query.safetensors cannot be read: {first_line(error)}") from error
-    if tensors_fingerprint(tensors) != state["tensors"]:
-        raise _damaged(folder, "query.safetensors is not the file that was written with query.json: its values differ")
-    return nested_keys({key: t.to(chain.engine.device) for key, t in tensors.items()})
-
-
-def _check_solution(solution: StageSolution, state: dict[str, Any], stage: str, folder: Path) -> None:
-    """Refuses a solution that does not answer the query's tests, or holds NaN or inf."""
-    columns = 1 if state["aggregate"] else len(state["tests"])
-    if solution.columns != columns or {len(state["losses"]), len(state["values"])} != {len(state["tests"])}:
-        raise _damaged(folder, f"{solution.columns} columns of stage {stage!r} for {len(state['tests'])} tests")
-    for name, t in solution.tensors().items():
-        if not t.isfinite().all():
-            raise _damaged(folder, f"{name!r} of stage {stage!r} holds NaN or inf")
-
-
-def _check_unchanged(bound: BoundStage, saved: dict[str, Any], folder: Path) -> None:
-    """Refuses a saved query if anything of the stage that it depends on has changed since; all changes are named."""
-    present = bound.identity
-    names = [name for name in {**saved, **present} if saved.get(name) != present.get(name)]
-    if not names:
-        return
-    changes = [_change(name, saved.get(name), present.get(name)) for name in names[:3]]
-    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-    raise InputError(
-        f"stage {bound.name!r} is not as it was when the query in {folder} was made ({'; '.join(changes)}{more}): "
-        "query again, or undo the change."
-    )
-
-
-def _change(name: str, before: Any, now: Any) -> str:
-    """One difference in words; digests are not shown."""
-    if any(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (before, now)):
-        return f"{name} {'differ' if name == 'the data' else 'differs'}"
-    return f"{name} was {before!r} and is {now!r}"
 
 
 def _facts(bound: BoundStage) -> dict:

@@ -6,17 +6,18 @@ Settings that are handed on to other libraries, or to classes of your own, are c
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
 from ..registry import SOLVERS, registered
+from . import hub
 from .config import settings, unknown_key
 from .plugins import imported, is_dotted, parameters
 from .schema import Config, StageConfig
 from .tasks import task_of
+from .trial import built, refusal
 
 if TYPE_CHECKING:
     from ..curvature import Curvature
@@ -146,7 +147,16 @@ def new_config(config: Config, name: str) -> Any:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{key}: {first_line(error)}.") from error
+        given, make = _configured(values)
+        raise refusal(key, given, make, error) from error
+
+
+def _configured(values: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    """The settings of a new model beside its type, and what makes a configuration of them."""
+    from transformers import AutoConfig
+
+    given = {name: value for name, value in values.items() if name != "model_type"}
+    return given, lambda settings: AutoConfig.for_model(values["model_type"], **settings)
 
 
 def adapter(config: Config, name: str) -> Any:
@@ -189,16 +199,47 @@ def load_model(config: Config, name: str, source: str | Path, **overrides: Any) 
     try:
         if (folder / peft.FOLDER).is_dir():
             return _cast(stage, peft.load(folder, auto)), []
-        model, report = auto.from_pretrained(os.path.expanduser(source), output_loading_info=True, **overrides)
+        # Tensors of other shapes are told by name below; Transformers prints a table of them.
+        loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = auto.from_pretrained(hub.prepare(str(source)), **loading, **overrides)
         model = _cast(stage, model)
     except InputError:
         raise
     except Exception as error:
         raise InputError(
-            f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}); expected a Hub id, or "
+            f"stage {name!r}: cannot load the model {str(source)!r} ({first_line(error)}{_offline(source, error)}); "
+            "expected a Hub id, or a folder as save_pretrained writes it."
+        ) from error
+    for tensor, saved, expected in sorted(report["mismatched_keys"])[:1]:
+        raise InputError(
+            f"stage {name!r}: the weights in {str(source)!r} do not fit their config.json, or the labels that are "
+            f"listed: {tensor} has the shape {tuple(saved)}, and {tuple(expected)} was expected; give a folder as "
+            "save_pretrained writes it, with its own sizes and labels."
+        )
+    return model, sorted(report["missing_keys"])
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a Hub id or a folder.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from .. import models  # noqa: F401  (registers its tokenizer with the Auto classes)
+
+    try:
+        return AutoTokenizer.from_pretrained(hub.prepare(source))
+    except Exception as error:  # a damaged file raises anything
+        raise InputError(
+            f"tokenizer: cannot load {source!r} ({first_line(error)}{_offline(source, error)}); expected a Hub id or "
             "a folder as save_pretrained writes it."
         ) from error
-    return model, sorted(report["missing_keys"])
+
+
+def _offline(source: str | Path, error: Exception) -> str:
+    return "" if Path(source).expanduser().exists() else hub.reason(error)
 
 
 def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, classes: list[str] | None) -> Any:
@@ -231,7 +272,9 @@ def new_model(config: Config, name: str, before: Any, seed: int, adapter: Any, c
             model.config.update(_names(classes))
     elif before is not None and stage.model.head == "feed_forward":
         head |= _names(classes)
-        model = FeedForwardClassifier.from_encoder(before.base_model, stage.model.hidden_size, **head)
+        encoder, key = before.base_model, f"stages.{name}.model"
+        sizes = {"hidden_size": stage.model.hidden_size}
+        model = built(lambda sizes: FeedForwardClassifier.from_encoder(encoder, **sizes, **head), sizes, key)
     else:
         model = _from_settings(config, name, before, head | _names(classes))
     return _cast(stage, _adapted(name, model, adapter))
@@ -253,17 +296,23 @@ def inherits_head(config: Config, name: str, model: Any, before: Any) -> bool:
 
 def _from_settings(config: Config, name: str, before: Any, head: dict[str, Any]) -> Any:
     stage = config.stages[name]
-    configuration = new_config(config, name) if before is None else copy.deepcopy(before.base_model.config)
-    if configuration is None:
+    if before is None and stage.model.config is None:
         raise InputError(
             f"stages.{name}.model has neither path nor config; expected a checkpoint to start from, or the "
             "settings of a new model."
         )
-    configuration.update(head)
-    try:
-        model = _auto_class(stage, name).from_config(configuration)
-    except Exception as error:
-        raise InputError(f"stages.{name}.model: cannot build it ({first_line(error)}).") from error
+    auto = _auto_class(stage, name)
+
+    key, given, configured = f"stages.{name}.model", dict[str, Any](), None
+    if before is None and stage.model.config is not None:
+        key, (given, configured) = f"{key}.config", _configured(stage.model.config)
+
+    def make(values: dict[str, Any]) -> Any:
+        configuration = configured(values) if configured else copy.deepcopy(before.base_model.config)
+        configuration.update(head)
+        return auto.from_config(configuration)
+
+    model = built(make, given, key)
     if before is not None:
         model.base_model.load_state_dict(before.base_model.state_dict(), strict=False)  # poolers differ
         if inherits_head(config, name, model, before):

@@ -11,14 +11,19 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from .. import __version__
 from ..errors import InputError, ProcessError, first_line
+from . import launch
+from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
     from .commands import Command
@@ -94,40 +99,94 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, without the program's name; defaults to those of this process.
 
     Returns:
-        The exit code: 0; 2 after one sentence on stderr that says what the user can mend; 130 after Ctrl-C.
+        The exit code: 0; 2 after one sentence on stderr that says what the user can mend, or what nobody expected;
+        130 after Ctrl-C; 141 where nobody reads the output any more (`| head`), as for other programs.
     """
+    # The handler of a launch (`__main__`) is for the imports.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    launch.print_anything()
     commands = load_commands()
     try:
         parsed, remaining = make_parser(commands).parse_known_args(arguments)
     except SystemExit as end:
         return int(end.code or 0)
-    command = commands[parsed.command]
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = f"msif {parsed.command}"
+    try:
+        _execute(commands, parsed, remaining)
+        sys.stdout.flush()  # what cannot be written is told here, and not while the process ends
+    except BrokenPipeError:
+        launch.silence(sys.stdout)
+        return 141
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; finished files are whole.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if _is_full(sys.stdout):
+            launch.silence(sys.stdout)
+        print(f"{name}: error{_process()}: {_told(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _execute(commands: dict[str, Command], parsed: argparse.Namespace, remaining: list[str]) -> None:
+    """Runs a command, and prints its report."""
+    command, rank, processes = commands[parsed.command], launch.rank(), launch.processes()
+    if processes > 1 and not command.SHARES_WORK:
+        sharing = ", ".join(name for name, other in commands.items() if other.SHARES_WORK)
+        raise InputError(
+            f"it was started as {processes} processes, but only {sharing} share their work; expected "
+            f"msif {parsed.command} without a launcher."
+        )
     # With --json, stdout holds the one object and nothing else. Of several processes only the main one prints.
     prose = contextlib.redirect_stdout(sys.stderr) if parsed.json else contextlib.nullcontext()
     if rank:
         prose = contextlib.redirect_stdout(io.StringIO())
-    try:
-        if processes > 1 and not command.SHARES_WORK:
-            sharing = ", ".join(name for name, other in commands.items() if other.SHARES_WORK)
-            raise InputError(
-                f"it was started as {processes} processes, but only {sharing} share their work; expected "
-                f"msif {parsed.command} without a launcher."
-            )
-        with prose, _short_warnings(silent=rank > 0):
-            report = _run(command, parsed, remaining)
-            command.render(report)
-    except (InputError, OSError, ProcessError) as error:
-        process = "" if processes == 1 else f" (process {rank})"
-        text = " ".join([str(error), *getattr(error, "__notes__", ())])
-        print(f"msif {parsed.command}: error{process}: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"msif {parsed.command}: interrupted; finished files are whole.", file=sys.stderr)
-        return 130
+    with prose, _short_warnings(silent=rank > 0):
+        report = _run(command, parsed, remaining)
+        command.render(report)
     if parsed.json and not rank:
-        print(json.dumps(_as_json(report), ensure_ascii=False, allow_nan=False))
-    return 0
+        is_unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+        print(json.dumps(_as_json(report), ensure_ascii=not is_unicode, allow_nan=False))
+
+
+def _told(error: Exception) -> str:
+    """What an error says, in one line. One that nobody expected says where it was raised."""
+    if isinstance(error, (InputError, ProcessError)):
+        text = str(error)
+    elif isinstance(error, OSError):
+        places = [os.fsdecode(place) for place in (error.filename, error.filename2) if isinstance(place, (str, bytes))]
+        place = f" at {' and '.join([shown_text(place, LONGEST_PATH) for place in places])}" if places else ""
+        text = f"the system refused{place}: {error.strerror or first_line(error)}; give another path, or free space."
+    elif isinstance(error, MemoryError) or "allocate memory" in str(error):
+        text = f"there is not enough memory ({first_line(error)}): use smaller models or batches, or another machine."
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = (
+            f"{type(error).__name__}: {first_line(error)} (raised in {Path(last.filename).name}, line {last.lineno}); "
+            "msif did not expect this: check the input, or report it with the traceback that HF_MSIF_TRACEBACK=1 "
+            "prints."
+        )
+        if os.environ.get("HF_MSIF_TRACEBACK"):
+            traceback.print_exception(error)
+    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
+
+
+def _process() -> str:
+    """Which process of a launch speaks; empty where there is one."""
+    try:
+        return "" if launch.processes() == 1 else f" (process {launch.rank()})"
+    except InputError:
+        return ""
+
+
+def _is_full(stream: TextIO) -> bool:
+    """Whether what was printed cannot be written."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def _run(command: Command, parsed: argparse.Namespace, remaining: list[str]) -> dict:

@@ -18,10 +18,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..errors import InputError
+from ..errors import Complaints, InputError
+from .misfits import misfits
 from .plugins import DOTTED, parameters
-from .schema import RULES, Config, Scalar, Section, StageConfig
-from .values import MOST_VALUES, check_values, shown_text, too_deep
+from .schema import LARGEST, RULES, Config, Scalar, Section, StageConfig
+from .values import DEEPEST, LONGEST_PATH, MOST_VALUES, check_values, shown_text, too_deep
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -53,7 +54,8 @@ def load(
     A value that is text is read as YAML, as on the command line.
 
     Raises:
-        InputError: a file that cannot be read, or a key or value that the configuration does not know.
+        InputError: a file that cannot be read, or keys or values that the configuration does not know, several of them
+            at once.
     """
     values: dict[str, Any] = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -61,13 +63,16 @@ def load(
         check_values(read)
         values = _laid_over(values, read)
     for key, value in overrides:
-        value = _value(value) if isinstance(value, str) else value
+        value = _value(value, key) if isinstance(value, str) else value
         check_values({key: value})
         _put(values, key, value)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(_sentence(error, values)) from None
+        Complaints(_sentences(error, values)).tell()
+        raise
+    Complaints(misfits(config)).tell()
+    return config
 
 
 SETTINGS_RULES = RULES | {"arbitrary_types_allowed": True}  # an annotation may be a class of the library
@@ -86,14 +91,16 @@ def settings(kind: Callable, values: Mapping[str, Any], key: str, without: Seque
         InputError: an unknown name, or a value of another type.
     """
     types = {name: annotation for name, annotation in parameters(kind).items() if name not in without}
-    checked = {}
+    checked, complaints = {}, Complaints()
     for name, value in values.items():
-        if name not in types:
-            raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{known}" for known in types]))
-        try:
-            checked[name] = TypeAdapter(types[name], config=SETTINGS_RULES).validate_python(value)
-        except ValidationError:
-            raise InputError(f"{key}.{name} is {_shown(value)}; expected {_expected(types[name])}.") from None
+        with complaints.collected():
+            if name not in types:
+                raise InputError(unknown_key(f"{key}.{name}", [f"{key}.{known}" for known in types]))
+            try:
+                checked[name] = TypeAdapter(types[name], config=SETTINGS_RULES).validate_python(value)
+            except ValidationError:
+                raise InputError(f"{key}.{name} is {_shown(value)}; expected {_expected(types[name])}.") from None
+    complaints.tell()
     return checked
 
 
@@ -110,10 +117,27 @@ def help_text(width: int = 100) -> str:
     return "\n".join(lines)
 
 
+MOST_SHOWN = 24  # keys in a message
+MOST_BYTES = 2**20  # of a configuration
+MOST_DIGITS = 40  # of a whole number in it
+TOO_LONG = f"a number of more than {MOST_DIGITS} digits"
+
+
 class _Loader(yaml.SafeLoader):
     """Scalars as in YAML 1.2: 1e-4 is a number; no, 007 and 2016-02-06 are words. Keys are words and do not repeat."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  (declared by the base class)
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        if self.depth > DEEPEST:
+            raise RecursionError
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node, deep=False):
         names = set()
@@ -124,6 +148,11 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"{key.value!r} occurs twice", problem_mark=key.start_mark)
                 names.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node):
+        if len(node.value) > MOST_DIGITS:
+            raise yaml.MarkedYAMLError(problem=TOO_LONG, problem_mark=node.start_mark)
+        return super().construct_yaml_int(node)
 
     def flatten_mapping(self, node):
         super().flatten_mapping(node)
@@ -143,32 +172,44 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""])
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def _read(path: str | os.PathLike) -> dict:
+    what = f"the configuration {shown_text(str(path), LONGEST_PATH)}"
+    if "\0" in str(path):
+        raise InputError(f"cannot read {what} (it has a NUL); expected a YAML file.")
     try:
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)
+        with open(os.path.expanduser(path), "rb") as file:
+            content = file.read(MOST_BYTES + 1)  # a device or a corpus may have no end
+        if len(content) > MOST_BYTES:
+            raise InputError(f"{what} has more than {MOST_BYTES:,} bytes; expected the settings of a run: shorten it.")
+        values = yaml.load(content.decode("utf-8-sig"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read the configuration {str(path)!r} ({reason}); expected a YAML file.") from None
+        reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"cannot read {what} ({reason}); expected a YAML file.") from None
     except RecursionError:
-        raise too_deep(f"the configuration {str(path)!r}") from None
+        raise too_deep(what) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"the configuration {str(path)!r} is not valid YAML: {reason}{place}.") from None
+        raise InputError(f"{what} is not valid YAML: {reason}{place}.") from None
     if not isinstance(values, (dict, NoneType)):
-        raise InputError(f"the configuration {str(path)!r} holds {_shown(values)}; expected keys such as run_dir.")
+        check_values(values)
+        raise InputError(f"{what} holds {_shown(values)}; expected keys such as run_dir.")
     return values or {}
 
 
-def _value(text: str) -> Any:
+def _value(text: str, key: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:  # *.csv and @name are words here
+    except yaml.YAMLError as error:  # *.csv and @name are words here
+        if getattr(error, "problem", None) == TOO_LONG:
+            raise InputError(f"{shown_text(key)} is {shown_text(text)}, {TOO_LONG}; expected a smaller one.") from None
         return text
     except RecursionError:
-        raise too_deep(f"the value {shown_text(text)}") from None
+        raise too_deep(f"the value {shown_text(text)} of {shown_text(key)}") from None
 
 
 def _laid_over(below: dict, above: dict) -> dict:
@@ -212,26 +253,37 @@ def _keys(kind: type[Section], prefix: str, stages: Sequence[str]) -> Iterator[t
             yield from _keys(field.annotation, f"{prefix}{name}.", ())
 
 
-def _sentence(error: ValidationError, values: dict) -> str:
-    """The first of pydantic's complaints; an unknown key first, since a missing key is often the same one misspelt."""
-    complaint = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    if complaint["type"] == "value_error":
-        return str(complaint["ctx"]["error"])
+def _sentences(error: ValidationError, values: dict) -> list[str]:
+    """What pydantic complains of, unknown keys first; a missing key is not told where a misspelt one stands for it."""
     stages = values.get("stages")
     known = dict(_keys(Config, "", [str(s) for s in stages] if isinstance(stages, dict) else []))
-    path = [str(part) for part in complaint["loc"]]
-    if complaint["type"] == "extra_forbidden":
-        return unknown_key(".".join(path), list(known))
-    while ".".join(path) not in known:  # beyond a key come indices and the members of a union
-        path.pop()
-    key, field = ".".join(path), known[".".join(path)]
-    expected = _expected(field.annotation, field.metadata)
-    if complaint["type"] == "missing":
-        return f"{key} is missing; expected {expected} in the file of --config, or --{key} VALUE."
-    value = values
-    for part in path:
-        value = value[part]
-    return f"{key} is {_shown(value)}; expected {expected}."
+    complaints = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    sentences: dict[str, str] = {}  # key → the first complaint; each member of a union has its own
+    unknown = ""
+    for complaint in complaints:
+        if complaint["type"] == "value_error":
+            sentences[str(complaint["loc"])] = str(complaint["ctx"]["error"])
+            continue
+        path = [str(part) for part in complaint["loc"]]
+        if complaint["type"] == "extra_forbidden":
+            sentence = unknown_key(".".join(path), list(known))
+            unknown += sentence
+            sentences.setdefault(".".join(path), sentence)
+            continue
+        while ".".join(path) not in known:  # beyond a key come indices and the members of a union
+            path.pop()
+        key, field = ".".join(path), known[".".join(path)]
+        if complaint["type"] != "missing":
+            value: Any = values
+            for part in path:
+                value = value[part]
+            expected = _expected(field.annotation, field.metadata, value)
+            sentences.setdefault(key, f"{key} is {_shown(value)}; expected {expected}.")
+        elif repr(key) not in unknown:
+            expected = _expected(field.annotation, field.metadata)
+            sentence = f"{key} is missing; expected {expected} in the file of --config, or --{key} VALUE."
+            sentences.setdefault(key, sentence)
+    return list(sentences.values())
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
@@ -245,11 +297,14 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(name, pool, n=1)
         if near:
             return f"unknown key {key!r}; the nearest known key is {pool[near[0]]!r}."
+    if len(siblings) > MOST_SHOWN:
+        nearest = difflib.get_close_matches(name, siblings, n=MOST_SHOWN // 2, cutoff=0)
+        return f"unknown key {key!r}; expected one of {len(siblings)} others, such as {', '.join(nearest)}."
     return f"unknown key {key!r}; expected {'one of ' + ', '.join(siblings) if siblings else 'none here'}."
 
 
-def _expected(kind: Any, rules: Sequence = ()) -> str:
-    """A type annotation in words."""
+def _expected(kind: Any, rules: Sequence = (), value: Any = None) -> str:
+    """A type annotation in words. `LARGEST` of a count goes without saying, unless `value` is larger."""
     words = {
         Scalar: "a word or number",
         str: "text",
@@ -262,12 +317,12 @@ def _expected(kind: Any, rules: Sequence = ()) -> str:
     if kind in words:
         text = words[kind]
     elif origin is Annotated:
-        return _expected(inner[0], [*getattr(inner[1], "metadata", ()), *rules])
+        return _expected(inner[0], [*getattr(inner[1], "metadata", ()), *rules], value)
     elif origin is Literal:
         text = ", ".join(map(str, inner))
         text = f"one of {text}" if len(inner) > 1 else text
     elif origin in (Union, UnionType):
-        text = " or ".join(map(_expected, inner))
+        text = " or ".join(_expected(each, (), value) for each in inner)
     elif origin in (list, tuple, dict):
         each = inner[0 if origin is not dict else 1]
         text = "a mapping" if origin is dict else "a list"
@@ -279,7 +334,13 @@ def _expected(kind: Any, rules: Sequence = ()) -> str:
     if any(getattr(rule, "pattern", None) == DOTTED for rule in rules):
         return "module:Name of your own"
     limits = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "of length at least"}
-    bounds = [f"{word} {getattr(rule, r)}" for rule in rules for r, word in limits.items() if hasattr(rule, r)]
+    is_huge = isinstance(value, (int, float)) and value > LARGEST
+    bounds = [
+        f"{word} {getattr(rule, name)}"
+        for rule in rules
+        for name, word in limits.items()
+        if hasattr(rule, name) and (is_huge or getattr(rule, name) != LARGEST)
+    ]
     return " ".join([text, " and ".join(bounds)]).strip()
 
 

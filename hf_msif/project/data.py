@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
+import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from glob import glob
+from pathlib import Path
+from types import NoneType
+from typing import Any
 
 from ..engine.corpus import as_corpus
-from ..engine.corpus_files import from_files
+from ..engine.corpus_files import from_files, problem_of, silent_datasets
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError, first_line
-from .schema import Data
+from . import hub
+from .schema import FILE_BUILDERS, Data
+from .values import LONGEST_PATH, shortened, shown_text
 
 DIGITS = "sklearn:digits"
+# Beside white space, what a text may consist of and say nothing: NUL, marks of byte order and of zero width.
+INVISIBLE = f"\0\ufeff\u200b{string.whitespace}\xa0\u2028\u2029\x85"
 
 
 def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
@@ -42,6 +50,10 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
     table = _table(data, data.split if test_split is None else test_split, key)
     columns = _columns(data, content, table.column_names, key)
     for column, values in _admitted(data).items():
+        if not hasattr(table.features[column], "dtype") or table.features[column].dtype in ("list", "dict"):
+            raise InputError(
+                f"{key}.keep.{column}: the column holds lists, mappings or files; expected one with words or numbers."
+            )
         present = {str(_whole(value)) for value in table.unique(column)}
         if values - present:
             raise InputError(
@@ -51,7 +63,7 @@ def load_rows(data: Data, stage: str, content: str = "text") -> list[dict]:
     table, dropped = table.select_columns(sorted({*columns.values(), *data.keep})), Counter[str]()
     limit = None if held_out else data.max_rows
     rows: list[dict] = []
-    for row in _rows(_sources(table), data, content, key, dropped, held_out):
+    for row in _rows(_sources(table, data, key), data, content, key, dropped, held_out):
         if limit is not None and len(rows) >= limit:
             dropped["beyond max_rows"] = len(table) - len(rows) - dropped.total()
             break
@@ -154,6 +166,12 @@ def _admitted(data: Data) -> dict[str, set[str]]:
     return {column: {str(_whole(value)) for value in values} for column, values in data.keep.items()}
 
 
+def _is_empty(value: Any, content: str) -> bool:
+    if value is None or content == "image":
+        return value is None
+    return not (value.strip(INVISIBLE) if isinstance(value, str) else len(value))
+
+
 def _rows(
     sources: Iterable[dict], data: Data, content: str, key: str, dropped: Counter, held_out: bool
 ) -> Iterator[dict]:
@@ -169,13 +187,20 @@ def _rows(
             row["example_id"] = source[data.id_column]
         if data.label_column is not None:
             row["label"] = source[data.label_column]
+        if not isinstance(row["example_id"], (str, int, float, NoneType)):
+            raise InputError(
+                f"{key}.id_column: {data.id_column or 'example_id'!r} holds {shortened(row['example_id'])} in row "
+                f"{number}; expected one word or number per row."
+            )
         value = row[place]
         if place == "text" and not isinstance(value, (*expected, type(None))):
             what = "text" if content == "text" else "a list of words"
-            raise InputError(f"{key}.{role}: {source_column!r} holds {value!r} in row {number}; expected {what}.")
+            raise InputError(
+                f"{key}.{role}: {source_column!r} holds {shortened(value)} in row {number}; expected {what}."
+            )
         if any(str(source[column]) not in values for column, values in admitted.items()):
             dropped["not in keep"] += 1
-        elif value is None or not (value.strip() if isinstance(value, str) else content == "image" or len(value)):
+        elif _is_empty(value, content):
             dropped[f"no {content}"] += 1
         elif None in row.values():
             missing = next(name for name, found in row.items() if found is None)
@@ -206,33 +231,66 @@ def _table(data: Data, split: str, key: str):
     else:
         files = None if data.data_files is None else _files(data.data_files, f"{key}.data_files")
     try:
-        with _silent_datasets():
-            return load_dataset(
-                os.path.expanduser(data.path), data.name, data_files=files, split=split, streaming=data.streaming
-            )
+        with silent_datasets():
+            path = data.path if data.path in FILE_BUILDERS else hub.prepare(data.path)
+            return load_dataset(path, data.name, data_files=files, split=split, streaming=data.streaming)
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
-            cause = cause.__cause__
-        raise InputError(
-            f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}; expected a Hub dataset "
-            "id, or one of text, csv, json, parquet with data_files."
-        ) from error
+        raise _unreadable(data, split, key, error) from error
+
+
+def _unreadable(data: Data, split: str, key: str, error: Exception) -> InputError:
+    """What to raise where `datasets` cannot load or read the rows: names the file, and the line where it is known."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # "an error occurred while generating the dataset" says nothing
+        cause = cause.__cause__
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return InputError(
+            f"{key}: the cache of datasets cannot be written ({cause.strerror}): free space, or set the "
+            "environment variable HF_DATASETS_CACHE to a folder elsewhere."
+        )
+    for file in _local_paths(data):
+        problem = problem_of(file, data.path)
+        if problem:
+            what = f"{shown_text(str(file), LONGEST_PATH)} cannot be read as {data.path}"
+            return InputError(f"{key}.data_files: {what}: {problem}.")
+    is_local = data.path in FILE_BUILDERS or os.path.exists(os.path.expanduser(data.path))
+    offline = "" if is_local else hub.reason(cause)
+    return InputError(
+        f"{key}: cannot load {data.path!r} (split {split!r}): {first_line(cause)}{offline}; expected a Hub "
+        "dataset id, or one of text, csv, json, parquet with data_files."
+    )
 
 
 def _files(paths: str | list[str], key: str) -> list[str]:
-    """The files, with `~` resolved; a local file must exist and not be empty."""
+    """The files, with `~` resolved; local files must exist and not be empty."""
     files = []
     for file in [paths] if isinstance(paths, str) else paths:
-        if "://" in file or any(c in file for c in "*?["):
-            files.append(file)
+        files.append(file if "://" in file else os.path.expanduser(file))
+        if "://" in file:
             continue
-        files.append(os.path.expanduser(file))
-        if not os.path.isfile(files[-1]):
-            raise InputError(f"{key}: the file {file!r} does not exist; set it to where the data is.")
-        if not os.path.getsize(files[-1]):
-            raise InputError(f"{key}: the file {file!r} is empty; expected at least one row.")
+        shown, matches = shown_text(file, LONGEST_PATH), _matches(files[-1])
+        if not matches:
+            raise InputError(f"{key}: the pattern {shown} matches no file; set it to where the data is.")
+        try:
+            if any(map(os.path.isdir, matches)) and len(matches) == 1:
+                raise InputError(f"{key}: {shown} is a folder; expected a file, or a pattern such as FOLDER/*.txt.")
+            if not any(map(os.path.exists, matches)):
+                raise InputError(f"{key}: the file {shown} does not exist; set it to where the data is.")
+            if not any(map(os.path.getsize, matches)):
+                raise InputError(f"{key}: the file {shown} is empty; expected at least one row.")
+        except OSError as error:
+            raise InputError(f"{key}: the file {shown} cannot be read ({error.strerror}); give another.") from error
     return files
+
+
+def _matches(file: str) -> list[str]:
+    """The local files that a pattern matches; a plain name as it is."""
+    return glob(file, recursive=True) if any(c in file for c in "*?[") else [file]
+
+
+def _local_paths(data: Data) -> list[Path]:
+    files = [os.path.expanduser(file) for file in data.files if file and "://" not in file]
+    return [Path(path) for file in files for path in _matches(file)]
 
 
 def _digits():
@@ -244,24 +302,15 @@ def _digits():
     return Dataset.from_dict({"image": digits.images.tolist(), "label": digits.target.tolist()})
 
 
-@contextmanager
-def _silent_datasets() -> Iterator[None]:
-    """Without the progress bars of `datasets`, and without its log lines, which an error of ours would repeat."""
-    import datasets
-
-    level, shown = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _sources(table) -> Iterator[dict]:
-    for batch in table.iter(1000):
+def _sources(table, data: Data, key: str) -> Iterator[dict]:
+    batches = table.iter(1000)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:  # some formats are not checked when they are loaded
+            raise _unreadable(data, data.split, key, error) from error
+        if batch is None:
+            return
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 

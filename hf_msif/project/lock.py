@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
+from .launch import rank
 
 LOCK = ".hf_msif.lock"
 OWNER = ".hf_msif.lock.json"
@@ -30,7 +31,7 @@ def in_use(folder: Path, command: str, key: str = "run_dir") -> Iterator[None]:
     Raises:
         InputError: another process holds the folder, or it cannot be written to.
     """
-    if int(os.environ.get("RANK", 0)):
+    if rank():
         yield
         return
     from filelock import FileLock, Timeout

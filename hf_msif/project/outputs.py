@@ -7,13 +7,18 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from ..engine import folders
-from ..engine.files import watched
+from ..engine.files import checked_value, watched
 from ..errors import InputError
+from .launch import rank
 
 KIND = "run folder"
 Seal = tuple[int, int, str]  # of a file: size in bytes, time of the last change in ns, SHA-256
+SavedSeal = Annotated[list[int | str], Field(min_length=3, max_length=3)]  # as JSON has it
 
 
 class Outputs:
@@ -65,7 +70,7 @@ class Outputs:
     ) -> Iterator[None]:
         """Checks as `check` does; inside, those of `files` that are written are entered in the marker."""
         self.check(files, into, replaced)
-        if int(os.environ.get("RANK", 0)):  # of a launch, the main process alone writes
+        if rank():  # of a launch, the main process alone writes
             yield
             return
         names = {os.path.abspath(file): self._name(file) for file in files}
@@ -86,6 +91,8 @@ class Outputs:
     def _entries(self) -> dict[str, list[Seal]]:
         marker = folders.read_marker(self.folder)
         entries = {} if marker is None else marker.facts.get("files", {})
+        way_out = f"it says what msif wrote; move {self.folder} away, or give another {self.key}"
+        checked_value(entries, dict[str, list[SavedSeal]], self.folder / folders.MARKER, way_out)
         return {name: [tuple(seal) for seal in seals] for name, seals in entries.items()}
 
     def _name(self, file: Path) -> str:

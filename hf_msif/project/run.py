@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from ..adapters.functional import check_vocabulary
 from ..engine import folders
 from ..engine.hashing import digest
 from ..engine.stream import Stream
-from ..errors import InputError, first_line
+from ..errors import Complaints, InputError, first_line
 from ..objectives import within_positions
 from ..objectives.classification import class_of
 from ..registry import CHECKS, DIFFERENTIATIONS, registered
@@ -20,7 +21,9 @@ from . import build, provenance
 from .data import content_key, load_rows, stream_rows
 from .outputs import Outputs
 from .schema import Config, StageConfig
-from .tasks import task_of
+from .tasks import Task, task_of
+from .trial import refusal, try_training
+from .values import LONGEST_PATH, shortened, shown_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,9 +46,6 @@ class Run:
 
     def __init__(self, config: Config, progress: bool = True):
         import torch
-        from transformers import AutoTokenizer
-
-        from .. import models  # noqa: F401  (registers its tokenizer and classes with the Auto classes)
 
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -55,30 +55,61 @@ class Run:
         self._models: dict[str, Any] = {}
         self._fingerprints: dict[str, str] = {}
         self._digests: dict[str, str | None] = {}
+        self._tried: set[str] = set()  # stages whose training arguments were tried
         self._rows: dict[tuple[str, str], list[dict] | Stream] = {}
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"run_dir is {config.run_dir!r}, which is a file; expected a folder, or nothing yet.")
         self.outputs = Outputs(self.folder)
+        self.adapters, self.tasks, self.curvatures = dict[str, Any](), dict[str, Task](), dict[str, Any]()
+        self.differentiations, self.solvers = dict[str, Any](), dict[str, Any]()
+        self.objectives: dict[str, Objective] = {}
+        self.tokenizer: Any = None
+        complaints = Complaints()
+        with complaints.collected():
+            self._check_folder()
         for name in self.names:
-            build.training_settings(self.config, name)
-            build.polish_settings(self.config, name)
-            build.new_config(self.config, name)
-        self.adapters = {name: build.adapter(self.config, name) for name in self.names}
-        self.tasks = {name: task_of(stage.task, f"stages.{name}.task") for name, stage in config.stages.items()}
-        self.curvatures = {name: build.curvature(self.config, name) for name in self.names}
-        self.differentiations = {name: build.link(self.config, name) for name in self.names}
-        self.solvers = {name: build.solver(self.config, name) for name in self.names}
-        self.measurement = build.measurement(self.config)
-        self.tokenizer = None
-        if config.tokenizer is not None:
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(config.tokenizer))
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"tokenizer: cannot load {config.tokenizer!r} ({first_line(error)}); expected a Hub id or a "
-                    "folder."
-                ) from error
-        self.objectives = {name: build.objective(self.config, name, self.tokenizer) for name in self.names}
+            for check in (build.training_settings, build.polish_settings, build.new_config):
+                with complaints.collected():
+                    check(config, name)
+            made: tuple[tuple[dict[str, Any], Callable[[Config, str], Any]], ...] = (
+                (self.adapters, build.adapter),
+                (self.curvatures, build.curvature),
+                (self.differentiations, build.link),
+                (self.solvers, build.solver),
+            )
+            for by_stage, make in made:
+                with complaints.collected():
+                    by_stage[name] = make(config, name)
+            self.tasks[name] = task_of(config.stages[name].task, f"stages.{name}.task")
+        with complaints.collected():
+            self.measurement = build.measurement(config)
+        with complaints.collected():
+            if config.tokenizer is not None:
+                self.tokenizer = build.load_tokenizer(config.tokenizer)
+        for name in self.names:
+            if self.tokenizer is None and self.tasks[name].needs_tokenizer:
+                continue  # there is a complaint about it
+            with complaints.collected():
+                self.objectives[name] = build.objective(config, name, self.tokenizer)
+        complaints.tell()
+
+    def _check_folder(self) -> None:
+        """Refuses a `run_dir` that cannot be a folder.
+
+        Raises:
+            InputError: a file, or a path that the system does not take.
+        """
+        shown = shown_text(self.config.run_dir, LONGEST_PATH)
+        try:
+            is_there = self.folder.exists() or self.folder.is_symlink()
+            if is_there and not self.folder.is_dir():
+                what = "a link that leads nowhere" if self.folder.is_symlink() else "a file"
+                raise InputError(f"run_dir is {shown}, which is {what}; expected a folder, or nothing yet.")
+            for folder in () if is_there else self.folder.absolute().parents:
+                if folder.is_dir():
+                    break
+                if folder.exists():
+                    raise InputError(f"run_dir is {shown}, but {str(folder)!r} is a file; give another run_dir.")
+        except OSError as error:
+            raise InputError(f"run_dir is {shown}: {error.strerror or error}; give another run_dir.") from error
 
     # --- what a stage is made of
 
@@ -101,12 +132,20 @@ class Run:
         kept = self.config.stages[name].kept_checkpoints
         if kept:  # a Trainer saves the end of a run, too
             defaults |= {"save_strategy": "steps", "save_steps": 1 / kept if kept > 1 else 10**9}
+        values, key = build.training_settings(self.config, name), f"stages.{name}.training"
+
+        def make(settings: dict[str, Any]) -> TrainingArguments:
+            return TrainingArguments(str(self.checkpoints(name)), **{**defaults, **settings, **overrides})
+
         try:
-            return TrainingArguments(
-                str(self.checkpoints(name)), **{**defaults, **build.training_settings(self.config, name), **overrides}
-            )
-        except (ValueError, TypeError, ImportError) as error:
-            raise InputError(f"stages.{name}.training: {first_line(error)}.") from error
+            arguments = make(values)
+        except Exception as error:
+            raise refusal(key, values, make, error) from error
+        if self.config.stages[name].uses_trainer and not self.config.stages[name].recorded:
+            if name not in self._tried:
+                try_training(make, values, key)
+            self._tried.add(name)
+        return arguments
 
     @property
     def ranked(self) -> str:
@@ -166,6 +205,12 @@ class Run:
             for row in rows if self.objectives[name].outputs_for is not None else ():
                 self._outputs_for(name, row)
             return
+        nested = next((row["label"] for row in rows if isinstance(row["label"], (list, dict))), None)
+        if nested is not None and self.tasks[name].label_kind == "class":
+            raise InputError(
+                f"stages.{name}.data.label_column: {self.config.stages[name].data.label_column!r} holds "
+                f"{shortened(nested)}; expected one word or number per row."
+            )
         labels = self.objectives[name].labels or ()
         classes = {label: class_of(label, labels) for label in {row["label"] for row in rows}}
         # A range is asked for integers alone: for anything else it would compare all of its numbers.
@@ -293,15 +338,22 @@ class Run:
         return models
 
     def _made(self, name: str, before, seed: int):
-        classes: list[str] | None = None
+        return build.new_model(self.config, name, before, seed, self.adapters[name], self.classes(name))
+
+    def classes(self, name: str) -> list[str] | None:
+        """Names of the outputs of the stage's head, in the order of its logits; None for tasks without labels.
+
+        Raises:
+            InputError: no labels are listed, and the numbers in the label column are none of classes.
+        """
         kind, labels = self.tasks[name].label_kind, self.objectives[name].labels
         if labels:
-            classes = [str(label) for label in labels]
-        elif kind == "class":
-            classes = self._unnamed_classes(name)
-        elif kind is not None:
-            classes = [f"LABEL_{i}" for i in range(max(self._outputs_for(name, row) for row in self.rows(name)))]
-        return build.new_model(self.config, name, before, seed, self.adapters[name], classes)
+            return [str(label) for label in labels]
+        if kind is None:
+            return None
+        if kind == "class":
+            return self._unnamed_classes(name)
+        return [f"LABEL_{i}" for i in range(max(self._outputs_for(name, row) for row in self.rows(name)))]
 
     def _unnamed_classes(self, name: str) -> list[str]:
         """One class for every integer up to the largest label, named as transformers does where it knows no name.
@@ -409,7 +461,8 @@ class Run:
                     raise ValueError(f"{sorted(missing)} cannot be used here, is it installed")
                 accelerator.init_trackers("hf_msif", config={"config": self.config.model_dump_json()})
         except (ValueError, ImportError) as error:
-            raise InputError(f"trackers: {first_line(error)}.") from error
+            key = "trackers" if trackers else "the settings of Accelerate (environment variables ACCELERATE_*)"
+            raise InputError(f"{key}: {first_line(error)}; change or leave them out.") from error
         return accelerator
 
     def _link(self, name: str, planned: bool) -> dict[str, Any]:

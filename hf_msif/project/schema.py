@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,10 +11,11 @@ from pydantic_core import InitErrorDetails
 from ..errors import InputError
 from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, PRECONDITIONERS, SOLVERS
 from .plugins import DOTTED, is_dotted
-from .tasks import TASKS, task_of
+from .tasks import TASKS
 
 RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, use_attribute_docstrings=True)
-Count = Annotated[int, Field(ge=1)]
+LARGEST = 2**31 - 1  # of anything that is counted
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # NumPy takes no others
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -233,11 +233,11 @@ class Tests(Section):
     """number of random rows"""
     ids: Annotated[list[int | str], Field(min_length=1)] | None = None
     """example ids of the rows, in the place of random rows"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the random rows"""
     aggregate: Literal["none", "sum", "mean"] = "none"
     """none: one column per test example; sum or mean: one column for all of them"""
-    replicates: Count = 2
+    replicates: Annotated[int, Field(ge=1, le=1000)] = 2
     """how often everything is done with other masks and another part of the curvature_samples, for error bars; 1: no
     error bars"""
     measurement: Literal["loss", "log_probability", "logit_margin", "span_log_probability"] | Dotted = "loss"
@@ -272,7 +272,7 @@ class Corpus(Section):
     """the stage whose rows are ranked; null: the first. Files about another one have its name: scores-NAME.parquet"""
     sample: Count | None = None
     """number of random rows of that stage; null: all rows"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the random rows"""
     dtype: Literal["float32", "tf32", "bfloat16"] | None = None
     """precision of scoring; null: the model's own. tf32 (matrix products on a GPU) and bfloat16 are compared with the
@@ -300,7 +300,7 @@ class Validation(Section):
     truth: Literal["own", "expected"] = "own"
     """own: what the trained run itself does without the rows; expected: what training does without them in the mean
     over other starts"""
-    starts: Annotated[int, Field(ge=2)] = 8
+    starts: Annotated[int, Field(ge=2, le=10_000)] = 8
     """expected: number of other starts, each of which trains all stages again; an even number halves best for the
     ceiling"""
     vary: Annotated[list[Literal["weights", "order"]], Field(min_length=1)] = ["weights"]
@@ -308,23 +308,23 @@ class Validation(Section):
     retrain: Literal["warm_start", "from_scratch"] | None = None
     """warm_start polishes the trained stages again, or repeats the runs of unrolled stages; from_scratch repeats
     `training` and `polish` from new weights; null: warm_start for the own truth, from_scratch for the expected one"""
-    examples: Annotated[int, Field(ge=3)] = 100
+    examples: Annotated[int, Field(ge=3, le=LARGEST)] = 100
     """leave_one_out: number of rows"""
-    groups: Annotated[int, Field(ge=3)] = 20
+    groups: Annotated[int, Field(ge=3, le=LARGEST)] = 20
     """remove_groups: number of groups, evenly spread from the most helpful rows to the most harmful rows"""
     group_size: Count = 10
     """remove_groups: rows per group"""
-    subsets: Annotated[int, Field(ge=3)] = 100
+    subsets: Annotated[int, Field(ge=3, le=LARGEST)] = 100
     """datamodelling_score: number of random subsets"""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """datamodelling_score: share of the rows in a subset"""
     top_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """remove_top: share of the rows that is left out"""
-    draws: Annotated[int, Field(ge=2)] = 20
+    draws: Annotated[int, Field(ge=2, le=LARGEST)] = 20
     """remove_top: number of draws of as many random rows"""
-    seeds: Annotated[list[int], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
     """own: seeds of the retrainings that are averaged; null: one retraining that starts as the run did"""
-    ceiling_seeds: list[int] | None = None
+    ceiling_seeds: list[Seed] | None = None
     """own: seeds of a second measurement, whose correlation with the first is the ceiling; null: the start of the run
     moved by 1e-6; []: no second measurement"""
     baselines: list[str] | None = None
@@ -389,111 +389,5 @@ class Config(Section):
     """refuse a query before it starts where its vectors and activations cannot fit into memory"""
     trackers: list[str] = []
     """trackers of Accelerate (tensorboard, wandb, ...): they log residuals of solvers and rows scored per second"""
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """number of CPU threads; null: PyTorch's choice. 1 is the fastest for models of a few thousand parameters"""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Config:
-        names = list(self.stages)
-        if self.corpus.stage not in (None, *names):
-            raise InputError(f"corpus.stage is {self.corpus.stage!r}; expected one of the stages {names}.")
-        for index, (name, stage) in enumerate(self.stages.items()):
-            key = f"stages.{name}"
-            if not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
-                raise InputError(
-                    f"{key}: a stage is a folder beside run_dir/query; expected a name of letters, digits, - and _ "
-                    f"other than {', '.join(map(repr, RESERVED))}."
-                )
-            task = task_of(stage.task, f"{key}.task")
-            labelled = task.label_kind is not None
-            if task.needs_tokenizer and self.tokenizer is None:
-                raise InputError(f"tokenizer is missing; {key} has the task {stage.task}, which reads texts.")
-            if stage.data.path in FILE_BUILDERS and stage.data.data_files is None:
-                raise InputError(
-                    f"{key}.data.data_files is missing; path {stage.data.path!r} reads files and expects their names."
-                )
-            if stage.data.path in FILE_BUILDERS and stage.data.name is not None:
-                raise InputError(
-                    f"{key}.data.name is {stage.data.name!r}, which is for Hub datasets; path {stage.data.path!r} "
-                    "reads files: leave it out."
-                )
-            if stage.data.data_files is not None and not all(stage.data.files or [""]):
-                raise InputError(
-                    f"{key}.data.data_files is {stage.data.data_files!r}, which names no file; expected the names of "
-                    "files, or null for a Hub dataset."
-                )
-            if stage.data.streaming and (index or stage.curvature_samples is None or stage.data.has_test_side):
-                raise InputError(
-                    f"{key}.data.streaming is for a first stage with curvature_samples and without test_split or "
-                    "test_fraction; expected streaming: false, or those settings."
-                )
-            if stage.data.streaming and (stage.recorded or labelled):
-                raise InputError(
-                    f"{key}.data.streaming is for implicit stages of language models; expected streaming: false."
-                )
-            if stage.data.test_split is not None and stage.data.test_fraction > 0:
-                raise InputError(f"{key}.data has test_split and test_fraction; expected one of them.")
-            if labelled and stage.data.label_column is None:
-                raise InputError(f"{key}.data.label_column is missing; {stage.task} needs the column with the label.")
-            if index and stage.model.config is not None:
-                raise InputError(
-                    f"{key}.model.config is for the first stage, {names[0]!r}: later ones build on its encoder; "
-                    "leave it out."
-                )
-            if (stage.mask_rounds or 1) > 1 and (stage.recorded or stage.polish is not None):
-                raise InputError(
-                    f"{key}.mask_rounds is {stage.mask_rounds}, but a stage with polish or link: unrolled has the "
-                    "masks of training in its influence, too: leave mask_rounds out."
-                )
-            if stage.recorded and stage.polish is not None:
-                raise InputError(
-                    f"{key} has polish and link: unrolled; expected one of them: an unrolled stage is what its "
-                    "training run left, a polished one is a minimum."
-                )
-            if stage.alpha == "auto" and stage.polish is not None:
-                raise InputError(
-                    f"{key} has polish and alpha: auto; expected α as a number: a polished stage is at the minimum "
-                    "that its α makes."
-                )
-            damped_by_run = stage.solver.damping == "training"
-            by_run, elsewhere = damped_by_run or stage.link == "segments", isinstance(stage.checkpoints, (str, list))
-            what = f"{key}.solver.damping is 'training'" if damped_by_run else f"{key}.link is 'segments'"
-            if damped_by_run and stage.link != "implicit":
-                raise InputError(f"{what} and link is {stage.link!r}; expected link: implicit, which has a damping.")
-            if by_run and stage.polish is not None:
-                raise InputError(f"{what}, for a model that a training run left; expected no polish, which moves it.")
-            if by_run and (stage.run is not None or elsewhere) and (stage.training or stage.model.path is None):
-                raise InputError(
-                    f"{what}, with {'checkpoints' if elsewhere else 'a run'} from elsewhere; expected "
-                    f"{key}.model.path, the model that this run left, and no training, which would move it."
-                )
-            if by_run and stage.run is None and not elsewhere and stage.model.path is not None and not stage.training:
-                raise InputError(
-                    f"{what}, but the run of {key}.model.path is not given; expected {key}.checkpoints, the folders "
-                    f"that its Trainer saved, or {key}.run, the folder of a recorded run."
-                )
-            if stage.checkpoints is not None and not (elsewhere and by_run) and stage.link != "segments":
-                raise InputError(f"{key} has checkpoints, which need link: segments (or solver.damping: training).")
-            if stage.link == "implicit" and (stage.max_growth is not None or (stage.run is not None and not by_run)):
-                raise InputError(
-                    f"{key} has run or max_growth, which need link: unrolled or segments (or run solver.damping: "
-                    "training)."
-                )
-            if stage.model.lora is not None and not index:
-                raise InputError(
-                    f"{key}.model.lora is for later stages, whose encoder is inherited: leave it out, or put a "
-                    "stage with the pretrained model before it."
-                )
-            if index and stage.model.path is None and self.stages[names[index - 1]].model.lora is not None:
-                raise InputError(
-                    f"{key} would build on the encoder of {names[index - 1]!r}, which has adapters "
-                    f"(stages.{names[index - 1]}.model.lora); expected such a stage to be the last one."
-                )
-            if stage.recorded and stage.run is not None and stage.model.path is None:
-                raise InputError(f"{key}.run needs {key}.model.path, the model that the run left.")
-            if stage.model.head == "feed_forward" and not (index and labelled and task.content == "text"):
-                raise InputError(
-                    f"{key}.model.head is 'feed_forward', which is for the classification of texts in a later stage; "
-                    "expected 'auto'."
-                )
-        return self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from .. import validation
 from ..errors import InputError
+from .launch import processes
 from .provenance import check_query, check_query_content
 from .retraining import retraining
 from .saved_scores import saved_scores
@@ -35,7 +35,7 @@ def check_measurable(project: Run) -> None:
         InputError: a stage is not trained yet, or the ranked one repeats no run; there are several processes; or the
             query in the run folder has other settings.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if processes() > 1:
         raise InputError("--smoothness repeats a training, in one process; expected msif diagnose without a launcher.")
     link = project.config.stages[project.ranked].link
     if link != "unrolled":

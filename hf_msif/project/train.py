@@ -44,8 +44,8 @@ FILES_OF_A_TRAINING = (
 def stages_to_train(run: Run) -> list[str]:
     """The stages that `msif train` trains, in order: all but those whose model is taken as it is, which are printed.
 
-    The training arguments of all of them, and the places of their files, are checked here, before the first one is
-    trained for hours.
+    The training arguments and the rows of all of them, and the places of their files, are checked here, before the
+    first one is trained for hours.
 
     Raises:
         InputError: training arguments that Transformers refuses, or that a recorded run cannot repeat; something in
@@ -62,6 +62,11 @@ def stages_to_train(run: Run) -> list[str]:
         if run.config.stages[name].recorded:
             check_arguments(arguments, name)
         run.outputs.check(**_written(run, name))
+    for name in names:
+        for part in (None, "test") if run.config.stages[name].data.has_test_side else (None,):
+            run.rows(name, part)
+        _require_classes(run, name)
+        run.classes(name)
     return names
 
 
@@ -145,16 +150,16 @@ def _train(run: Run, name: str, stage: StageConfig) -> dict:
                     f"the {side} loss of stage {name!r} is {report[side]['loss']} after training: lower "
                     f"stages.{name}.training.learning_rate."
                 )
+        if is_recorded or stage.kept_checkpoints:
+            folders.remove(run.recording(name))
+            os.replace(checkpoints, run.recording(name))
+        facts = record.facts() | {"weights": provenance.weights_fingerprint(model), "initial": initial}
+        training.save(model, run.tokenizer, run.folder / name, facts)
+        write_json(run.folder / f"{name}.json", report)
     except BaseException as error:
         if isinstance(error, DivergedError) or _last_checkpoint(checkpoints) is None:
             folders.remove(checkpoints)
         raise
-    if is_recorded or stage.kept_checkpoints:
-        folders.remove(run.recording(name))
-        os.replace(checkpoints, run.recording(name))
-    facts = record.facts() | {"weights": provenance.weights_fingerprint(model), "initial": initial}
-    training.save(model, run.tokenizer, run.folder / name, facts)
-    write_json(run.folder / f"{name}.json", report)
     folders.remove(checkpoints)
     run.forget_model(name)
     return report

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from ..errors import InputError
 
+LONGEST_PATH = 250  # characters of a path that are shown
 DEEPEST, MOST_VALUES = 100, 100_000  # what is beyond is no list of settings
 
 
@@ -30,7 +32,11 @@ def check_values(values: Any) -> None:
             raise InputError(
                 f"{shown_key(path)} is {shown_text(value)}; expected text without NUL and halves of surrogate pairs."
             )
-        if not isinstance(value, (dict, list, tuple, set)):
+        if isinstance(value, (bytes, datetime.date, set)):  # of the tags !!binary, !!timestamp and !!set of YAML
+            raise InputError(
+                f"{shown_key(path)} is a {type(value).__name__}; expected text, numbers and lists of them."
+            )
+        if not isinstance(value, (dict, list, tuple)):
             return
         if id(value) in above:
             raise InputError(f"{shown_key(path)} contains itself, by an alias of YAML; expected values with an end.")
@@ -57,14 +63,26 @@ def shown_key(path: tuple[str, ...]) -> str:
     return ascii(".".join(path[:8]))[1:-1] or "the configuration"
 
 
-def shown_text(text: str) -> str:
-    """Text in quotes, in characters that every terminal shows; cut where it is long.
+def shown_text(text: str, most: int = 80) -> str:
+    """Text in quotes, in characters that every terminal shows; cut where it has more than `most` of them.
 
     >>> print(shown_text("a\\0b"))
     'a\\x00b'
     """
     shown = ascii(text)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
+def shortened(value: Any) -> str:
+    """A value as text; its beginning where it is long.
+
+    >>> shortened(10**200)
+    'a number of 201 digits'
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"a number of {len(str(abs(value))) if abs(value) < 10**4000 else 'thousands of'} digits"
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_plain(text: str) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.files import write_atomically
+from ..errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +53,9 @@ def _shown(rows: pd.DataFrame, i: int) -> str:
 def test_sentence(scores: Scores, query: int) -> str:
     """What a query column is about: the test example's text, its id where it has no text, or how many test examples
     it puts together."""
-    tests = scores.metadata["tests"]
+    tests = scores.metadata.get("tests")
+    if tests is None:
+        raise InputError("these scores do not say which tests they are about; expected those of a query: score again.")
     if len(tests) == scores.columns:
         return tests[query].get("text", f"example {tests[query].get('example_id')}")
     return f"{len(tests)} test examples together"
@@ -80,12 +84,21 @@ def plain(table: pd.DataFrame, width: int = 46) -> str:
     return tabulate(
         table,
         headers="keys",
-        tablefmt="simple_grid",
+        tablefmt="simple_grid" if shows("┌") else "grid",  # a terminal of ASCII has no lines
         showindex=False,
         floatfmt=".3g",
         maxcolwidths=[width if n in texts else None for n in range(table.shape[1])],
         disable_numparse=texts,
     )
+
+
+def shows(text: str) -> bool:
+    """Whether stdout can show all characters of a text."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _text_columns(table: pd.DataFrame) -> list[int]:

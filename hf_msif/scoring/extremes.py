@@ -8,12 +8,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from .folder import ScoringFolder, read_facts_if_intact, rows_digest
 from .scores import Scores, write_frame
 from .summary import Extremes
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class SavedMoments(TypedDict):
+    """`summary.Moments` as JSON holds them."""
+
+    count: int
+    mean: float
+    deviation: float
+    smallest: float
+    largest: float
+    histogram: dict[str, int]
+
+
+class AccountFacts(TypedDict):
+    """What kept.parquet says of itself beside its rows."""
+
+    done: int
+    chain: str
+    truncated: int
+    moments: list[SavedMoments]
 
 
 class ExtremesInMemory:
@@ -64,7 +86,7 @@ class ExtremesOnDisk:
         self.saved = time.monotonic()
         self.account = self.folder.path / "kept.parquet"
         if self.account.is_file():
-            facts = read_facts_if_intact(self.account)
+            facts = read_facts_if_intact(self.account, AccountFacts)
             if facts is None:
                 print(f"{self.account} is damaged: scoring starts from the beginning")
                 self.account.unlink()

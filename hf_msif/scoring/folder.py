@@ -7,7 +7,6 @@ damaged later is found when the scoring is resumed.
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import folders
-from ..engine.files import write_json
+from ..engine.files import checked_value, read_json, write_json
 from ..engine.hashing import digest
-from ..errors import InputError
+from ..errors import FileError, InputError
 from .scores import METADATA_KEY
 
 FORMAT = 1
+SHOWN = 5  # changes in a message
 PART_NAMES = "part-" + 8 * "[0-9]" + ".parquet"
 FILES = ("manifest.json", "kept.parquet", PART_NAMES)
 
@@ -60,15 +60,16 @@ class ScoringFolder:
                 f"{self.path} holds a scoring that was interrupted: continue it with --resume (resume=True), or "
                 "delete the folder to score from the beginning."
             )
-        try:
-            saved = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{self.path}/manifest.json is damaged ({error}): delete the folder.") from error
+        saved = read_json(
+            self.path / "manifest.json", dict[str, Any], f"delete {self.path} to score from the beginning"
+        )
         changed = [name for name in {**saved, **manifest} if saved.get(name) != manifest.get(name)]
         if changed:
+            more = [f"{len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
+            names = " and ".join([*changed[:SHOWN], *more])
             raise InputError(
-                f"{' and '.join(changed)} changed since the scoring in {self.path} was interrupted: undo the change "
-                "to continue it, or delete the folder to score from the beginning."
+                f"{names} changed since the scoring in {self.path} was interrupted: undo the change to continue it, "
+                "or delete the folder to score from the beginning."
             )
 
     def corpus_changed(self, how: str) -> InputError:
@@ -80,16 +81,12 @@ class ScoringFolder:
 
     @contextmanager
     def full_disk_explained(self) -> Iterator[None]:
-        """Inside, an error that says that there is no room on the disk becomes an `InputError` with the way out."""
+        """Inside, the sentence on a file that cannot be written says how to go on, too."""
         try:
             yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise InputError(
-                f"{self.path}: {error.strerror}; the parts that were finished are whole: free space on the disk and "
-                "continue with --resume (resume=True)."
-            ) from error
+        except FileError as error:
+            way_out = "the parts that were finished are whole: continue with --resume (resume=True)"
+            raise FileError(f"{str(error).rstrip('.')}; {way_out}.") from error
 
     def remove(self) -> None:
         """Deletes the folder, unless it holds files of the user's."""
@@ -108,13 +105,14 @@ def read_facts(path: Path) -> dict:
     return json.loads(pq.read_schema(path).metadata[METADATA_KEY])
 
 
-def read_facts_if_intact(path: Path) -> dict | None:
-    """`read_facts` where the whole file can be read and its checksums hold, otherwise None."""
+def read_facts_if_intact(path: Path, kind: Any) -> Any:
+    """`read_facts` where the whole file can be read, its checksums hold, and the facts are of that kind; otherwise
+    None."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         pq.ParquetFile(path, page_checksum_verification=True).read()
-        return read_facts(path)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return checked_value(read_facts(path), kind, path, "")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException):  # `FileError` is one, too
         return None

@@ -9,6 +9,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from ..engine.files import write_atomically
 from ..engine.folders import unfinished_files
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COUNTED_AT_ONCE = 2**20  # rows whose texts' hashes are compared in memory at a time
+
+
+class PartFacts(TypedDict):
+    """What a part says of itself: its number, the digest of its rows, and how many of these were truncated."""
+
+    number: int
+    rows: str
+    truncated: int
 
 
 class PartsOnDisk:
@@ -39,8 +48,8 @@ class PartsOnDisk:
         for leftover in unfinished_files(self.folder.path):
             leftover.unlink()
         for part in sorted(self.folder.path.glob(PART_NAMES)):
-            facts = read_facts_if_intact(part)
-            if facts is None:
+            facts = read_facts_if_intact(part, PartFacts)
+            if facts is None or part != self._path(facts["number"]):
                 print(f"{part} is damaged: its rows are scored again")
                 part.unlink()
             else:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from ..engine.files import write_atomically
+from ..engine.files import parse_json, write_atomically
 from ..engine.hashing import digest
-from ..errors import InputError
+from ..errors import FileError, InputError, first_line
 from .noise import Noise, top_probabilities
 from .orders import DIVISORS, NORMS, ORDERS, order_key, relative
 
@@ -38,6 +41,14 @@ def write_frame(frame: pd.DataFrame, metadata: dict, path: str | os.PathLike) ->
     table = pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: pack_metadata(metadata)})
     write_atomically(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
+
+
+class SavedMetadata(TypedDict):
+    """What is read of the metadata of a file of scores; there is more."""
+
+    columns: Annotated[int, Field(ge=1, le=1_000_000)]
+    tests: NotRequired[list[dict[str, Any]]]
+    kept: NotRequired[dict[str, Any]]
 
 
 class Scores:
@@ -275,14 +286,21 @@ class Scores:
             raise InputError(
                 f"{path} does not exist; expected the Parquet file that `msif score` or `Scores.to_parquet` writes."
             )
-        scores = cls.__new__(cls)
-        scores._source = _File(path)
+        scores, way_out = cls.__new__(cls), "expected what `msif score` or `Scores.to_parquet` writes: score again"
+        try:
+            scores._source = _File(path)
+        except (OSError, ValueError) as error:  # also of pyarrow
+            raise FileError(f"{path} holds no scores ({first_line(error)}); {way_out}.") from error
         packed = scores._source.metadata.get(METADATA_KEY)
         if packed is None:
             raise InputError(
                 f"{path} is a Parquet file without scores' metadata; expected one that `Scores.to_parquet` wrote."
             )
-        scores.metadata = json.loads(packed)
+        scores.metadata = parse_json(packed, SavedMetadata, path, way_out)
+        names = {f"influence{scores._suffix(q)}" for q in range(scores.columns)} | {"example_id", "text"}
+        missing = sorted(names - set(scores._source.names))
+        if missing:
+            raise FileError(f"{path} is damaged (it has no column {missing[0]!r}): {way_out}.")
         return scores
 
     def _suffix(self, query: int) -> str:
@@ -358,6 +376,7 @@ class _File:
     def __init__(self, path: str | os.PathLike):
         import pyarrow.parquet as pq
 
+        self.path = path
         self.file = pq.ParquetFile(path, page_checksum_verification=True)
         self.metadata = self.file.schema_arrow.metadata or {}
 
@@ -365,14 +384,24 @@ class _File:
         return self.file.metadata.num_rows
 
     def whole(self) -> pd.DataFrame:
-        return self.file.read().to_pandas()
+        with self._damage_named():
+            return self.file.read().to_pandas()
+
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        """Inside, what cannot be read is said of this file."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # of pyarrow, too
+            raise FileError(f"{self.path} is damaged ({first_line(error)}): score again.") from error
 
     @property
     def names(self) -> list[str]:
         return self.file.schema_arrow.names
 
     def column(self, name: str) -> np.ndarray:
-        return self.file.read([name])[name].to_numpy()
+        with self._damage_named():
+            return self.file.read([name])[name].to_numpy()
 
     def rows(self, places: np.ndarray) -> pd.DataFrame:
         """Reads one row group at a time."""
@@ -384,7 +413,8 @@ class _File:
         frames = []
         for group in np.unique(groups):
             positions = np.flatnonzero(groups == group)
-            frame = self.file.read_row_group(int(group)).take(places[positions] - starts[group]).to_pandas()
+            with self._damage_named():
+                frame = self.file.read_row_group(int(group)).take(places[positions] - starts[group]).to_pandas()
             frames.append(frame.set_axis(positions))
         if not frames:
             return self.file.schema_arrow.empty_table().to_pandas()

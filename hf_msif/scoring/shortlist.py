@@ -139,7 +139,7 @@ def _first_pass(
     engine, path = scorable.engine, Path(output_dir) / first_pass_name(scorable.file_name)
     with engine.raising_together():
         depends_on = digest([scorable.identity(), keep, dtype, part_rows, scorable.norms]) if engine.is_main else None
-        facts = read_facts_if_intact(path) if engine.is_main and resume and path.is_file() else None
+        facts = read_facts_if_intact(path, dict[str, Any]) if engine.is_main and resume and path.is_file() else None
         finished = facts is not None and facts.get("depends_on") == depends_on
     depends_on, finished = engine.broadcast_object((depends_on, finished))
     if finished:

@@ -23,6 +23,7 @@ from ..adapters.split import Split, decayed_names, split, write
 from ..curvature.derivatives import parameters_in_use
 from ..engine.accelerated import Engine
 from ..engine.corpus import as_rows
+from ..engine.files import read_json
 from ..errors import DivergedError, InputError
 from ..objectives import Objective, checked_objective
 from . import optimisers
@@ -267,7 +268,7 @@ def _resume(recording: Recording, model: FunctionalModel, name: str) -> tuple[Sl
         recording.save()
         recording.write(0, first)
         return first, 0
-    before = json.loads(file.read_text())
+    before = read_json(file, dict[str, Any], f"delete {recording.folder}, or choose another folder, to train anew")
     settings = json.loads(json.dumps(recording.settings))
     differences = [key for key, value in settings.items() if before.get(key) != value]
     if differences:

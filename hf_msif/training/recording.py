@@ -12,7 +12,6 @@ Each file is written whole or not at all. States between two saved ones are comp
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -25,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from .. import vectors
-from ..engine.files import load_tensors, save_tensors, write_json
+from ..engine.files import checked_value, load_tensors, read_json, save_tensors, write_json
 from ..engine.folders import add_names
 from ..engine.hashing import contents, digest, objective_identity
-from ..errors import InputError
+from ..errors import FileError, InputError, first_line
 from ..objectives import Objective
 from . import optimisers
 from .optimisers import SGD, AdamW, Slots
@@ -38,6 +38,25 @@ from .response import linear_form
 
 FORMAT = 1
 FILES = ("run.json", "schedule.safetensors", "state-" + 8 * "[0-9]" + ".safetensors")  # of a recorded run
+
+
+AGAIN = "record the run again"  # the way out
+
+
+class SavedRun(TypedDict):
+    """What run.json holds, beside the format and the facts about what the run was trained on."""
+
+    optimiser: dict[str, Any]
+    clip: float | None
+    trained: list[str]
+    decayed: list[str]
+    weight_decay: float
+    alpha: float | None
+    micro_batch: int
+    dropout: bool
+    seed: int
+    steps: int
+    order: str
 
 
 @dataclass(frozen=True)
@@ -190,15 +209,22 @@ class Recording:
                 f"stage {name!r}: {folder} holds no recorded run; expected what `training.record` or a "
                 "`RecordCallback` writes."
             )
-        facts = json.loads((folder / "run.json").read_text())
-        if facts.pop("format") != FORMAT:
+        facts = read_json(folder / "run.json", dict[str, Any], AGAIN)
+        if facts.pop("format", FORMAT) != FORMAT:
             raise InputError(f"stage {name!r}: the run in {folder} was recorded by another version: record it again.")
+        checked_value(facts, SavedRun, folder / "run.json", AGAIN)
         settings = {key: facts.pop(key) for key in ("clip", "weight_decay", "alpha", "micro_batch", "dropout", "seed")}
         settings |= {"trained": tuple(facts.pop("trained")), "decayed": frozenset(facts.pop("decayed"))}
-        settings |= {"optimiser": optimisers.from_dict(facts.pop("optimiser"))}
+        settings["optimiser"] = facts.pop("optimiser")
         for derived in ("steps", "order"):
             del facts[derived]
-        schedule = Schedule.load(folder / "schedule.safetensors")
+        try:
+            settings["optimiser"] = optimisers.from_dict(settings["optimiser"])
+            schedule = Schedule.load(folder / "schedule.safetensors")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # also `FileError`
+            raise FileError(
+                f"stage {name!r}: the run in {folder} is damaged ({first_line(error)}): {AGAIN}."
+            ) from error
         recording = cls(schedule=schedule, facts=facts, folder=folder, **settings)
         missing = [step for step in recording.saved_steps if not recording.path(step).is_file()]
         if missing:
@@ -228,8 +254,14 @@ class Recording:
         """The state after `step` steps, which must be one of `saved_steps`."""
         slots: Slots = {}
         for key, tensor in load_tensors(self.path(step))[0].items():
-            slot, name = key.split("/", 1)
+            slot, _, name = key.partition("/")
             slots.setdefault(slot, {})[name] = tensor.to(device)
+        shapes = {n: t.shape for n, t in slots.get("parameters", {}).items()}
+        wrong = set(shapes) != set(self.trained) or set(slots) != {"parameters", *self.optimiser.buffers}
+        if wrong or any({n: t.shape for n, t in tensors.items()} != shapes for tensors in slots.values()):
+            raise FileError(
+                f"{self.path(step)} is damaged: it holds other tensors than the run's parameters and buffers: {AGAIN}."
+            )
         return slots
 
     def steps_on_disk(self) -> list[int]:

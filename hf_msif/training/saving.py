@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..adapters.peft import has_adapters
 from ..adapters.peft import save as save_with_adapters
+from ..engine.files import disk_errors
 from ..engine.folders import replaced
 
 
@@ -34,7 +35,7 @@ def save(
             this function did not write.
     """
     # A link to a folder elsewhere stays, and what it points to is replaced.
-    with replaced(Path(os.path.realpath(folder)), "model", facts) as part:
+    with disk_errors(folder), replaced(Path(os.path.realpath(folder)), "model", facts) as part:
         save_with_adapters(model, part) if has_adapters(model) else cast(PreTrainedModel, model).save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)

@@ -29,8 +29,12 @@ OF_THE_PLACE = ("output_dir", "local_rank", "ddp_*", "use_cpu", "no_cuda", "use_
 
 # Name in `TrainingArguments` → whether a value is one, and what is expected.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_steps": (lambda value: value == -1 or value > 0, "at least 1, or -1 for num_train_epochs"),
+    "max_steps": (lambda value: value == -1 or 0 < value < 2**31, "at least 1, or -1 for num_train_epochs"),
+    "num_train_epochs": (lambda value: value < 1e6, "a number of epochs that ends"),
     "learning_rate": _POSITIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "logging_steps": _NOT_NEGATIVE,
+    "neftune_noise_alpha": (lambda value: value is None or value >= 0, "at least 0"),
     "per_device_train_batch_size": _AT_LEAST_ONE,
     "gradient_accumulation_steps": _AT_LEAST_ONE,
     "dataloader_num_workers": _NOT_NEGATIVE,

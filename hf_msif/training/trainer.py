@@ -21,9 +21,9 @@ from ..adapters.peft import unwrap
 from ..adapters.positions import forward
 from ..adapters.split import Split, split
 from ..engine.corpus import as_rows, checked_omission
-from ..engine.files import write_json
+from ..engine.files import disk_errors, write_json
 from ..engine.hashing import contents, digest, objective_fingerprint, tensors_fingerprint
-from ..errors import DivergedError, InputError
+from ..errors import DivergedError, FileError, InputError, first_line
 from ..objectives import Objective, checked_objective
 from .objective import QuadraticTerms, data_term, example_weights
 from .settings import check_arguments as check_settings_of
@@ -131,7 +131,16 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+            with disk_errors(arguments.output_dir or "."):
+                loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        except Exception as error:
+            if checkpoint is None or watch.steps or isinstance(error, DivergedError):
+                raise
+            reason = first_line(error.__cause__ or error)  # not what `disk_errors` makes of it: it was read
+            raise FileError(
+                f"stage {name!r}: training cannot go on from {checkpoint}, which is damaged ({reason}): delete "
+                f"{arguments.output_dir} to train anew."
+            ) from error
         finally:
             watch.close()
         _check_finite(model, name, trainer.state.global_step)
@@ -286,6 +295,7 @@ class _Watch(TrainerCallback):
     def __init__(self, collator: _Collator, name: str, progress: bool):
         self.collator, self.name, self.progress = collator, name, progress
         self.bar: Any = None  # of tqdm
+        self.steps = 0  # that were done by this call
 
     def on_train_begin(self, args, state, control, **kwargs):
         hidden = not (self.progress and state.is_world_process_zero)
@@ -299,6 +309,7 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.bar.update()
+        self.steps += 1
         if control.should_save:
             _check_finite(model, self.name, state.global_step)
 

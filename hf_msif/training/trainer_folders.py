@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import glob
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from typing_extensions import TypedDict
 
 from ..adapters.peft import has_adapters
 from ..adapters.split import decayed_names
-from ..errors import InputError, first_line
+from ..engine.files import checked_value, read_json
+from ..errors import FileError, InputError, first_line
 from .optimisers import SGD, AdamW
 from .record import learning_rates
 from .trajectory import Snapshot, Trajectory, nearest
@@ -77,6 +79,21 @@ def of_trainer(
     return Trajectory(optimiser, rates, tuple(cut), load, decayed, origin, clip)
 
 
+class TrainerState(TypedDict):
+    """What is read of trainer_state.json; there is more."""
+
+    global_step: int
+    max_steps: int
+    log_history: list[dict[str, Any]]
+
+
+class OptimiserState(TypedDict):
+    """What optimizer.pt holds."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
 def _paths(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> list[Path]:
     patterns = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     paths = []
@@ -93,14 +110,9 @@ def _paths(folders: str | os.PathLike | Sequence[str | os.PathLike], name: str) 
 
 def _json(path: Path, name: str) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("global_step", "max_steps", "log_history"):
-            state[key]
-        return state
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"stage {name!r}: {path} cannot be read ({first_line(error)}); expected what a Trainer writes."
-        ) from error
+        return read_json(path, TrainerState, "expected what a Trainer writes")
+    except FileError as error:
+        raise FileError(f"stage {name!r}: {error}") from error
 
 
 def _end(paths: list[Path], steps: list[int], most: int, model: nn.Module, trained: Sequence[str], name: str) -> int:
@@ -178,7 +190,8 @@ def _into_copy(folder: Path, model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 def _load(path: Path, name: str) -> Any:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        return checked_value(state, OptimiserState, path, "expected what a Trainer writes")
     except Exception as error:
         raise InputError(
             f"stage {name!r}: {path} cannot be read ({first_line(error)}); expected the state of an optimiser, as a "

@@ -14,10 +14,26 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
-from ..engine.files import write_json
+from ..engine.files import read_json, write_json
 from ..engine.folders import add_names
 from ..errors import InputError
+
+
+class Entry(TypedDict):
+    """What the file of a retraining holds."""
+
+    omitted: list[Any]
+    seed: int
+    losses: list[float]
+    reached: bool
+
+
+class Result(TypedDict):
+    """What the file of another result holds."""
+
+    result: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -131,7 +147,7 @@ class Bank:
             compute: returns it.
         """
         key = self._key({"result": name}, 0)
-        entry = self._read(key)
+        entry = self._read(key, Result)
         if entry is None:
             entry = self._keep(key, {"name": name, "fingerprint": self.fingerprint, "result": compute()})
         return entry["result"]
@@ -143,13 +159,9 @@ class Bank:
     def _key(self, omitted: list | dict, seed: int) -> str:
         return hashlib.sha256(_json([self.fingerprint, omitted, seed]).encode()).hexdigest()[:32]
 
-    def _read(self, key: str) -> dict | None:
+    def _read(self, key: str, kind: Any = Entry) -> dict | None:
         if key not in self._entries and self.folder is not None and (path := self.folder / f"{key}.json").exists():
-            try:
-                entry = json.loads(path.read_text())
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path} is damaged ({error}): delete it, and it will be computed again.") from None
-            self._entries[key] = entry
+            self._entries[key] = read_json(path, kind, "delete it, and it will be computed again")
         return self._entries.get(key)
 
     def _compute(self, key: str, omitted: list, seed: int) -> None:

@@ -302,18 +302,18 @@ BAD = {
     "impossible model": (
         remove("pretraining"),
         f"train {PRE}.model.config.hidden_size 7",
-        ["pretraining.model: cannot build", "7"],
+        ["pretraining.model.config.hidden_size is 7, which is refused", "multiple"],
     ),
     "neither path nor config": (remove("pretraining"), f"plan {PRE}.model.config null", ["neither path nor config"]),
     "bad training value": (
         None,
         f"train {FINE}.training.save_strategy never",
-        ["stages.finetuning.training: never"],
+        ["stages.finetuning.training.save_strategy is never, which is refused"],
     ),
     "bad training value to plan": (
         remove("pretraining"),
         f"plan {PRE}.training.optim magic",
-        ["stages.pretraining.training: magic"],
+        ["stages.pretraining.training.optim is magic, which is refused"],
     ),
     "bad training type": (None, f"score {PRE}.training.bf16 maybe", ["stages.pretraining.training.bf16 is maybe"]),
     "our training key": (None, f"plan {PRE}.training.output_dir x", ["stages.pretraining.training.output_dir"]),

@@ -86,7 +86,7 @@ ERRORS = {
     "no such file": (None, {}, ["data_files", "does not exist"]),
     "an empty file": ("", {}, ["data_files", "is empty"]),
     "blank lines only": ("\n\n \n", {"builder": "text"}, ["no row of 3 is left, 3 left out (no text)"]),
-    "a header only": ("id,text\n", {}, ["cannot load 'csv'"]),
+    "a header only": ("id,text\n", {}, ["rows.csv' cannot be read as csv", "a header and no row"]),
     "broken": ('id,text\n1,"a\n', {}, ["cannot load 'csv'"]),
     "ragged": ("id,text\n1,a\n1,2,3,4\n", {}, ["Expected 2 fields in line 3, saw 4", "data_files"]),
     "no such split": (CSV, {"split": "tst"}, ["split 'tst'", "train"]),

@@ -8,7 +8,7 @@ import torch
 import transformers
 from helpers.project import SIZES, listing, snapshot, visible
 
-from hf_msif.errors import InputError
+from hf_msif.errors import FileError, InputError
 from hf_msif.project import config
 from hf_msif.project.plan import plan
 from hf_msif.project.run import Run
@@ -113,7 +113,7 @@ def test_a_failed_save_leaves_the_older_model(make_run, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(run.tokenizer, "save_pretrained", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(FileError, match=r"finetuning cannot be written \(disk full\)"):
         train(run, "finetuning")
     assert {k: v for k, v in snapshot(run.folder).items() if "checkpoints" not in str(k)} == before
     assert not list(run.folder.glob("*.part"))

@@ -110,7 +110,7 @@ def test_a_full_disk_loses_nothing(query, expected, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", full)
         with pytest.raises(
-            InputError, match=r"No space left on device; the parts that were finished are whole.*resume"
+            InputError, match=r"No space left on device\).*; the parts that were finished are whole.*resume"
         ):
             query.score(CORPUS, output_dir=tmp_path, part_rows=5, batch_size=1)
     assert sorted(p.name for p in (tmp_path / "scores.parts").glob("[!.]*")) == [

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ...errors import InputError
+from ..values import shortened
 
 
 class Command(Protocol):
@@ -43,10 +44,21 @@ class Command(Protocol):
 
 
 def check_positive(flag: str, value: int) -> None:
-    """Refuses a count below one.
+    """Refuses a count below one, or one that no machine reaches.
 
     Raises:
         InputError: names the flag and its value.
     """
-    if value < 1:
-        raise InputError(f"{flag} is {value}; expected at least 1.")
+    check_range(flag, value, 1, 2**31 - 1)
+
+
+def check_range(flag: str, value: int, least: int, most: int) -> None:
+    """Refuses a number out of a range.
+
+    Raises:
+        InputError: names the flag and its value.
+    """
+    if value < least:
+        raise InputError(f"{flag} is {value}; expected at least {least}.")
+    if value > most:
+        raise InputError(f"{flag} is {shortened(value)}; expected at most {most}.")

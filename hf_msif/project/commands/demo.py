@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from . import check_range
+
 HELP = "embedded data, no network: trains, explains three tweets, retrains to check"
 TAKES_CONFIGURATION = False
 WRITES = True
@@ -20,6 +22,7 @@ def run(arguments: argparse.Namespace) -> dict:
     """The figures of the demo, which prints its tables while it works."""
     from ..demo.run import demo
 
+    check_range("--seed", arguments.seed, 0, 2**32 - 1)  # NumPy takes no others
     return demo(arguments.output_dir, arguments.seed, quiet=arguments.json)
 
 

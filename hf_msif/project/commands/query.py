@@ -53,15 +53,16 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
             folders.add_names(checkpoints, "checkpoints of a query", names)
     try:
         query = chain.query(tests, project.aggregate, checkpoints, project.config.test.replicates, project.measurement)
+        query.save_pretrained(folder)  # its marker says nothing of settings: a crash leaves a query that is refused
+        with chain.engine.raising_together():
+            if is_main:
+                folders.write_marker(folder, "query", FILES, query_record(project).facts())
+                folders.remove(checkpoints)
     except BaseException:
         if is_main:
-            folders.remove_if_empty(checkpoints)
+            for written in (checkpoints, folder):
+                folders.remove_if_empty(written)
         raise
-    query.save_pretrained(folder)  # its marker says nothing of settings: a crash here leaves a query that is refused
-    with chain.engine.raising_together():
-        if is_main:
-            folders.write_marker(folder, "query", FILES, query_record(project).facts())
-            folders.remove(checkpoints)
     seconds = round(time.perf_counter() - started, 1)
     noise = {name: query.noise_text(name) for name in project.names}
     return {"seconds": seconds, "query": str(folder), "noise": noise, **query.certificate()}
