@@ -203,7 +203,7 @@ class SpanLogProbability(Measurement):
         if start < 0:
             raise InputError(f"{name}: its text {text!r} does not hold the span {span!r}; expected words of it.")
         key = "text_target" if column != objective.text_column else "text"
-        offsets = objective.tokenizer(**{key: text}, return_offsets_mapping=True)["offset_mapping"]
+        offsets = objective.tokenizer(**{key: text}, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         places = [k for k, (a, b) in enumerate(offsets) if a < b and a < start + len(span) and b > start]
         return (places[0], places[-1] + 1) if places else (0, 0)
 
