@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from objective import Seq2SeqLM
 from tiny_models import SPECIAL, WORDS, Pair, models_of, pairs, pass_on, tokenizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -135,7 +134,7 @@ def objective_of(pair: Pair) -> Objective:
     task = pair.task
     if task == "pretraining":
         task = "causal" if "CausalLM" in pair.language_model or "LMHead" in pair.language_model else "masked"
-    kinds = {"masked": objectives.MaskedLM, "causal": objectives.CausalLM, "seq2seq": Seq2SeqLM}
+    kinds = {"masked": objectives.MaskedLM, "causal": objectives.CausalLM, "seq2seq": objectives.Seq2SeqLM}
     return kinds[task](tokenizer())
 
 
