@@ -18,8 +18,8 @@ class ProcessError(RuntimeError):
     """Another process of the launch failed, not because of bad input; the message repeats what that process said."""
 
 
-class FileError(InputError):
-    """A file could not be written, or cannot be read: the message names it."""
+class FileError(InputError, OSError):
+    """A file could not be written, or cannot be read as what it should be: the message names it."""
 
 
 LONGEST = 300  # characters of another library's message

@@ -126,7 +126,7 @@ def parse_json(content: bytes, kind: Any, path: str | os.PathLike, way_out: str)
         json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs could not be written again
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
-        raise FileError(f"{path} is damaged (no JSON: {reason}): {way_out}.") from error
+        raise FileError(f"{path} cannot be read (it is no JSON: {reason}): {way_out}.") from error
     return checked_value(value, kind, path, way_out)
 
 

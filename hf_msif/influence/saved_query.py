@@ -66,8 +66,8 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder} holds no query; expected query.json and query.safetensors as `save_pretrained` writes."
         )
     try:
-        state = read_json(path, dict[str, Any], AGAIN)
-        if "format" not in state:
+        state = read_json(path, Any, AGAIN)
+        if not isinstance(state, dict) or "format" not in state:
             raise _damaged(folder, "query.json does not say its format")
         if state["format"] != FORMAT:
             raise InputError(
@@ -77,7 +77,7 @@ def read(folder: Path) -> dict[str, Any]:
             raise _damaged(folder, "query.json was changed after it was written: its checksum differs")
         checked_value(state, SavedQuery, path, AGAIN)
     except FileError as error:
-        raise _damaged(folder, str(error).rstrip(".")) from error
+        raise _damaged(folder, str(error).removesuffix(f": {AGAIN}.")) from error
     except RecursionError as error:
         raise _damaged(folder, "query.json is nested too deep") from error
     if set(state["depends_on"]) != set(state["stages"]):
