@@ -233,9 +233,8 @@ class _Match:
 def _match(stage: str, model: nn.Module, previous: nn.Module, resized: bool, previous_stage: str) -> _Match:
     added, idle = inspect_adapters(model, stage)
     bases_by_name = _encoder_names(model, idle)
-    previous_names = {
-        base: n for n, base in _encoder_names(previous, inspect_adapters(previous, previous_stage)[1]).items()
-    }
+    previous_added, previous_idle = inspect_adapters(previous, previous_stage)
+    previous_names = {base: n for n, base in _encoder_names(previous, previous_idle).items()}
     pair = f"stage {stage!r} ({type(model).__name__}) and {previous_stage!r} ({type(previous).__name__})"
     way_out = "; load the finetuned model from the pretrained checkpoint, or pair it with the checkpoint it came from"
 
@@ -254,8 +253,10 @@ def _match(stage: str, model: nn.Module, previous: nn.Module, resized: bool, pre
     if not any(encoder(m) is unwrap(m) for m in (model, previous)):
         encoder_only = [base for base in bases if base not in previous_names and not _is_optional(base)]
         not_passed_on = [base for base in previous_names if base not in bases and not _is_optional(base)]
-    in_one = [*encoder_only, *not_passed_on]
-    if in_one and not contained and not _same_sizes(model, previous):
+    # Adapters that are lacking change what the tensors that are shared compute.
+    lost = [base for base in not_passed_on if previous_names[base] in previous_added]
+    in_one = [*lost, *encoder_only, *not_passed_on]
+    if in_one and (lost or not (contained or _same_sizes(model, previous))):
         base = in_one[0]
         has, lacks = (stage, previous_stage) if base in bases else (previous_stage, stage)
         raise InputError(f"{pair} do not match: tensor {base!r} is in {has!r} and not in {lacks!r}{way_out}.")
