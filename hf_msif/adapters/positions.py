@@ -21,6 +21,7 @@ from .split import encoder
 Positions = tuple[Tensor, Tensor]
 
 BESIDE_TOKENS = ("attention_mask", "token_type_ids")
+TOKEN_LOGITS = ("logits", "prediction_logits")  # the latter of models for pretraining, such as BertForPreTraining
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def forward(
         whole_head: the head runs at all positions, and its logits are gathered.
 
     Returns:
-        The model's output; its `logits`, if it has any, have the shape (M, V) with positions.
+        The model's output; its `TOKEN_LOGITS`, if it has any, have the shape (M, V) with positions.
 
     Raises:
         OrderError: the last layer ran otherwise than `point` says, and the output would be wrong.
@@ -82,9 +83,11 @@ def forward(
     headless = whole_head or base is unwrap(model)
     with nullcontext() if headless else _gathered(base, positions, point, batch_shape(inputs)):
         output = run(inputs)
-    if getattr(output, "logits", None) is not None:  # if there are none, the objective raises the error
-        # Logits without an axis of tokens lose one, too, so that the objective sees another task in them.
-        output.logits = output.logits[positions] if headless and output.logits.dim() > 2 else output.logits[0]
+    for name in TOKEN_LOGITS:
+        logits = getattr(output, name, None)
+        if logits is not None:  # if there are none, the objective raises the error
+            # Logits without an axis of tokens lose one, too, so that the objective sees another task in them.
+            setattr(output, name, logits[positions] if headless and logits.dim() > 2 else logits[0])
     return output
 
 

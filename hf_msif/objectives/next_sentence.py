@@ -81,7 +81,7 @@ class NextSentenceMaskedLM(MaskedLM):
                 f"NextSentenceMaskedLM needs a model with prediction_logits and seq_relationship_logits, such as "
                 f"BertForPreTraining; {type(output).__name__} has not both: take MaskedLM for this model."
             )
-        terms = self._masked_terms(words[0], batch)  # one row of M tokens, as the head saw them
+        terms = self._masked_terms(words, batch)
         labels = batch["next_sentence_labels"][batch["owners"]]
         next_sentence = cross_entropy(pairs, labels, reduction="none")[batch["rows"]] / self.draws
         return terms._replace(losses=terms.losses + next_sentence)

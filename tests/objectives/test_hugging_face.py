@@ -339,7 +339,7 @@ def test_fisher_labels_of_two_outputs_are_told_apart():
         sums,
         counts * cross_entropy(pairs.outputs, labels, reduction="none")
         + torch.zeros_like(sums).index_add(
-            0, batch["rows"], cross_entropy(words.outputs[0], batch["labels"], reduction="none")
+            0, batch["rows"], cross_entropy(words.outputs, batch["labels"], reduction="none")
         ),
     )
 
