@@ -158,7 +158,7 @@ def test_a_record_says_what_it_is(tmp_path):
     assert record == {**expected, "fingerprint": bank.fingerprint}
     assert bank.unreached([["a", "b"]], [4]) == 2
     path.write_text("{")
-    with pytest.raises(InputError, match="is no JSON.* delete it"):
+    with pytest.raises(InputError, match=r"is no JSON.* delete it"):
         Bank(lambda omit, seed: [0.0], tmp_path, {}, progress=False).losses([["a", "b"]], seed=4)
 
 
