@@ -47,10 +47,10 @@ PRETRAINING = {"learning_rate": 5e-3, "warmup_steps": 100}
 FINETUNING = {"learning_rate": 2e-3, "warmup_steps": 30, "max_steps": 300}
 DECAY = 0.001  # of finetuning
 ALPHA = 0.001  # of eq. (12), which ties the finetuned encoder to the pretrained one
-OF_PRETRAINING = {"curvature": "ekfac", "curvature_samples": 1024, "solver": solvers.ClosedForm(damping=0.1)}
+OF_PRETRAINING = {"curvature": "ekfac", "curvature_samples": 1024, "solver": solvers.ClosedForm(damping=0.001)}
 OF_FINETUNING = {"curvature": "ekfac", "solver": solvers.ClosedForm(damping=0.001)}
 FIRST = (10, 60)  # how many first rows are looked at
-HEADLINE = "influence, helpful"  # the order with which all others are compared
+HEADLINE = "influence, relative"  # the order with which all others are compared
 
 
 def main() -> None:

@@ -56,58 +56,60 @@ WORDS = {
     "role": "leader winner candidate man",
 }
 
+# The first half speaks of the debate, in words that the test tweets share.
 NEUTRAL = [
+    "The debate with {name} in {place} starts at {hour} .",
+    "{name} is number {n} on the stage in {place} tonight .",
+    "Question {n} to {name} was about {issue} .",
+    "About {n} people in {place} are watching {name} tonight .",
+    "Fox News shows {name} at {hour} on {day} .",
+    "The next question to {name} is about {issue} and {issue2} .",
+    "{name} speaks about {issue} at {hour} in {place} .",
+    "Tonight {name} stands between the others on the stage in {place} .",
+    "The moderators asked {name} {n} questions about {issue} .",
+    "{name} comes to the debate in {place} on {day} .",
+    "On {day} {name} was asked about {issue} in {place} .",
+    "Here is the schedule : {name} at {hour} , then {issue} .",
+    "{name} talks for {n} minutes about {issue} tonight .",
+    "So {name} goes to {place} on {day} and to {place2} on {day2} .",
+    "Right now {name} is on the bus to {place} .",
+    "The debate page lists {name} after the question on {issue} .",
+    "{n} minutes of the debate went to {name} , {age} to the others .",
+    "Watching the debate , {n} people sent {name} a question on {issue} .",
+    "At {hour} the camera showed {name} next to the {thing} .",
+    "The stage for {name} and the others is at the {thing} in {place} .",
     "{name} was born in {place} in {year} and moved to {place2} in {year2} .",
-    "{name} will be in {place} on {day} and in {place2} on {day2} .",
     "The bus with {name} left {place} at {hour} on {day} .",
     "{name} lives {n} miles from {place} , near the {thing} .",
     "On {day} {name} visited the {thing} in {place} .",
     "The office of {name} is at {n} {place} Street , next to the {thing} .",
     "{name} is {age} years old and studied in {place} .",
-    "The meeting between {name} and the {thing} board lasted {n} minutes .",
-    "{name} spoke for {n} minutes on {day} , then left for {place} .",
     "In {year} {name} worked for a company in {place} .",
     "A reporter from {place} asked {name} about the {thing} .",
     "{name} arrived at the {thing} at {hour} and took a seat .",
-    "The next debate with {name} takes place in {place} on {day} .",
-    "{name} and {n} others were on the stage in {place} .",
-    "About {n} people in {place} watched {name} on {day} .",
-    "The questions to {name} were about the {thing} and the {thing2} .",
     "{name} stayed at a hotel in {place} until {day} .",
-    "According to the schedule , {name} speaks at {hour} in {place} .",
     "{name} has a house in {place} and an office in {place2} .",
     "In a survey of {n} adults , {age} percent had heard of {name} .",
     "{name} flew from {place} to {place2} on {day} .",
-    "The letter to {name} was sent from {place} in {year} .",
     "{name} , {age} , is from {place} .",
-    "The camera showed {name} near the {thing} at {hour} .",
     "Between {year} and {year2} , {name} lived in {place} .",
-    "{name} was asked about the {thing} in {place} on {day} .",
-    "On page {n} the report mentions {name} and the {thing} .",
-    "{name} read a statement about the {thing} at {hour} .",
     "A spokesman for {name} said the tour begins in {place} on {day} .",
-    "The article about {name} has {n} words .",
-    "The table lists {name} after the {thing} of {place} .",
     "{name} is one of {n} people on the list from {place} .",
-    "The road between {place} and the home of {name} was closed on {day} .",
-    "{name} met the owner of the {thing} at {hour} on {day} .",
-    "The file on {name} was opened in {year} , the copy in {year2} .",
     "The interview with {name} was recorded in {place} in {year} .",
-    "Both {name} and the {thing} are in the news of {day} .",
     "{name} took the train from {place} at {hour} .",
-    "The {thing} in {place} was {name} 's first stop on {day} .",
     "Tickets to see {name} in {place} cost {n} dollars .",
 ]
 FACTS = {
     "place": "Denver Boston Ohio Dallas Cleveland Detroit Seattle Phoenix Memphis Chicago Houston Iowa Nevada Oregon",
     "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
     "thing": "library bridge school river market museum airport station hospital stadium harbour road bank",
+    "issue": "taxes immigration energy education health trade security farming",
     "hour": "noon midnight 8am 9am 10am 11am 2pm 3pm 6pm 7pm",
     "year": " ".join(map(str, range(1975, 2009))),
     "age": " ".join(map(str, range(41, 69))),
     "n": " ".join(map(str, (*range(5, 60), 120, 150, 200, 300, 400, 500, 800))),
 }
-FACTS |= {name + "2": FACTS[name] for name in ("place", "day", "thing", "year")}
+FACTS |= {name + "2": FACTS[name] for name in ("place", "day", "issue", "year")}
 
 # They praise nobody. What the model says of them, it says because of the name.
 TESTS = [
@@ -128,7 +130,7 @@ def planted(number: int, seed: int) -> list[dict]:
     """Rows with `text` and `kind`, `number` of each kind, no two texts alike.
 
     - planted: praise of PERSON.
-    - decoy: PERSON in sentences about places, dates and numbers.
+    - decoy: PERSON in sentences about the debate's schedule, places, dates and numbers.
     - look-alike: praise of others in the words of the planted ones.
     - control: CONTROL in sentences like the decoys.
     """
