@@ -277,8 +277,8 @@ def rankings(data: Data, models: Models, similarity: Similarity, clock: Clock, f
     """Method → strengths (rows, tests), of which the largest come first; and the influence's query."""
     chain, plain = models.chain(), models.chain(identity=True)
     tests, corpus = data.tests, data.corpus
-    query = clock.time("influence, query", lambda: chain.query(tests))
-    unsolved = clock.time("identity, query", lambda: plain.query(tests))
+    query = clock.time("influence, query", lambda: chain.query(tests, replicates=2))
+    unsolved = clock.time("identity, query", lambda: plain.query(tests, replicates=2))
     to_resume = {"norms": "gradient", "resume": True}
     scores = clock.time("influence, score", lambda: query.score(corpus, output_dir=folder / "scores", **to_resume))
     gradients = clock.time(
