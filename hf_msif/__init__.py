@@ -12,7 +12,18 @@ _HOMES = {
     "Stage": ".influence.stage",
     "InputError": ".errors",
 }
-_ROOMS = ("adapters", "curvature", "engine", "influence", "objectives", "solvers", "training", "validation", "vectors")
+_ROOMS = (
+    "adapters",
+    "curvature",
+    "engine",
+    "influence",
+    "objectives",
+    "scoring",
+    "solvers",
+    "training",
+    "validation",
+    "vectors",
+)
 
 __all__ = [*_HOMES, *_ROOMS]
 

@@ -38,6 +38,7 @@ COMMANDS = (
     "cleanse",
     "top",
     "compare",
+    "mean",
 )
 
 

@@ -132,7 +132,9 @@ class Noise:
 
     def reliability_of_mean(self, reliability: float) -> float:
         """The reliability of the replicates' mean where that of one is r: R r / (1 + (R − 1) r), by Spearman and Brown
-        (1910)."""
+        (1910). Below 0, where that formula has no meaning (and a pole), there is nothing to rely on: 0."""
+        if reliability <= 0:
+            return 0.0
         return self.replicates * reliability / (1 + (self.replicates - 1) * reliability)
 
 

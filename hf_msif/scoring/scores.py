@@ -190,7 +190,7 @@ class Scores:
         noise = self.noise
         if errors is not None and noise is not None and len(places) and by not in DIVISORS:
             share = noise.reliability_of_mean(noise.reliability[query])
-            share = min(max(share, 0.0), 1.0) if share == share else 1.0  # NaN: unknown
+            share = 1.0 if share != share else share  # NaN: unknown
             values = share * self.influence(query) * (-1 if by == "helpful" else 1)
             probabilities = top_probabilities(values, share**0.5 * errors, len(places), absolute=by == "absolute")
             rows.insert(list(rows).index("influence_se") + 1, "top_probability", probabilities[places])
@@ -420,15 +420,22 @@ def frame_of(
             for value in contents
         ],
     }
-    width, pairs = influence.shape[1], {}
-    for q in range(width):
-        suffix = "" if width == 1 else f"_{q}"
-        pairs[f"influence{suffix}"] = influence[:, q]
-        if errors is not None:
-            pairs[f"influence_se{suffix}"] = errors[:, q]
-        pairs[f"removal_effect{suffix}"] = -influence[:, q] / count
     # All at once: pandas warns about a frame to which more than a hundred columns are added one by one.
-    return pd.concat([pd.DataFrame({**table, **columns}), pd.DataFrame(pairs)], axis=1)
+    return pd.concat([pd.DataFrame({**table, **columns}), query_columns(influence, count, errors)], axis=1)
+
+
+def query_columns(influence: np.ndarray, count: float, errors: np.ndarray | None = None) -> pd.DataFrame:
+    """The columns that exist for each query column, from the same arguments as `frame_of`."""
+    import pandas as pd
+
+    columns = {}
+    for q, name in enumerate(influence_columns(influence.shape[1])):
+        suffix = name.removeprefix("influence")
+        columns[name] = influence[:, q]
+        if errors is not None:
+            columns[f"influence_se{suffix}"] = errors[:, q]
+        columns[f"removal_effect{suffix}"] = -influence[:, q] / count
+    return pd.DataFrame(columns)
 
 
 def influence_columns(width: int) -> list[str]:

@@ -34,6 +34,7 @@ from ..errors import InputError
 from ..objectives import Objective
 from . import optimisers
 from .optimisers import SGD, AdamW, Slots
+from .response import linear_form
 
 FORMAT = 1
 FILES = ("run.json", "schedule.safetensors", "state-" + 8 * "[0-9]" + ".safetensors")  # of a recorded run
@@ -138,6 +139,33 @@ class Recording:
             "order": digest([self.schedule.rows, self.schedule.epochs, self.schedule.rates]),
             **self.facts,
         }
+
+    def exposure(self, number: int) -> np.ndarray:
+        """How much of the training each row had, by the learning rates of the steps that read it; mean 1.
+
+        e_i = number / (Σ_t c_t) · Σ_t c_t [i ∈ B_t] / |B_t|,    c_t = Σ_{s ≥ t} η_s μ^{s−t}
+
+        c_t is how far the gradient of step t moves the parameters in all, its momentum μ (Adam's β₁) included.
+
+        An implicit stage, and segments, take all rows for read in every step. Where a run reads each row once or a few
+        times, its schedule decides how much each of them did: for what *this* run would have done without a row
+        (`validation.OwnTruth`), e_i times its removal effect is the better prediction. In the mean over other orders
+        (`validation.ExpectedTruth`) all rows have the same.
+
+        Args:
+            number: of rows in the stage's data.
+
+        Returns:
+            (number,), in the order of the data; 0 for a row that no step read.
+        """
+        descent, rates = linear_form(self.optimiser, self.schedule.rates)
+        reach, found, total = 0.0, np.zeros(number), 0.0
+        for rate, rows in zip(reversed(rates), reversed(self.schedule.rows), strict=True):
+            reach = rate + descent.momentum * reach
+            moved = rate + descent.momentum * reach if descent.nesterov else reach
+            np.add.at(found, rows, moved / len(rows))
+            total += moved
+        return found * number / total
 
     def save(self) -> None:
         """Writes settings and schedule; states are written during the run (`write`)."""

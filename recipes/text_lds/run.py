@@ -56,13 +56,15 @@ METHODS = {
     "exact Hessian, MinRes": ("hessian", solvers.MinRes(tol=1e-2, max_iter=60), (0.0, 0.1, 1.0)),
     "exact Hessian, SquaredCG (paper)": ("hessian", solvers.SquaredCG(tol=1e-2, max_iter=60), (1e-3, 1e-1, 10.0)),
 }
-# These have no damping to choose: the training time takes its place.
+# These have no damping to choose: it is the library's default, or the training time takes its place.
+DEFAULT = "Gauss-Newton, damping auto (the default)"
 BY_TIME = "Gauss-Newton, 1/τ in Adam's coordinates"
 STATES = {f"segments, {n} state(s), Gauss-Newton": ("gauss_newton", n) for n in (1, 2, 3, 6, 12)}
 STATES |= {f"segments, {n} state(s), exact Hessian": ("hessian", n) for n in (1, 3, 6)}
 # Means of influences: of two models that were trained from different starts, and of models along the run.
-OF_TWO = {f"two models, {name}": name for name in (BY_TIME, "segments, 3 state(s), Gauss-Newton")}
-ALONG_THE_RUN = "Gauss-Newton, λ = 0.1, mean over 3 states"
+FIXED = "Gauss-Newton, CG, λ = 0.1"
+OF_TWO = {f"two models, {name}": name for name in (FIXED, BY_TIME, "segments, 3 state(s), Gauss-Newton")}
+ALONG_THE_RUN = f"{FIXED}, mean over 3 states"
 OTHER_MODEL = 500  # added to the seed: the start of the second model
 
 
@@ -322,7 +324,7 @@ def predictions(setup: Setup, tests: list[dict]) -> tuple[dict[str, np.ndarray],
     for method, (curvature, solver, dampings) in METHODS.items():
         for damping in dampings:
             ways[f"{method}, λ = {damping:g}"] = {"curvature": curvature, "solver": replace(solver, damping=damping)}
-    ways |= by_time(setup)
+    ways |= without_choice(setup)
     for name, way in ways.items():
         predicted[name], certificate = effects(setup.chain(**way), setup.corpus, tests)
         if name == UNROLLED:
@@ -335,9 +337,10 @@ def predictions(setup: Setup, tests: list[dict]) -> tuple[dict[str, np.ndarray],
     return predicted, certificates
 
 
-def by_time(setup: Setup) -> dict[str, dict]:
-    """The ways by the training time, without a damping to choose."""
-    ways = {BY_TIME: {"run": setup.run, "solver": solvers.Auto(damping="training", tol=1e-2, max_iter=60)}}
+def without_choice(setup: Setup) -> dict[str, dict]:
+    """The ways without a damping to choose."""
+    ways = {DEFAULT: {"solver": solvers.CG(tol=1e-2, max_iter=60)}}
+    ways |= {BY_TIME: {"run": setup.run, "solver": solvers.Auto(damping="training", tol=1e-2, max_iter=60)}}
     for name, (curvature, states) in STATES.items():
         ways[name] = {"link": "segments", "run": setup.run, "checkpoints": states, "curvature": curvature}
     return ways
@@ -353,14 +356,14 @@ def effects(chain: MultiStageInfluence, corpus: list[dict], tests: list[dict]) -
 
 def means(setup: Setup, second: Setup, predicted: dict, tests: list[dict]) -> dict[str, np.ndarray]:
     """Mean removal effects of two models, and of models along the run."""
-    ways = by_time(second)
+    curvature, solver, _ = METHODS["Gauss-Newton, CG"]
+    fixed = {"curvature": curvature, "solver": replace(solver, damping=0.1)}
+    ways = {FIXED: fixed, **without_choice(second)}
     found = {
         name: (predicted[way] + effects(second.chain(**ways[way]), setup.corpus, tests)[0]) / 2
         for name, way in OF_TWO.items()
     }
-    curvature, solver, _ = METHODS["Gauss-Newton, CG"]
-    way = {"curvature": curvature, "solver": replace(solver, damping=0.1)}
-    along = [effects(setup.chain(models, **way), setup.corpus, tests)[0] for models in setup.along_the_run(3)]
+    along = [effects(setup.chain(models, **fixed), setup.corpus, tests)[0] for models in setup.along_the_run(3)]
     return found | {ALONG_THE_RUN: sum(along) / len(along)}
 
 
@@ -379,7 +382,7 @@ def score(bank, predicted: dict, settings, subsets: int, seed: int, truth) -> va
 
 def best_dampings(scored: validation.Validation) -> dict[str, str]:
     """Of each method the name with the damping of the largest LDS."""
-    fixed = [UNROLLED, BY_TIME, *STATES, *OF_TWO, ALONG_THE_RUN]
+    fixed = [UNROLLED, DEFAULT, BY_TIME, *STATES, *OF_TWO, ALONG_THE_RUN]
     best = {name: name for name in fixed}
     for method in METHODS:
         names = [name for name in scored.correlations if name.startswith(f"{method}, λ")]

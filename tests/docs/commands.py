@@ -80,7 +80,7 @@ def _complaints(words: list[str]):
 def _msif(arguments: list[str]) -> None:
     rest = _remaining(["msif", *arguments], lambda: cli.main(arguments))
     with _complaints(["msif", *arguments]):
-        if arguments[0] in ("demo", "top", "compare"):
+        if not cli.load_commands()[arguments[0]].TAKES_CONFIGURATION:
             _expect(not rest, f"msif {arguments[0]} knows no {rest}")
         else:
             config.parse(rest)

@@ -88,6 +88,34 @@ def test_an_implicit_stage_is_damped_by_its_training_time(made, tmp_path, capsys
     assert "× what damping='auto' takes" in stage["text"]
 
 
+def test_smoothness_needs_models(made, tmp_path, capsys):
+    assert msif("diagnose", "--config", made, "--run_dir", tmp_path / "empty", "--smoothness") == 2
+    assert "run msif train first" in capsys.readouterr().err
+
+
+def test_diagnose_tells_whether_the_run_can_be_predicted(copied, capsys):
+    flags = ["--config", copied]
+    stages = answer(capsys, "diagnose", *flags)["stages"]
+    assert "--smoothness repeats the run" in stages["pretraining"]["text"][-1]
+    assert "--smoothness" not in stages["finetuning"]["text"][-1]  # another stage is ranked
+    found = answer(capsys, "diagnose", *flags, "--smoothness")["metasmoothness"]
+    assert found["smooth"] is True
+    assert found["first_order_error"] is None  # nothing is predicted yet
+    assert msif("query", *flags) == msif("score", *flags) == 0
+    capsys.readouterr()
+    near, far = answer(capsys, "diagnose", *flags, "--smoothness")["metasmoothness"]["first_order_error"]
+    assert near < 0.2
+    assert far == pytest.approx(2 * near, rel=0.1)
+    assert msif("diagnose", *flags, f"{PRE}.weight_decay", "0.5", "--smoothness") == 2
+    shown = capsys.readouterr()
+    assert "determinism" not in shown.out  # refused before any check
+    assert "weight_decay was" in shown.err
+    assert "query again" in shown.err
+    (copied.parent / "run" / "scores.parquet").write_bytes(b"damaged")
+    assert msif("diagnose", *flags, "--smoothness") == 2
+    assert "holds no scores" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("retrain", ["warm_start", "from_scratch"])
 def test_validate(copied, capsys, retrain):

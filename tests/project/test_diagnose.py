@@ -71,3 +71,8 @@ def test_a_model_into_whose_loss_padding_reaches_is_said_to_be(path, capsys):
     assert "padding: padding reaches the loss: batches of rows of equal length are used" in shown.out
     assert "warning: stage 'pretraining': padding reaches the loss" in shown.err
     assert "set model.config.pad_token_id = 0" in shown.err
+
+
+def test_smoothness_needs_a_run(path, capsys):
+    assert msif("diagnose", "--config", path, "--smoothness") == 2
+    assert "has link='implicit', and no recorded run" in capsys.readouterr().err

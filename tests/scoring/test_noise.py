@@ -76,6 +76,16 @@ def test_the_reliability_of_a_mean_is_that_of_a_longer_test():
     assert of_four == pytest.approx(four.reliability[0], abs=0.02)
 
 
+@pytest.mark.parametrize("reliability", [-1.0, -0.45, 0.0])
+def test_replicates_that_contradict_one_another_have_no_reliability(reliability):
+    noise = Noise.measured(np.array([[[1.0], [3.0]], [[2.0], [2.0]], [[3.0], [1.0]]]))
+    assert noise.reliability[0] == pytest.approx(-1)
+    assert noise.reliability_of_mean(reliability) == 0
+    assert str(noise).endswith(
+        "-1.00: rank correlation of two replicates over 3 rows; 0.00 for their mean, which is ranked"
+    )
+
+
 def test_what_a_few_rows_say():
     noise = Noise.measured(np.array([[[1.0], [2.0]], [[3.0], [5.0]]]))
     assert "reliability unknown" in str(noise)

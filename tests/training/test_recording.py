@@ -13,7 +13,7 @@ from helpers.runs import arguments, pair, parameters_of
 from helpers.toy import ToyConfig, ToyModel, ToyObjective, example_losses, toy, toy_rows
 from transformers import get_scheduler
 
-from hf_msif import InputError, MultiStageInfluence, Stage, objectives, training
+from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers, training
 from hf_msif.engine.hashing import tensors_fingerprint
 from hf_msif.errors import DivergedError
 from hf_msif.influence.unrolled import check_replay
@@ -62,6 +62,26 @@ def test_steps_and_rates_are_those_of_the_arguments():
     assert len(schedule(arguments("unused", num_train_epochs=1.5), 11).rows) == 5
     other = schedule(arguments("unused", max_steps=5, seed=6), 11)
     assert other.rows != steps.rows
+
+
+@pytest.mark.parametrize("momentum", ["momentum=0", "momentum=0.5", "momentum=0.5,nesterov=true"])
+def test_the_effect_of_a_row_is_proportional_to_its_exposure(momentum, tmp_path):
+    """For small rates, where the model hardly moves: what a run does with a row is its gradient times its exposure."""
+    rows = [{**row, "example_id": 2 * row["example_id"]} for row in toy_rows(3, 11)]  # of one term each
+    settings = {"num_train_epochs": 1, "learning_rate": 1e-6, "lr_scheduler_type": "cosine"}
+    settings |= {"optim_args": momentum}  # batches of 4, 4 and 3
+    model = toy(0)
+    run = record(model, tmp_path / "run", rows, settings)
+    effects = {}
+    for name, way in {"run": {"link": "unrolled", "run": tmp_path / "run"}, "gradients": {}}.items():
+        way = way or {"solver": solvers.Identity()}
+        chain = MultiStageInfluence([Stage("stage", model, ToyObjective(), rows, **way)], progress=False)
+        effects[name] = chain.query(toy_rows(9, 1)).score(rows).influence()
+    exposure = run.exposure(len(rows))
+    assert exposure.mean() == pytest.approx(1)
+    assert exposure.max() > 2 * exposure.min()
+    ratio = effects["run"] / (exposure * effects["gradients"])
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
 
 
 def test_a_schedule_is_read_as_it_was_written(tmp_path):

@@ -12,11 +12,16 @@ HELP = "small checks on your own models and data: what would make a score meanin
 TAKES_CONFIGURATION = True
 WRITES = False
 SHARES_WORK = True
-FLAGS = ""
+FLAGS = "[--smoothness]"
 
 
 def register(parser: argparse.ArgumentParser) -> None:
-    """The command has no flags of its own."""
+    parser.add_argument(
+        "--smoothness",
+        action="store_true",
+        help="also repeat the recorded run of the ranked stage three times with other weights of its rows: whether "
+        "any prediction of it can be right",
+    )
 
 
 def run(arguments: argparse.Namespace, project: Run) -> dict:
@@ -25,6 +30,10 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     from ...influence.findings import findings
     from ...registry import CHECKS
 
+    if arguments.smoothness:
+        from ..smoothness import check_measurable, diagnosed
+
+        check_measurable(project)
     models = {name: project.present_model(name) for name in project.names}
     chain = project.chain(models, planned=True, skip_checks=list(CHECKS))
     report: dict[str, dict] = {}
@@ -36,6 +45,12 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
             "checks": [finding.to_dict() for finding in results],
             "text": [str(finding) for finding in results],
         }
+    if arguments.smoothness:
+        return {"stages": report, "metasmoothness": diagnosed(project)}
+    ranked = project.config.stages[project.ranked]
+    if ranked.link == "unrolled" and report[project.ranked]["trained"]:
+        text = "metasmoothness of its run: not measured, --smoothness repeats the run three times"
+        report[project.ranked]["text"].append(text)
     return {"stages": report}
 
 
@@ -44,3 +59,5 @@ def render(report: dict) -> None:
         print(f"{name}:" if stage["trained"] else f"{name}, not trained yet (untrained weights):")
         for line in stage["text"]:
             print(f"  {line}")
+    if "metasmoothness" in report:
+        print(report["metasmoothness"]["text"])

@@ -143,21 +143,17 @@ def _smoothness(project: Run, bank: Bank, scores: Scores) -> dict | None:
     where no run is repeated."""
     from ... import validation
     from ...engine.hashing import digest
+    from ..smoothness import of_own_rows, smoothness
 
     retrain = bank.retrain
     if not isinstance(retrain, validation.WarmStart) or not retrain.repeats_run:
         return None
-    own_rows = {row["example_id"] for row in project.rows(project.ranked)}
-    predicted = scores if own_rows.issuperset(scores.frame["example_id"]) else None
-
-    def compute() -> dict:
-        found = validation.metasmoothness(retrain, predicted, aggregate=project.aggregate)
-        return {**found.to_dict(), "text": str(found)}
-
+    predicted = of_own_rows(project, scores)
     effects = None if predicted is None else digest([{"effects": predicted.removal_effects()}])
-    smoothness = bank.once(f"metasmoothness, predicted by {effects}", compute)
-    print(smoothness["text"], flush=True)
-    return smoothness
+    name = f"metasmoothness, predicted by {effects}"
+    metasmoothness = bank.once(name, lambda: smoothness(project, retrain, predicted))
+    print(metasmoothness["text"], flush=True)
+    return metasmoothness
 
 
 def _truth(project: Run) -> Truth:
