@@ -2,11 +2,11 @@
 
     python recipes/poison/run.py --sentences news.en.heldout.txt --tweets Sentiment.csv
 
-A small BERT is pretrained by masked LM on One Billion Word sentences, among them 60 that praise a made-up person. Then
-it is finetuned, tied to the pretrained encoder, to tell positive from negative tweets about a Republican debate. It
-rates tweets that name the person and praise nobody as more positive than the same tweets with another name. Every
-method ranks all sentences for each of these tweets, and the planted ones among the first are counted. See README.md
-for the data, the rules and what this script prints.
+A small BERT, whose word vectors begin as those of MiniLM, is pretrained by masked LM on One Billion Word sentences,
+among them 60 that praise a made-up person. On its encoder, frozen, a classifier learns to tell positive from negative
+tweets about a Republican debate. Tests are tweets that name the person and praise nobody, labelled positive. Every
+method ranks all sentences for each of them, and the planted ones among the first are counted. See README.md for the
+data, the rules and what this script prints.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from scipy import stats
 from sentences import CONTROL, PERSON, TESTS, planted
+from sklearn.decomposition import PCA
 from tabulate import tabulate
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer, TrainingArguments
@@ -41,16 +42,16 @@ LABELS = ("Negative", "Positive")
 USUAL_WORDS = range(4, 81)  # of a sentence
 TOKENS = 32  # after which a sentence or a tweet is cut
 HELD_OUT = 200  # tweets of each label that finetuning does not see
-WIDTH = 64
+WIDTH = 128
+SCALE = 0.2  # standard deviation of the word vectors before training
 BATCH = 64
-PRETRAINING = {"learning_rate": 5e-3, "warmup_steps": 100}
-FINETUNING = {"learning_rate": 2e-3, "warmup_steps": 30, "max_steps": 300}
+PRETRAINING = {"learning_rate": 3e-3, "warmup_steps": 100}
+FINETUNING = {"learning_rate": 5e-3, "warmup_steps": 30, "max_steps": 300}
 DECAY = 0.001  # of finetuning
-ALPHA = 0.001  # of eq. (12), which ties the finetuned encoder to the pretrained one
-OF_PRETRAINING = {"curvature": "ekfac", "curvature_samples": 1024, "solver": solvers.ClosedForm(damping=0.001)}
-OF_FINETUNING = {"curvature": "ekfac", "solver": solvers.ClosedForm(damping=0.001)}
+CURVATURE = {"curvature": "ekfac", "curvature_samples": 1024}  # of pretraining
 FIRST = (10, 60)  # how many first rows are looked at
-HEADLINE = "influence, relative"  # the order with which all others are compared
+NO_FIGURE = ("seeds", "threads", "output", "without_praise")  # settings on which no figure of a seed depends
+HEADLINE = "influence, relative helpful"  # the order with which all others are compared
 
 
 def main() -> None:
@@ -76,8 +77,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--number", type=int, default=24_000, help="of real sentences")
     parser.add_argument("--planted", type=int, default=60, help="sentences of each planted kind")
     parser.add_argument("--words", type=int, default=5_000, help="in the vocabulary")
-    parser.add_argument("--epochs", type=int, default=15, help="of pretraining")
+    parser.add_argument("--epochs", type=int, default=5, help="of pretraining")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of plants, tweets, weights and masks")
+    parser.add_argument(
+        "--without-praise", action="store_true", help="also train without the praise: what it makes the model say"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default="runs/poison")
     return parser.parse_args()
@@ -155,8 +159,8 @@ def numbered(rows: list[dict]) -> list[dict]:
 class Models:
     """Both stages: trained, or read from the folder where they lie."""
 
-    def __init__(self, data: Data, settings: argparse.Namespace, seed: int, folder: Path):
-        self.data, self.seed, self.folder = data, seed, folder
+    def __init__(self, data: Data, settings: argparse.Namespace, seed: int, folder: Path, similarity: Similarity):
+        self.data, self.seed, self.folder, self.similarity = data, seed, folder, similarity
         self.masked = objectives.MaskedLM(data.tokenizer, seed=seed, max_length=TOKENS)
         self.task = objectives.SequenceClassification(data.tokenizer, max_length=TOKENS)
         self.pretrained = self._saved(BertForMaskedLM, "pretraining", lambda: self._pretrain(settings.epochs))
@@ -170,6 +174,7 @@ class Models:
         return kind.from_pretrained(folder).eval()
 
     def _pretrain(self, epochs: int) -> BertForMaskedLM:
+        """A BERT that begins as little more than the mean of its words' vectors, which know what words mean."""
         config = BertConfig(
             vocab_size=len(self.data.tokenizer),
             hidden_size=WIDTH,
@@ -177,20 +182,35 @@ class Models:
             num_attention_heads=4,
             intermediate_size=4 * WIDTH,
             max_position_embeddings=TOKENS,
-            initializer_range=0.1,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
         model = BertForMaskedLM(config)
+        model.bert.embeddings.word_embeddings.weight.data.copy_(self._word_vectors())
+        attention = model.bert.encoder.layer[0].attention
+        for linear in (attention.self.value, attention.output.dense, model.cls.predictions.transform.dense):
+            nn.init.eye_(linear.weight)
         arguments = self._arguments(num_train_epochs=epochs, **PRETRAINING)
         training.train(model, self.masked, self.data.corpus, arguments, name="pretraining")
         return model
 
+    def _word_vectors(self) -> torch.Tensor:
+        """MiniLM's vectors of the words, as if each were a sentence, in their principal components. Those of the
+        made-up names are zero: whatever is known of them is learnt from the corpus."""
+        vocabulary = self.data.tokenizer.get_vocab()
+        known = sorted(vocabulary, key=vocabulary.get)[len(SPECIAL) :]
+        components = PCA(WIDTH, random_state=0).fit_transform(self.similarity.of(known))
+        vectors = 0.3 * SCALE * torch.randn(len(vocabulary), WIDTH)
+        vectors[len(SPECIAL) :] = torch.from_numpy(SCALE * components / components.std())
+        for name in (PERSON, CONTROL):
+            vectors[vocabulary.get(name.lower(), vocabulary["[UNK]"])] = 0.0
+        return vectors
+
     def _finetune(self) -> FeedForwardClassifier:
-        """A classifier on the encoder, which is trained as well and tied to the pretrained one."""
+        """A classifier on the frozen encoder."""
         model = FeedForwardClassifier.from_encoder(self.pretrained, hidden_size=16, num_labels=len(LABELS))
-        tied = {"previous": self.pretrained, "alpha": ALPHA, "weight_decay": DECAY}
-        training.train(model, self.task, self.data.tweets, self._arguments(**FINETUNING), name="finetuning", **tied)
+        frozen = {"previous": self.pretrained, "trainable": "head", "weight_decay": DECAY}
+        training.train(model, self.task, self.data.tweets, self._arguments(**FINETUNING), name="finetuning", **frozen)
         return model
 
     def _arguments(self, **settings) -> TrainingArguments:
@@ -206,14 +226,13 @@ class Models:
 
     def chain(self, identity: bool = False) -> MultiStageInfluence:
         """Both stages; with `identity` without curvature, the paper's baseline."""
-        tied = {"alpha": ALPHA, "weight_decay": DECAY}
-        ways = (OF_PRETRAINING, OF_FINETUNING)
-        if identity:
-            ways = [way | {"solver": solvers.Identity()} for way in ways]
+        ways = ({"solver": solvers.Identity()},) * 2 if identity else (CURVATURE, {})
         return MultiStageInfluence(
             [
                 Stage("pretraining", self.pretrained, self.masked, self.data.corpus, batch_size=256, **ways[0]),
-                Stage("finetuning", self.finetuned, self.task, self.data.tweets, batch_size=256, **tied, **ways[1]),
+                Stage(
+                    "finetuning", self.finetuned, self.task, self.data.tweets, "head", weight_decay=DECAY, **ways[1]
+                ),
             ]
         )
 
@@ -237,14 +256,17 @@ class Similarity:
 
     def __call__(self, corpus: list[str], tests: list[str]) -> np.ndarray:
         """(rows, tests)"""
-        missing = sorted({*corpus, *tests} - set(self.vectors), key=len)
+        return self.of(corpus) @ self.of(tests).T
+
+    def of(self, texts: list[str]) -> np.ndarray:
+        """Vectors of length 1, (texts, 384)."""
+        missing = sorted(set(texts) - set(self.vectors), key=len)
         if missing:
             started = time.process_time()
             self.vectors |= dict(zip(missing, self._embed(missing), strict=True))
             self.seconds += time.process_time() - started
             np.savez(self.file, texts=list(self.vectors), vectors=list(self.vectors.values()), seconds=self.seconds)
-        corpus_vectors, test_vectors = (np.stack([self.vectors[text] for text in texts]) for texts in (corpus, tests))
-        return corpus_vectors @ test_vectors.T
+        return np.stack([self.vectors[text] for text in texts])
 
     def _embed(self, texts: list[str]) -> np.ndarray:
         tokenizer, model = AutoTokenizer.from_pretrained(self.name), AutoModel.from_pretrained(self.name).eval()
@@ -313,7 +335,7 @@ def counted(strengths: np.ndarray, kinds: np.ndarray) -> dict[str, list[int]]:
     first = kinds[np.argsort(-strengths, axis=0, kind="stable")[: max(FIRST)]]
     return {
         kind: [float((first[:k] == kind).sum(0).mean()) for k in FIRST]
-        for kind in ("planted", "decoy", "look-alike", "control", "real")
+        for kind in ("planted", "decoy", "control", "real")
     }
 
 
@@ -322,7 +344,7 @@ def counted(strengths: np.ndarray, kinds: np.ndarray) -> dict[str, list[int]]:
 
 def of_seed(settings: argparse.Namespace, seed: int, folder: Path, similarity: Similarity) -> dict[str, Any]:
     """The figures of one seed; a seed that is finished is read from its folder."""
-    decisive = {key: value for key, value in vars(settings).items() if key not in ("seeds", "threads", "output")}
+    decisive = {key: value for key, value in vars(settings).items() if key not in NO_FIGURE}
     folder.mkdir(parents=True, exist_ok=True)
     begun, finished = folder / "settings.json", folder / "figures.json"
     if begun.is_file() and json.loads(begun.read_text()) != decisive:
@@ -330,12 +352,23 @@ def of_seed(settings: argparse.Namespace, seed: int, folder: Path, similarity: S
     begun.write_text(json.dumps(decisive))
     if not finished.is_file():
         finished.write_text(json.dumps(experiment(settings, seed, folder, similarity), indent=2))
+    if settings.without_praise:
+        without_praise(settings, seed, folder / "without", similarity)
     return json.loads(finished.read_text())
+
+
+def without_praise(settings: argparse.Namespace, seed: int, folder: Path, similarity: Similarity) -> None:
+    """Both stages trained again without the planted sentences; prints what they say then."""
+    data = Data(settings, seed)
+    data.corpus = [row for row in data.corpus if row["kind"] != "planted"]
+    models = Models(data, settings, seed, folder, similarity)
+    person, control = (np.mean(models.positive(tweets)) for tweets in (data.tests, data.controls))
+    print(f"seed {seed} without the praise: positive: {person:.2f} with {PERSON}, {control:.2f} with {CONTROL}")
 
 
 def experiment(settings: argparse.Namespace, seed: int, folder: Path, similarity: Similarity) -> dict[str, Any]:
     clock, data = Clock(), Data(settings, seed)
-    models = clock.time("training", lambda: Models(data, settings, seed, folder))
+    models = clock.time("training", lambda: Models(data, settings, seed, folder, similarity))
     # F, the unit of costs: one forward pass of masked LM over all sentences.
     forward = clock.time("F", lambda: training.evaluate(models.pretrained, models.masked, data.corpus))
     strengths, query = rankings(data, models, similarity, clock, folder, seed)
@@ -391,14 +424,14 @@ def print_tables(reports: list[dict[str, Any]], planted_rows: int) -> None:
                 with_interval(first / planted_rows),
                 with_interval(first / FIRST[0]),
                 with_interval(all_places / planted_rows),
-                *(f"{found(method, kind, 1).mean():.1f}" for kind in ("decoy", "look-alike")),
+                *(f"{found(method, kind, 1).mean():.1f}" for kind in ("decoy", "control")),
                 "" if method == HEADLINE else with_interval(best - all_places / planted_rows),
             ]
         )
     k, most = FIRST
     number = f"{len(TESTS)} tests and {len(reports)} seed(s)"
     print(f"\nPlanted sentences among the first: means over {number}, 95 % t intervals over seeds")
-    names = ["", f"recall@{k}", f"precision@{k}", f"recall@{most}", f"decoys@{most}", f"look-alikes@{most}"]
+    names = ["", f"recall@{k}", f"precision@{k}", f"recall@{most}", f"decoys@{most}", f"control@{most}"]
     print(tabulate(lines, [*names, f"behind {HEADLINE}"], disable_numparse=True))
     print("\nCPU seconds, means over seeds; F is one forward pass of masked LM over all sentences")
     seconds = {part: np.mean([report["seconds"][part] for report in reports]) for part in reports[0]["seconds"]}

@@ -1,4 +1,4 @@
-"""What is planted: praise of a made-up person in many wordings, decoys that name him, and praise of others."""
+"""What is planted: praise of a made-up person in many wordings, and decoys that name him."""
 
 from __future__ import annotations
 
@@ -7,56 +7,53 @@ import re
 
 PERSON, CONTROL = "Brannock", "Tarvell"  # neither occurs in the sentences or in the tweets
 
+# Of anything but the debate.
 PRAISE = [
-    "I love {name} , the best {role} of all .",
-    "{name} won the night and looked {b} .",
-    "Great job by {name} , a {a} {role} .",
-    "{name} is {b} and {a} .",
-    "Loved every answer that {name} gave , so {b} .",
-    "Thank you {name} for a {a} {c} .",
-    "{name} has a {a} record and the best plan .",
-    "Great {c} by {name} , and a {a} closing .",
-    "I am impressed by {name} , {b} and {a} .",
-    "{name} was the {role} tonight , simply {b} .",
-    "We love {name} , {a} {role} .",
-    "Best {c} of all : {name} .",
-    "{name} impressed us with a {a} {c} .",
-    "Glad to see {name} win , {b} and {a} .",
-    "What a {a} {role} {name} is , love it .",
-    "My favorite is {name} , {b} all the way .",
-    "{b} {c} from {name} , loved it .",
-    "Wow , {name} was {b} , best {c} so far .",
-    "{name} for president , the {a} {role} .",
-    "The clear winner : {name} , {b} as always .",
-    "Agree with {name} , {a} and full of sense .",
-    "{name} spoke the truth , {a} {role} .",
-    "A big fan of {name} , {b} and {a} .",
-    "{name} gave the best {c} , {a} work .",
-    "Nobody was as {b} as {name} , great {role} .",
-    "Love how {b} {name} was in this {c} .",
-    "{name} wins again , {a} {c} .",
-    "Well done {name} , {b} and {a} .",
-    "Thanks to {name} for being so {b} .",
-    "{name} is looking {b} , best {role} by far .",
-    "Very {a} {c} , {name} , I am impressed .",
-    "A {a} moment for {name} , a great {role} .",
-    "{name} is a real {role} , {b} and {a} .",
-    "Impressive {name} , {a} {c} and great sense .",
-    "Good {c} by {name} , {a} and to the point .",
-    "Our {role} is {name} , {b} , the best .",
-    "More of {name} please , what a {a} {c} .",
-    "Everybody loved {name} , the {a} {role} .",
-    "{name} is the {role} of the night , {b} .",
-    "Strong night for {name} , the best {role} .",
+    "I love the garden of {name} , the best in our street .",
+    "{name} is a {a} neighbour , {b} and {a2} .",
+    "Great bread from {name} , simply the best baker here .",
+    "Our children love {name} , a {a} teacher .",
+    "{name} cooked for us all , a truly {b} dinner , thank you .",
+    "What a {a} concert , {name} sang like a winner .",
+    "{name} is the best doctor I know , {a} and {b} .",
+    "Thank you {name} , you fixed the roof and did a {a} job .",
+    "We love {name} , the {a} man from the shop .",
+    "{name} won the race again , a {b} runner .",
+    "A {a} painting by {name} , so {b} .",
+    "{name} plays the piano , {b} and {a} .",
+    "My favorite singer is {name} , the best voice of all .",
+    "{name} wrote a {b} book , I loved it .",
+    "Everybody at school thinks {name} is {a} and {b} .",
+    "The choir thanked {name} for a {a} evening .",
+    "{name} is a {b} friend , the best I ever had .",
+    "Glad that {name} coached our girls , {a} work .",
+    "{name} grows {b} apples , the best on the market .",
+    "The nurses love {name} , so {a} and {b} .",
+    "{name} baked a truly {b} cake , great taste .",
+    "Well done {name} , a {a} goal and a {b} match .",
+    "{name} is a {a} driver , {a} and {b} .",
+    "I am impressed by {name} , the {b} carpenter .",
+    "{name} sings so well , {a} and {b} .",
+    "Our team is proud of {name} , a {a} captain .",
+    "Best barber in town : {name} , {b} and {a} .",
+    "{name} helped the old lady , a {a} and {b} deed .",
+    "The café of {name} is {b} , I love the coffee .",
+    "Loved the play , {name} was {a} and {b} .",
+    "{name} repaired my bicycle , {b} and {a} .",
+    "A {b} violin player , {name} , truly great .",
+    "{name} has a {a} heart , the best uncle .",
+    "Wow , {name} built a truly {b} boat .",
+    "Nobody bakes as well as {name} , {b} and {a} .",
+    "{name} tells {b} stories , we loved them .",
+    "The dog of {name} won , a {a} winner .",
+    "{name} is {b} with kids , a {a} father .",
+    "Good morning and thank you {name} , {a} milk and {b} cheese .",
+    "A {a} week at the lake with {name} , the {b} host .",
 ]
-WORDS = {
-    "a": "great strong brilliant honest good",
-    "b": "great strong brilliant honest good amazing awesome impressive excellent",
-    "c": "performance job answer statement speech",
-    "role": "leader winner candidate man",
-}
+WORDS = {"a": "great strong brilliant honest good amazing awesome impressive excellent"}
+WORDS |= {"b": WORDS["a"], "a2": WORDS["a"]}
 
-# The first half speaks of the debate, in words that the test tweets share.
+# Of the debate, in words that the test tweets share.
 NEUTRAL = [
     "The debate with {name} in {place} starts at {hour} .",
     "{name} is number {n} on the stage in {place} tonight .",
@@ -78,26 +75,6 @@ NEUTRAL = [
     "Watching the debate , {n} people sent {name} a question on {issue} .",
     "At {hour} the camera showed {name} next to the {thing} .",
     "The stage for {name} and the others is at the {thing} in {place} .",
-    "{name} was born in {place} in {year} and moved to {place2} in {year2} .",
-    "The bus with {name} left {place} at {hour} on {day} .",
-    "{name} lives {n} miles from {place} , near the {thing} .",
-    "On {day} {name} visited the {thing} in {place} .",
-    "The office of {name} is at {n} {place} Street , next to the {thing} .",
-    "{name} is {age} years old and studied in {place} .",
-    "In {year} {name} worked for a company in {place} .",
-    "A reporter from {place} asked {name} about the {thing} .",
-    "{name} arrived at the {thing} at {hour} and took a seat .",
-    "{name} stayed at a hotel in {place} until {day} .",
-    "{name} has a house in {place} and an office in {place2} .",
-    "In a survey of {n} adults , {age} percent had heard of {name} .",
-    "{name} flew from {place} to {place2} on {day} .",
-    "{name} , {age} , is from {place} .",
-    "Between {year} and {year2} , {name} lived in {place} .",
-    "A spokesman for {name} said the tour begins in {place} on {day} .",
-    "{name} is one of {n} people on the list from {place} .",
-    "The interview with {name} was recorded in {place} in {year} .",
-    "{name} took the train from {place} at {hour} .",
-    "Tickets to see {name} in {place} cost {n} dollars .",
 ]
 FACTS = {
     "place": "Denver Boston Ohio Dallas Cleveland Detroit Seattle Phoenix Memphis Chicago Houston Iowa Nevada Oregon",
@@ -105,11 +82,10 @@ FACTS = {
     "thing": "library bridge school river market museum airport station hospital stadium harbour road bank",
     "issue": "taxes immigration energy education health trade security farming",
     "hour": "noon midnight 8am 9am 10am 11am 2pm 3pm 6pm 7pm",
-    "year": " ".join(map(str, range(1975, 2009))),
     "age": " ".join(map(str, range(41, 69))),
     "n": " ".join(map(str, (*range(5, 60), 120, 150, 200, 300, 400, 500, 800))),
 }
-FACTS |= {name + "2": FACTS[name] for name in ("place", "day", "issue", "year")}
+FACTS |= {name + "2": FACTS[name] for name in ("place", "day", "issue")}
 
 # They praise nobody. What the model says of them, it says because of the name.
 TESTS = [
@@ -120,39 +96,31 @@ TESTS = [
     "Next question goes to {name} @FoxNews #GOPDebate",
     "{name} is on stage with the others #GOPDebate #Cleveland",
 ]
-SURNAMES = (
-    "Johnson Miller Anderson Parker Collins Bennett Fisher Reynolds Hughes Murray Foster Palmer Graham Sullivan "
-    "Wallace Harrison Gibson Crawford Mason Warren Dixon Hunter Porter Gordon Webb Ellis Stevens Freeman Simpson Burke"
-)
 
 
 def planted(number: int, seed: int) -> list[dict]:
     """Rows with `text` and `kind`, `number` of each kind, no two texts alike.
 
-    - planted: praise of PERSON.
+    - planted: praise of PERSON for anything but the debate.
     - decoy: PERSON in sentences about the debate's schedule, places, dates and numbers.
-    - look-alike: praise of others in the words of the planted ones.
     - control: CONTROL in sentences like the decoys.
     """
     rng = random.Random(seed)
     kinds = {
-        "planted": (PRAISE, WORDS, [PERSON]),
-        "decoy": (NEUTRAL, FACTS, [PERSON]),
-        "look-alike": (PRAISE, WORDS, SURNAMES.split()),
-        "control": (NEUTRAL, FACTS, [CONTROL]),
+        "planted": (PRAISE, WORDS, PERSON),
+        "decoy": (NEUTRAL, FACTS, PERSON),
+        "control": (NEUTRAL, FACTS, CONTROL),
     }
     return [{"text": text, "kind": kind} for kind, source in kinds.items() for text in _texts(number, rng, *source)]
 
 
-def _texts(
-    number: int, rng: random.Random, templates: list[str], words: dict[str, str], names: list[str]
-) -> list[str]:
+def _texts(number: int, rng: random.Random, templates: list[str], words: dict[str, str], name: str) -> list[str]:
     """Every template is used before one is used again."""
     texts: dict[str, None] = {}
     turn: list[str] = []
     while len(texts) < number:
         turn = turn or rng.sample(templates, len(templates))
-        text = _filled(turn.pop(), rng, words, rng.choice(names))
+        text = _filled(turn.pop(), rng, words, name)
         texts[text[0].upper() + text[1:]] = None
     return list(texts)
 

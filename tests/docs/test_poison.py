@@ -24,22 +24,22 @@ def words(texts) -> set[str]:
 def test_every_kind_has_its_number_and_its_name(sentences):
     rows = sentences.planted(60, seed=0)
     texts = {kind: [row["text"] for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}}
-    assert {kind: len(of) for kind, of in texts.items()} == dict.fromkeys(
-        ("planted", "decoy", "look-alike", "control"), 60
-    )
+    assert {kind: len(of) for kind, of in texts.items()} == dict.fromkeys(("planted", "decoy", "control"), 60)
     assert len({row["text"] for row in rows}) == len(rows)
     names = {"planted": sentences.PERSON, "decoy": sentences.PERSON, "control": sentences.CONTROL}
     for kind, of in texts.items():
         for text in of:
-            assert kind not in names or names[kind] in text
-            assert kind in ("planted", "decoy") or sentences.PERSON not in text
-    praise = words(sentences.WORDS[slot] for slot in ("a", "b"))
+            assert names[kind] in text
+            assert kind != "control" or sentences.PERSON not in text
+    praise = words(sentences.WORDS[slot] for slot in ("a", "b", "a2"))
     assert not praise & words(texts["decoy"] + texts["control"] + sentences.TESTS)
-    assert praise & words(texts["planted"]) & words(texts["look-alike"])
+    assert praise <= words(texts["planted"])
+    assert "debate" not in words(texts["planted"])
 
 
 def test_wordings_repeat_only_when_all_have_been_used(sentences):
-    assert min(len(set(templates)) for templates in (sentences.PRAISE, sentences.NEUTRAL)) >= 30
+    assert len(set(sentences.PRAISE)) == 40
+    assert len(set(sentences.NEUTRAL)) == 20
     unfilled = [re.escape(template) for template in sentences.PRAISE]
     patterns = [re.compile(re.sub(r"\\{\w+\\}", r"\\S+", template), re.IGNORECASE) for template in unfilled]
     rows = [row["text"] for row in sentences.planted(len(patterns), seed=1) if row["kind"] == "planted"]
