@@ -127,7 +127,8 @@ class Noise:
             "for their mean, which is ranked"
         )
         if lowest < UNRELIABLE:
-            text = f"THIS RANKING IS MOSTLY NOISE: take more draws of masks or more curvature_samples. {text}"
+            more = "more draws of masks, or more curvature_samples, in the stages that follow, too"
+            text = f"THIS RANKING IS MOSTLY NOISE: take {more}. {text}"
         return text
 
     def reliability_of_mean(self, reliability: float) -> float:
