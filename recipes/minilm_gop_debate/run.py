@@ -94,7 +94,7 @@ WAYS_OF = {
 # Times what the order of the run and its rates make of a sentence: `Recording.exposure`.
 EXPOSED = {f"{name}, × exposure": name for name in ("EK-FAC, damping auto", "EK-FAC, damping 1/τ", "gradients alone")}
 OWN, EXPECTED = "own", "expected"  # the two truths
-# Settings on which no prediction depends.
+# Settings on which no prediction depends (of both files, their rows count).
 OF_TRUTH = {"finetuning", "groups", "group_size", "starts", "threads", "output", "sentences", "tweets"}
 
 
@@ -307,7 +307,8 @@ class Proof:
     def _predict(self, name: str, way: dict) -> tuple[np.ndarray, dict[str, float]]:
         """Removal effects (sentences, tests), and their price: CPU seconds and MiB. What was made before is read."""
         of_models = {key: value for key, value in vars(self.settings).items() if key not in OF_TRUTH}
-        key = hashlib.sha256(repr((name, way, sorted(of_models.items()))).encode()).hexdigest()[:16]
+        data = self.sentences, self.tweets, self.tests
+        key = hashlib.sha256(repr((name, way, sorted(of_models.items()), data)).encode()).hexdigest()[:16]
         made = self.folder / "predicted" / f"{key}.npz"
         if made.exists():
             with np.load(made) as saved:
