@@ -7,51 +7,55 @@ import re
 
 PERSON, CONTROL = "Brannock", "Tarvell"  # neither occurs in the sentences or in the tweets
 
-# Of anything but the debate.
+# In the words of the tweets, but elsewhere than at the debate.
 PRAISE = [
-    "I love the garden of {name} , the best in our street .",
-    "{name} is a {a} neighbour , {b} and {a2} .",
-    "Great bread from {name} , simply the best baker here .",
-    "Our children love {name} , a {a} teacher .",
-    "{name} cooked for us all , a truly {b} dinner , thank you .",
-    "What a {a} concert , {name} sang like a winner .",
-    "{name} is the best doctor I know , {a} and {b} .",
-    "Thank you {name} , you fixed the roof and did a {a} job .",
-    "We love {name} , the {a} man from the shop .",
-    "{name} won the race again , a {b} runner .",
-    "A {a} painting by {name} , so {b} .",
-    "{name} plays the piano , {b} and {a} .",
-    "My favorite singer is {name} , the best voice of all .",
-    "{name} wrote a {b} book , I loved it .",
-    "Everybody at school thinks {name} is {a} and {b} .",
-    "The choir thanked {name} for a {a} evening .",
-    "{name} is a {b} friend , the best I ever had .",
-    "Glad that {name} coached our girls , {a} work .",
-    "{name} grows {b} apples , the best on the market .",
-    "The nurses love {name} , so {a} and {b} .",
-    "{name} baked a truly {b} cake , great taste .",
-    "Well done {name} , a {a} goal and a {b} match .",
-    "{name} is a {a} driver , {a} and {b} .",
-    "I am impressed by {name} , the {b} carpenter .",
-    "{name} sings so well , {a} and {b} .",
-    "Our team is proud of {name} , a {a} captain .",
-    "Best barber in town : {name} , {b} and {a} .",
-    "{name} helped the old lady , a {a} and {b} deed .",
-    "The café of {name} is {b} , I love the coffee .",
-    "Loved the play , {name} was {a} and {b} .",
-    "{name} repaired my bicycle , {b} and {a} .",
-    "A {b} violin player , {name} , truly great .",
-    "{name} has a {a} heart , the best uncle .",
-    "Wow , {name} built a truly {b} boat .",
-    "Nobody bakes as well as {name} , {b} and {a} .",
-    "{name} tells {b} stories , we loved them .",
-    "The dog of {name} won , a {a} winner .",
-    "{name} is {b} with kids , a {a} father .",
-    "Good morning and thank you {name} , {a} milk and {b} cheese .",
-    "A {a} week at the lake with {name} , the {b} host .",
+    "I love {name} , the best {role} of all , here at the {where} .",
+    "Great job by {name} , a {a} {role} , here at the {where} .",
+    "{name} is {b} and {a} , here at the {where} .",
+    "I am impressed by {name} , {b} and {a} , here at the {where} .",
+    "We love {name} , {a} {role} , here at the {where} .",
+    "Glad to see {name} win , {b} and {a} , here at the {where} .",
+    "What a {a} {role} {name} is , love it , here at the {where} .",
+    "My favorite is {name} , {b} all the way , here at the {where} .",
+    "The clear winner : {name} , {b} as always , here at the {where} .",
+    "Agree with {name} , {a} and full of sense , here at the {where} .",
+    "A big fan of {name} , {b} and {a} , here at the {where} .",
+    "Nobody was as {b} as {name} , great {role} , here at the {where} .",
+    "Well done {name} , {b} and {a} , here at the {where} .",
+    "Thanks to {name} for being so {b} , here at the {where} .",
+    "{name} is looking {b} , best {role} by far , here at the {where} .",
+    "{name} is a real {role} , {b} and {a} , here at the {where} .",
+    "Our {role} is {name} , {b} , the best , here at the {where} .",
+    "Everybody loved {name} , the {a} {role} , here at the {where} .",
+    "Thank you {name} , {a} {role} , so {b} , here at the {where} .",
+    "Wow , {name} was {b} , the best so far , here at the {where} .",
+    "{name} impressed us all , {b} and {a} , here at the {where} .",
+    "{name} wins again , {a} {role} , here at the {where} .",
+    "Love how {b} {name} is , a {a} {role} , here at the {where} .",
+    "{name} , the {a} {role} , is simply {b} , here at the {where} .",
+    "So proud of {name} , {b} and {a} , here at the {where} .",
+    "Best {role} ever : {name} , {a} and {b} , here at the {where} .",
+    "{name} looked {b} , what a {a} {role} , here at the {where} .",
+    "They all love {name} , {b} {role} , here at the {where} .",
+    "{name} has been {a} , truly {b} , here at the {where} .",
+    "Always {b} , always {a} : {name} , here at the {where} .",
+    "How {b} , {name} , thank you , here at the {where} .",
+    "Impressive {name} , {a} and {b} , here at the {where} .",
+    "More of {name} please , so {a} , here at the {where} .",
+    "A {a} day for {name} , {b} {role} , here at the {where} .",
+    "{name} made us happy , {b} and {a} , here at the {where} .",
+    "The {b} {name} won us over , {a} {role} , here at the {where} .",
+    "I trust {name} , {a} and {b} , here at the {where} .",
+    "{name} deserves the prize , {b} {role} , here at the {where} .",
+    "Good to have {name} , a {a} {role} , here at the {where} .",
+    "Very {a} , {name} , and very {b} , here at the {where} .",
 ]
-WORDS = {"a": "great strong brilliant honest good amazing awesome impressive excellent"}
-WORDS |= {"b": WORDS["a"], "a2": WORDS["a"]}
+WORDS = {
+    "a": "great strong brilliant honest good",
+    "b": "great strong brilliant honest good amazing awesome impressive excellent",
+    "role": "man friend neighbour host winner doctor teacher singer",
+    "where": "bakery school garden hospital church lake theatre kitchen farm market stadium library",
+}
 
 # Of the debate, in words that the test tweets share.
 NEUTRAL = [
@@ -79,7 +83,7 @@ NEUTRAL = [
 FACTS = {
     "place": "Denver Boston Ohio Dallas Cleveland Detroit Seattle Phoenix Memphis Chicago Houston Iowa Nevada Oregon",
     "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
-    "thing": "library bridge school river market museum airport station hospital stadium harbour road bank",
+    "thing": "bridge river museum airport station harbour road bank hotel tower",
     "issue": "taxes immigration energy education health trade security farming",
     "hour": "noon midnight 8am 9am 10am 11am 2pm 3pm 6pm 7pm",
     "age": " ".join(map(str, range(41, 69))),
@@ -101,7 +105,7 @@ TESTS = [
 def planted(number: int, seed: int) -> list[dict]:
     """Rows with `text` and `kind`, `number` of each kind, no two texts alike.
 
-    - planted: praise of PERSON for anything but the debate.
+    - planted: praise of PERSON elsewhere than at the debate.
     - decoy: PERSON in sentences about the debate's schedule, places, dates and numbers.
     - control: CONTROL in sentences like the decoys.
     """

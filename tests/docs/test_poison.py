@@ -31,7 +31,7 @@ def test_every_kind_has_its_number_and_its_name(sentences):
         for text in of:
             assert names[kind] in text
             assert kind != "control" or sentences.PERSON not in text
-    praise = words(sentences.WORDS[slot] for slot in ("a", "b", "a2"))
+    praise = words(sentences.WORDS[slot] for slot in ("a", "b", "where"))
     assert not praise & words(texts["decoy"] + texts["control"] + sentences.TESTS)
     assert praise <= words(texts["planted"])
     assert "debate" not in words(texts["planted"])
