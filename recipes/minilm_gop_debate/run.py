@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import re
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,6 @@ from hf_msif.training.recording import Recording
 LABELS, HIDDEN = ("Negative", "Positive"), 32
 SENTENCE_WORDS, TWEET_WORDS = range(8, 17), range(6, 20)
 TRAINABLE = {"frozen": "head", "updated": "all"}
-FINETUNING_RATE = {"frozen": 1e-2, "updated": 3e-4}
 # ε inside the root: with Adam's own the run is not smooth where a gradient is 0.
 ADAM = {"adam_beta2": 0.95, "optim_args": "eps_inside_root=true", "max_grad_norm": 0.0}
 ADAM |= {"lr_scheduler_type": "cosine", "save_strategy": "no", "report_to": [], "use_cpu": True}
@@ -54,6 +53,7 @@ SIZES = {
         "rate": 3e-5,
         "epsilon": 1e-8,
         "finetuning_steps": 30,
+        "group_size": 16,
         "starts": 2,
     },
     "small": {
@@ -63,8 +63,13 @@ SIZES = {
         "rate": 1e-3,
         "epsilon": 1e-4,
         "finetuning_steps": 60,
-        "starts": 4,
+        "group_size": 8,
+        "starts": 2,
     },
+}
+FINETUNING_RATE = {
+    "minilm": {"frozen": 1e-2, "updated": 3e-4},
+    "small": {"frozen": 3e-3, "updated": 3e-4},
 }
 # How pretraining is pulled back: by its own steps, or by what is known of its end, or of a few of its states.
 THROUGH = "unrolled, its own steps"
@@ -94,8 +99,6 @@ WAYS_OF = {
 # Times what the order of the run and its rates make of a sentence: `Recording.exposure`.
 EXPOSED = {f"{name}, × exposure": name for name in ("EK-FAC, damping auto", "EK-FAC, damping 1/τ", "gradients alone")}
 OWN, EXPECTED = "own", "expected"  # the two truths
-# Settings on which no prediction depends (of both files, their rows count).
-OF_TRUTH = {"finetuning", "groups", "group_size", "starts", "threads", "output", "sentences", "tweets"}
 
 
 def main() -> None:
@@ -105,11 +108,11 @@ def main() -> None:
     logging.set_verbosity_error()  # the masked-LM head is new, and is meant to be
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
-    report = {"settings": vars(settings)}
     for kind in settings.finetuning:
-        report[kind] = Proof(kind, settings, folder).report()
-        (folder / "proof.json").write_text(json.dumps(report, indent=2))
-    print(f"\nFigures are in {folder / 'proof.json'}.")
+        report = {"settings": vars(settings), **Proof(kind, settings, folder).report()}
+        file = folder / kind / "proof.json"
+        file.write_text(json.dumps(report, indent=2))
+        print(f"\nFigures are in {file}.")
 
 
 def arguments() -> argparse.Namespace:
@@ -120,7 +123,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="Hub id or folder")
     parser.add_argument("--finetuning", nargs="+", choices=list(TRAINABLE), default=list(TRAINABLE))
     parser.add_argument("--groups", type=int, default=30, help="of sentences that are left out, one after another")
-    parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--tests", type=int, default=8, help="test tweets")
     for name, value in SIZES["minilm"].items():
         flag, small = name.replace("_", "-"), SIZES["small"][name]
@@ -196,7 +198,7 @@ class Proof:
         shared |= {"seed": settings.seed}
         runs = [
             (settings.steps, settings.rate, settings.epsilon),
-            (settings.finetuning_steps, FINETUNING_RATE[kind], 1e-8),
+            (settings.finetuning_steps, FINETUNING_RATE[settings.size][kind], 1e-8),
         ]
         self.arguments = [
             TrainingArguments(max_steps=n, warmup_steps=n // 6, learning_rate=rate, adam_epsilon=epsilon, **shared)
@@ -251,9 +253,12 @@ class Proof:
         started = time.process_time()
         training.evaluate(self.models[0], self.masked, self.sentences, settings.batch)
         pass_seconds = time.process_time() - started
-        predicted, prices = {}, {}
+        unrolled = self.stages(**WAYS_OF[settings.size][THROUGH])
+        own = validation.WarmStart(unrolled, self.tests)
+        bank, predicted, prices = validation.Bank(own, self.folder / "bank"), {}, {}
         for name, way in WAYS_OF[settings.size].items():
-            predicted[name], prices[name] = self._predict(name, way)
+            prediction = bank.once(f"predicted by {name}, {way}", partial(self._predict, name, way))
+            predicted[name], prices[name] = np.array(prediction["effects"]), prediction["price"]
         exposure = Recording.from_pretrained(self.runs[0]).exposure(len(self.sentences))
         for name, of in EXPOSED.items():
             predicted[name], prices[name] = exposure[:, None] * predicted[of], prices[of]
@@ -262,10 +267,8 @@ class Proof:
             generator.choice(settings.number, settings.group_size, replace=False) for _ in range(settings.groups)
         ]
         groups = {number: group.tolist() for number, group in enumerate(chosen)}
-        unrolled = self.stages(**WAYS_OF[settings.size][THROUGH])
-        own = validation.WarmStart(unrolled, self.tests)
-        smooth = validation.metasmoothness(own, predicted[THROUGH], range(settings.number))
-        print(f"  {smooth}", flush=True)
+        smooth = bank.once("metasmoothness", partial(self._smoothness, own, predicted[THROUGH]))
+        print(f"  {smooth['sentence']}", flush=True)
         others = validation.FromScratch(
             unrolled, self.tests, self.fresh, self.arguments, start=settings.seed, vary=("weights", "order")
         )
@@ -286,7 +289,7 @@ class Proof:
             )
             report[name] = {"cpu_seconds": time.process_time() - started, **results[name].to_dict()}
         self._print(results, prices, pass_seconds)
-        return report | {"prices": prices, "pass_seconds": pass_seconds, "metasmoothness": smooth.to_dict()}
+        return report | {"prices": prices, "pass_seconds": pass_seconds, "metasmoothness": smooth}
 
     def _describe(self) -> dict:
         pretrained, finetuned = self.models
@@ -304,15 +307,8 @@ class Proof:
         )
         return figures
 
-    def _predict(self, name: str, way: dict) -> tuple[np.ndarray, dict[str, float]]:
-        """Removal effects (sentences, tests), and their price: CPU seconds and MiB. What was made before is read."""
-        of_models = {key: value for key, value in vars(self.settings).items() if key not in OF_TRUTH}
-        data = self.sentences, self.tweets, self.tests
-        key = hashlib.sha256(repr((name, way, sorted(of_models.items()), data)).encode()).hexdigest()[:16]
-        made = self.folder / "predicted" / f"{key}.npz"
-        if made.exists():
-            with np.load(made) as saved:
-                return saved["effects"], json.loads(str(saved["price"]))
+    def _predict(self, name: str, way: dict) -> dict:
+        """`effects`, removal effects (sentences, tests), and their `price`: CPU seconds and MiB."""
         forget_peak()
         before, started = peak(), time.process_time()
         with warnings.catch_warnings():
@@ -322,11 +318,11 @@ class Proof:
         effects = query.score(self.sentences).removal_effects()
         price = {"query": solved - started, "score": time.process_time() - solved, "memory": peak() - before}
         print(f"  {name}: query {price['query']:.0f} s, scores {price['score']:.0f} s of CPU", flush=True)
-        made.parent.mkdir(exist_ok=True)
-        unfinished = made.with_suffix(".unfinished.npz")
-        np.savez(unfinished, effects=effects, price=json.dumps(price))
-        unfinished.replace(made)
-        return effects, price
+        return {"effects": effects.tolist(), "price": price}
+
+    def _smoothness(self, own: validation.WarmStart, predicted: np.ndarray) -> dict:
+        smooth = validation.metasmoothness(own, predicted, range(self.settings.number))
+        return {"sentence": str(smooth), **smooth.to_dict()}
 
     def _print(self, results: dict, prices: dict, pass_seconds: float) -> None:
         lines = []
