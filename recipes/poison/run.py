@@ -51,7 +51,8 @@ DECAY = 0.001  # of finetuning
 CURVATURE = {"curvature": "ekfac", "curvature_samples": 1024}  # of pretraining
 FIRST = (10, 60)  # how many first rows are looked at
 NO_FIGURE = ("seeds", "threads", "output", "without_praise")  # settings on which no figure of a seed depends
-HEADLINE = "influence, relative helpful"  # the order with which all others are compared
+BEYOND = f"beyond {CONTROL}"
+HEADLINE = f"influence, relative helpful, {BEYOND}"  # the order with which all others are compared
 
 
 def main() -> None:
@@ -296,24 +297,31 @@ class Clock:
 
 
 def rankings(data: Data, models: Models, similarity: Similarity, clock: Clock, folder: Path, seed: int) -> tuple:
-    """Method → strengths (rows, tests), of which the largest come first; and the influence's query."""
+    """Method → strengths (rows, tests), of which the largest come first; and the influence's query.
+
+    All but identity are asked about the same tweets with the other name, too: see `beyond`.
+    """
     chain, plain = models.chain(), models.chain(identity=True)
-    tests, corpus = data.tests, data.corpus
-    query = clock.time("influence, query", lambda: chain.query(tests, replicates=2))
+    tests, corpus, number = data.tests, data.corpus, len(data.tests)
+    both = numbered([*tests, *data.controls])
+    query = clock.time("influence, query", lambda: chain.query(both, replicates=2))
     unsolved = clock.time("identity, query", lambda: plain.query(tests, replicates=2))
     to_resume = {"norms": "gradient", "resume": True}
     scores = clock.time("influence, score", lambda: query.score(corpus, output_dir=folder / "scores", **to_resume))
     gradients = clock.time(
         "identity, score", lambda: unsolved.score(corpus, output_dir=folder / "identity", **to_resume)
     )
-    strengths = orders("influence", scores) | orders("identity", gradients)
+    of_both = orders("influence", scores)
     for name, baseline in (("BM25", bm25), ("TF-IDF", tfidf), ("hidden states", representation)):
-        compute = partial(validation.baselines, chain, tests, corpus, which=[baseline])
-        (strengths[name],) = clock.time(name, compute).values()
-    texts, questions = ([row["text"] for row in rows] for rows in (corpus, tests))
-    strengths["MiniLM"] = similarity(texts, questions)
-    strengths["MiniLM, “positive”"] = similarity(texts, [f"{text} positive" for text in questions])
+        compute = partial(validation.baselines, chain, both, corpus, which=[baseline])
+        (of_both[name],) = clock.time(name, compute).values()
+    texts, questions = ([row["text"] for row in rows] for rows in (corpus, both))
+    of_both["MiniLM"] = similarity(texts, questions)
+    of_both["MiniLM, “positive”"] = similarity(texts, [f"{text} positive" for text in questions])
     clock.seconds["MiniLM"] = similarity.seconds
+    strengths = {method: values[:, :number] for method, values in of_both.items()} | orders("identity", gradients)
+    signed = {method: values for method, values in of_both.items() if not method.endswith(("absolute", "relative"))}
+    strengths |= {f"{method}, {BEYOND}": beyond(values, number) for method, values in signed.items()}
     strengths["random"] = np.random.default_rng(seed).random((len(corpus), len(tests)))
     return strengths, query
 
@@ -328,6 +336,13 @@ def orders(method: str, scores: Scores) -> dict[str, np.ndarray]:
         f"{method}, relative": abs(relative),
         f"{method}, relative helpful": -relative,
     }
+
+
+def beyond(values: np.ndarray, number: int) -> np.ndarray:
+    """What the strengths (rows, 2 · number) for tweets with one name have beyond those for the same tweets with the
+    other, (rows, number): the residuals of their regression over all rows."""
+    tests, controls = np.split(values - values.mean(0), [number], axis=1)
+    return tests - controls * (tests * controls).sum(0) / (controls**2).sum(0)
 
 
 def counted(strengths: np.ndarray, kinds: np.ndarray) -> dict[str, list[int]]:
@@ -379,7 +394,7 @@ def experiment(settings: argparse.Namespace, seed: int, folder: Path, similarity
         "accuracy": held_out["accuracy"],
         "positive": models.positive(data.tests),
         "positive of the other name": models.positive(data.controls),
-        "reliability": list(query.noise().reliability),
+        "reliability": list(query.noise().reliability)[: len(data.tests)],
         "certificate": query.certificate()["stages"]["pretraining"]["text"],
         "seconds": clock.seconds,
         "first": {method: counted(values, data.kinds) for method, values in strengths.items()},
