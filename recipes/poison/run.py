@@ -303,7 +303,7 @@ def rankings(data: Data, models: Models, similarity: Similarity, clock: Clock, f
     """
     chain, plain = models.chain(), models.chain(identity=True)
     tests, corpus, number = data.tests, data.corpus, len(data.tests)
-    both = numbered([*tests, *data.controls])
+    both = [{**row, "example_id": i} for i, row in enumerate([*tests, *data.controls])]
     query = clock.time("influence, query", lambda: chain.query(both, replicates=2))
     unsolved = clock.time("identity, query", lambda: plain.query(tests, replicates=2))
     to_resume = {"norms": "gradient", "resume": True}
