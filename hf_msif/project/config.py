@@ -18,7 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..errors import Complaints, InputError
+from ..errors import Complaints, InputError, first_line
 from .misfits import misfits
 from .plugins import DOTTED, parameters
 from .schema import LARGEST, RULES, Config, Scalar, Section, StageConfig
@@ -175,6 +175,20 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
+def _loaded(text: str) -> Any:
+    """What YAML text holds.
+
+    Raises:
+        yaml.YAMLError: no YAML, or a tag before what it is no tag of, such as `!!set 1`.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError):
+        raise
+    except Exception as error:
+        raise yaml.YAMLError(f"a tag does not fit what it stands before ({first_line(error)})") from error
+
+
 def _read(path: str | os.PathLike) -> dict:
     what = f"the configuration {shown_text(str(path), LONGEST_PATH)}"
     if "\0" in str(path):
@@ -184,7 +198,7 @@ def _read(path: str | os.PathLike) -> dict:
             content = file.read(MOST_BYTES + 1)  # a device or a corpus may have no end
         if len(content) > MOST_BYTES:
             raise InputError(f"{what} has more than {MOST_BYTES:,} bytes; expected the settings of a run: shorten it.")
-        values = yaml.load(content.decode("utf-8-sig"), _Loader)
+        values = _loaded(content.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"cannot read {what} ({reason}); expected a YAML file.") from None
@@ -203,7 +217,7 @@ def _read(path: str | os.PathLike) -> dict:
 
 def _value(text: str, key: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return _loaded(text)
     except yaml.YAMLError as error:  # *.csv and @name are words here
         if getattr(error, "problem", None) == TOO_LONG:
             raise InputError(f"{shown_text(key)} is {shown_text(text)}, {TOO_LONG}; expected a smaller one.") from None

@@ -91,6 +91,8 @@ FILES = {
     "very deep lists": (f"test: {{ids: {nested(100_000)}}}", ["nested deeper than 100"]),
     "deep mappings": (f"test: {nested(3000, '{a: ', '}')}", ["nested deeper than 100"]),
     "deep block sequences": ("test:\n" + "".join("  " * i + "-\n" for i in range(1, 300)), ["nested deeper"]),
+    "a tag before a number": ("dampings: [0.1, !!set 1]", ["is not valid YAML", "a tag does not fit"]),
+    "a tag before a word": ("run_dir: !!pairs x", ["is not valid YAML"]),
     "a bomb of aliases": (BOMB, ["more than 100,000 values"]),
     "a bomb in a setting that is handed on": (
         "stages: {pretraining: {model: {config: {id2label: {x: &b [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]}}}}}\n"
