@@ -57,6 +57,17 @@ def check_problem(model: Any, objective: str, problem: str, loss: str) -> None:
         )
 
 
+def label_in(row: Mapping[str, Any], column: str) -> Any:
+    """What a row's label column holds.
+
+    Raises:
+        InputError: the row has no such column.
+    """
+    if column not in row:
+        raise InputError(f"the rows have no label column {column!r}; they have {sorted(row)}: pass label_column=.")
+    return row[column]
+
+
 class _Classification(Objective):
     """What all classifications share: the classes of the model, and those of the rows."""
 
@@ -126,11 +137,7 @@ class _Classification(Objective):
         return torch.tensor([self._label(row) for row in rows])
 
     def _label(self, row: Mapping[str, Any]) -> int:
-        if self.label_column not in row:
-            raise InputError(
-                f"the rows have no label column {self.label_column!r}; they have {sorted(row)}: pass label_column=."
-            )
-        return self._class(row[self.label_column], row)
+        return self._class(label_in(row, self.label_column), row)
 
     def _class(self, value: Any, row: Mapping[str, Any]) -> int:
         """The class that a value in a row's label column names."""

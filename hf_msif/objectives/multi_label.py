@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import InputError
 from ._base import Batch, LabelKind, Rows, Terms
-from .classification import _Classification, pair_content
+from .classification import _Classification, label_in, pair_content
 from .tokens import check_length, encode
 
 
@@ -69,11 +69,7 @@ class MultiLabel(_Classification):
         return batch | {"width": torch.tensor(width), "truncated": truncated}
 
     def _classes(self, row: Mapping[str, Any]) -> tuple[list[int], int]:
-        if self.label_column not in row:
-            raise InputError(
-                f"the rows have no label column {self.label_column!r}; they have {sorted(row)}: pass label_column=."
-            )
-        values = row[self.label_column]
+        values = label_in(row, self.label_column)
         values = values.tolist() if isinstance(values, (np.ndarray, Tensor)) else values
         if not isinstance(values, (list, tuple)):
             raise InputError(

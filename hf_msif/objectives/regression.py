@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._base import Batch, LabelKind, Objective, Rows, Terms, logits_of
-from .classification import check_problem, pair_content
+from .classification import check_problem, label_in, pair_content
 from .tokens import check_length, encode
 
 
@@ -60,11 +60,7 @@ class Regression(Objective):
             )
 
     def _label(self, row: Mapping[str, Any]) -> float:
-        if self.label_column not in row:
-            raise InputError(
-                f"the rows have no label column {self.label_column!r}; they have {sorted(row)}: pass label_column=."
-            )
-        value = row[self.label_column]
+        value = label_in(row, self.label_column)
         value = value.item() if isinstance(value, (np.generic, Tensor)) and value.ndim == 0 else value
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise InputError(
