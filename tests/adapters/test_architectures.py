@@ -1,7 +1,5 @@
 """Kinds of architectures that need a mechanism of their own: a part of `make coverage-suite`, and single cases."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 import torch
 import transformers as T
 from helpers import tiny
+from helpers.scripts import imported_from
 
 from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers
 from hf_msif.adapters.functional import FunctionalModel
@@ -29,14 +28,9 @@ KINDS = {
 
 
 @pytest.fixture
-def suite(monkeypatch):
-    """Imports a module of the suite, which is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(FOLDER)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def suite():
+    with imported_from(FOLDER) as import_module:
+        yield import_module
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

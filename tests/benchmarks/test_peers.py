@@ -1,27 +1,22 @@
 """The parts of benchmarks/peers that need no peer: its cases, and what its tables make of results."""
 
 import doctest
-import importlib
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.scripts import imported_from
 from scipy.stats import spearmanr
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "peers"
 
 
 @pytest.fixture
-def peers(monkeypatch):
-    """Imports a module of the benchmark, which is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(FOLDER)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def peers():
+    with imported_from(FOLDER) as import_module:
+        yield import_module
 
 
 def test_every_case_has_a_file_of_its_own(peers):
