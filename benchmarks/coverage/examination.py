@@ -98,7 +98,7 @@ def _measure(result: Examination, pair: Pair, dtype: torch.dtype) -> None:
     result.notes += [f"{n} is in one encoder alone" for n in (*roles.encoder_only[:1], *roles.not_passed_on[:1])]
     pass_on(language_model, classifier, roles.inherited)
     rows, tweets = sentences(6, 1), sentences(5, 2)
-    first, second = objective_of(pair), objectives.SequenceClassification(tokenizer())
+    first, second = objective_of(pair, language_model), objectives.SequenceClassification(tokenizer())
     identity = solvers.Identity()
     msif = MultiStageInfluence(
         [
@@ -129,23 +129,35 @@ def _measure(result: Examination, pair: Pair, dtype: torch.dtype) -> None:
             return
 
 
-def objective_of(pair: Pair) -> Objective:
-    """That of the language model's task; a class of the pretraining table says its task by its name."""
+def objective_of(pair: Pair, model: PreTrainedModel) -> Objective:
+    """That of the language model's task; a class of the pretraining table says its task by its name or its output."""
     task = pair.task
     if task == "pretraining":
         task = "causal" if "CausalLM" in pair.language_model or "LMHead" in pair.language_model else "masked"
+        task = task if task == "causal" else _task_by_output(model)
     kinds = {"masked": objectives.MaskedLM, "causal": objectives.CausalLM, "seq2seq": objectives.Seq2SeqLM}
+    kinds |= {"pairs": objectives.NextSentenceMaskedLM, "replaced": objectives.ReplacedTokenDetection}
     return kinds[task](tokenizer())
 
 
+@torch.no_grad()
+def _task_by_output(model: PreTrainedModel) -> str:
+    """ "pairs" of a model with logits for the next sentence, "replaced" of one with a logit per token, else masked."""
+    output = model.eval()(input_ids=torch.tensor([tokenizer()(" ".join(WORDS[-9:]))["input_ids"]]))
+    if getattr(output, "seq_relationship_logits", None) is not None:
+        return "pairs"
+    return "replaced" if output.logits.dim() == 2 else "masked"
+
+
 def sentences(number: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of uneven length with a label, and with a target for encoder-decoders."""
+    """Rows of uneven length with a label, with a target for encoder-decoders, and with a next sentence."""
     generator = np.random.default_rng(seed)
     texts = [" ".join(generator.choice(WORDS[len(SPECIAL) :], generator.integers(8, 15))) for _ in range(2 * number)]
-    return [
+    rows = [
         {"example_id": i, "text": texts[i], "target": texts[-1 - i], "label": int(generator.integers(2))}
         for i in range(number)
     ]
+    return [row | {"text_pair": row["target"], "next_sentence_label": i % 2} for i, row in enumerate(rows)]
 
 
 # --- the oracle
@@ -183,7 +195,8 @@ def _loss(model: PreTrainedModel, objective: Objective, row: dict) -> Tensor:
     def call(positions: Any = None, **inputs: Any) -> Any:
         output = model(**{name: t for name, t in inputs.items() if name in accepted or "kwargs" in accepted})
         if positions is not None:
-            output.logits = output.logits[positions]
+            words = "prediction_logits" if "prediction_logits" in output else "logits"
+            setattr(output, words, getattr(output, words)[positions])
         return output
 
     return objective.losses(call, objective.collate([row]))[0].sum()

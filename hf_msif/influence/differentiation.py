@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -57,6 +57,26 @@ class DirectCertificate:
 
     def __str__(self) -> str:
         return f"{self.method}: a formula, nothing was solved"
+
+
+class NamedTensors(Mapping[str, Tensor]):
+    """A solution that can be read by the names of its tensors: `solution["encoder.weight"]`, `solution.items()`.
+
+    A subclass writes `tensors()`.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors())
+
+    def __len__(self) -> int:
+        return len(self.tensors())
 
 
 class StageSolution(Protocol):

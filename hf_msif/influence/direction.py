@@ -24,13 +24,13 @@ from ..scoring.layerwise import Layerwise
 from ..scoring.scorer import RowInfluence
 from ..scoring.token_scores import TermInfluence
 from ..vectors import Block
-from .differentiation import StageCertificate
+from .differentiation import NamedTensors, StageCertificate
 
 METHODS = ("auto", "forward", "layerwise")
 
 
-@dataclass
-class Direction:
+@dataclass(eq=False)
+class Direction(NamedTensors):
     """u_k of one stage: the influence of a row is the derivative of its loss along −u_k, eq. (6).
 
     Attributes:
@@ -184,8 +184,8 @@ class Direction:
         return self.u
 
 
-@dataclass
-class Directions:
+@dataclass(eq=False)
+class Directions(NamedTensors):
     """Directions at several states of a run; the influence of a row is the sum of theirs.
 
     Attributes:

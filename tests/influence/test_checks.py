@@ -73,7 +73,7 @@ def bound(model, rows=SENTENCES, **settings):
 
 def one_row_at_a_time(query, model, objective, rows):
     """−⟨u, ∇ℓ⟩ by plain backward passes over single rows: no padding, no forward mode."""
-    u = {name: t[0] for name, t in query.solutions["only"].tensors().items()}
+    u = {name: t[0] for name, t in query.solutions["only"].items()}
     model, influences = model.eval(), []
     for row in rows:
         sums, _ = objective.losses(
@@ -243,7 +243,7 @@ def test_a_model_with_one_derivative_has_scores_and_no_curvature():
     text = "Identity uses no curvature, and a backward function of Squaring has no derivative"
     assert [f.text for f in chain.stages[0].findings if f.check == "symmetry"] == [text]
     query = chain.query(rows[:1])
-    u = {name: t[0] for name, t in query.solutions["only"].tensors().items()}
+    u = {name: t[0] for name, t in query.solutions["only"].items()}
     model, expected = toy(0, Squaring), []
     for row in rows:
         sums, _ = ToyObjective().losses(model, ToyObjective().collate([row]))
