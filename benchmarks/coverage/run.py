@@ -43,8 +43,8 @@ Every architecture of transformers that has a language model and a sequence clas
 weights (`benchmarks/coverage`). Those that have several language models (masked, sequence-to-sequence, causal, next
 sentence, replaced tokens) have a pair for each. The classifier's encoder is that of the language model, frozen; its
 head is trained. A query goes through both stages, and is compared with plain reverse-mode gradients of the models as
-they are, one row at a time. All numbers are relative to the largest one; a pair fails above {limit:.0e} in float64, and {limit32:.0e}
-in float32. (Models that normalise in float32 whatever their dtype is are exact to 1e-7 or so.)
+they are, one row at a time. All numbers are relative to the largest one; a pair fails above {limit:.0e} in float64,
+and {limit32:.0e} in float32. (Models that normalise in float32 whatever their dtype is are exact to 1e-7 or so.)
 
 | column | what is compared |
 | --- | --- |
