@@ -199,6 +199,8 @@ def load_model(config: Config, name: str, source: str | Path, **overrides: Any) 
     try:
         if (folder / peft.FOLDER).is_dir():
             return _cast(stage, peft.load(folder, auto)), []
+        if (folder / peft.PUBLISHED).is_file():
+            return _cast(stage, peft.load_published(folder, auto)), []
         # Tensors of other shapes are told by name below; Transformers prints a table of them.
         loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = auto.from_pretrained(hub.prepare(str(source)), **loading, **overrides)

@@ -227,7 +227,15 @@ class StageConfig(Section):
 
 
 class Tests(Section):
-    """The predictions that are explained: rows of the last stage's test side."""
+    """The predictions that are explained: texts of your own, or rows of the last stage's test side."""
+
+    text: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """texts that are in no data set, one or a list, in the place of rows of the test side"""
+    file: str | None = None
+    """a file of such texts: one per line (.txt), or a table (.csv, .tsv, .jsonl, .parquet) with the columns of the
+    last stage's data; without a label column, label counts"""
+    label: Scalar = None
+    """label of the texts; null: the class that the model predicts"""
 
     number: Count = 3
     """number of random rows"""
@@ -253,8 +261,24 @@ class Tests(Section):
     """which rows of the last stage: test, those that its data set aside; train, those that it is trained on, where
     that is meant; null: test"""
 
+    @property
+    def gives_texts(self) -> bool:
+        """Whether the test rows are texts of the user's own."""
+        return self.text is not None or self.file is not None
+
     @model_validator(mode="after")
     def _fits_together(self) -> Tests:
+        ways = [name for name in ("text", "file", "ids", "wrong", "split") if getattr(self, name) not in (None, False)]
+        if self.gives_texts and len(ways) > 1:
+            raise InputError(
+                f"test.{ways[0]} and test.{ways[1]} are both set; expected one of them: texts of your own, or rows of "
+                "the test side."
+            )
+        if self.label is not None and not self.gives_texts:
+            raise InputError(
+                f"test.label is {self.label!r}, which is for texts of your own, but there is no test.text or "
+                "test.file; expected one of these: rows of the test side have their own labels."
+            )
         if self.of is not None and (self.measurement == "loss" or is_dotted(self.measurement)):
             raise InputError(
                 f"test.of is {self.of!r}, which is for log_probability, logit_margin and span_log_probability; "
