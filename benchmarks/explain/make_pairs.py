@@ -1,4 +1,4 @@
-"""Four pairs of checkpoints that know nothing of hf_msif: made with `transformers` and `peft` alone, by plain Trainers.
+"""Four pairs of checkpoints that know nothing of hf_msif, made with `transformers` and `peft` alone by plain Trainers.
 
     python benchmarks/explain/make_pairs.py --sentences news.en.heldout.txt --tweets Sentiment.csv
     msif explain --pretrained runs/pairs/bert/pretrained --finetuned runs/pairs/bert/finetuned \\
