@@ -41,6 +41,17 @@ CHECKS = {
     "causality": "hf_msif.influence.checks:causality",
     "symmetry": "hf_msif.influence.checks:symmetry",
 }
+# What `msif diagnose` measures beside the checks.
+DIAGNOSTICS = {
+    "pad ids": "hf_msif.influence.diagnostics:pad_ids",
+    "attention": "hf_msif.influence.diagnostics:attention",
+    "precision": "hf_msif.influence.diagnostics:precision",
+    "stationarity": "hf_msif.influence.diagnostics:stationarity",
+    "curvature sign": "hf_msif.influence.diagnostics:curvature_sign",
+    "ties": "hf_msif.influence.diagnostics:ties",
+    "mask coverage": "hf_msif.influence.diagnostics:mask_coverage",
+    "damping": "hf_msif.influence.diagnostics:damping",
+}
 
 
 def registered(table: Mapping[str, str], name: str) -> Any:

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 import yaml
-
 from helpers import tiny
 from helpers.project import msif
+
 from hf_msif import InputError, MultiStageInfluence, Scores, Stage, explain, objectives
 from hf_msif.project import config, detection, explained
 from hf_msif.project.run import Run
