@@ -1,10 +1,11 @@
-"""What the names in settings stand for: one line for each, "module:Name".
+"""What the names in settings stand for, one line for each: "module:Name", or for a file's ending its format.
 
 It imports nothing, so that a configuration can be checked, and its help printed, without PyTorch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import Any
@@ -52,6 +53,8 @@ DIAGNOSTICS = {
     "mask coverage": "hf_msif.influence.diagnostics:mask_coverage",
     "damping": "hf_msif.influence.diagnostics:damping",
 }
+# File ending → the builder of `datasets` that reads such a file, also with a further ending .gz.
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 
 def registered(table: Mapping[str, str], name: str) -> Any:
@@ -61,3 +64,21 @@ def registered(table: Mapping[str, str], name: str) -> Any:
     'CG'
     """
     return resolve_name(table[name])
+
+
+def file_ending(name: str) -> str:
+    """The ending of a file's name that says its format: in lower case, without a further .gz.
+
+    >>> file_ending("data/Tweets.TSV.gz")
+    '.tsv'
+    """
+    return os.path.splitext(name.lower().removesuffix(".gz"))[1]
+
+
+def builder_of(name: str) -> str | None:
+    """The builder of `datasets` that reads a file of this name; None where its ending says no format.
+
+    >>> builder_of("data/tweets.tsv.gz"), builder_of("google-research-datasets/go_emotions")
+    ('csv', None)
+    """
+    return FORMATS.get(file_ending(name))

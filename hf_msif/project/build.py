@@ -90,6 +90,8 @@ def objective(config: Config, name: str, tokenizer: Any) -> Objective:
     values = settings(kind, stage.objective, f"{key}.objective", without=[*known, *columns, "processor", "unigrams"])
     if "seed" in takes:
         values.setdefault("seed", config.seed)
+    if "labels" in takes and stage.data.label_from == "files":
+        values.setdefault("labels", list(stage.data.data_files or ()))
     return kind(**{parameter: value for parameter, value in known.items() if parameter in takes}, **values)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from .. import registry
 from ..engine.hashing import digest
 from ..errors import InputError
-from .data import content_key
+from ..registry import builder_of
+from .data import content_key, load_rows
+from .schema import Data
+from .sources import load_table
 
 if TYPE_CHECKING:
     from ..engine.stream import Stream
@@ -97,13 +99,9 @@ def _texts(run: Run) -> list[dict]:
 
 def _rows_of_file(run: Run, file: str) -> list[dict]:
     """The rows of a file, with labels where it has the label column of the last stage's data."""
-    from .data import load_rows
-    from .schema import Data
-    from .sources import load_table
-
     name, key = run.names[-1], "test.file"
     stage = run.config.stages[name]
-    is_text = registry.builder_of(file) == "text"
+    is_text = builder_of(file) == "text"
     data = Data(path=file, text_column="text" if is_text else stage.data.text_column)
     try:
         known = load_table(data, "train", f"stages.{name}.data").column_names

@@ -180,15 +180,25 @@ class Run:
         """The stage's rows: those of its `data.part`, or of another part. Loaded once, their labels checked."""
         data = self.config.stages[name].data
         columns = {**{column: column for column in self.tasks[name].columns}, **data.columns}
-        data = data.model_copy(update={"part": part or data.part, "columns": columns})
+        seed = self.config.seed if data.seed is None else data.seed
+        data = data.model_copy(update={"part": part or data.part, "columns": columns, "seed": seed})
         if (name, data.part) not in self._rows:
             if data.streaming:
-                self._rows[name, data.part] = stream_rows(data, name, self.content(name))
+                stream = stream_rows(data, name, self.content(name))
+                self._rows[name, data.part] = (
+                    stream if data.sample is None else self._sampled(stream, data.sample, seed)
+                )
             else:
-                rows = load_rows(data, name, self.content(name))
+                rows = load_rows(data, name, self.content(name), self.tasks[name].label_kind)
                 self._check_labels(name, rows)
                 self._rows[name, data.part] = rows
         return self._rows[name, data.part]
+
+    def _sampled(self, stream: Stream, size: int, seed: int) -> list[dict]:
+        """Random rows of a stream, the same on every process."""
+        from ..engine.accelerated import Engine
+
+        return Engine(self.accelerator, progress=False).sample(stream, size, seed)
 
     def rows_digest(self, name: str) -> str | None:
         """SHA-256 of the stage's rows; of a stream that of its files, marked as such, or None where it has none."""
@@ -497,14 +507,12 @@ class Run:
 
     def corpus(self) -> list[dict] | Stream:
         """The rows that are ranked: those of the ranked stage, or a sample of them."""
-        from ..engine.accelerated import Engine
-
         settings = self.config.corpus
         rows = self.rows(self.ranked)
         if isinstance(rows, Stream):
             if settings.sample is None:
                 return rows
-            return Engine(self.accelerator, progress=False).sample(rows, settings.sample, settings.seed)
+            return self._sampled(rows, settings.sample, settings.seed)
         if settings.sample is None or settings.sample >= len(rows):
             return rows
         return random.Random(settings.seed).sample(rows, settings.sample)
