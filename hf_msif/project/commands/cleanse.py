@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...influence.multistage import MultiStageInfluence
     from ..run import Run
 
-HELP = "write the ranked stage's rows without the most harmful ones; train again without them if asked to"
+HELP = "write the corpus without its most harmful rows; train again without them if asked to"
 TAKES_CONFIGURATION = True
 WRITES = True
 SHARES_WORK = False

@@ -35,16 +35,16 @@ CURVATURE_SAMPLES = 320
 
 
 def demo(
-    output_dir: str = "runs/demo",
+    run_dir: str = "runs/demo",
     seed: int = 0,
     quiet: bool = False,
     steps: tuple[int, int] = (700, 200),
     check: bool = True,
 ) -> dict:
-    """Runs the demo and returns its figures; writes models, query, scores, Table 1 and `demo.json` into `output_dir`.
+    """Runs the demo and returns its figures; writes models, query, scores, Table 1 and `demo.json` into `run_dir`.
 
     Args:
-        output_dir: created if needed; files of an earlier demo are replaced.
+        run_dir: created if needed; files of an earlier demo are replaced.
         seed: of data, training and masks.
         quiet: whether to print nothing.
         steps: of pretraining and of finetuning.
@@ -55,15 +55,15 @@ def demo(
         `damping`, `removal` with `check`, and `seconds`.
 
     Raises:
-        InputError: `output_dir` has something in a place of these files that no demo wrote.
+        InputError: `run_dir` has something in a place of these files that no demo wrote.
     """
     say = (lambda *words: None) if quiet else print
-    folder, started = Path(output_dir), time.perf_counter()
+    folder, started = Path(run_dir), time.perf_counter()
     files = [folder / name for name in ("demo.json", "scores.parquet")]
     files += [folder / "query" / name for name in FILES_OF_A_QUERY]
     files += [file for table in ("table1", "sweep") for file in files_of_table(folder / table)]
     models = [folder / name for name in ("pretraining", "finetuning")]
-    with Outputs(folder, "output_dir").writing(files, [folder / "query", folder / "checkpoints"], models):
+    with Outputs(folder, "run_dir").writing(files, [folder / "query", folder / "checkpoints"], models):
         # Trainer makes the folder even if it saves nothing.
         folders.write_marker(folder / "checkpoints", "checkpoints of a training", ())
         threads = torch.get_num_threads()
