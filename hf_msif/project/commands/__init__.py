@@ -1,7 +1,7 @@
 """The commands of `msif`, one file each; `cli.COMMANDS` lists them.
 
-A new command is a module here that has the members of `Command`, and its name in a group of that table. `msif --help` imports
-every command, so a command imports torch, pandas and the like inside its functions.
+A new command is a module here that has the members of `Command`, and its name in a group of that table. `msif --help`
+imports every command, so a command imports torch, pandas and the like inside its functions.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def render(report: dict) -> None:
-    from ...reports.tables import plain
+    from ...reports.tables import terminal, visible
 
     if report["noise"]:
         print(report["noise"])
@@ -56,8 +56,8 @@ def render(report: dict) -> None:
             counts = dict(zip(common["example_id"], common["columns"], strict=True))
             marks = [f"{counts[name]} of {lists}" if name in counts else "" for name in table["example_id"]]
             table = table.assign(common=marks)
-        print(f"\n{report['by']} influence on{of}: {test['test']}")
-        print(plain(table, width=80))
+        print(f"\n{report['by']} influence on{of}: {visible(test['test'])}")
+        print(terminal(table, width=80))
     if common is not None and len(common):
         print(
             f"\n{len(common)} rows are common: they are in the lists of nearly all tests, as the column says, and "

@@ -20,7 +20,7 @@ from ...engine.files import write_json
 from ...influence.query import FILES as FILES_OF_A_QUERY
 from ...influence.sweep import damping_sweep
 from ...models import FeedForwardClassifier
-from ...reports.tables import files_of_table, plain, table_one, training_line, write_table
+from ...reports.tables import files_of_table, table_one, terminal, training_line, write_table
 from ..outputs import Outputs
 from .grammar import World, vocabulary, world
 
@@ -106,7 +106,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     table = table_one(scores)
     write_table(table, folder / "table1")
     say("\nTable 1: sentences of largest and smallest absolute influence (positive raises the test loss: harmful)")
-    say(plain(table, 30))
+    say(terminal(table, 30))
 
     plain_gradient = _chain(data, tokenizer, pretrained, finetuned, progress, solvers.Identity()).query(tests)
     hits = {
@@ -123,7 +123,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     counted = pd.DataFrame(
         [[name, *row, float(np.mean(row))] for name, row in hits.items()], columns=["", *columns, "mean"]
     )
-    say(plain(counted, 30))
+    say(terminal(counted, 30))
 
     report = {"training": reports, "hits": hits, "damping": DAMPING, "noise": scores.metadata["noise"]}
     report["table"] = json.loads(table.to_json(orient="records"))
@@ -132,13 +132,13 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     sweep = damping_sweep(chain, tests, data.corpus, [DAMPING, 0.3, 1.0])
     write_table(sweep, folder / "sweep")
     say("\nHow the top 10 move with the damping of the pretraining stage:")
-    say(plain(sweep))
+    say(terminal(sweep))
     report["removal"] = _removal(tests, scores, trainer, pretrained, np.random.default_rng(seed))
     say(
         f"\nMean loss of the three tweets when pretraining goes on for {CONTINUED_STEPS} steps without {REMOVED} "
         "sentences, and the head is\ntrained anew (the change is measured against going on with all of them):"
     )
-    say(plain(pd.DataFrame(report["removal"])))
+    say(terminal(pd.DataFrame(report["removal"])))
     return report
 
 
