@@ -40,6 +40,11 @@ class Cost:
     details: Mapping[str, float] = field(default_factory=dict)
     text: tuple[str, ...] = ()
 
+    @property
+    def usual_seconds(self) -> float:
+        """Time that the pull-back usually takes; `solve_seconds` where nothing foretells less."""
+        return self.details.get("usual_solve_seconds", self.solve_seconds)
+
     def to_dict(self) -> dict[str, float]:
         """All numbers by name, ready for JSON."""
         numbers = {name: value for name, value in vars(self).items() if name not in ("details", "text")}
