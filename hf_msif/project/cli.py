@@ -50,6 +50,7 @@ class Parser(argparse.ArgumentParser):
     commands that take one."""
 
     takes_configuration = False
+    of_commands: dict[str, Parser]
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -98,6 +99,7 @@ def make_parser(commands: dict[str, Command]) -> Parser:
             "--debug", action="store_true", help="print the traceback of an error in the place of one sentence"
         )
         command.register(subparser)
+    parser.of_commands = subparsers.choices
     return parser
 
 
@@ -136,8 +138,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     launch.print_anything()
     commands = load_commands()
+    parser = make_parser(commands)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        from .completion import complete
+
+        complete(parser)
     try:
-        parsed, remaining = make_parser(commands).parse_known_args(arguments)
+        parsed, remaining = parser.parse_known_args(arguments)
     except SystemExit as end:
         return int(end.code or 0)
     name = f"msif {parsed.command}"
