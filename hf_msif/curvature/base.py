@@ -158,10 +158,11 @@ class Curvature:
         """
         columns = vectors.columns(v)
         like = {n: self.model.parameters[n].expand(columns, *self.model.parameters[n].shape) for n in names}
-        passing = self.engine.bar(self._passing(), total=len(self.evaluations) or None, desc="mixed derivative")
+        total = len(self.evaluations) or None
+        passing = self.engine.bar(self._passing(), total=total, desc="mixed derivative", unit=" batches")
         with self.model.evaluating():
-            total = self.engine.sum(like, (hessian_product(e, v, names) for e in passing))
-        return self._divided(total)
+            product = self.engine.sum(like, (hessian_product(e, v, names) for e in passing))
+        return self._divided(product)
 
     def gradient(self) -> Block:
         """(1/N) Σ_i ∇ℓ_i on the trained parameters, a block of one column, without the quadratic terms of F."""

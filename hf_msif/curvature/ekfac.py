@@ -190,7 +190,7 @@ class EKFAC(Curvature):
         # First derivatives alone: fast kernels of attention have them.
         with self.engine.raising_together(), self.model.evaluating(), sdpa_kernel(kernels):
             batches = self.engine.batches(rows, self.objective, self.batch_size)
-            for indices, batch in self.engine.bar(batches, total=total, desc=desc):
+            for indices, batch in self.engine.bar(batches, total=total, desc=desc, unit=" batches"):
                 ids = [rows[i]["example_id"] for i in indices]
                 for objective in self.fisher.objectives(self.objective, ids):
                     evaluation = Evaluation(self.model, objective, batch)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError, ProcessError
 from ..vectors import Block
+from . import progress
 from .batching import Collator, deal_batches, deal_equal, row_cost, row_shape
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Engine:
 
     Args:
         accelerator: an `accelerate.Accelerator`; defaults to `new_accelerator()`.
-        progress: show tqdm bars on the main process.
+        progress: show progress on the main process: bars, or lines where stderr is no terminal.
         sharded: each process holds only its shard of a solver's vectors, see `curvature.sharded`.
 
     Attributes:
@@ -298,27 +299,24 @@ class Engine:
     # --- progress
 
     def bar(self, iterable: Iterable | None = None, **settings: Any) -> tqdm:
-        """A tqdm bar, shown on the main process if `progress` is set; `settings` are tqdm's."""
-        from tqdm.auto import tqdm
-
-        hidden = not (self.progress and self.is_main)
-        return tqdm(iterable, disable=hidden, dynamic_ncols=True, leave=False, **settings)
+        """`progress.bar`, shown on the main process if `progress` is set."""
+        return progress.bar(iterable, shown=self.progress and self.is_main, **settings)
 
     @contextmanager
     def solver_bar(self, stage: str, solver: object) -> Iterator[Callable[[int, float], None]]:
-        """A bar over the iterations of a solver; yields the callback `progress(iteration, residual)`.
+        """A bar over the iterations of a solver; yields the callback `advance(iteration, residual)`.
 
         The callback also logs the residual as "<stage>/residual" to the trackers.
         """
         settings = {"desc": f"{stage}: inverse curvature", "total": getattr(solver, "max_iter", None)}
         with self.bar(**settings, unit=" iterations") as bar:
 
-            def progress(iteration: int, residual: float) -> None:
+            def advance(iteration: int, residual: float) -> None:
                 bar.set_postfix(residual=f"{residual:.1e}", refresh=False)
                 bar.update(iteration - bar.n)
                 self.log({f"{stage}/residual": residual}, iteration)
 
-            yield progress
+            yield advance
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Logs values to the accelerator's trackers, if it has any (`Accelerator(log_with=...)`, `init_trackers`)."""

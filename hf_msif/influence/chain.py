@@ -215,7 +215,7 @@ class BoundStage:
             return known
         total, examples, objective, size = 0.0, 0, self.objective, self.batch_size
         total_rows = None if isinstance(self.rows, Stream) else len(self.rows)
-        bar = self.engine.bar(total=total_rows, desc=f"{self.name}: counting", unit=" sentences")
+        bar = self.engine.bar(total=total_rows, desc=f"{self.name}: counting", unit=" rows")
         with bar, torch.no_grad(), self.model.evaluating():
             for rows in self.engine.rounds(self.rows, 64 * size * self.engine.processes):
                 with self.engine.raising_together():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..curvature import Curvature
+from ..engine.progress import duration
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Cost:
     details: Mapping[str, float] = field(default_factory=dict)
     text: tuple[str, ...] = ()
 
+    @property
+    def usual_seconds(self) -> float:
+        """Time that the pull-back usually takes; `solve_seconds` where nothing foretells less."""
+        return self.details.get("usual_solve_seconds", self.solve_seconds)
+
     def to_dict(self) -> dict[str, float]:
         """All numbers by name, ready for JSON."""
         numbers = {name: value for name, value in vars(self).items() if name not in ("details", "text")}
@@ -62,9 +68,7 @@ def best_seconds(work: Callable, *arguments, once: bool = False) -> float:
 
 def time_text(seconds: float) -> str:
     """Seconds for people: "about 12 s", "about 5 min", "about 2.5 h"."""
-    if seconds < 120:
-        return f"about {seconds:.2g} s" if seconds < 10 else f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
+    return f"about {duration(seconds)}"
 
 
 def size_text(size: float) -> str:

@@ -164,6 +164,11 @@ class Stage:
         return self.objective.for_influence(self.mask_rounds)
 
     @property
+    def has_mask_rounds(self) -> bool:
+        """Whether its rows are scored with rounds of masks."""
+        return self.influence_objective is not self.objective
+
+    @property
     def differentiation(self) -> Callable[[Any], Differentiation]:
         """What makes the stage's `Differentiation` from its `BoundStage`."""
         return self.link if callable(self.link) else registered(DIFFERENTIATIONS, self.link)

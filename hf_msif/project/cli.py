@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
@@ -30,21 +31,18 @@ if TYPE_CHECKING:
     from .run import Run
 
 DESCRIPTION = "Which sentences of the pretraining corpus made this finetuned model say this about this tweet?"
-# Each is a file in commands/; `msif --help` lists them in this order.
-COMMANDS = (
-    "demo",
-    "plan",
-    "diagnose",
-    "train",
-    "query",
-    "score",
-    "sweep",
-    "validate",
-    "cleanse",
-    "top",
-    "compare",
-    "mean",
-)
+# Each is a file in commands/; `msif --help` lists the groups, and the commands in them, in this order.
+COMMANDS = {
+    "ask which sentences made the model say this": ("explain", "demo", "top"),
+    "prepare a run": ("init", "diagnose", "plan", "train"),
+    "measure influence": ("query", "score", "sweep", "validate"),
+    "use what was measured": ("cleanse", "compare", "mean"),
+}
+FIRST_STEPS = """\
+first steps:
+  msif demo                         the main job on embedded data, in about two minutes
+  msif diagnose --config FILE.yaml  whether your own models and data are fit for it
+  msif plan --config FILE.yaml      what it will cost, before anything is spent"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +50,7 @@ class Parser(argparse.ArgumentParser):
     commands that take one."""
 
     takes_configuration = False
+    of_commands: dict[str, Parser]
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -69,27 +68,58 @@ class Parser(argparse.ArgumentParser):
 
 def load_commands() -> dict[str, Command]:
     """The modules of all commands by name; they import nothing heavy."""
-    modules = {name: importlib.import_module(f".commands.{name}", __package__) for name in COMMANDS}
+    names = [name for group in COMMANDS.values() for name in group]
+    modules = {name: importlib.import_module(f".commands.{name}", __package__) for name in names}
     return cast("dict[str, Command]", modules)
 
 
 def make_parser(commands: dict[str, Command]) -> Parser:
     """The parser of the command line; flags of the configuration are left over for `config.parse`."""
-    parser = Parser(prog="msif", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(
+        prog="msif",
+        usage="msif COMMAND [--flag VALUE ...]",
+        description=_overview(commands),
+        epilog=f"{FIRST_STEPS}\n\nmsif COMMAND --help tells a command's flags, and the settings of a configuration.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    subparsers = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", title="commands")
+    subparsers = parser.add_subparsers(
+        prog="msif", required=True, dest="command", metavar="COMMAND", help=argparse.SUPPRESS
+    )
     for name, command in commands.items():
         usage = None
         if command.TAKES_CONFIGURATION:
             flags = f"{command.FLAGS} " if command.FLAGS else ""
-            usage = f"msif {name} --config FILE.yaml [--section.key VALUE ...] {flags}[--json]"
-        subparser = subparsers.add_parser(
-            name, help=command.HELP, description=command.HELP, usage=usage, allow_abbrev=False
-        )
+            usage = f"msif {name} --config FILE.yaml [--section.key VALUE ...] {flags}[--json] [--debug]"
+        subparser = subparsers.add_parser(name, description=command.HELP, usage=usage, allow_abbrev=False)
         subparser.takes_configuration = command.TAKES_CONFIGURATION
         subparser.add_argument("--json", action="store_true", help="print one JSON object; prose goes to stderr")
+        subparser.add_argument(
+            "--debug", action="store_true", help="print the traceback of an error in the place of one sentence"
+        )
         command.register(subparser)
+    parser.of_commands = subparsers.choices
     return parser
+
+
+def _overview(commands: dict[str, Command]) -> str:
+    """What the library answers, and its commands by group, each with its line."""
+    width = max(map(len, commands)) + 4
+    columns = min(shutil.get_terminal_size((100, 24)).columns, 119)
+    paragraphs = [textwrap.fill(DESCRIPTION, columns)]
+    for title, names in COMMANDS.items():
+        lines = [
+            textwrap.fill(
+                commands[name].HELP,
+                columns,
+                initial_indent=f"  {name}".ljust(width),
+                subsequent_indent=" " * width,
+            )
+            for name in names
+        ]
+        paragraphs.append("\n".join([f"{title}:", *lines]))
+    return "\n\n".join(paragraphs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, without the program's name; defaults to those of this process.
 
     Returns:
-        The exit code: 0; 2 after one sentence on stderr that says what the user can mend, or what nobody expected;
+        The exit code: 0; 2 after one sentence on stderr that says what the user can mend, or what nobody expected
+        (with `--debug` after its traceback);
         130 after Ctrl-C; 141 where nobody reads the output any more (`| head`), as for other programs.
     """
     # The handler of a launch (`__main__`) is for the imports.
@@ -107,8 +138,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     launch.print_anything()
     commands = load_commands()
+    parser = make_parser(commands)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        from .completion import complete
+
+        complete(parser)
     try:
-        parsed, remaining = make_parser(commands).parse_known_args(arguments)
+        parsed, remaining = parser.parse_known_args(arguments)
     except SystemExit as end:
         return int(end.code or 0)
     name = f"msif {parsed.command}"
@@ -124,7 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _is_full(sys.stdout):
             launch.silence(sys.stdout)
-        print(f"{name}: error{_process()}: {_told(error)}", file=sys.stderr)
+        if parsed.debug:
+            traceback.print_exception(error)
+        else:
+            print(f"{name}: error{_process()}: {_told(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -164,11 +203,8 @@ def _told(error: Exception) -> str:
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = (
             f"{type(error).__name__}: {first_line(error)} (raised in {Path(last.filename).name}, line {last.lineno}); "
-            "msif did not expect this: check the input, or report it with the traceback that HF_MSIF_TRACEBACK=1 "
-            "prints."
+            "msif did not expect this: check the input, or report it with the traceback that --debug prints."
         )
-        if os.environ.get("HF_MSIF_TRACEBACK"):
-            traceback.print_exception(error)
     return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
 
 
@@ -201,12 +237,9 @@ def _run(command: Command, parsed: argparse.Namespace, remaining: list[str]) -> 
     from .config import parse
 
     config = parse(remaining)  # before the heavy imports: an error in a setting is told at once
-    import transformers
-
     from .run import Run
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    launch.quieten_transformers()
     project = Run(config)
     with _held(command, parsed, project), _finishing(project):
         return command.run(parsed, project)
@@ -223,7 +256,7 @@ def _held(
     name = f"msif {parsed.command}"
     if project is not None:
         return in_use(project.folder, name)
-    return in_use(Path(parsed.output_dir), name, key="--output_dir")
+    return in_use(Path(parsed.run_dir), name, key="--run_dir")
 
 
 @contextlib.contextmanager

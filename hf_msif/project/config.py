@@ -5,6 +5,7 @@ Nothing here imports torch, so that help and errors are instant.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -139,6 +140,17 @@ def help_text(width: int = 100) -> str:
         text = f"{field.description}; {_expected(field.annotation, field.metadata)}; {default}"
         lines += [f"  --{key}", *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
     return "\n".join(lines)
+
+
+def settable_keys(paths: Sequence[str | os.PathLike] = ()) -> dict[str, FieldInfo]:
+    """Every key that a flag can set, of the stages that YAML files name; a file that cannot be read names none."""
+    stages: dict[str, Any] = {}
+    for path in paths:
+        with contextlib.suppress(InputError):
+            named = _read(path).get("stages")
+            stages |= named if isinstance(named, dict) else {}
+    keys = _keys(Config, "", list(stages))
+    return {key: field for key, field in keys if key != "stages" and not _is_section(field.annotation)}
 
 
 MOST_SHOWN = 24  # keys in a message

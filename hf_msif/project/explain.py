@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import config as configuration
-from .budget import parse_budget
+from .budget import FEWEST_SAMPLES, parse_budget
 from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
 SOLVING = 0.6  # share of the budget for the query, before rows of the curvature are left out
-LEAST_ROWS = 128  # of a curvature sample; below, EK-FAC estimates more of it by two passes
 HEADER = "# Written by msif explain. The same answer again: msif query --config {0}, then msif score --config {0}\n"
 
 
@@ -279,48 +278,37 @@ def _changed(run: Run, draft: Draft) -> Run:
 def _fit(draft: Draft, run: Run, budget: float) -> None:
     """Chooses the rows of the curvature and of the corpus so that the answer is there within the budget."""
     from ..influence.cost import time_text
+    from .plan import plan
 
-    chain, tests = run.chain(), run.tests()
-    number = chain.number_of_replicates(run.config.test.replicates)
-    adjoints = chain.sketched_adjoints(tests, run.aggregate, run.measurement)
-    costs = {
-        bound.name: run.planned(bound).cost(1 if run.aggregate else len(tests), 1, adjoints.get(bound.name))
-        for bound in chain.stages
-    }
-    seconds = {name: cost.details.get("usual_solve_seconds", cost.solve_seconds) for name, cost in costs.items()}
-    for bound in chain.stages:
-        if bound.differentiation.sampled_rows is None and bound.differentiation.draws:
-            seconds[bound.name] *= number
-    solving, allowed = sum(seconds.values()), SOLVING * budget
-    how = "curvature: Gauss-Newton, damping a thousandth of its largest eigenvalue (the defaults"
+    cost = plan(run)
+    solving, scoring, allowed = cost["usual_solve_seconds"], cost["score_seconds"], SOLVING * budget
+    how = "curvature: Gauss-Newton, damped by a thousandth of its largest eigenvalue (the defaults"
     if run.config.stages[PRETRAINING].link != "implicit":
-        how = f"link: {run.config.stages[PRETRAINING].link}, as its run is given ("
+        how = f"link: {run.config.stages[PRETRAINING].link}, since the run is given ("
     if solving > allowed:
-        how += "; " + _fewer_rows(draft, costs, allowed / solving)
+        how += "; " + _fewer_rows(draft, cost["stages"], allowed / solving)
         solving = allowed
     draft.lines.append(f"{how})")
-    rows, per_row = len(list(run.corpus())), number * costs[run.ranked].score_seconds_per_row
-    affordable = int((budget - solving) / max(per_row, 1e-12))
+    rows = len(list(run.corpus()))
+    affordable = max(1, int(rows * (budget - solving) / max(scoring, 1e-12)))
     ranked = f"all {rows:,} rows are ranked"
-    if affordable < rows and draft.set("corpus.sample", max(affordable, 1)):
-        ranked = f"{max(affordable, 1):,} random rows of {rows:,} are ranked: a larger --budget ranks more"
-        rows = max(affordable, 1)
+    if affordable < rows and draft.set("corpus.sample", affordable):
+        ranked = f"{affordable:,} random rows of {rows:,} are ranked: a larger --budget ranks more"
+        scoring *= affordable / rows
     draft.lines.append(
-        f"time: {time_text(solving)} for the query, {time_text(rows * per_row)} for scores, of {time_text(budget)}; "
+        f"time: {time_text(solving)} for the query and {time_text(scoring)} for the scores, of {time_text(budget)}; "
         f"{ranked}"
     )
 
 
-def _fewer_rows(draft: Draft, costs: dict[str, Any], share: float) -> str:
+def _fewer_rows(draft: Draft, costs: dict[str, dict[str, float]], share: float) -> str:
     """Estimates each curvature on that share of its rows, or by EK-FAC where that is too few; says so."""
     texts = []
     for name, cost in costs.items():
-        rows = int(share * cost.details.get("curvature_examples", 0))
-        if rows >= LEAST_ROWS:
-            draft.set(f"stages.{name}.curvature_samples", rows)
+        rows = int(share * cost.get("curvature_examples", 0))
+        if rows >= FEWEST_SAMPLES and draft.set(f"stages.{name}.curvature_samples", rows):
             texts.append(f"{name}'s on {rows:,} random rows")
-        elif "curvature_examples" in cost.details:
-            draft.set(f"stages.{name}.curvature", "ekfac")
+        elif "curvature_examples" in cost and draft.set(f"stages.{name}.curvature", "ekfac"):
             texts.append(f"{name}'s by EK-FAC")
     return " and ".join(texts) + ", for the budget"
 

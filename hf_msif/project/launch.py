@@ -51,3 +51,11 @@ def silence(stream: TextIO) -> None:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)
+
+
+def quieten_transformers() -> None:
+    """From now on, transformers prints no bars ("Loading weights") and no log lines beside those of a command."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

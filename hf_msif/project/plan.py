@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from ..engine.progress import duration
 from ..engine.stream import Stream
+from ..errors import InputError
 from ..influence.cost import Cost, size_text, time_text
+from .budget import Affordable, within
 from .explained import checked_part
 from .memory import available_bytes
 
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-def plan(run: Run, processes: int = 1) -> dict:
+def plan(run: Run, processes: int = 1, budget: float | None = None) -> dict:
     """Measures what a query and a scoring of a run will take.
 
     Stages that are not trained yet are measured with untrained weights. Times are estimates from a few batches; for
@@ -24,12 +28,14 @@ def plan(run: Run, processes: int = 1) -> dict:
     Args:
         run: the run.
         processes: the number of processes that would share the work.
+        budget: seconds for a query and a scoring; `text` then says what they buy.
 
     Returns:
         `text` for people; `stages`: name → `Cost.to_dict()`; `checks`: name → its
         `Finding.to_dict()`; `splits`: name → the roles of its parameters;
-        `score_seconds` of the whole corpus; `disk_bytes`; `memory_bytes` that are needed at a time on each process
-        beside the models; `free_bytes`.
+        `solve_seconds` and `usual_solve_seconds` of all stages; `score_seconds` of the whole corpus; with a budget
+        `budget`, what it buys, null where that is not one row; `disk_bytes`; `memory_bytes` that are needed at a time
+        on each process beside the models; `free_bytes`.
     """
     checked_part(run)
     models = {name: run.present_model(name) for name in run.names}
@@ -56,15 +62,16 @@ def plan(run: Run, processes: int = 1) -> dict:
         number = replicates if any(d.draws for d in differentiations[len(costs) :]) else 1
         if number > 1:
             cost = _replicated(cost, number, differentiations[len(costs)].sampled_rows is not None)
-            lines.append(
-                f"  {number} replicates (test.replicates), for error bars: {time_text(cost.solve_seconds)} in all"
-            )
+            times = _usual_and_worst(cost.usual_seconds, cost.solve_seconds)
+            lines.append(f"  {number} replicates (test.replicates), for error bars: {times} in all")
         costs[bound.name] = cost
         lines += [f"  {line}" for line in _checks(bound, cost.solve_seconds)]
     rows, counted = corpus or 1000, f"{corpus:,} rows" if corpus else "1,000 rows of the stream"
     seconds = costs[run.ranked].score_seconds_per_row / processes * rows
+    usual, worst = (sum(getattr(cost, name) for cost in costs.values()) for name in ("usual_seconds", "solve_seconds"))
     disk = sum(cost.vector_bytes + cost.disk_bytes for cost in costs.values())
     lines += [
+        f"query, all stages: {_usual_and_worst(usual, worst)}",
         f"scoring {counted} for {columns} column(s): {time_text(seconds)}",
         f"disk: {size_text(disk)} for the query and recorded runs, about {size_text(rows * (300 + 16 * columns))} for "
         f"the scores of {counted}",
@@ -74,12 +81,20 @@ def plan(run: Run, processes: int = 1) -> dict:
     lines.append(f"memory: {size_text(needed)} at a time on each process beside the models, of {size_text(free)} free")
     if needed > free:
         lines.append("this does not fit: msif query would refuse (see memory_check)")
+    bought = {}
+    if budget is not None:
+        affordable, text = _within(run, chain.stage(run.ranked), costs, budget, processes)
+        bought = {"budget": affordable and asdict(affordable)}
+        lines += text
     return {
         "text": "\n".join(lines),
         "stages": {name: cost.to_dict() for name, cost in costs.items()},
         "checks": {bound.name: [finding.to_dict() for finding in bound.findings] for bound in chain.stages},
         "splits": {bound.name: bound.split.table() for bound in chain.stages},
+        "solve_seconds": worst,
+        "usual_solve_seconds": usual,
         "score_seconds": seconds,
+        **bought,
         "disk_bytes": disk,
         "memory_bytes": needed,
         "free_bytes": free,
@@ -90,12 +105,57 @@ def _replicated(cost: Cost, number: int, sampled: bool) -> Cost:
     """The cost of that many replicates: each has its part of the curvature's rows where these are a sample, and all of
     them otherwise; its own solution, and its own losses of the rows that are scored."""
     solves = 1 if sampled else number
+    details = dict(cost.details)
+    if "usual_solve_seconds" in details:
+        details["usual_solve_seconds"] *= solves
     return replace(
         cost,
         solve_seconds=solves * cost.solve_seconds,
         score_seconds_per_row=number * cost.score_seconds_per_row,
         vector_bytes=number * cost.vector_bytes,
+        details=details,
     )
+
+
+def _usual_and_worst(usual: float, worst: float) -> str:
+    """Two times, or one where they are the same."""
+    return time_text(worst) if usual == worst else f"usually {time_text(usual)}, at most {time_text(worst)}"
+
+
+def _within(
+    run: Run, bound: BoundStage, costs: dict[str, Cost], budget: float, processes: int
+) -> tuple[Affordable | None, list[str]]:
+    """What a budget buys, and the lines that tell it with the flags that spend it."""
+    cost, rows = costs[bound.name], run.rows(bound.name)
+    there = sys.maxsize if isinstance(rows, Stream) else len(rows)
+    samples = cost.details.get("curvature_examples")
+    try:
+        affordable = within(
+            budget,
+            cost.score_seconds_per_row / processes,
+            there,
+            mask_rounds=bound.stage.mask_rounds if bound.stage.has_mask_rounds else None,
+            solve_seconds=cost.usual_seconds,
+            curvature_samples=None if samples is None else int(samples),
+            other_seconds=sum(other.usual_seconds for name, other in costs.items() if name != bound.name),
+        )
+    except InputError as error:
+        return None, [str(error)]
+    corpus, flags = run.config.corpus, []
+    sample = None if affordable.rows == there else affordable.rows
+    text = f"{affordable.rows:,} rows scored" if sample else f"all {there:,} rows scored"
+    if sample != corpus.sample:
+        flags.append(f"--corpus.sample {sample or 'null'}")
+    if affordable.mask_rounds is not None:
+        text += f" with {affordable.mask_rounds} round(s) of masks"
+        if affordable.mask_rounds != (corpus.mask_rounds or bound.stage.mask_rounds):
+            flags.append(f"--corpus.mask_rounds {affordable.mask_rounds}")
+    if samples is not None:
+        text += f", and a curvature on {affordable.curvature_samples:,} of {int(samples):,} rows"
+        if affordable.curvature_samples != samples:
+            flags.append(f"--stages.{bound.name}.curvature_samples {affordable.curvature_samples}")
+    text = f"a budget of {duration(budget)} buys {text}: {time_text(affordable.seconds)}"
+    return affordable, [text, *([f"  by {' '.join(flags)}"] if flags else [])]
 
 
 def _checks(bound: BoundStage, solve_seconds: float) -> list[str]:

@@ -1,9 +1,11 @@
-"""Tables that people read, for the terminal, as Markdown and as Parquet; the paper's Table 1."""
+"""Tables that people read, for terminals and pipes, as Markdown and as Parquet; the paper's Table 1."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +88,69 @@ def markdown(table: pd.DataFrame) -> str:
     return tabulate(escaped, headers, tablefmt="pipe", showindex=False, floatfmt=".4g", disable_numparse=texts)
 
 
+NARROWEST = 20  # characters of a column of texts in a terminal; where it has fewer, rows are lists
+
+
+def terminal(table: pd.DataFrame, width: int = 46) -> str:
+    """A table for stdout: as wide as the terminal, with wrapped texts; or plain text in a pipe or a file.
+
+    Args:
+        table: any; what its texts hold is shown, and is no markup.
+        width: characters at which a text is wrapped in plain text.
+    """
+    if not sys.stdout.isatty():
+        return plain(table, width)
+    from rich.box import SQUARE
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    cells, texts = table.map(_cell), _text_columns(table)
+    names, rows = list(map(visible, table.columns)), cells.values.tolist()
+    console, grid = Console(), Table(box=SQUARE, show_lines=True)
+    width = 1  # of the narrowest grid: a border to the left, and per column one and two spaces
+    for n, name in enumerate(names):
+        longest = max(map(cell_len, [name, *cells.iloc[:, n]]))
+        if n in texts:
+            longest = min(longest, NARROWEST)
+            grid.add_column(Text(name), overflow="fold", min_width=longest)
+        else:
+            grid.add_column(Text(name), justify="right", no_wrap=True)
+        width += longest + 3
+    if width > console.width:  # a number that is cut short would be another one
+        lists = [[f"{name}: {cell}" for name, cell in zip(names, row, strict=True)] for row in rows]
+        return "\n\n".join(map("\n".join, lists))
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    with console.capture() as capture:
+        console.print(grid)
+    return capture.get().rstrip("\n")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        return f"{float(value):.3g}"
+    return "" if value is None else str(value)
+
+
+# Control characters but line breaks, and those that turn the direction of what follows; half a character.
+INVISIBLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text whose control characters a terminal shows instead of obeying them: colours, bells, other directions.
+
+    >>> print(visible("a \\x1b[31mred\\x1b[0m word"))
+    a \\x1b[31mred\\x1b[0m word
+    """
+    return INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def plain(table: pd.DataFrame, width: int = 46) -> str:
-    """A table for the terminal.
+    """A table as plain text.
 
     Args:
         table: any.
@@ -97,8 +160,8 @@ def plain(table: pd.DataFrame, width: int = 46) -> str:
 
     texts = _text_columns(table)
     return tabulate(
-        table,
-        headers="keys",
+        table.map(lambda cell: visible(cell) if isinstance(cell, str) else cell),
+        headers=list(map(visible, table.columns)),
         tablefmt="simple_grid" if shows("┌") else "grid",  # a terminal of ASCII has no lines
         showindex=False,
         floatfmt=".3g",

@@ -144,11 +144,11 @@ def score(
     path = None if output_dir is None else Path(output_dir) / scorable.file_name
     with engine.raising_together():
         opened = _open_sink(scorable, path, resume, keep, dtype, part_rows, parts_per_round)
-    done, started, dtype_error = 0, time.perf_counter(), None
+    done, scored_before, started, dtype_error = 0, 0, time.perf_counter(), None
     total = None if isinstance(source, Stream) else len(source)
     with opened as sink:
         with (
-            engine.bar(total=total, desc=f"scoring {scorable.stage}", unit=" sentences") as bar,
+            engine.bar(total=total, desc=f"scoring {scorable.stage}", unit=" rows") as bar,
             scorable.model.evaluating(),
         ):
             for rows in engine.rounds(source, parts_per_round * part_rows):
@@ -165,6 +165,8 @@ def score(
                     with engine.raising_together():
                         _add_parts(sink, scorable, missing_parts, measured)
                 done += len(rows)
+                scored_before += len(rows) - len(missing_rows)
+                bar.initial = scored_before  # they took no time in this call
                 bar.n = done
                 bar.refresh()
                 engine.log({"scored": done, "sentences_a_second": done / (time.perf_counter() - started)}, done)

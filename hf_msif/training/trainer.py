@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..adapters.fingerprint import model_identity
@@ -23,6 +22,7 @@ from ..adapters.split import Split, split
 from ..engine.corpus import as_rows, checked_omission
 from ..engine.files import disk_errors, write_json
 from ..engine.hashing import contents, digest, objective_fingerprint, tensors_fingerprint
+from ..engine.progress import bar
 from ..errors import DivergedError, FileError, InputError, first_line
 from ..objectives import Objective, checked_objective
 from .objective import QuadraticTerms, data_term, example_weights
@@ -298,10 +298,9 @@ class _Watch(TrainerCallback):
         self.steps = 0  # that were done by this call
 
     def on_train_begin(self, args, state, control, **kwargs):
-        hidden = not (self.progress and state.is_world_process_zero)
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=f"training {self.name}", disable=hidden, leave=False
-        )
+        shown = self.progress and state.is_world_process_zero
+        steps = {"total": state.max_steps, "initial": state.global_step, "unit": " steps"}
+        self.bar = bar(shown=shown, desc=f"training {self.name}", **steps)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Workers of the data loader start after this. A run that is resumed begins inside of an epoch.

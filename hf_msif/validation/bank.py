@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
 from ..engine.files import read_json, write_json
 from ..engine.folders import add_names
+from ..engine.progress import bar
 from ..errors import InputError
 
 
@@ -127,10 +127,9 @@ class Bank:
         sets = [_ordered(omission) for omission in omissions]
         keys = [self._key(omitted, seed) for omitted in sets]
         missing = {key: omitted for key, omitted in zip(keys, sets, strict=True) if self._read(key) is None}
-        with tqdm(
-            missing.items(), desc=f"retraining, seed {seed}", disable=not self.progress or not missing, leave=False
-        ) as bar:
-            for key, omitted in bar:
+        shown = self.progress and bool(missing)
+        with bar(missing.items(), shown=shown, desc=f"retraining, seed {seed}", unit=" retrainings") as retrainings:
+            for key, omitted in retrainings:
                 self._compute(key, omitted, seed)
         entries = []
         for key in keys:

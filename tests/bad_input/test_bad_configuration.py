@@ -174,14 +174,15 @@ LINES = {
     "rows below zero": Fault("top --run FOLDER -k -1", ("-k is -1", "at least 1")),
     "no order": Fault(["top", "--run", "FOLDER", "--by", ""], ("scores.parquet",)),
     "processes beyond number": Fault("plan --processes 10000000000", ("--processes", "at most")),
-    "a demo in a file": Fault("demo --output_dir FOLDER/corpus.txt", ("--output_dir", "corpus.txt")),
-    "a demo below a file": Fault("demo --output_dir FOLDER/corpus.txt/x", ("--output_dir", "corpus.txt")),
-    "a demo's seed below zero": Fault("demo --output_dir FOLDER/d --seed -1", ("--seed is -1", "at least 0")),
-    "a demo's seed, too large": Fault(
-        "demo --output_dir FOLDER/d --seed 4294967296", ("--seed", "at most 4294967295")
-    ),
-    "a demo's seed, huge": Fault(f"demo --output_dir FOLDER/d --seed {10**50}", ("--seed", "of 51 digits")),
-    "a mean of nothing": Fault("mean --runs FOLDER FOLDER --output_dir FOLDER/m", ("scores.parquet",)),
+    "a budget without a unit": Fault("plan --budget 10", ("the budget is '10'", "such as 90s, 10m, 2h or 1h30m")),
+    "a budget of nothing": Fault("plan --budget 0s", ("the budget is '0s'", "expected a time")),
+    "a budget that goes backwards": Fault("plan --budget 30m1h", ("the budget is '30m1h'",)),
+    "a demo in a file": Fault("demo --run_dir FOLDER/corpus.txt", ("--run_dir", "corpus.txt")),
+    "a demo below a file": Fault("demo --run_dir FOLDER/corpus.txt/x", ("--run_dir", "corpus.txt")),
+    "a demo's seed below zero": Fault("demo --run_dir FOLDER/d --seed -1", ("--seed is -1", "at least 0")),
+    "a demo's seed, too large": Fault("demo --run_dir FOLDER/d --seed 4294967296", ("--seed", "at most 4294967295")),
+    "a demo's seed, huge": Fault(f"demo --run_dir FOLDER/d --seed {10**50}", ("--seed", "of 51 digits")),
+    "a mean of nothing": Fault("mean --runs FOLDER FOLDER --run_dir FOLDER/m", ("scores.parquet",)),
 }
 LINES |= {
     f"{key} {value}": Fault(["plan", f"--{key}", value], (key,))

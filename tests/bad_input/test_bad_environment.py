@@ -147,11 +147,13 @@ def test_what_nobody_expected_is_one_sentence_with_its_place(scored, capfd, monk
     assert msif("top", "--run", scored / "run") == 2
     said = capfd.readouterr().err
     assert "ZeroDivisionError: division by zero (raised in test_bad_environment.py, line" in said
-    assert "HF_MSIF_TRACEBACK=1" in said
+    assert "report it with the traceback that --debug prints" in said
     assert said.count("\n") == 1
-    monkeypatch.setenv("HF_MSIF_TRACEBACK", "1")
-    assert msif("top", "--run", scored / "run") == 2
-    assert "Traceback (most recent call last)" in capfd.readouterr().err
+    assert msif("top", "--run", scored / "run", "--debug") == 2
+    said = capfd.readouterr().err
+    assert said.startswith("Traceback (most recent call last)")
+    assert said.endswith("\nZeroDivisionError: division by zero\n")
+    assert "msif top: error" not in said
 
 
 def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -630,9 +631,9 @@ def test_an_interruption_says_so(untrained, capsys, monkeypatch):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_command_is_a_file_and_a_name_in_the_list():
+def test_a_command_is_a_file_and_a_name_in_one_group():
     files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
-    assert files == set(cli.COMMANDS)
+    assert sorted(name for group in cli.COMMANDS.values() for name in group) == sorted(files)
     for command in cli.load_commands().values():
         assert all(callable(getattr(command, name)) for name in ("register", "run", "render"))
         assert command.TAKES_CONFIGURATION or not (command.FLAGS or command.SHARES_WORK)
@@ -640,10 +641,13 @@ def test_a_command_is_a_file_and_a_name_in_the_list():
         assert isinstance(command.WRITES, bool)
 
 
+HEAVY = {"torch", "transformers", "datasets", "pandas", "numpy", "rich"}
+
+
 def test_help_lists_every_key_and_imports_nothing_heavy():
     code = (
         "import sys; from hf_msif.project.cli import main; code = main(sys.argv[1:]);"
-        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules);"
+        f"heavy = {HEAVY} & set(sys.modules);"
         "sys.exit(code or ' '.join(heavy) or 0)"
     )
     said = []
@@ -655,7 +659,10 @@ def test_help_lists_every_key_and_imports_nothing_heavy():
         assert process.returncode == 0, process.stderr
         assert process.stderr == ""
         said.append(process.stdout)
-    assert all(command in said[0] for command in (*COMMANDS, "demo", "top"))
+    for group, names in cli.COMMANDS.items():
+        paragraph = said[0].partition(f"\n{group}:\n")[2].partition("\n\n")[0]
+        assert re.findall(r"^  (\w+)", paragraph, re.MULTILINE) == list(names)
+    assert "msif demo" in said[0].partition("first steps:")[2]
     assert "\n  --stages.NAME.solver.damping\n" in said[1]
     assert "--config FILE.yaml" in said[1]
     assert max(map(len, said[1].splitlines())) <= 119
@@ -663,7 +670,10 @@ def test_help_lists_every_key_and_imports_nothing_heavy():
 
 
 def test_errors_of_the_configuration_import_nothing_heavy_either(untrained):
-    code = "import sys; from hf_msif.project.cli import main; sys.exit(main(sys.argv[1:]) + ('torch' in sys.modules))"
+    code = (
+        "import sys; from hf_msif.project.cli import main; code = main(sys.argv[1:]);"
+        f"sys.exit(code + len({HEAVY} & set(sys.modules)))"
+    )
     arguments = ["plan", "--config", str(untrained), "--sed", "1"]
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert process.returncode == 2

@@ -198,16 +198,16 @@ def test_the_mean_of_runs_is_a_run_folder_of_its_own(copied, tmp_path, capsys):
     scores.frame["influence"] *= 3
     (tmp_path / "other").mkdir()
     scores.to_parquet(tmp_path / "other" / "scores.parquet")
-    report = answer(capsys, "mean", "--runs", run, tmp_path / "other", "--output_dir", tmp_path / "mean")
+    report = answer(capsys, "mean", "--runs", run, tmp_path / "other", "--run_dir", tmp_path / "mean")
     np.testing.assert_allclose(Scores.from_parquet(report["scores"]).influence(), expected)
     shown = answer(capsys, "top", "--run", tmp_path / "mean")
     assert shown["noise"].startswith("mean of 2 rankings")
-    assert msif("mean", "--runs", run, tmp_path / "other", "--output_dir", tmp_path / "mean") == 0  # made anew
+    assert msif("mean", "--runs", run, tmp_path / "other", "--run_dir", tmp_path / "mean") == 0  # made anew
     before = (run / "scores.parquet").read_bytes()
-    assert msif("mean", "--runs", run, tmp_path / "other", "--output_dir", run) == 2
+    assert msif("mean", "--runs", run, tmp_path / "other", "--run_dir", run) == 2
     assert "msif mean did not write it" in capsys.readouterr().err
     assert (run / "scores.parquet").read_bytes() == before
-    assert msif("mean", "--runs", run, "--output_dir", tmp_path / "one") == 2
+    assert msif("mean", "--runs", run, "--run_dir", tmp_path / "one") == 2
     assert not (tmp_path / "one").exists()
 
 

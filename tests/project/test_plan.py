@@ -156,3 +156,36 @@ def test_what_does_not_fit_is_said_and_refused(path, run, monkeypatch, capsys, t
     assert msif("query", *flags) == 2
     assert "memory_check: false to try all the same" in capsys.readouterr().err
     assert msif("query", *flags, "--memory_check", "false") == 0
+
+
+def test_the_usual_cost_stands_beside_the_worst(run):
+    one = run(("stages.pretraining.solver", {"name": "cg", "damping": 0.1, "tol": 0.1, "max_iter": 500}))
+    report = plan.plan(one)
+    stages = report["stages"].values()
+    usual = sum(stage["usual_solve_seconds"] for stage in stages)
+    assert report["usual_solve_seconds"] == pytest.approx(usual)
+    assert report["solve_seconds"] == pytest.approx(sum(stage["solve_seconds"] for stage in stages))
+    assert usual < report["solve_seconds"]
+    assert "query, all stages: usually about" in report["text"]
+    single = plan.plan(run(("test.replicates", 1)))["stages"]["pretraining"]
+    assert single["usual_solve_seconds"] <= single["solve_seconds"]
+
+
+def test_what_a_budget_buys_is_told_with_its_flags(run, monkeypatch):
+    one = run(("corpus.sample", 5))
+    counted(monkeypatch, one)  # a pass of one batch takes a second
+    rows = len(one.rows("pretraining"))
+    ample = plan.plan(one, budget=1e6)
+    assert ample["budget"]["rows"] == rows
+    assert ample["budget"]["mask_rounds"] == 8
+    assert f"all {rows} rows scored with 8 round(s) of masks" in ample["text"]
+    assert "  by --corpus.sample null --corpus.mask_rounds 8" in ample["text"]
+    budget = ample["usual_solve_seconds"] + 3.5 * ample["score_seconds"] / 5  # fewer samples than these are not taken
+    short = plan.plan(one, budget=budget)
+    assert short["budget"]["rows"] == 3
+    assert short["budget"]["curvature_samples"] == rows
+    assert "buys 3 rows scored with 1 round(s) of masks" in short["text"]
+    assert "  by --corpus.sample 3" in short["text"]
+    nothing = plan.plan(one, budget=1e-3)
+    assert nothing["budget"] is None
+    assert "does not reach to score one row" in nothing["text"]

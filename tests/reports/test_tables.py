@@ -1,8 +1,14 @@
 """Tables that people read: Table 1 picks the right rows, and texts come through whole."""
 
+import io
+import re
+import sys
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
+from rich.cells import cell_len
 
 from hf_msif.engine import files
 from hf_msif.reports import tables
@@ -50,6 +56,80 @@ def test_plain_wraps_texts_and_no_numbers():
     assert "1.23" in shown
     assert "1.234" not in shown
     assert shown.count("many") == 10
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def stdout(monkeypatch):
+    """Makes stdout a terminal of some columns."""
+
+    def make(columns, encoding="utf-8"):
+        monkeypatch.setattr(Terminal, "encoding", encoding)
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERM", "xterm")
+
+    return make
+
+
+RANKING = pd.DataFrame(
+    {
+        "influence": np.array([-0.01234567, 123456.0, float("nan")], dtype="float32"),
+        "example_id": [7, 123456789, 0],
+        "text": ["many words " * 10, "[red]no[/red] [/] :smile: \\[x] \x1b[31mred\x07 \u202eback\n\tnext", "007"],
+    }
+)
+
+
+def test_a_table_in_a_pipe_is_plain():
+    assert tables.terminal(RANKING, width=20) == tables.plain(RANKING, width=20)
+
+
+@pytest.mark.parametrize("columns", [50, 80, 160])
+def test_a_table_is_as_wide_as_the_terminal(stdout, columns):
+    stdout(columns)
+    lines = tables.terminal(RANKING).splitlines()
+    assert max(map(cell_len, map(uncoloured, lines))) <= columns
+    assert columns < 150 or max(map(cell_len, map(uncoloured, lines))) > 110
+    assert sum(line.count("many") for line in lines) == 10
+    (number,) = [line for line in lines if "123456789" in line]
+    cells = uncoloured(number).split("│")[1:3]
+    assert [cell.strip() for cell in cells] == ["1.23e+05", "123456789"]
+    assert all(cell.endswith(" ") and not cell.endswith("  ") for cell in cells)  # to the right
+
+
+@pytest.mark.parametrize("shown", [partial(tables.plain, width=99), tables.terminal])
+def test_texts_are_no_markup_and_give_a_terminal_no_orders(stdout, shown):
+    stdout(160)
+    text = uncoloured(shown(RANKING))
+    assert "[red]no[/red] [/] :smile: \\[x] \\x1b[31mred\\x07 \\u202eback" in text
+    assert "\\tnext" in text
+    assert not set(text) & set("\x1b\x07\t\u202e")
+
+
+def test_a_terminal_that_is_too_narrow_cuts_no_number(stdout):
+    stdout(30)
+    lists = tables.terminal(RANKING).split("\n\n")
+    assert [each.splitlines()[:2] for each in lists] == [
+        ["influence: -0.0123", "example_id: 7"],
+        ["influence: 1.23e+05", "example_id: 123456789"],
+        ["influence: nan", "example_id: 0"],
+    ]
+
+
+def test_a_terminal_of_ascii_has_a_table_of_ascii(stdout):
+    stdout(80, "ascii")
+    assert tables.terminal(RANKING.drop(columns="text")).isascii()
+
+
+def uncoloured(text):
+    return re.sub("\x1b\\[[0-9;]*m", "", text)
 
 
 def test_tables_are_written_whole_or_not_at_all(tmp_path):

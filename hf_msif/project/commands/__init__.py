@@ -1,7 +1,7 @@
 """The commands of `msif`, one file each; `cli.COMMANDS` lists them.
 
-A new command is a module here that has the members of `Command`, and its name in that list. `msif --help` imports
-every command, so a command imports torch, pandas and the like inside its functions.
+A new command is a module here that has the members of `Command`, and its name in a group of that table. `msif --help`
+imports every command, so a command imports torch, pandas and the like inside its functions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Command(Protocol):
         HELP: one line for `msif --help`.
         TAKES_CONFIGURATION: whether it takes `--config FILE.yaml` and `--section.key VALUE`.
         WRITES: whether it writes to the run folder, so that no other command may write there meanwhile. A command
-            without configuration names the folder by its flag `--output_dir`.
+            without configuration names the folder by its flag `--run_dir`.
         SHARES_WORK: whether the processes of a launch share its work; a launcher is refused otherwise.
         FLAGS: its own flags as its usage line shows them, if it takes a configuration; argparse writes the usage
             line of the other commands.

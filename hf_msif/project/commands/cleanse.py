@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...influence.multistage import MultiStageInfluence
     from ..run import Run
 
-HELP = "write the ranked stage's rows without the most harmful ones; train again without them if asked to"
+HELP = "write the corpus without its most harmful rows; train again without them if asked to"
 TAKES_CONFIGURATION = True
 WRITES = True
 SHARES_WORK = False
@@ -74,11 +74,11 @@ def _run(project: Run) -> dict:
 
 
 def render(report: dict) -> None:
-    from ...reports.tables import plain
+    from ...reports.tables import terminal
 
     print(f"{report['removed']:,} rows left out; {report['kept']} and random rows beside it written")
     if "table" in report:
-        print(plain(report["table"]))
+        print(terminal(report["table"]))
     for name, gain in report.items():
         if "_gain_over_" in name:
             low, high = gain["interval"]

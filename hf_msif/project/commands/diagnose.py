@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..run import Run
 
-HELP = "small checks on your own models and data: what would make a score meaningless, and what to do about it"
+HELP = "checks of your models and data: what would make a score meaningless, and the way out"
 TAKES_CONFIGURATION = True
 WRITES = False
 SHARES_WORK = True

@@ -81,15 +81,15 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def render(report: dict) -> None:
-    from ...reports.tables import plain
+    from ...reports.tables import terminal, visible
 
     print(f"\n{report['noise']}")
     for test in report["tests"]:
-        print(f"\n{test['test']}")
+        print(f"\n{visible(test['test'])}")
         for by, meaning in (("helpful", "lower the loss"), ("harmful", "raise the loss")):
             shown = [name for name in ("influence", "influence_se", "removal_effect", "text") if name in test[by]]
             print(f"most {by} sentences: more of them would {meaning}")
-            print(plain(test[by][shown], width=80))
+            print(terminal(test[by][shown], width=80))
     for name, what in (("report", "report"), ("save_config", "configuration, which repeats this answer,")):
         if report[name]:
             print(f"{what} written to {report[name]}")

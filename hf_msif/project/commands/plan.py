@@ -14,19 +14,22 @@ HELP = "what a run will cost: parameters in each role, memory, passes, time; not
 TAKES_CONFIGURATION = True
 WRITES = False
 SHARES_WORK = False
-FLAGS = "[--processes N]"
+FLAGS = "[--processes N] [--budget TIME]"
 
 
 def register(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", metavar="TIME", help="also tell what a time such as 10m or 1h30m buys")
     parser.add_argument("--processes", type=int, default=1, help="how many processes the planned launch has")
 
 
 def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Costs of every stage, and the text that tells them."""
+    from ..budget import parse_budget
     from ..plan import plan
 
     check_positive("--processes", arguments.processes)
-    return plan(project, arguments.processes)
+    budget = None if arguments.budget is None else parse_budget(arguments.budget)
+    return plan(project, arguments.processes, budget)
 
 
 def render(report: dict) -> None:

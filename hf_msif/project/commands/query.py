@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from ..run import Run
 
-HELP = "pull the test tweets' losses back through the stages: one inverse-curvature product per stage"
+HELP = "pull the test losses back through the stages: one inverse-curvature product per stage"
 TAKES_CONFIGURATION = True
 WRITES = True
 SHARES_WORK = True

@@ -91,10 +91,10 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
 
 
 def render(report: dict) -> None:
-    from ...reports.tables import plain
+    from ...reports.tables import terminal
 
     print(report["noise"])
-    print(plain(report["table"]))
+    print(terminal(report["table"]))
     kept_text = f" ({report['rows_kept']:,} of them kept)" if "kept" in report else ""
     print(
         f"{report['rows']:,} rows scored{kept_text} in {report['seconds']} s; {report['scores']} and "

@@ -57,9 +57,9 @@ def _sweep(project: Run) -> dict:
 
 
 def render(report: dict) -> None:
-    from ...reports.tables import plain
+    from ...reports.tables import terminal
 
-    print(plain(report["table"]))
+    print(terminal(report["table"]))
     if report["recommended"] is not None:
         print(f"recommended: stages.{report['stage']}.solver.damping: {report['recommended']:g}, {report['reason']}")
     else:

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def render(report: dict) -> None:
-    from ...reports.tables import plain
+    from ...reports.tables import terminal, visible
 
     if report["noise"]:
         print(report["noise"])
@@ -60,8 +60,8 @@ def render(report: dict) -> None:
             counts = dict(zip(common["example_id"], common["columns"], strict=True))
             marks = [f"{counts[name]} of {lists}" if name in counts else "" for name in table["example_id"]]
             table = table.assign(common=marks)
-        print(f"\n{report['by']} influence on{of}: {test['line']}")
-        print(plain(table, width=80))
+        print(f"\n{report['by']} influence on{of}: {visible(test['line'])}")
+        print(terminal(table, width=80))
     if common is not None and len(common):
         print(
             f"\n{len(common)} rows are common: they are in the lists of nearly all tests, as the column says, and "

@@ -20,7 +20,7 @@ from ...engine.files import write_json
 from ...influence.query import FILES as FILES_OF_A_QUERY
 from ...influence.sweep import damping_sweep
 from ...models import FeedForwardClassifier
-from ...reports.tables import files_of_table, plain, table_one, training_line, write_table
+from ...reports.tables import files_of_table, table_one, terminal, training_line, write_table
 from ..outputs import Outputs
 from .grammar import World, vocabulary, world
 
@@ -35,16 +35,16 @@ CURVATURE_SAMPLES = 320
 
 
 def demo(
-    output_dir: str = "runs/demo",
+    run_dir: str = "runs/demo",
     seed: int = 0,
     quiet: bool = False,
     steps: tuple[int, int] = (700, 200),
     check: bool = True,
 ) -> dict:
-    """Runs the demo and returns its figures; writes models, query, scores, Table 1 and `demo.json` into `output_dir`.
+    """Runs the demo and returns its figures; writes models, query, scores, Table 1 and `demo.json` into `run_dir`.
 
     Args:
-        output_dir: created if needed; files of an earlier demo are replaced.
+        run_dir: created if needed; files of an earlier demo are replaced.
         seed: of data, training and masks.
         quiet: whether to print nothing.
         steps: of pretraining and of finetuning.
@@ -55,15 +55,15 @@ def demo(
         `damping`, `removal` with `check`, and `seconds`.
 
     Raises:
-        InputError: `output_dir` has something in a place of these files that no demo wrote.
+        InputError: `run_dir` has something in a place of these files that no demo wrote.
     """
     say = (lambda *words: None) if quiet else print
-    folder, started = Path(output_dir), time.perf_counter()
+    folder, started = Path(run_dir), time.perf_counter()
     files = [folder / name for name in ("demo.json", "scores.parquet")]
     files += [folder / "query" / name for name in FILES_OF_A_QUERY]
     files += [file for table in ("table1", "sweep") for file in files_of_table(folder / table)]
     models = [folder / name for name in ("pretraining", "finetuning")]
-    with Outputs(folder, "output_dir").writing(files, [folder / "query", folder / "checkpoints"], models):
+    with Outputs(folder, "run_dir").writing(files, [folder / "query", folder / "checkpoints"], models):
         # Trainer makes the folder even if it saves nothing.
         folders.write_marker(folder / "checkpoints", "checkpoints of a training", ())
         threads = torch.get_num_threads()
@@ -106,7 +106,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     table = table_one(scores)
     write_table(table, folder / "table1")
     say("\nTable 1: sentences of largest and smallest absolute influence (positive raises the test loss: harmful)")
-    say(plain(table, 30))
+    say(terminal(table, 30))
 
     plain_gradient = _chain(data, tokenizer, pretrained, finetuned, progress, solvers.Identity()).query(tests)
     hits = {
@@ -123,7 +123,7 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     counted = pd.DataFrame(
         [[name, *row, float(np.mean(row))] for name, row in hits.items()], columns=["", *columns, "mean"]
     )
-    say(plain(counted, 30))
+    say(terminal(counted, 30))
 
     report = {"training": reports, "hits": hits, "damping": DAMPING, "noise": scores.metadata["noise"]}
     report["table"] = json.loads(table.to_json(orient="records"))
@@ -132,13 +132,13 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     sweep = damping_sweep(chain, tests, data.corpus, [DAMPING, 0.3, 1.0])
     write_table(sweep, folder / "sweep")
     say("\nHow the top 10 move with the damping of the pretraining stage:")
-    say(plain(sweep))
+    say(terminal(sweep))
     report["removal"] = _removal(tests, scores, trainer, pretrained, np.random.default_rng(seed))
     say(
         f"\nMean loss of the three tweets when pretraining goes on for {CONTINUED_STEPS} steps without {REMOVED} "
         "sentences, and the head is\ntrained anew (the change is measured against going on with all of them):"
     )
-    say(plain(pd.DataFrame(report["removal"])))
+    say(terminal(pd.DataFrame(report["removal"])))
     return report
 
 
