@@ -33,6 +33,7 @@ DESCRIPTION = "Which sentences of the pretraining corpus made this finetuned mod
 # Each is a file in commands/; `msif --help` lists them in this order.
 COMMANDS = (
     "demo",
+    "init",
     "plan",
     "diagnose",
     "train",
