@@ -170,6 +170,14 @@ LINES = {
     "a flag of dots": Fault(["plan", "--...", "1"], ("unknown key",)),
     "a key below a list": Fault("plan --dampings.0 1", ("dampings.0", "which has no keys"), write("x", "")),
     "an empty value": Fault(["plan", "--run_dir", ""], ("run_dir",)),
+    "no such configuration to begin with": Fault("init robert", ("'robert'", "one of bert, elmo, llm, vision")),
+    "a file without a configuration": Fault("init --output FOLDER/x.yaml", ("without a NAME", "bert, elmo")),
+    "a file that is there": Fault(
+        "init bert --output FOLDER/config.yaml", ("config.yaml' exists", "another --output")
+    ),
+    "a folder that is there": Fault("init bert --output FOLDER/tokenizer", ("tokenizer' exists",)),
+    "a file below a file": Fault("init bert --output FOLDER/corpus.txt/x.yaml", ("corpus.txt",)),
+    "a configuration and a setting": Fault("init bert --seed 3", ("unknown argument '--seed'",)),
     "rows of a picture": Fault("top --run FOLDER -k 100000000000000000000", ("-k", "at most 2147483647")),
     "rows below zero": Fault("top --run FOLDER -k -1", ("-k is -1", "at least 1")),
     "no order": Fault(["top", "--run", "FOLDER", "--by", ""], ("scores.parquet",)),

@@ -17,7 +17,7 @@ from hf_msif.engine.files import load_tensors, save_tensors
 from hf_msif.engine.hashing import digest
 
 PRE, FINE = "--stages.pretraining", "--stages.finetuning"
-WITHOUT_CONFIGURATION = ("top", "compare", "mean", "demo")
+WITHOUT_CONFIGURATION = ("top", "compare", "mean", "demo", "init")
 
 
 @dataclass(frozen=True)
