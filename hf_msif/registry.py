@@ -41,10 +41,13 @@ CHECKS = {
     "causality": "hf_msif.influence.checks:causality",
     "symmetry": "hf_msif.influence.checks:symmetry",
 }
+REPORTS = {
+    "html": "hf_msif.reports.html:write_report",
+}
 
 
 def registered(table: Mapping[str, str], name: str) -> Any:
-    """The class that `name` stands for in `table`.
+    """The class or function that `name` stands for in `table`.
 
     >>> registered(SOLVERS, "cg").__name__
     'CG'

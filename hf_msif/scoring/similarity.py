@@ -17,7 +17,7 @@ class BM25:
     >>> bm25 = BM25(["we won the vote", "they lost the vote", "no tax"])
     >>> bm25(["we won the vote", "no tax"], ["a tax?", "vote"]).round(2)
     array([[0.  , 0.43],
-           [1.1 , 0.  ]])
+           [1.2 , 0.  ]])
 
     Args:
         corpus: texts.
