@@ -42,6 +42,7 @@ COMMANDS = (
     "validate",
     "cleanse",
     "top",
+    "report",
     "compare",
     "mean",
 )

@@ -57,10 +57,15 @@ def write_report(
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def is_report(path: str | os.PathLike) -> bool:
+    """Whether a file is one that `write_report` wrote."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return GENERATOR in file.read(4096)
+
+
 def rendered(page: Page) -> str:
     """The page as HTML. Texts are escaped, and a policy in the file itself lets no script run but its own."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -73,7 +78,7 @@ def rendered(page: Page) -> str:
     environment.filters |= {"number": number, "percent": percent, "log": math.log}
     style, script = ((TEMPLATES / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    own = {"style": Markup(style), "script": Markup(script), "generator": Markup(GENERATOR)}
+    own = {"style": style, "script": script, "generator": GENERATOR}
     return environment.get_template("report.html").render(page=page, script_digest=digest, **own)
 
 

@@ -82,7 +82,9 @@ class Page:
     def notes(self) -> list[str]:
         """Why something is not shown."""
         if self.shares is None:
-            return ["Tokens are not shaded: their shares are not known; msif score or to_html(query=...) computes them."]
+            return [
+                "Tokens are not shaded: their shares are not known; msif score or to_html(query=...) computes them."
+            ]
         reasons = self.shares.reasons
         shown = (("token", "Tokens are not shaded"), ("layer", "Layers are not listed"))
         return [f"{what}: {reasons[kind]}" for kind, what in shown if kind in reasons]
