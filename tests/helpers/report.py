@@ -37,7 +37,7 @@ def scores_of(influence, texts, tests, errors=None, **metadata):
 class Asked:
     """A masked LM and a classifier on its encoder, a query of two tweets with replicates, and its scores."""
 
-    def __init__(self, rows=24):
+    def __init__(self, rows=12):
         before = tiny.model("bert", "masked", layers=2)
         after = tiny.finetuned(before, "bert", layers=2)
         self.corpus = tiny.rows(rows, seed=4, longest=12, shortest=3)

@@ -67,7 +67,8 @@ def click(browser, table, name):
         const table = document.querySelector(`table.${arguments[0]}`);
         const head = [...table.querySelectorAll("th")].find(th => th.textContent === arguments[1]);
         head.querySelector("button").click();
-        return [...table.tBodies[0].rows].map(row => [row.cells[head.cellIndex].dataset.value, row.cells[0].textContent]);
+        const cells = [...table.tBodies[0].rows].map(row => row.cells);
+        return cells.map(row => [row[head.cellIndex].dataset.value, row[0].textContent]);
         """,
         table,
         name,
@@ -139,7 +140,8 @@ def test_hostile_texts_are_inert(browser, files):
     assert shown == {visible(text).strip() for text in HOSTILE}
     # What a text turns round stays in its own box.
     isolated = browser.execute_script(
-        "return [...document.querySelectorAll('bdi')].every(b => getComputedStyle(b).unicodeBidi.startsWith('isolate'))"
+        "const isolates = text => getComputedStyle(text).unicodeBidi.startsWith('isolate');"
+        "return [...document.querySelectorAll('bdi')].every(isolates);"
     )
     assert isolated
 

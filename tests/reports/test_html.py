@@ -35,7 +35,7 @@ def asked():
 @pytest.fixture(scope="module")
 def shaded(asked, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    asked.scores.to_html(path, k=4, query=asked.query, corpus=asked.corpus)
+    asked.scores.to_html(path, k=3, query=asked.query, corpus=asked.corpus)
     return Report(path)
 
 
@@ -119,7 +119,7 @@ def test_warnings_come_first_and_a_noisy_ranking_is_the_first_of_them(tmp_path):
 
 
 def test_the_parts_of_tokens_and_layers_sum_to_the_influence_of_their_row(asked, shaded):
-    assert len(shaded.lines) == 2 * 3 * 4
+    assert len(shaded.lines) == 2 * 3 * 3
     assert "Encoder cosine" in shaded.lines[0].cells
     of_text = {row["text"] for row in asked.corpus}
     for line in shaded.lines:
@@ -142,14 +142,12 @@ def test_a_token_has_the_sum_of_the_terms_that_predict_it(asked, shaded):
 
 def test_the_encoders_similarity_is_the_cosine_of_mean_outputs(asked, shaded):
     line = shaded.of("helpful")[0]
-    base = asked.query.chain.stages[0].stage.model.bert.eval()
-    outputs = []
-    for text, model in (
-        (line.text, base),
-        (asked.tests[0]["text"], asked.query.chain.stages[1].stage.model.bert.eval()),
-    ):
+    texts, outputs = (line.text, asked.tests[0]["text"]), []
+    for text, bound in zip(texts, asked.query.chain.stages, strict=True):
         encoded = tiny.tokenizer()(text, return_tensors="pt")
-        outputs.append(model(input_ids=encoded["input_ids"]).last_hidden_state[0].mean(0).detach().numpy())
+        outputs.append(
+            bound.stage.model.bert.eval()(input_ids=encoded["input_ids"]).last_hidden_state[0].mean(0).detach().numpy()
+        )
     one, other = outputs
     expected = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
     assert float(line.cells["Encoder cosine"]) == pytest.approx(expected, rel=1e-9)
@@ -207,9 +205,11 @@ def test_tokens_whose_places_are_unknown_are_shown_in_their_order(tmp_path):
     stage = Stage("only", tiny.model("elmo", "bidirectional"), words, rows, solver=solvers.Identity())
     query = MultiStageInfluence([stage], progress=False).query(rows[:1])
     made = report(query.score(rows), tmp_path, query=query)
+    terms = query.token_scores(rows).groupby("example_id")
+    by_influence = {f"{own['influence'].sum():.9g}": own for _, own in terms}
     for line in made.lines:
-        assert [token for token, _ in line.tokens][0] in ("<S>", line.tokens[0][0])
-        assert len(line.tokens) >= 2
+        own = by_influence[f"{float(line.cells['Influence']):.9g}"].drop_duplicates("position")
+        assert [token for token, _ in line.tokens] == own.sort_values("position")["token"].tolist()
         total = sum(value for _, value in line.tokens)
         assert total == pytest.approx(float(line.cells["Influence"]), rel=1e-5, abs=1e-9)
 
@@ -251,18 +251,18 @@ def test_histograms_of_any_values_count_all_rows(values):
 
 
 def test_hostile_texts_are_texts(tmp_path):
-    tests = [{"example_id": "<script>", "label": "</p><script>", "prediction": text, "text": text} for text in HOSTILE]
-    influence = np.random.default_rng(0).normal(size=(len(HOSTILE), len(HOSTILE)))
+    tests = [
+        {"example_id": "<script>", "label": "</p><script>", "prediction": text, "text": text} for text in HOSTILE[:3]
+    ]
+    influence = np.random.default_rng(0).normal(size=(len(HOSTILE), 3))
     stages = {"<b>": {"solve": {"converged": [False]}, "text": "<img src=x>\n<script>", "link": "<u>"}}
     facts = {"stage": "<script>", "noise_text": "<script>", "certificate": {"stages": stages}}
     made = report(scores_of(influence, HOSTILE, tests, **facts), tmp_path, command="msif report --run '<script>'")
     assert not made.tags & {"img", "b "}
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<script") == 1
     assert not [name for name, _ in made.attributes if name.startswith("on") or name == "src"]
-    for text in HOSTILE:
-        assert visible(text) in made.isolated
-    shown = {line.text for line in made.lines}
-    assert shown == {visible(text) for text in HOSTILE}
+    assert {visible(text) for text in HOSTILE[:3]} <= set(made.isolated)
+    assert {line.text for line in made.lines} == {visible(text) for text in HOSTILE}
 
 
 def test_one_file_without_a_network(shaded):
@@ -294,7 +294,7 @@ def test_refusals(asked, tmp_path):
         scores_of(INFLUENCE, TEXTS, None).to_html(tmp_path / "report.html")
     with pytest.raises(InputError, match="the scores have 1 query columns and the query 2"):
         scores_of(INFLUENCE[:, :1], TEXTS, TESTS[:1]).to_html(tmp_path / "report.html", query=asked.query)
-    with pytest.raises(InputError, match="the corpus has no row .*, of which there is a score"):
+    with pytest.raises(InputError, match=r"the corpus has no row .*, of which there is a score"):
         asked.scores.to_html(tmp_path / "report.html", query=asked.query, corpus=asked.corpus[:2])
     (tmp_path / "shares.parquet").write_text("no Parquet")
     with pytest.raises(InputError, match="holds no shares"):
