@@ -11,6 +11,7 @@ _HOMES = {
     "Scores": ".scoring.scores",
     "Stage": ".influence.stage",
     "InputError": ".errors",
+    "explain": ".project.explain",
 }
 _ROOMS = (
     "adapters",

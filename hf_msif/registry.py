@@ -1,10 +1,11 @@
-"""What the names in settings stand for: one line for each, "module:Name".
+"""What the names in settings stand for, one line for each: "module:Name", or for a file's ending its format.
 
 It imports nothing, so that a configuration can be checked, and its help printed, without PyTorch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import Any
@@ -41,6 +42,19 @@ CHECKS = {
     "causality": "hf_msif.influence.checks:causality",
     "symmetry": "hf_msif.influence.checks:symmetry",
 }
+# What `msif diagnose` measures beside the checks.
+DIAGNOSTICS = {
+    "pad ids": "hf_msif.influence.diagnostics:pad_ids",
+    "attention": "hf_msif.influence.diagnostics:attention",
+    "precision": "hf_msif.influence.diagnostics:precision",
+    "stationarity": "hf_msif.influence.diagnostics:stationarity",
+    "curvature sign": "hf_msif.influence.diagnostics:curvature_sign",
+    "ties": "hf_msif.influence.diagnostics:ties",
+    "mask coverage": "hf_msif.influence.diagnostics:mask_coverage",
+    "damping": "hf_msif.influence.diagnostics:damping",
+}
+# File ending → the builder of `datasets` that reads such a file, also with a further ending .gz.
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 REPORTS = {
     "html": "hf_msif.reports.html:write_report",
 }
@@ -53,3 +67,21 @@ def registered(table: Mapping[str, str], name: str) -> Any:
     'CG'
     """
     return resolve_name(table[name])
+
+
+def file_ending(name: str) -> str:
+    """The ending of a file's name that says its format: in lower case, without a further .gz.
+
+    >>> file_ending("data/Tweets.TSV.gz")
+    '.tsv'
+    """
+    return os.path.splitext(name.lower().removesuffix(".gz"))[1]
+
+
+def builder_of(name: str) -> str | None:
+    """The builder of `datasets` that reads a file of this name; None where its ending says no format.
+
+    >>> builder_of("data/tweets.tsv.gz"), builder_of("google-research-datasets/go_emotions")
+    ('csv', None)
+    """
+    return FORMATS.get(file_ending(name))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 FOLDER, WEIGHTS = "lora", "model.safetensors"  # beside a model's config.json
+PUBLISHED = "adapter_config.json"  # in a folder that PEFT wrote
 
 
 def import_peft(what: str) -> ModuleType:
@@ -212,6 +213,42 @@ def load(folder: str | os.PathLike, auto: type[_BaseAutoModelClass]) -> nn.Modul
     for name, tensor in tensors.items():
         tensor.data = state[name]  # with its dtype, and for all modules that share the tensor
     return model.eval()
+
+
+def load_published(folder: str | os.PathLike, auto: type[_BaseAutoModelClass], base: str | None = None) -> nn.Module:
+    """Reads a model of which PEFT saved the adapter alone (`adapter_config.json`, `adapter_model.safetensors`).
+
+    Args:
+        folder: the folder, as `PeftModel.save_pretrained` or a `Trainer` writes it.
+        auto: the Auto class of the model's task, e.g. `AutoModelForSequenceClassification`.
+        base: folder or Hub id of the model below the adapter; defaults to the one that the adapter names.
+
+    Returns:
+        The `PreTrainedModel` with its adapter, in evaluation mode.
+
+    Raises:
+        InputError: PEFT is not installed; or tensors of the head are neither in the adapter nor in the base model, so
+            that nobody knows them any more.
+    """
+    peft = import_peft(f"the adapter in {folder}")
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    base = base or settings.base_model_name_or_path
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  (no mapping)
+    saved = {name.removeprefix("base_model.model."): shape for name, shape in shapes.items() if ".lora_" not in name}
+    # The classifier's last layer has one row per class; layers before it are wider.
+    classes = [shape[0] for name, shape in saved.items() if len(shape) == 2 and name.endswith("weight")]
+    labels = {"num_labels": min(classes)} if classes and "SequenceClassification" in auto.__name__ else {}
+    model, report = auto.from_pretrained(base, output_loading_info=True, **labels)
+    unknown = sorted(set(report["missing_keys"]) - set(saved))
+    if unknown:
+        modules = sorted({name.rpartition(".")[0] for name in unknown})
+        raise InputError(
+            f"the adapter in {folder} has no weights for {unknown[0]!r}, and {base} has none either, so that the "
+            f"model that it was trained in is lost; expected an adapter trained with modules_to_save={modules} (or a "
+            "base model that has them)."
+        )
+    return peft.PeftModel.from_pretrained(model, str(folder)).base_model.model.eval()
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

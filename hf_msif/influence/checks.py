@@ -111,7 +111,7 @@ def padding(bound: BoundStage) -> Finding:
     if engine.is_main:
         warnings.warn(
             f"stage {bound.name!r}: {text} (a gradient moved by {effect.beside_others:.1e} beside longer rows in "
-            f"{_class(bound)}).{_pad_ids(bound)}",
+            f"{_class(bound)}).{pad_ids_text(bound)}",
             stacklevel=2,
         )
     return Finding("padding", text, effect.beside_others)
@@ -280,7 +280,7 @@ def _logits(bound: BoundStage, batch: dict[str, Any]) -> Tensor:
     return outputs[0]
 
 
-def _pad_ids(bound: BoundStage) -> str:
+def pad_ids_text(bound: BoundStage) -> str:
     """A sentence about pad ids of model and tokenizer that differ: the likely cause, where they do."""
     tokenizer, config = bound.objective.tokenizer, getattr(bound.stage.model, "config", None)
     model_id, token_id = getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None)
@@ -302,5 +302,5 @@ def _no_batches(bound: BoundStage, error: Exception) -> Exception:
         return error
     return InputError(
         f"stage {bound.name!r}: {_class(bound)} takes single rows, but not several of different length in a batch "
-        f"({first_line(error)}); expected a model that takes padded batches.{_pad_ids(bound)}"
+        f"({first_line(error)}); expected a model that takes padded batches.{pad_ids_text(bound)}"
     )

@@ -1,14 +1,15 @@
-"""`Finding`: what a check of a stage found; `check` and `findings` run the checks of `registry.CHECKS` in order."""
+"""`Finding`: what a check of a stage found; `check` and `findings` run the checks of `registry.CHECKS` in order, and
+`diagnosed` those and the diagnostics of `registry.DIAGNOSTICS`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..registry import CHECKS, registered
+from ..registry import CHECKS, DIAGNOSTICS, registered
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Finding:
     """What a check found.
 
     Attributes:
-        check: its name in `registry.CHECKS`.
+        check: its name in `registry.CHECKS` or `registry.DIAGNOSTICS`.
         text: the result, for people; where the stage is refused, why, and the way out.
         value: what was measured, relative; None where the check does not apply, was skipped or refuses.
         refused: whether the stage is refused.
@@ -69,10 +70,21 @@ def findings(bound: Any, names: Collection[str] = tuple(CHECKS)) -> Iterator[Fin
         if name in bound.stage.skip_checks:
             yield Finding(name, "skipped")
             continue
-        run = registered(CHECKS, name)
-        started = time.perf_counter()
-        try:
-            finding = bound.engine.broadcast_object(run(bound))
-        except InputError as error:
-            finding = Finding(name, str(error), refused=True)
-        yield replace(finding, seconds=round(time.perf_counter() - started, 3))
+        yield _finding(bound, name, registered(CHECKS, name))
+
+
+def diagnosed(bound: Any) -> list[Finding]:
+    """The findings of all checks and, if none refuses the stage, of all diagnostics."""
+    results = list(findings(bound))
+    if any(finding.refused for finding in results):
+        return results
+    return results + [_finding(bound, name, registered(DIAGNOSTICS, name)) for name in DIAGNOSTICS]
+
+
+def _finding(bound: Any, name: str, run: Callable[[Any], Finding]) -> Finding:
+    started = time.perf_counter()
+    try:
+        finding = bound.engine.broadcast_object(run(bound))
+    except InputError as error:
+        finding = Finding(name, str(error), refused=True)
+    return replace(finding, seconds=round(time.perf_counter() - started, 3))

@@ -33,6 +33,7 @@ from .chain import BoundStage, Chain
 from .differentiation import Differentiation, StageCertificate, StageSolution
 from .direction import Direction
 from .measurements import Loss, as_measurement
+from .predictions import predictions
 from .query import Query
 from .replicates import joined
 from .stage import Stage
@@ -160,6 +161,7 @@ class MultiStageInfluence(Chain):
             raise
         solutions = {b.name: joined(*zip(*each, strict=True)) for b, each in reversed(by_stage.items())}
         query = Query(solutions, rows, losses, aggregate, self, measurement=str(explained), values=values)
+        query.predictions = predictions(self.stages[-1], rows)
         query.measure_noise()
         self._forget(opened.values())
         return query

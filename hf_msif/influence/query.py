@@ -49,6 +49,7 @@ class Query:
         identity: stage name → `BoundStage.identity`: what the query depends on.
         measurement: name of what is explained, f: "loss", or another of `measurements`.
         values: f of each test row at the final parameters; the losses where it is the loss.
+        predictions: what the model says of each test row, see `predictions.predictions`.
     """
 
     solutions: dict[str, StageSolution]
@@ -60,9 +61,11 @@ class Query:
     identity: dict[str, dict] = field(default_factory=dict)
     measurement: str = "loss"
     values: list[float] = field(default_factory=list)
+    predictions: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self):
         self.values = self.values or self.losses
+        self.predictions = self.predictions or [{} for _ in self.tests]
         for bound in self.chain.stages:  # the query of a damping sweep holds the swept stage alone
             if bound.name in self.solutions and bound.name not in self.facts:
                 self.facts[bound.name], self.identity[bound.name] = _facts(bound), bound.identity
@@ -340,7 +343,7 @@ class Query:
                 text = f"{Noise.from_dict(facts['noise'])}\n{text}"
             stages[name] = {"solve": certificate.to_dict(), "text": text, **facts}
         facts = {"measurement": self.measurement, "values": self.values, "losses": self.losses}
-        return {"stages": stages, "aggregate": self.aggregate, **facts}
+        return {"stages": stages, "aggregate": self.aggregate, **facts, "predictions": self.predictions}
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `query.safetensors` and `query.json` (certificate, tests); each whole or not at all.
@@ -420,7 +423,7 @@ class Query:
             # Counting inside of scoring would be a pass that not all processes reach.
             bound.remember_size(saved["N"], saved["examples"])
             facts[bound.name] = {key: value for key, value in saved.items() if key not in ("solve", "text")}
-        asked = {"measurement": state["measurement"], "values": state["values"]}
+        asked = {name: state[name] for name in ("measurement", "values", "predictions")}
         return cls(
             solutions, state["tests"], state["losses"], state["aggregate"], chain, facts, state["depends_on"], **asked
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .chain import BoundStage, Chain
     from .differentiation import StageSolution
 
-FORMAT = 5
+FORMAT = 6
 FILES = ("query.safetensors", "query.json")
 AGAIN = "query again"
 
@@ -45,6 +45,7 @@ class SavedQuery(TypedDict):
     losses: list[float]
     measurement: str
     values: list[float]
+    predictions: list[dict[str, Any]]
     stages: dict[str, SavedStage]
     depends_on: dict[str, dict[str, Any]]
     tensors: str
@@ -129,7 +130,8 @@ def solution(bound: BoundStage, tensors: Block, state: dict[str, Any], folder: P
 def _check_solution(solution: StageSolution, state: dict[str, Any], stage: str, folder: Path) -> None:
     """Refuses a solution that does not answer the query's tests, or holds NaN or inf."""
     columns = 1 if state["aggregate"] else len(state["tests"])
-    if solution.columns != columns or {len(state["losses"]), len(state["values"])} != {len(state["tests"])}:
+    lengths = {len(state[name]) for name in ("losses", "values", "predictions")}
+    if solution.columns != columns or lengths != {len(state["tests"])}:
         raise _damaged(folder, f"{solution.columns} columns of stage {stage!r} for {len(state['tests'])} tests")
     for name, t in solution.tensors().items():
         if not t.is_floating_point():

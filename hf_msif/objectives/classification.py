@@ -68,6 +68,25 @@ def label_in(row: Mapping[str, Any], column: str) -> Any:
     return row[column]
 
 
+def class_names(objective: Objective, model: Any) -> list[str] | None:
+    """Names of the classes in the order of the logits: the objective's `labels`, else those in the model's
+    configuration; None where neither has names."""
+    if objective.labels:
+        return [str(label) for label in objective.labels]
+    named = getattr(getattr(model, "config", None), "id2label", None) or {}
+    names = [str(named.get(i)) for i in range(len(named))]
+    return names if any(name != f"LABEL_{i}" for i, name in enumerate(names)) else None
+
+
+def label_name(number: int, names: Sequence[str] | None) -> str:
+    """The name of a class; its number where it has none.
+
+    >>> label_name(1, ["Negative", "Positive"]), label_name(3, None)
+    ('Positive', '3')
+    """
+    return names[number] if names is not None and 0 <= number < len(names) else str(number)
+
+
 class _Classification(Objective):
     """What all classifications share: the classes of the model, and those of the rows."""
 

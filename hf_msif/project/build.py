@@ -90,6 +90,8 @@ def objective(config: Config, name: str, tokenizer: Any) -> Objective:
     values = settings(kind, stage.objective, f"{key}.objective", without=[*known, *columns, "processor", "unigrams"])
     if "seed" in takes:
         values.setdefault("seed", config.seed)
+    if "labels" in takes and stage.data.label_from == "files":
+        values.setdefault("labels", list(stage.data.data_files or ()))
     return kind(**{parameter: value for parameter, value in known.items() if parameter in takes}, **values)
 
 
@@ -199,6 +201,8 @@ def load_model(config: Config, name: str, source: str | Path, **overrides: Any) 
     try:
         if (folder / peft.FOLDER).is_dir():
             return _cast(stage, peft.load(folder, auto)), []
+        if (folder / peft.PUBLISHED).is_file():
+            return _cast(stage, peft.load_published(folder, auto)), []
         # Tensors of other shapes are told by name below; Transformers prints a table of them.
         loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = auto.from_pretrained(hub.prepare(str(source)), **loading, **overrides)

@@ -27,7 +27,21 @@ from .values import DEEPEST, LONGEST_PATH, MOST_VALUES, check_values, shown_text
 
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration of `--config file.yaml --section.key value --section.key=value ...`; later ones win."""
-    paths, overrides, remaining = [], [], iter(arguments)
+    paths, overrides = flags(arguments)
+    if not paths and not overrides:
+        raise InputError(
+            "no configuration was given; expected --config FILE.yaml, and --section.key VALUE to change it."
+        )
+    return load(paths, overrides)
+
+
+def flags(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The files of `--config FILE`, and (dotted key, value) of `--section.key value` and `--section.key=value`.
+
+    Raises:
+        InputError: an argument that is neither, or a flag without a value.
+    """
+    paths, overrides, remaining = list[str](), list[tuple[str, str]](), iter(arguments)
     for argument in remaining:
         flag, equals, text = argument.partition("=")
         if not flag.startswith("--") or flag == "--":
@@ -39,11 +53,7 @@ def parse(arguments: Sequence[str]) -> Config:
             paths.append(text)
         else:
             overrides.append((flag[2:], text))
-    if not paths and not overrides:
-        raise InputError(
-            "no configuration was given; expected --config FILE.yaml, and --section.key VALUE to change it."
-        )
-    return load(paths, overrides)
+    return paths, overrides
 
 
 def load(
@@ -62,10 +72,24 @@ def load(
         read = _read(path)
         check_values(read)
         values = _laid_over(values, read)
+    override(values, overrides)
+    return from_values(values)
+
+
+def override(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> None:
+    """Sets (dotted key, value) pairs; a value that is text is read as YAML."""
     for key, value in overrides:
         value = _value(value, key) if isinstance(value, str) else value
         check_values({key: value})
         _put(values, key, value)
+
+
+def from_values(values: dict[str, Any]) -> Config:
+    """The configuration that nested plain values describe.
+
+    Raises:
+        InputError: keys or values that the configuration does not know, or that do not fit together.
+    """
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

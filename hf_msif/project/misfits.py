@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
-from .schema import FILE_BUILDERS, RESERVED, Config, StageConfig
+from .schema import FILE_BUILDERS, RESERVED, Config, Data, StageConfig
 from .tasks import task_of
 
 LONGEST_NAME = 100  # characters of a stage's name, which becomes part of names of files
@@ -32,26 +33,84 @@ def misfits(config: Config) -> Iterator[str]:
         if task.needs_tokenizer and config.tokenizer is None:
             yield f"tokenizer is missing; {key} has the task {stage.task}, which reads texts."
         labelled = task.label_kind is not None
+        yield from _of_files(stage.data, f"{key}.data")
+        yield from _of_choice(stage.data, f"{key}.data")
         yield from _of_data(stage, key, is_first=not index, labelled=labelled)
         yield from _of_minimum(stage, key)
         yield from _of_run(stage, key)
         yield from _of_model(config, index, is_head_possible=bool(index) and labelled and task.content == "text")
 
 
+def _of_files(data: Data, key: str) -> Iterator[str]:
+    """Which files are read, and how."""
+    if data.path in FILE_BUILDERS and data.data_files is None:
+        yield f"{key}.data_files is missing; path {data.path!r} reads files and expects their names."
+    if data.builder is not None and data.name is not None:
+        yield (
+            f"{key}.name is {data.name!r}, which is for Hub datasets; path {data.path!r} reads files: leave it out."
+        )
+    if data.names_file and data.data_files is not None:
+        yield (
+            f"{key} has data_files beside path {data.path!r}, which is a file itself; expected path: {data.builder} "
+            "with data_files, or path alone."
+        )
+    if data.data_files is not None and not all(data.files or [""]):
+        yield (
+            f"{key}.data_files is {data.data_files!r}, which names no file; expected the names of files, or null for "
+            "a Hub dataset."
+        )
+    set_keys = [name for name in ("separator", "column_names") if getattr(data, name) is not None]
+    set_keys += [] if data.quotes else ["quotes"]
+    if set_keys and data.builder != "csv":
+        yield f"{key}.{set_keys[0]} is for CSV files; path {data.path!r} reads none: leave it out."
+    if data.separator is not None and (
+        len(data.separator) != 1 or not data.separator.isascii() or data.separator in '"\r\n'
+    ):
+        yield (
+            f"{key}.separator is {data.separator!r}; expected one ASCII character such as ; or a tab, other than a "
+            "quotation mark and a line break."
+        )
+    repeated = [name for name, count in Counter(data.column_names or ()).items() if count > 1]
+    if repeated:
+        yield f"{key}.column_names has {repeated[0]!r} twice; expected a name of its own for each column."
+    if data.label_from == "files":
+        yield from _of_file_groups(data, key)
+
+
+def _of_file_groups(data: Data, key: str) -> Iterator[str]:
+    """What `label_from: files` reads, and what it cannot be beside."""
+    what = f"{key}.label_from is files"
+    if data.builder is None or not isinstance(data.data_files, dict) or len(data.data_files) < 2:
+        yield (
+            f"{what}, which takes the keys of data_files for labels; expected path: text, csv, json or parquet and "
+            "data_files: {CLASS: files, ...} with at least two classes."
+        )
+    if data.label_column is not None:
+        yield f"{what} beside label_column {data.label_column!r}; expected one of them."
+    if data.test_split is not None or data.split != "train":
+        yield f"{what}, so data_files has no splits; expected test_fraction in the place of split and test_split."
+    if data.streaming:
+        yield f"{what} and streaming is true; expected streaming: false."
+
+
+def _of_choice(data: Data, key: str) -> Iterator[str]:
+    """Which rows are taken, and in which order."""
+    if data.sample is not None and data.max_rows is not None:
+        yield f"{key} has max_rows, the first N rows, and sample, N random rows; expected one of them."
+    if data.shuffle and data.streaming:
+        yield (
+            f"{key}.shuffle is true and streaming, too: a stream is read in the order of its files; expected shuffle: "
+            "false, or sample: N for N random rows."
+        )
+    if data.seed is not None and not data.draws:
+        yield f"{key}.seed is {data.seed}, which only sample and shuffle read: leave it out."
+    chosen = [name for name in ("max_rows", "sample", "shuffle") if getattr(data, name)]
+    if chosen and data.part == "test":
+        yield f"{key}.part is 'test', and the test side is always whole: leave {chosen[0]} out."
+
+
 def _of_data(stage: StageConfig, key: str, is_first: bool, labelled: bool) -> Iterator[str]:
-    """Where rows come from."""
-    if stage.data.path in FILE_BUILDERS and stage.data.data_files is None:
-        yield (f"{key}.data.data_files is missing; path {stage.data.path!r} reads files and expects their names.")
-    if stage.data.path in FILE_BUILDERS and stage.data.name is not None:
-        yield (
-            f"{key}.data.name is {stage.data.name!r}, which is for Hub datasets; path {stage.data.path!r} "
-            "reads files: leave it out."
-        )
-    if stage.data.data_files is not None and not all(stage.data.files or [""]):
-        yield (
-            f"{key}.data.data_files is {stage.data.data_files!r}, which names no file; expected the names of "
-            "files, or null for a Hub dataset."
-        )
+    """What the task and the place of a stage expect of its rows."""
     if stage.data.streaming and (not is_first or stage.curvature_samples is None or stage.data.has_test_side):
         yield (
             f"{key}.data.streaming is for a first stage with curvature_samples and without test_split or "
@@ -61,7 +120,7 @@ def _of_data(stage: StageConfig, key: str, is_first: bool, labelled: bool) -> It
         yield (f"{key}.data.streaming is for implicit stages of language models; expected streaming: false.")
     if stage.data.test_split is not None and stage.data.test_fraction > 0:
         yield f"{key}.data has test_split and test_fraction; expected one of them."
-    if labelled and stage.data.label_column is None:
+    if labelled and stage.data.label_source is None:
         yield f"{key}.data.label_column is missing; {stage.task} needs the column with the label."
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.stream import Stream
 from ..influence.cost import Cost, size_text, time_text
+from .explained import checked_part
 from .memory import available_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def plan(run: Run, processes: int = 1) -> dict:
         `score_seconds` of the whole corpus; `disk_bytes`; `memory_bytes` that are needed at a time on each process
         beside the models; `free_bytes`.
     """
-    run.checked_test_part()
+    checked_part(run)
     models = {name: run.present_model(name) for name in run.names}
     columns = 1 if run.aggregate else len(run.tests())
     corpus = run.config.corpus.sample

@@ -17,8 +17,8 @@ from ..errors import Complaints, InputError, first_line
 from ..objectives import within_positions
 from ..objectives.classification import class_of
 from ..registry import CHECKS, DIFFERENTIATIONS, registered
-from . import build, provenance
-from .data import content_key, load_rows, stream_rows
+from . import build, explained, provenance
+from .data import load_rows, stream_rows
 from .outputs import Outputs
 from .schema import Config, StageConfig
 from .tasks import Task, task_of
@@ -162,6 +162,10 @@ class Run:
         """Uses the rows that another run of the same data has loaded."""
         self._rows = other._rows
 
+    def borrow_models(self, other: Run) -> None:
+        """Uses the models that another run of the same checkpoints has loaded."""
+        self._models = other._models
+
     def stage_config(self, name: str) -> StageConfig:
         """The stage's settings.
 
@@ -176,15 +180,25 @@ class Run:
         """The stage's rows: those of its `data.part`, or of another part. Loaded once, their labels checked."""
         data = self.config.stages[name].data
         columns = {**{column: column for column in self.tasks[name].columns}, **data.columns}
-        data = data.model_copy(update={"part": part or data.part, "columns": columns})
+        seed = self.config.seed if data.seed is None else data.seed
+        data = data.model_copy(update={"part": part or data.part, "columns": columns, "seed": seed})
         if (name, data.part) not in self._rows:
             if data.streaming:
-                self._rows[name, data.part] = stream_rows(data, name, self.content(name))
+                stream = stream_rows(data, name, self.content(name))
+                self._rows[name, data.part] = (
+                    stream if data.sample is None else self._sampled(stream, data.sample, seed)
+                )
             else:
-                rows = load_rows(data, name, self.content(name))
+                rows = load_rows(data, name, self.content(name), self.tasks[name].label_kind)
                 self._check_labels(name, rows)
                 self._rows[name, data.part] = rows
         return self._rows[name, data.part]
+
+    def _sampled(self, stream: Stream, size: int, seed: int) -> list[dict]:
+        """Random rows of a stream, the same on every process."""
+        from ..engine.accelerated import Engine
+
+        return Engine(self.accelerator, progress=False).sample(stream, size, seed)
 
     def rows_digest(self, name: str) -> str | None:
         """SHA-256 of the stage's rows; of a stream that of its files, marked as such, or None where it has none."""
@@ -488,83 +502,17 @@ class Run:
         return registered(DIFFERENTIATIONS, stage.link).planned(bound, self.arguments(bound.name))
 
     def tests(self) -> list[dict]:
-        """The test rows that the query asks about, as `test` chooses them among those of `test_side`.
-
-        Raises:
-            InputError: `test.ids` that are no rows of the test side, or more rows than it has.
-        """
-        settings = self.config.test
-        name, rows = self.names[-1], self.test_side()
-        if settings.ids is not None:
-            by_id = {str(row["example_id"]): row for row in rows}
-            missing = [i for i in settings.ids if str(i) not in by_id]
-            if missing:
-                raise InputError(
-                    f"test.ids names {missing}, which are not rows of the test side of stage {name!r}; its ids are "
-                    f"{list(by_id)[:5]}, ..."
-                )
-            return [by_id[str(i)] for i in settings.ids]
-        if settings.wrong:
-            rows = self._misclassified(name, rows)
-        content = self.content(name)
-        place = content_key(self.config.stages[name].data, content)
-        distinct = list({digest(row[place]): row for row in rows}.values())
-        if settings.number > len(distinct):
-            raise InputError(
-                f"test.number is {settings.number}; expected at most {len(distinct)}, the distinct {content}s on the "
-                f"test side of stage {name!r}{' that the model classifies wrongly' if settings.wrong else ''}."
-            )
-        return random.Random(settings.seed).sample(distinct, settings.number)
-
-    def test_side(self) -> list[dict] | Stream:
-        """All rows of the last stage that `test.split` names: those that are set aside, or its training rows.
-
-        Raises:
-            InputError: no rows are set aside from training, and `test.split` does not say that training rows are
-                meant.
-        """
-        return self.rows(self.names[-1], self.checked_test_part())
-
-    def checked_test_part(self) -> str | None:
-        """Which `data.part` of the last stage the test rows are; None for its own. Raises as `test_side` does, before
-        any row is loaded."""
-        name, split = self.names[-1], self.config.test.split
-        data = self.config.stages[name].data
-        if split == "train":
-            return None
-        if data.has_test_side and not data.trains_on_test_side:
-            return "test"
-        key = f"stages.{name}.data"
-        why = f"{key} sets no rows aside"
-        if data.has_test_side:
-            why = f"{key}.part is {data.part!r}"
-            if data.part == "train":
-                why = f"{key}.test_split names the rows of {key}.split"
-        raise InputError(
-            f"{why}, so the test rows would be rows that stage {name!r} is trained on; expected {key}.test_fraction "
-            f"or {key}.test_split (and part: train), or test.split: train where training rows are meant."
-        )
-
-    def _misclassified(self, name: str, rows: list[dict] | Stream) -> list[dict]:
-        """Those of the rows that the trained model of the stage classifies wrongly."""
-        from .. import training
-
-        model = self.model(name)
-        objective = self.objective(name, model)
-        if objective.predictions is None:
-            raise InputError(f"test.wrong is for classification; stage {name!r} has another task.")
-        return training.mistakes(model, objective, rows, self.config.stages[name].batch_size)
+        """The test rows that the query asks about, see `explained.rows`."""
+        return explained.rows(self)
 
     def corpus(self) -> list[dict] | Stream:
         """The rows that are ranked: those of the ranked stage, or a sample of them."""
-        from ..engine.accelerated import Engine
-
         settings = self.config.corpus
         rows = self.rows(self.ranked)
         if isinstance(rows, Stream):
             if settings.sample is None:
                 return rows
-            return Engine(self.accelerator, progress=False).sample(rows, settings.sample, settings.seed)
+            return self._sampled(rows, settings.sample, settings.seed)
         if settings.sample is None or settings.sample >= len(rows):
             return rows
         return random.Random(settings.seed).sample(rows, settings.sample)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
 from ..errors import InputError
-from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, PRECONDITIONERS, SOLVERS
+from ..registry import CHECKS, CURVATURES, DIFFERENTIATIONS, PRECONDITIONERS, SOLVERS, builder_of
 from .plugins import DOTTED, is_dotted
 from .tasks import TASKS
 
@@ -19,12 +19,15 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # NumPy takes no others
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+# What a shell passes on of "\t" is two characters.
+Separator = Annotated[str, BeforeValidator(lambda value: "\t" if value == r"\t" else value)]
 Dotted = Annotated[str, Field(pattern=DOTTED)]
 RESERVED = ("query", "bank", "validation", "cleanse")
 SEGMENTS = 3  # checkpoints that are kept for link: segments where the configuration does not say how many
 # Builders of `datasets` that read files; without data_files they would read the folder in which the command runs.
 FILE_BUILDERS: tuple[str, ...] = ("text", "csv", "json", "parquet", "arrow", "pandas", "xml", "hdf5", "webdataset")
 FILE_BUILDERS += ("imagefolder", "audiofolder", "videofolder", "pdffolder")
+FILE_GROUP = "data_files"  # the column of a row's key in data_files, for label_from: files
 Scalar = str | int | float | bool | None
 
 
@@ -38,13 +41,22 @@ class Data(Section):
     """Where rows come from and which of them are used."""
 
     path: str
-    """a Hub dataset id, a builder of `datasets` (text, csv, json, parquet) with data_files, or sklearn:digits"""
+    """a Hub dataset id; a file whose ending says its format (.txt, .csv, .tsv, .json, .jsonl, .parquet, also with .gz)
+    or a pattern of such files; a folder that save_to_disk wrote; a builder of `datasets` (text, csv, json, parquet)
+    with data_files; or sklearn:digits"""
     name: str | None = None
     """configuration of a Hub dataset"""
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """local files or URLs for a builder, or a mapping of them: split → files"""
+    """local files or URLs for a builder, or a mapping of them: split → files, or with label_from class → files"""
+    separator: Separator | None = None
+    """csv: the character between columns; null: a tab in .tsv files, else a comma"""
+    column_names: Annotated[list[str], Field(min_length=1)] | None = None
+    """csv: names of the columns, for files without a header; null: the first line has them"""
+    quotes: bool = True
+    """csv: fields in quotation marks may hold separators and line breaks; false: quotation marks are characters of the
+    text, as in many .tsv files"""
     split: str = "train"
-    """split of the dataset"""
+    """split of the dataset, or a part of it, such as train[:10%]"""
     test_split: str | None = None
     """split whose rows are the test side, where the data come with one"""
     text_column: str = "text"
@@ -54,6 +66,9 @@ class Data(Section):
     label_column: str | None = None
     """column with the label, for classification; with the number, for regression; with a list of classes, for
     multi-label-classification and token-classification"""
+    label_from: Literal["files"] | None = None
+    """files: the label of a row is the key of its file in data_files, as in {Positive: pos/*.txt, Negative:
+    neg/*.txt}; in the place of label_column"""
     columns: dict[str, str] = {}
     """further columns: what the task calls it → the column, such as target: summary, text_pair: hypothesis, or
     input_ids: tokens for rows that are tokenised already, which need no text; columns of the task's own names are
@@ -70,11 +85,44 @@ class Data(Section):
     """read rows when they are needed instead of holding them in memory; for a first stage with curvature_samples whose
     model is given"""
     max_rows: Count | None = None
-    """use the first N rows (of the side that is trained on, where there is a test_split)"""
+    """use the first N rows of the side that is trained on; the test side is whole"""
+    sample: Count | None = None
+    """use N random rows of the side that is trained on; the test side is whole"""
+    shuffle: bool = False
+    """take the rows of the side that is trained on in random order; max_rows then takes random ones"""
+    seed: Seed | None = None
+    """seed of sample and shuffle; null: the configuration's"""
+
+    @property
+    def names_file(self) -> bool:
+        """Whether `path` is a file, or a pattern of files."""
+        return self.path not in FILE_BUILDERS and builder_of(self.path) is not None
+
+    @property
+    def builder(self) -> str | None:
+        """The builder of `datasets` that reads files; None where no files are read."""
+        return self.path if self.path in FILE_BUILDERS else builder_of(self.path)
+
+    @property
+    def files_key(self) -> Literal["path", "data_files"]:
+        """The key that names the files."""
+        return "path" if self.names_file and self.data_files is None else "data_files"
+
+    @property
+    def label_source(self) -> str | None:
+        """The column that holds the label when the rows are loaded."""
+        return FILE_GROUP if self.label_from == "files" else self.label_column
+
+    @property
+    def draws(self) -> bool:
+        """Whether rows are taken in random order."""
+        return self.shuffle or self.sample is not None
 
     @property
     def files(self) -> list[str]:
-        """All names in `data_files`; an empty list in it counts as an empty name."""
+        """All names in `data_files`, or the file that is `path`; an empty list in it counts as an empty name."""
+        if self.files_key == "path":
+            return [self.path]
         groups = self.data_files.values() if isinstance(self.data_files, dict) else [self.data_files or []]
         return [name for group in groups for name in ([group] if isinstance(group, str) else group or [""])]
 
@@ -227,7 +275,15 @@ class StageConfig(Section):
 
 
 class Tests(Section):
-    """The predictions that are explained: rows of the last stage's test side."""
+    """The predictions that are explained: texts of your own, or rows of the last stage's test side."""
+
+    text: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """texts that are in no data set, one or a list, in the place of rows of the test side"""
+    file: str | None = None
+    """a file of such texts: one per line (.txt), or a table (.csv, .tsv, .jsonl, .parquet) with the columns of the
+    last stage's data; without a label column, label counts"""
+    label: Scalar = None
+    """label of the texts; null: the class that the model predicts"""
 
     number: Count = 3
     """number of random rows"""
@@ -253,8 +309,24 @@ class Tests(Section):
     """which rows of the last stage: test, those that its data set aside; train, those that it is trained on, where
     that is meant; null: test"""
 
+    @property
+    def gives_texts(self) -> bool:
+        """Whether the test rows are texts of the user's own."""
+        return self.text is not None or self.file is not None
+
     @model_validator(mode="after")
     def _fits_together(self) -> Tests:
+        ways = [name for name in ("text", "file", "ids", "wrong", "split") if getattr(self, name) not in (None, False)]
+        if self.gives_texts and len(ways) > 1:
+            raise InputError(
+                f"test.{ways[0]} and test.{ways[1]} are both set; expected one of them: texts of your own, or rows of "
+                "the test side."
+            )
+        if self.label is not None and not self.gives_texts:
+            raise InputError(
+                f"test.label is {self.label!r}, which is for texts of your own, but there is no test.text or "
+                "test.file; expected one of these: rows of the test side have their own labels."
+            )
         if self.of is not None and (self.measurement == "loss" or is_dotted(self.measurement)):
             raise InputError(
                 f"test.of is {self.of!r}, which is for log_probability, logit_margin and span_log_probability; "

@@ -129,32 +129,30 @@ class Sections:
 
     def make(self, q: int) -> Section:
         """The section of one query column."""
-        noise, tests = self.scores.noise, self.scores.metadata.get("tests", [])
-        text = test_sentence(self.scores, q)
-        own = [tests[q]] if len(tests) == self.scores.columns else tests
-        numbers = [q] if len(tests) == self.scores.columns else range(len(tests))
+        noise, tests = self.scores.noise, self.scores.tests
+        is_one = len(tests) == self.scores.columns
+        own, values = ([tests[q]] if is_one else tests), (self.scores.metadata.get("certificate") or {}).get("values")
+        if values and is_one:
+            values = [values[q]]
         lists = [self._list(name, rows, q, own) for name, rows in lists_of(self.scores, q, self.k).items()]
         reliability = "" if noise is None else reliability_text(noise.reliability[q])
-        return Section(q, text, self._facts(own, numbers), reliability, histogram(self.scores, q), lists)
+        text, figure = test_sentence(self.scores, q), histogram(self.scores, q)
+        return Section(q, text, self._facts(own, values or []), reliability, figure, lists)
 
-    def _facts(self, tests: Sequence[dict], numbers: Sequence[int]) -> list[tuple[str, Any]]:
-        certificate, facts = self.scores.metadata.get("certificate") or {}, list[tuple[str, Any]]()
+    def _facts(self, tests: Sequence[dict], values: Sequence[float]) -> list[tuple[str, Any]]:
+        facts = list[tuple[str, Any]]()
         if len(tests) == 1:
             (test,) = tests
             facts += [(name, test[key]) for name, key in (("id", "example_id"), ("label", "label")) if key in test]
-            if test.get("prediction") is not None:
-                probability = test.get("probability")
-                sure = "" if probability is None else f" ({probability:.0%})"
+            if "prediction" in test:
+                sure = f" ({test['probability']:.0%})" if "probability" in test else ""
                 facts.append(("prediction", f"{test['prediction']}{sure}"))
-        figures = {"loss": "losses"}
+        measured = [("loss", [test["loss"] for test in tests if "loss" in test])]
         measurement = self.scores.metadata.get("measurement", "loss")
         if measurement != "loss":
-            figures[measurement] = "values"
-        for name, key in figures.items():
-            known = [certificate[key][number] for number in numbers] if certificate.get(key) else []
-            if name == "loss" and all(test.get("loss") is not None for test in tests):
-                known = [test["loss"] for test in tests]
-            if known:
+            measured.append((measurement, list(values)))
+        for name, known in measured:
+            if known and len(known) == len(tests):
                 facts.append((name if len(known) == 1 else f"mean {name}", float(np.mean(known))))
         return facts
 
@@ -171,6 +169,7 @@ class Sections:
             marks = ["same text as the test"] if text and _folded(text) in own else []
             if example_id in self.common:
                 marks.append(f"in the lists of {self.common[example_id]} of {self.scores.columns} tests")
+            marks += [f"label {row['label']}"] if "label" in row else []
             pieces, in_text = self._pieces(q, example_id, text or f"example {example_id}", row["influence"])
             lines.append(
                 Line(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engine.files import write_atomically
-from ..errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +31,7 @@ def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
 
     rows = []
     for column in range(scores.columns):
-        test = {"test sentence": test_sentence(scores, column)}
+        test: dict[str, Any] = {"test sentence": test_sentence(scores, column), **_said_of_test(scores, column)}
         if scores.metadata.get("measurement", "loss") != "loss":
             test["explained"] = scores.metadata["measurement"]
         top = scores.top(k, query=column)
@@ -50,15 +49,31 @@ def _shown(rows: pd.DataFrame, i: int) -> str:
     return rows.text[i] or f"example {rows.example_id[i]}"
 
 
+def _said_of_test(scores: Scores, query: int) -> dict[str, Any]:
+    """The label, the prediction and the loss of a test example, where a query column is about one."""
+    test = scores.tests[query] if len(scores.tests) == scores.columns else {}
+    said = {name: test[name] for name in ("label", "prediction") if "prediction" in test}
+    return {**said, "test loss": test["loss"]} if "loss" in test else said
+
+
 def test_sentence(scores: Scores, query: int) -> str:
     """What a query column is about: the test example's text, its id where it has no text, or how many test examples
     it puts together."""
-    tests = scores.metadata.get("tests")
-    if tests is None:
-        raise InputError("these scores do not say which tests they are about; expected those of a query: score again.")
+    tests = scores.tests
     if len(tests) == scores.columns:
         return tests[query].get("text", f"example {tests[query].get('example_id')}")
     return f"{len(tests)} test examples together"
+
+
+def test_line(scores: Scores, query: int) -> str:
+    """A query column in one line: the test example, with its label, the prediction and the loss where they are
+    known."""
+    said = _said_of_test(scores, query)
+    parts = [f"label {said['label']}, predicted {said['prediction']}"] if "prediction" in said else []
+    if parts:
+        parts[0] += f" ({scores.tests[query]['probability']:.0%})"
+    parts += [f"loss {said['test loss']:.3g}"] if "test loss" in said else []
+    return f"{test_sentence(scores, query)} [{', '.join(parts)}]" if parts else test_sentence(scores, query)
 
 
 def markdown(table: pd.DataFrame) -> str:

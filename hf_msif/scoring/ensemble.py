@@ -127,7 +127,8 @@ def _shared(rankings: Sequence[Scores]) -> dict[str, Any]:
         for name in ("losses", "values")
         if name in certificates[0]
     }
-    return {**same, "certificate": {**certificates[0], **means, "stages": stages}}
+    shared = {key: value for key, value in certificates[0].items() if key != "predictions"}  # each model has its own
+    return {**same, "certificate": {**shared, **means, "stages": stages}}
 
 
 def _short(tests: Sequence[dict]) -> str:

@@ -22,6 +22,7 @@ from ..engine.corpus import as_corpus
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..objectives import Objective
+from ..objectives.classification import class_names, class_of, label_name
 from .extremes import ExtremesInMemory, ExtremesOnDisk
 from .in_memory import InMemory
 from .noise import Noise
@@ -297,10 +298,21 @@ def check_finite(values: np.ndarray, rows: list[dict]) -> None:
 def _frame(scorable: Scorable, rows: list[dict], measured: Measured) -> pd.DataFrame:
     """The columns of `Scores`, without `duplicates`."""
     contents = [{"example_id": row["example_id"], "text": scorable.objective.content(row)} for row in rows]
-    columns = {"loss": measured.losses, "terms": measured.counts}
+    columns = {"loss": measured.losses, "terms": measured.counts, **_labels(scorable, rows)}
     columns |= dict(zip(scorable.norms, measured.norms.T, strict=True))
     errors = None if scorable.noise is None else scorable.noise.standard_errors(measured.replicates)
     return frame_of(contents, measured.influence, scorable.count, columns, errors=errors)
+
+
+def _labels(scorable: Scorable, rows: list[dict]) -> dict[str, list[str]]:
+    """The column `label`, names of classes, of rows that have one class each."""
+    objective = scorable.objective
+    column = getattr(objective, "label_column", None)
+    if objective.label_kind != "class" or column is None:
+        return {}
+    names, values = class_names(objective, scorable.model.model), [row[column] for row in rows]
+    numbers = [class_of(value, objective.labels) for value in values]
+    return {"label": [str(v) if n is None else label_name(n, names) for v, n in zip(values, numbers, strict=True)]}
 
 
 def _precision_error(scorable: Scorable, rows: list[dict], batch_size: int, dtype: str) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class Scores:
     - `duplicates`: how many rows have the same text or image, this row included.
     - `loss`: ℓ of the row, a sum.
     - `terms`: how many terms ℓ sums.
+    - `label`: the row's class, by name, where rows have one.
     - `gradient_norm`: ‖∇ℓ_x‖, and `self_influence`: ∇ℓ_xᵀ (A + λ)⁻¹ ∇ℓ_x, where the scoring was asked for `norms`.
     - `influence` = ∂f/∂ε for F + ε ℓ_x, eq. (6). Positive: more weight on x raises the test loss (harmful). Negative:
       more weight on x lowers it (helpful).
@@ -157,6 +158,27 @@ class Scores:
         """How the replicates of the query scatter, and the reliability of the ranking; None without replicates."""
         facts = self.metadata.get("noise")
         return None if facts is None else Noise.from_dict(facts)
+
+    @property
+    def tests(self) -> list[dict[str, Any]]:
+        """What each test row is and what the model says of it: its columns (`text`, `example_id`, …), its `loss`, and
+        of a classification `label` and `prediction`, names of classes, with `probability`, that of the prediction.
+
+        Raises:
+            InputError: the scores were made by hand, and do not say which tests they are about.
+        """
+        rows = self.metadata.get("tests")
+        if rows is None:
+            raise InputError(
+                "these scores do not say which tests they are about; expected those of a query: score again."
+            )
+        certificate = self.metadata.get("certificate") or {}
+        tests = [dict(row) for row in rows]
+        for test, loss in zip(tests, certificate.get("losses", ()), strict=False):
+            test["loss"] = loss
+        for test, prediction in zip(tests, certificate.get("predictions", ()), strict=False):
+            test |= prediction
+        return tests
 
     def removal_effects(self) -> np.ndarray:
         """Predicted changes of all test losses on removal of each row, (rows, Q)."""
@@ -383,7 +405,7 @@ class Scores:
         suffix = self._suffix(query)
         names = {f"{name}{suffix}": name for name in ("influence", "influence_se", "removal_effect")}
         rows = self._source.rows(places).rename(columns=names)
-        order = ["example_id", "influence", "influence_se", "removal_effect", "loss", "terms", "duplicates"]
+        order = ["example_id", "influence", "influence_se", "removal_effect", "loss", "terms", "label", "duplicates"]
         order += [*NORMS["self"], "text"]
         rows = rows[[name for name in order if name in rows]]
         if by in DIVISORS:

@@ -58,19 +58,43 @@ def evaluate(
     return measures | ({"accuracy": right / len(rows)} if objective.predictions is not None else {})
 
 
+def predicted(
+    model: nn.Module, objective: Objective, data: Any, batch_size: int = 64, engine: Engine | None = None
+) -> list[int]:
+    """The predicted class of each row, in their order; for objectives with `predictions`.
+
+    Raises:
+        InputError: bad rows, or an objective without `predictions`.
+    """
+    return [number for number, _ in _predicted(model, objective, data, batch_size, engine)]
+
+
 def mistakes(
     model: nn.Module, objective: Objective, data: Any, batch_size: int = 64, engine: Engine | None = None
 ) -> list[dict]:
-    """The rows whose predicted class is not their label, in their order; for objectives with `predictions`."""
+    """The rows whose predicted class is not their label, in their order; for objectives with `predictions`.
+
+    Raises:
+        InputError: bad rows, or an objective without `predictions`.
+    """
+    rows = as_rows(data, "the evaluation data")
+    pairs = _predicted(model, objective, rows, batch_size, engine)
+    return [row for row, (number, label) in zip(rows, pairs, strict=True) if number != label]
+
+
+def _predicted(
+    model: nn.Module, objective: Objective, data: Any, batch_size: int, engine: Engine | None
+) -> list[tuple[int, int]]:
+    """The predicted class and the label of each row."""
     engine, objective = engine or Engine(progress=False), checked_objective(objective, "the evaluation", model)
     if objective.predictions is None:
         raise InputError(f"{type(objective).__name__} predicts no classes; expected an objective with `predictions`.")
-    rows = as_rows(data, "the evaluation data")
-    functional, mistaken = FunctionalModel(model, engine.device), []
+    rows, share = as_rows(data, "the evaluation data"), list[tuple[int, int, int]]()
+    functional = FunctionalModel(model, engine.device)
     objective = without_padding(functional, objective, rows, engine)
     assert objective.predictions is not None  # as above
     with torch.no_grad(), functional.evaluating():
         for indices, batch in engine.batches(rows, objective, batch_size):
-            wrong = objective.predictions(functional.bind({}), batch) != batch["labels"]
-            mistaken += [i for i, is_wrong in zip(indices, wrong.tolist(), strict=True) if is_wrong]
-    return [rows[i] for i in sorted(engine.gather(mistaken))]
+            numbers = objective.predictions(functional.bind({}), batch)
+            share += zip(indices, numbers.tolist(), batch["labels"].tolist(), strict=True)
+    return [(number, label) for _, number, label in sorted(engine.gather(share))]

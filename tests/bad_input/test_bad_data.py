@@ -86,6 +86,64 @@ CASES = {
         lambda folder: (folder / "c.txt.gz").write_bytes(gzip.compress(b"we won\n" * 50)[:-12]),
     ),
     "no gzip": Fault(f"{FILE} FOLDER/c.txt.gz", (TEXTS, "c.txt.gz"), write("c.txt.gz", b"\x1f\x8bwe won\n")),
+    # separators and names of columns
+    "a separator of two characters": Fault(
+        f"train {FINE}.data.separator ||", (f"{TWEETS}.separator is '||'", "one ASCII")
+    ),
+    "no separator": Fault([*f"train {FINE}.data.separator".split(), '""'], (f"{TWEETS}.separator is ''", "one ASCII")),
+    "a quotation mark for separator": Fault(
+        ["train", f"{FINE}.data.separator", "'\"'"], (f"{TWEETS}.separator", "other than a quotation mark")
+    ),
+    "a separator of text": Fault(f"train {PRE}.data.separator ;", (f"{TEXTS}.separator is for CSV", "leave it out")),
+    "quotes of text": Fault(f"train {PRE}.data.quotes false", (f"{TEXTS}.quotes is for CSV", "'text' reads none")),
+    "another separator than the file's": Fault(
+        f"train {FINE}.data.separator ;", (TWEETS, "there is no column 'text' among ['id,text,sentiment,stars']")
+    ),
+    "a name of a column twice": Fault(
+        f"train {FINE}.data.column_names [id,text,text,stars]", (f"{TWEETS}.column_names has 'text' twice",)
+    ),
+    "no names of columns": Fault(f"train {FINE}.data.column_names []", (f"{TWEETS}.column_names is []", "at least 1")),
+    "too few names of columns": Fault(
+        f"train {FINE}.data.column_names [text,sentiment]", (f"{TWEETS}.column_names has 2 names", "has 4 columns")
+    ),
+    "more columns than the header": Fault(
+        "train",
+        (TWEETS, "more columns than there are names"),
+        write("tweets.csv", "id,text,sentiment\n1,a,Negative,0\n"),
+    ),
+    # files that are a path
+    "a file and files": Fault(
+        f"train {PRE}.data.path FOLDER/corpus.txt", (TEXTS, "data_files beside path", "a file itself", "path alone")
+    ),
+    "a path to no file": Fault(
+        f"train {PRE}.data {{path:FOLDER/nowhere.tsv}}".replace(":", ": ").split(" ", 2),
+        (f"{TEXTS}.path", "does not exist"),
+    ),
+    # which rows
+    "the first rows and random ones": Fault(
+        f"train {FINE}.data.max_rows 5 {FINE}.data.sample 5", (TWEETS, "max_rows, the first N rows, and sample")
+    ),
+    "a sample of no row": Fault(f"train {FINE}.data.sample 0", (f"{TWEETS}.sample is 0", "at least 1")),
+    "shuffle with streaming": Fault(
+        f"train {PRE}.data.shuffle true {PRE}.data.streaming true {PRE}.curvature_samples 5",
+        (f"{TEXTS}.shuffle", "in the order of its files", "sample: N"),
+    ),
+    "a seed of nothing": Fault(f"train {PRE}.data.seed 3", (f"{TEXTS}.seed is 3", "only sample and shuffle")),
+    "a sample of the test side": Fault(
+        f"train {FINE}.data.part test {FINE}.data.sample 5", (f"{TWEETS}.part is 'test'", "leave sample out")
+    ),
+    # labels from files
+    "labels from one file": Fault(
+        f"train {FINE}.data.label_from files {FINE}.data.label_column null",
+        (f"{TWEETS}.label_from is files", "{CLASS: files, ...}"),
+    ),
+    "labels from files and from a column": Fault(
+        f"train {FINE}.data.label_from files", (f"{TWEETS}.label_from is files beside label_column 'sentiment'",)
+    ),
+    "labels from files with a split": Fault(
+        f"train {FINE}.data.label_from files {FINE}.data.test_split test {FINE}.data.test_fraction 0",
+        (f"{TWEETS}.label_from is files, so data_files has no splits", "test_fraction"),
+    ),
     # columns
     "no text column": Fault(f"train {PRE}.data.text_column words", (f"{TEXTS}.text_column", "'words'", "['text']")),
     "no label column": Fault(f"train {FINE}.data.label_column sentimen", ("label_column", "did you mean 'sentiment'")),

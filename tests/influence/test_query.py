@@ -122,7 +122,7 @@ def test_a_folder_without_query(tmp_path, query):
 def test_a_later_format_is_refused(folder, query):
     state = json.loads((folder / "query.json").read_text())
     (folder / "query.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(InputError, match="written in format 99; this version reads 5"):
+    with pytest.raises(InputError, match="written in format 99; this version reads 6"):
         Query.from_pretrained(folder, query.chain)
 
 

@@ -9,7 +9,7 @@ import transformers
 from helpers.project import SIZES, listing, snapshot, visible
 
 from hf_msif.errors import FileError, InputError
-from hf_msif.project import config
+from hf_msif.project import config, explained
 from hf_msif.project.plan import plan
 from hf_msif.project.run import Run
 from hf_msif.project.train import stages_to_train, train
@@ -188,7 +188,7 @@ def test_test_rows_are_no_training_rows_unless_that_is_meant(make_run, overrides
                 command()
     else:
         training = {row["example_id"] for row in run.rows("finetuning")}
-        assert {"train" if row["example_id"] in training else "test" for row in run.test_side()} == expected
+        assert {"train" if row["example_id"] in training else "test" for row in explained.side(run)} == expected
 
 
 @pytest.mark.parametrize("head", ["auto", "feed_forward"])

@@ -27,7 +27,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Runs every check of every stage, those that follow a refusal too; writes nothing. Stages that are not trained
     yet are checked with untrained weights."""
-    from ...influence.findings import findings
+    from ...influence.findings import diagnosed as diagnose
     from ...registry import CHECKS
 
     if arguments.smoothness:
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     report: dict[str, dict] = {}
     for bound in chain.stages:
         bound.stage.skip_checks = project.config.stages[bound.name].skip_checks
-        results = list(findings(bound))
+        results = diagnose(bound)
         report[bound.name] = {
             "trained": project.is_trained(bound.name),
             "checks": [finding.to_dict() for finding in results],

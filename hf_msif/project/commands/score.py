@@ -128,7 +128,8 @@ def _has_figure(project: Run) -> bool:
 def _write_figure(project: Run, query: Query, scores: Scores, corpus: Sequence[dict]) -> str | None:
     """Draws the paper's Figure 3 for the images that the query asks about; returns the path of the PNG."""
     from ...reports.figures import extremes, write_figure
+    from ..explained import side
 
-    rows = {row["example_id"]: row for row in project.test_side()}
+    rows = {row["example_id"]: row for row in side(project)}
     tests = [rows[test["example_id"]] for test in query.tests]
     return write_figure(project.output("figure3.png"), lambda path: extremes(scores, tests, corpus, path))

@@ -24,13 +24,17 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """The first k rows of the order `--by`, for every test example."""
-    from ...reports.tables import test_sentence
+    from ...reports.tables import test_line, test_sentence
     from ..saved_scores import saved_scores
 
     check_positive("-k", arguments.k)
     scores = saved_scores(arguments.run, arguments.stage)
     tests = [
-        {"test": test_sentence(scores, column), "top": scores.top(arguments.k, arguments.by, column)}
+        {
+            "test": test_sentence(scores, column),
+            "line": test_line(scores, column),
+            "top": scores.top(arguments.k, arguments.by, column),
+        }
         for column in range(scores.columns)
     ]
     facts = {"stage": scores.metadata.get("stage"), "by": arguments.by, "noise": scores.metadata.get("noise_text")}
@@ -49,14 +53,14 @@ def render(report: dict) -> None:
     of = "" if report["measurement"] == "loss" else f" the {report['measurement']} of"
     common, lists = report.get("common"), len(report["tests"])
     shown = ["example_id", "influence", "influence_se", "top_probability", f"{report['by']}_influence"]
-    shown += ["removal_effect", "text"]
+    shown += ["removal_effect", "label", "text"]
     for test in report["tests"]:
         table = test["top"][[name for name in shown if name in test["top"]]]
         if common is not None and len(common):
             counts = dict(zip(common["example_id"], common["columns"], strict=True))
             marks = [f"{counts[name]} of {lists}" if name in counts else "" for name in table["example_id"]]
             table = table.assign(common=marks)
-        print(f"\n{report['by']} influence on{of}: {test['test']}")
+        print(f"\n{report['by']} influence on{of}: {test['line']}")
         print(plain(table, width=80))
     if common is not None and len(common):
         print(
