@@ -88,12 +88,11 @@ class Shares:
         ]
         rows = _rows(query, objective, corpus, shown)
         rounds = scores.metadata.get("mask_rounds")
-        settings = {"stage": stage, "mask_rounds": rounds}
         parts: list[dict] = []
         reasons: dict[str, str] = {}
         for kind, lines in (
-            ("token", lambda q, own: _tokens(query.token_scores(own, query=q, **settings), objective, own)),
-            ("layer", lambda q, own: _layers(query.layer_scores(own, query=q, **settings))),
+            ("token", lambda q, own: _tokens(query.token_scores(own, stage, query=q, mask_rounds=rounds), objective, own)),
+            ("layer", lambda q, own: _layers(query.layer_scores(own, stage, query=q, mask_rounds=rounds))),
             ("encoder", lambda q, own: _cosines(query, stage, q, own)),
         ):
             of_kind: list[dict] = []
