@@ -55,10 +55,13 @@ DIAGNOSTICS = {
 }
 # File ending → the builder of `datasets` that reads such a file, also with a further ending .gz.
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+REPORTS = {
+    "html": "hf_msif.reports.html:write_report",
+}
 
 
 def registered(table: Mapping[str, str], name: str) -> Any:
-    """The class that `name` stands for in `table`.
+    """The class or function that `name` stands for in `table`.
 
     >>> registered(SOLVERS, "cg").__name__
     'CG'

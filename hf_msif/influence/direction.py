@@ -76,6 +76,10 @@ class Direction(NamedTensors):
         u = {name: torch.cat([direction.u[name] for direction in directions]) for name in directions[0].u}
         return replace(directions[0], u=u)
 
+    def column(self, q: int) -> Direction:
+        """The direction of column q alone."""
+        return replace(self, u={name: t[q : q + 1] for name, t in self.u.items()})
+
     def by(self, method: str, norms: bool = False, metric: Metric | None = None) -> Direction:
         """The same direction, which scores by another method."""
         same = method == self.method and norms == self.norms and metric is self.metric
@@ -145,6 +149,22 @@ class Direction(NamedTensors):
         each = [term_derivatives(evaluation, vectors.column(self.u, q)) for q in range(self.columns)]
         return TermInfluence(-torch.stack([slopes.double() for slopes, _ in each], dim=1), each[0][1])
 
+    def layer_influence(self, batch: dict[str, Any], rows: list[dict], layers: Sequence[Sequence[str]]) -> Tensor:
+        """−Σ_{names of the layer} ⟨u_k, ∇ℓ_x⟩ of each row and layer for all columns, (B, layers, Q) in float64.
+
+        By a backward pass per row, which serves all layers and columns; those of layers that have all trained
+        parameters between them sum to the row's `influence`. B gradients are held.
+
+        Args:
+            batch: B rows as the objective collates them, on the model's device.
+            rows: the rows themselves.
+            layers: the names of each layer's parameters.
+        """
+        with torch.enable_grad():
+            gradients = example_gradients(Evaluation(self.model, self.objective, batch), self.u)
+        parts = [vectors.gram(vectors.select(gradients, names), vectors.select(self.u, names)) for names in layers]
+        return -torch.stack(parts, dim=1)
+
     @cached_property
     def _layerwise(self) -> Layerwise | None:
         """None: forward mode."""
@@ -208,6 +228,10 @@ class Directions(NamedTensors):
         of_segments = zip(*(directions.parts for directions in each), strict=True)
         return replace(each[0], parts=[Direction.joined(parts) for parts in of_segments])
 
+    def column(self, q: int) -> Directions:
+        """The directions of column q alone."""
+        return replace(self, parts=[part.column(q) for part in self.parts])
+
     def by(self, method: str, norms: bool = False, metric: Metric | None = None) -> Directions:
         """The same, which scores by another method; norms are those of the gradients at the last state."""
         parts = [part.by(method) for part in self.parts[:-1]]
@@ -236,6 +260,10 @@ class Directions(NamedTensors):
         with torch.no_grad():
             terms = Evaluation(self.final, self.parts[0].objective, batch).terms({})
         return TermInfluence(torch.stack(each).sum(0), terms)
+
+    def layer_influence(self, batch: dict[str, Any], rows: list[dict], layers: Sequence[Sequence[str]]) -> Tensor:
+        """The same of each row and layer, as `Direction.layer_influence`."""
+        return torch.stack([part.layer_influence(batch, rows, layers) for part in self.parts]).sum(0)
 
     @property
     def copied_bytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from ..engine import folders
 from ..engine.files import flat_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError
+from ..scoring.layer_scores import layer_scores, layers_of
 from ..scoring.noise import Noise
 from ..scoring.orders import columns_of
 from ..scoring.scorer import Scorable, score
@@ -23,7 +24,8 @@ from ..scoring.token_scores import token_scores
 from . import saved_query
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
-from .mask_rounds import with_mask_rounds
+from .direction import Direction, Directions
+from .mask_rounds import in_rounds, with_mask_rounds
 from .replicates import Replicates, is_direction, measured_noise
 from .saved_query import FILES, FORMAT
 
@@ -177,7 +179,14 @@ class Query:
             return score(exact, corpus, batch_size=batch_size, **settings)
         return shortlist(exact, corpus, batch_size=batch_size, first=first, **settings)
 
-    def token_scores(self, rows, stage: str | None = None, method: str = "auto") -> pd.DataFrame:
+    def token_scores(
+        self,
+        rows,
+        stage: str | None = None,
+        method: str = "auto",
+        query: int | None = None,
+        mask_rounds: int | None = None,
+    ) -> pd.DataFrame:
         """Influence of every term of a few rows (each masked word, each predicted token) on the test loss.
 
         The loss of a row is a sum over terms, ℓ_x = Σ_t ℓ_t, and so is its influence: that of a term is ∂f/∂ε for
@@ -190,6 +199,8 @@ class Query:
                 in the column "text", `scores.top(10).to_dict("records")`.
             stage: name of the stage whose examples the rows are; defaults to the first. It must be an implicit one.
             method: "auto", "forward" or "layerwise", see `Direction.term_influence`. Both are exact.
+            query: number of the query column; defaults to all of them.
+            mask_rounds: rounds of masks per row, as of `score`; defaults to `Stage.mask_rounds`.
 
         Returns:
             A table with a line per term, by row and by `term`, the number of the term within its row:
@@ -201,9 +212,43 @@ class Query:
             - `influence`, or `influence_0`, `influence_1`, …: those of a row sum to what `score` says of it.
 
         Raises:
-            InputError: there is no such stage, or it is not implicit; bad rows; or an objective that does not say its
-                terms, or says such that do not sum to its losses.
+            InputError: there is no such stage or query column, or the stage is not implicit; bad rows; or an objective
+                that does not say its terms, or says such that do not sum to its losses.
         """
+        _, scorable, directions = self._by_derivatives(stage, method, query, mask_rounds)
+        return token_scores(scorable, rows, directions.term_influence)
+
+    def layer_scores(
+        self, rows, stage: str | None = None, query: int | None = None, mask_rounds: int | None = None
+    ) -> pd.DataFrame:
+        """What each layer of the model contributes to the influence of a few rows on the test loss.
+
+        I(x) = −⟨u_k, ∇ℓ_x⟩ is a sum over parameters: the share of a layer is that sum over the layer's own. It costs a
+        backward pass per row, and the memory of one gradient.
+
+        Args:
+            rows: as of `token_scores`.
+            stage: name of the stage whose examples the rows are; defaults to the first. It must be an implicit one.
+            query: number of the query column; defaults to all of them.
+            mask_rounds: rounds of masks per row, as of `score`; defaults to `Stage.mask_rounds`.
+
+        Returns:
+            A table with a line per row and layer: `example_id`; `layer`, the names of its parameters up to their first
+            number ("encoder.layer.0"), or their first part where they have none ("embeddings", "cls"), see
+            `scoring.layer_scores.layers_of`; and `influence`, or `influence_0`, `influence_1`, …: those of a row sum
+            to what `score` says of it. A parameter that two layers share counts in one of them.
+
+        Raises:
+            InputError: there is no such stage or query column, or the stage is not implicit; or bad rows.
+        """
+        bound, scorable, directions = self._by_derivatives(stage, "auto", query, mask_rounds)
+        layers = layers_of(bound.split.trained, getattr(bound.stage.model, "base_model_prefix", ""))
+        return layer_scores(scorable, rows, layers, directions.layer_influence)
+
+    def _by_derivatives(
+        self, stage: str | None, method: str, query: int | None, mask_rounds: int | None
+    ) -> tuple[BoundStage, Scorable, Direction | Directions | Replicates]:
+        """An implicit stage, and what scores its rows by derivatives of their losses, for one query column or all."""
         bound = self.chain.stage(stage)
         solution = self._solution(bound, method)
         if not is_direction(solution):
@@ -211,7 +256,17 @@ class Query:
                 f"stage {bound.name!r} is differentiated by link={bound.stage.link_name!r}, whose rows are not scored "
                 "by derivatives of their losses; expected an implicit stage: score its rows whole."
             )
-        return token_scores(self._scorable(bound, solution), rows, solution.term_influence)
+        if query is not None:
+            if isinstance(query, bool) or query not in range(self.columns):
+                raise InputError(
+                    f"query column {query} does not exist; this query has {self.columns} (numbered from 0)."
+                )
+            solution = solution.column(query)
+            solution.prepare()
+        scorable = replace(self._scorable(bound, solution), columns=solution.columns)
+        if mask_rounds is not None:
+            scorable, solution = in_rounds(scorable, bound, solution, mask_rounds)
+        return bound, scorable, solution
 
     def _solution(self, bound: BoundStage, method: str, norms: tuple[str, ...] = ()) -> StageSolution:
         """The solution of a stage, which scores its rows by that method, with these norms."""

@@ -76,6 +76,10 @@ class Replicates:
     def columns(self) -> int:
         return self.each[0].columns
 
+    def column(self, q: int) -> Replicates:
+        """The same directions, of column q alone."""
+        return replace(self, each=[solution.column(q) for solution in self._directions])
+
     def by(self, method: str, norms: bool = False, metric: Metric | None = None) -> Replicates:
         """The same directions, whose rows are scored by another method."""
         return replace(self, each=[solution.by(method, norms, metric) for solution in self._directions])
@@ -124,6 +128,14 @@ class Replicates:
             targets=None if targets[0] is None else torch.cat(targets),
         )
         return TermInfluence(torch.cat(values), terms)
+
+    def layer_influence(self, batch: dict[str, Any], rows: list[dict], layers: Sequence[Sequence[str]]) -> Tensor:
+        """The mean over the replicates, (B, layers, Q). Of directions only."""
+        parts = []
+        for solution, objective in self._passes:
+            assert isinstance(solution, Direction | Directions)
+            parts.append(solution.layer_influence(self._batch(objective, batch, rows), rows, layers))
+        return torch.cat(parts, dim=2).unflatten(2, (len(self.each), self.columns)).mean(2)
 
     def tensors(self) -> dict[str, Tensor]:
         # Cloned, since u of several replicates may be the same memory (as for `solvers.Identity`): no file holds that.

@@ -16,7 +16,7 @@ from .replaced_tokens import ReplacedTokenDetection
 from .sequence_to_sequence import Seq2SeqLM
 from .skipgram import SkipGram
 from .token_classification import TokenClassification
-from .tokens import tokenized
+from .tokens import token_spans, tokenized
 
 __all__ = [
     "BidirectionalLM",
@@ -36,6 +36,7 @@ __all__ = [
     "checked_objective",
     "chunk_rows",
     "numbers_within",
+    "token_spans",
     "tokenized",
     "with_losses",
     "within_positions",

@@ -187,6 +187,23 @@ def tokenized(objective: Objective, rows: Rows) -> Batch:
     return encode(objective, rows)[0]
 
 
+def token_spans(objective: Objective, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """The ids of a text's tokens as `collate` reads them, special ones included, and where each stands in the text:
+    from which character to before which one, both 0 for a special token. None: the tokenizer does not tell.
+
+    Args:
+        objective: has the tokenizer and the limit; a document in windows is not cut.
+        text: of one row.
+    """
+    tokenizer = objective.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    limit = int(min(tokenizer.model_max_length if objective.max_length is None else objective.max_length, 10**9))
+    cut = {} if getattr(objective, "chunk", None) is not None else {"truncation": True, "max_length": limit}
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False, **cut)
+    return encoded["input_ids"], encoded["offset_mapping"]
+
+
 def ordinary_tokens(tokenizer, encoded: Batch) -> np.ndarray:
     """Which tokens of `tokenize` are neither padding nor special, (B, T)."""
     ids, real = encoded["input_ids"].numpy(), encoded["attention_mask"].numpy().astype(bool)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Which sentences of the pretraining corpus made this finetuned model say this about this tweet?"
 # Each is a file in commands/; `msif --help` lists the groups, and the commands in them, in this order.
 COMMANDS = {
-    "ask which sentences made the model say this": ("explain", "demo", "top"),
+    "ask which sentences made the model say this": ("explain", "demo", "top", "report"),
     "prepare a run": ("init", "diagnose", "plan", "train"),
     "measure influence": ("query", "score", "sweep", "validate"),
     "use what was measured": ("cleanse", "compare", "mean"),

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from ..scoring.scores import Scores
 
 
+SHARES = "shares.parquet"
+
+
+def shares_file(folder: Path, scores: Scores) -> Path:
+    """Where `msif score` keeps the shares of tokens and layers in these scores, which it wrote to the run folder."""
+    file = folder / f"shares-{scores.metadata.get('stage')}.parquet"
+    return file if file.is_file() else folder / SHARES
+
+
 def saved_scores(folder: str, stage: str | None = None) -> Scores:
     """The scores that `msif score` wrote to a run folder.
 

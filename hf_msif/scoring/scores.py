@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from ..engine.files import parse_json, write_atomically
 from ..engine.hashing import digest
 from ..errors import FileError, InputError, first_line
+from ..registry import REPORTS, registered
 from .noise import Noise, top_probabilities
 from .orders import DIVISORS, NORMS, ORDERS, order_key, relative
 
@@ -198,7 +199,7 @@ class Scores:
             raise InputError(f"by is {by!r}; expected one of {list(DIVISORS)}.")
         return relative(self.influence(query), by, self._divisor(by))
 
-    def top(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
+    def top(self, k: int = 10, by: str = "absolute", query: int = 0, distinct: bool = False) -> pd.DataFrame:
         """The first k rows of an order.
 
         Args:
@@ -207,6 +208,7 @@ class Scores:
                 negative first), "relative" or "self_relative" (largest absolute value of `relative` first, which is
                 then a column); rows of equal value are in corpus order.
             query: number of the query column.
+            distinct: whether to leave out a row whose text (or image) a row before it has.
 
         Returns:
             The columns of `frame`, without suffixes. Where there are standard errors, also `top_probability`: how
@@ -218,7 +220,7 @@ class Scores:
             InputError: there is no such order or query column, fewer than k rows of each order were kept, or a
                 relative order is asked of scores that were made without the norms.
         """
-        places, errors = self._order(by, query)[:k], self.standard_error(query)
+        places, errors = self._first(self._order(by, query), k, distinct), self.standard_error(query)
         rows = self._picked(places, query, by)
         noise = self.noise
         if errors is not None and noise is not None and len(places) and by not in DIVISORS:
@@ -229,13 +231,14 @@ class Scores:
             rows.insert(list(rows).index("influence_se") + 1, "top_probability", probabilities[places])
         return rows
 
-    def bottom(self, k: int = 10, by: str = "absolute", query: int = 0) -> pd.DataFrame:
+    def bottom(self, k: int = 10, by: str = "absolute", query: int = 0, distinct: bool = False) -> pd.DataFrame:
         """The last k rows of an order, the last one first: by "absolute" those of least absolute influence.
 
         Args:
             k: how many rows, at most.
             by: the order, as of `top`.
             query: number of the query column.
+            distinct: as of `top`.
 
         Raises:
             InputError: as `top`; or by is "absolute" or relative, and the rows come from a shortlist, which does not
@@ -246,7 +249,7 @@ class Scores:
                 f"these scores come from a shortlist {self.metadata['shortlist']['first_pass']}, which does not seek "
                 "the rows of least absolute influence: score without keep."
             )
-        return self._picked(self._order(by, query)[::-1][:k], query, by)
+        return self._picked(self._first(self._order(by, query)[::-1], k, distinct), query, by)
 
     def common(self, k: int = 10, by: str = "absolute", share: float = 0.8) -> pd.DataFrame:
         """The rows that lead the lists of nearly all test examples: generic ones, which say little about any of them.
@@ -285,6 +288,10 @@ class Scores:
         found.insert(1, "columns", lists[places])
         return found
 
+    def texts(self) -> list[str]:
+        """The text of every row, in corpus order; empty for an image."""
+        return self._source.column("text").tolist()
+
     def to_pandas(self) -> pd.DataFrame:
         return self.frame.copy()
 
@@ -296,6 +303,27 @@ class Scores:
     def to_parquet(self, path: str | os.PathLike) -> None:
         """Writes one Parquet file with the metadata in its schema, whole or not at all."""
         write_frame(self.frame, self.metadata, path)
+
+    def to_html(self, path: str | os.PathLike, k: int = 10, query: Any = None, corpus: Any = None) -> None:
+        """Writes one HTML file that shows the scores: it needs no network, and opens from disk (`docs/report.md`).
+
+        Per test example its prediction, the most helpful, the most harmful and the least influential texts with their
+        influences, how similar their words are to the test's, and where all influences lie; what is known of the
+        noise and of every linear system, warnings first.
+
+        Args:
+            path: of the file; one of this name is replaced, whole or not at all.
+            k: texts per list; those that occur several times are one line.
+            query: the `Query` that made the scores. With it, each shown token is shaded by its share of the influence,
+                the share of each layer of the model is listed, and the encoder's similarity of texts is shown: some
+                four passes per shown row. None: they are left out.
+            corpus: the rows that were scored, as `Query.score` takes them, for an objective that reads more than the
+                text of a row; only read with `query`.
+
+        Raises:
+            InputError: k is below 1, or scores that do not say which tests they are about.
+        """
+        registered(REPORTS, "html")(self, path, k=k, query=query, corpus=corpus)
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike) -> Scores:
@@ -338,6 +366,20 @@ class Scores:
             raise InputError(f"by is {by!r}; expected one of {list(ORDERS)}.")
         key = order_key(by, self.influence(query), self._divisor(by) if by in DIVISORS else None)
         return np.argsort(key, kind="stable")
+
+    def _first(self, order: np.ndarray, k: int, distinct: bool) -> np.ndarray:
+        """The first k places of an order; with `distinct`, of rows of equal text or image the first one alone. Where
+        extremes were kept, distinct rows are sought among those of the order that surely were."""
+        if not distinct:
+            return order[:k]
+        self._check_kept(min(k, len(order)))
+        digests = self._source.column("text_sha256")
+        places = dict[str, int]()
+        for place in order[: self.metadata.get("kept", {}).get("keep", len(order))]:
+            if len(places) == k:
+                break
+            places.setdefault(digests[place], int(place))
+        return np.array(list(places.values()), dtype=int)
 
     def _divisor(self, by: str) -> np.ndarray:
         """The column by which a relative order divides."""

@@ -13,19 +13,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .. import vectors
-from ..adapters.split import encoder
 from ..curvature.derivatives import Evaluation, example_gradients
 from ..engine.corpus import as_rows
 from ..errors import InputError
 from ..influence.chain import BoundStage
 from ..influence.implicit import Implicit
 from ..influence.multistage import MultiStageInfluence
+from ..influence.representations import cosines, representations
 from ..influence.stage import Stage
-from ..objectives import Objective, tokenized
+from ..scoring.similarity import BM25, TFIDF
 from ..solvers import Identity
 from ..vectors import Block
 
@@ -154,44 +152,25 @@ def representation(case: Case) -> np.ndarray:
     Raises:
         InputError: the two encoders have different numbers of features.
     """
-    corpus, tests = _representations(case.bound, case.corpus), _representations(case.last, case.tests)
+    corpus, tests = representations(case.bound, case.corpus), representations(case.last, case.tests)
     if corpus.shape[1] != tests.shape[1]:
         raise InputError(
             f"the encoders' outputs have {corpus.shape[1]} and {tests.shape[1]} features; expected as many: leave out "
             "the baseline representation."
         )
-    return _unit(corpus) @ _unit(tests).T
+    return cosines(corpus, tests)
 
 
 def tfidf(case: Case) -> np.ndarray:
     """Cosine of the TF-IDF vectors of row and test, with document frequencies from the corpus."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     corpus, tests = case.texts
-    vectorizer = TfidfVectorizer()
-    documents = vectorizer.fit_transform(corpus)
-    return (documents @ vectorizer.transform(tests).T).toarray()
+    return TFIDF(corpus)(corpus, tests)
 
 
-def bm25(case: Case, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
-    """Okapi BM25 (Robertson & Zaragoza, 2009) of every row, with the test as the query.
-
-    Σ_terms log(1 + (n − d + ½)/(d + ½)) · f (k1 + 1) / (f + k1 (1 − b + b · length/mean length)), where n is the
-    number of rows, d the number of rows that have the term, and f its count in the row. A term that occurs several
-    times in the test is added as often.
-    """
-    from sklearn.feature_extraction.text import CountVectorizer
-
+def bm25(case: Case) -> np.ndarray:
+    """Okapi BM25 of every row, with the test as the query: see `scoring.similarity.BM25`."""
     corpus, tests = case.texts
-    vectorizer = CountVectorizer()
-    counts = vectorizer.fit_transform(corpus).astype(np.float64).tocsr()
-    lengths = np.asarray(counts.sum(1)).ravel()
-    frequency = np.bincount(counts.indices, minlength=counts.shape[1])
-    weight = np.log1p((len(corpus) - frequency + 0.5) / (frequency + 0.5))
-    short = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-12))
-    row = np.repeat(np.arange(len(corpus)), np.diff(counts.indptr))
-    counts.data = weight[counts.indices] * counts.data * (k1 + 1) / (counts.data + short[row])
-    return (counts @ vectorizer.transform(tests).T.astype(np.float64)).toarray()
+    return BM25(corpus)(corpus, tests)
 
 
 def random(case: Case) -> np.ndarray:
@@ -249,48 +228,3 @@ def baselines(
             inapplicable = (*inapplicable, implicit)
         which = [baseline for baseline in BASELINES if baseline not in inapplicable]
     return {baseline.__name__: baseline(case) for baseline in which}
-
-
-def _representations(bound: BoundStage, rows: list[dict]) -> np.ndarray:
-    """Encoder outputs (rows, features) of all rows, in their order, on every process."""
-    engine, objective = bound.engine, bound.objective
-    outputs: list[tuple[int, list[float]]] = []
-    with torch.no_grad(), bound.model.evaluating():
-        for indices, batch in engine.batches(
-            rows, objective, bound.stage.batch_size, lambda batch_rows: _inputs(objective, batch_rows)
-        ):
-            outputs += zip(indices, _pooled(bound, batch).double().tolist(), strict=True)
-    return np.array([row[1] for row in sorted(engine.gather(outputs))])
-
-
-def _inputs(objective: Objective, rows: list[dict]) -> dict:
-    """The encoder's inputs: the whole text, unmasked; without a tokenizer the objective's batch without its labels."""
-    if objective.tokenizer is not None:
-        return tokenized(objective, rows)
-    names, batch = objective.inputs, objective.collate(rows)
-    return {name: batch[name] for name in names} if names else {k: v for k, v in batch.items() if k != "labels"}
-
-
-def _pooled(bound: BoundStage, inputs: dict) -> Tensor:
-    """The encoder's output of a batch as (B, features): a mean over real tokens, or over image positions."""
-    parameters = bound.model.parameters
-    base: Any = encoder(bound.stage.model)
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        base = base.get_encoder()  # there is no target to decode
-    values = {id(p): parameters[name] for name, p in bound.stage.model.named_parameters()}
-    state = {name: values[id(p)] for name, p in base.named_parameters()}
-    buffers = {name: b.to(bound.engine.device) for name, b in base.named_buffers()}
-    output = torch.func.functional_call(base, {**state, **buffers}, kwargs=inputs)
-    states = getattr(output, "last_hidden_state", None)
-    if states is None:
-        states = output if isinstance(output, Tensor) else output[0]
-    if states.dim() == 3 and "attention_mask" in inputs:
-        weights = inputs["attention_mask"].to(states).unsqueeze(-1)
-        return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
-    if states.dim() == 3:
-        return states.mean(1)
-    return states.flatten(2).mean(2) if states.dim() == 4 else states.flatten(1)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
@@ -29,8 +30,8 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, project: Run) -> dict:
-    """Scores the corpus for the saved query; writes scores and Table 1 as Parquet and Markdown, and for images the
-    paper's Figure 3.
+    """Scores the corpus for the saved query; writes scores and Table 1 as Parquet and Markdown, the shares of tokens
+    and layers that `msif report` shows, and for images the paper's Figure 3.
 
     Finished parts lie in `run_dir/scores.parts` until all are there, and `--resume` goes on from them. With
     `--keep top=K` only the K most extreme rows of each order are written; with `corpus.dtype` or `corpus.mask_rounds`
@@ -38,13 +39,14 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
     """
     from ...reports.tables import files_of_table
     from ...scoring.shortlist import first_pass_name
+    from ..saved_scores import SHARES
 
     keep, folder = _rows_to_keep(arguments.keep), project.folder / "query"
     if not (folder / "query.json").is_file():
         raise InputError(f"there is no query in {project.folder} yet; run msif query with the same --config first.")
     path, table_path = project.output("scores.parquet"), project.output("table1")
     first_pass = path.with_name(first_pass_name(path.name))
-    files = [path, first_pass, *files_of_table(table_path)]
+    files = [path, first_pass, project.output(SHARES), *files_of_table(table_path)]
     if _has_figure(project):
         files.append(project.output("figure3.png"))
     with project.outputs.writing(files, into=[p.with_suffix(".parts") for p in (path, first_pass)]):
@@ -54,8 +56,10 @@ def run(arguments: argparse.Namespace, project: Run) -> dict:
 def _score(project: Run, resume: bool, keep: int | None) -> dict:
     from ...engine.corpus import Stream
     from ...influence.query import Query
+    from ...reports.shares import Shares
     from ...reports.tables import table_one, write_table
     from ..provenance import check_query
+    from ..saved_scores import SHARES
 
     folder, settings = project.folder / "query", project.config.corpus
     check_query(project, folder)
@@ -73,10 +77,11 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
         dtype=settings.dtype,
         part_rows=settings.part_rows,
     )
+    shares = Shares.of_scores(scores, query, corpus)
     seconds = round(time.perf_counter() - started, 1)
     path, table_path = project.output("scores.parquet"), project.output("table1")
     report: dict[str, Any] = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(table_path)}
-    report |= {"noise": scores.metadata["noise_text"]}
+    report |= {"shares": str(project.output(SHARES)), "noise": scores.metadata["noise_text"]}
     if "kept" in scores.metadata:
         report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
         report["rows"] = report["kept"]["all"][0]["count"]
@@ -84,6 +89,7 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
         report["table"] = table_one(scores)
         if query.chain.engine.is_main:
             write_table(report["table"], table_path)
+            shares.save(project.output(SHARES), scores)
             if _has_figure(project):
                 assert not isinstance(corpus, Stream)  # streams are of texts
                 report["figure"] = _write_figure(project, query, scores, corpus)
@@ -100,6 +106,7 @@ def render(report: dict) -> None:
         f"{report['rows']:,} rows scored{kept_text} in {report['seconds']} s; {report['scores']} and "
         f"{report['table1']}.md, .parquet written"
     )
+    print(f"msif report --run {Path(report['scores']).parent} shows the rows in a browser")
     if report.get("figure"):
         print(f"{report['figure']} written: each test image beside its most harmful and most helpful ones")
 
