@@ -6,6 +6,7 @@ import pytest
 
 from hf_msif.engine import files
 from hf_msif.reports import tables
+from hf_msif.scoring import overview
 from hf_msif.scoring.scores import Scores
 
 
@@ -19,17 +20,17 @@ def test_table_one_shows_the_ends_of_the_order():
     two_tests = scores([[1.0, 0.5], [-3.0, 0.1], [0.2, -0.2]], [{"text": "a tweet"}, {"text": "another"}])
     table = tables.table_one(two_tests)
     assert table["test sentence"].tolist() == ["a tweet", "another"]
-    assert table["sentence with it"].tolist() == ["sentence 1", "sentence 0"]
-    assert table["max |influence|"].tolist() == [-3.0, 0.5]
-    assert table["sentence with that"].tolist() == ["sentence 2", "sentence 1"]
-    assert table["min |influence|"].tolist() == [0.2, 0.1]
+    assert table["most influential sentence"].tolist() == ["sentence 1", "sentence 0"]
+    assert table["strongest influence"].tolist() == [-3.0, 0.5]
+    assert table["least influential sentence"].tolist() == ["sentence 2", "sentence 1"]
+    assert table["weakest influence"].tolist() == [0.2, 0.1]
     assert len(tables.table_one(two_tests, k=9)) == 2 * 3
 
 
 def test_a_group_of_tests_has_no_sentence_of_its_own():
     tests = [{"text": "a"}, {"text": "b"}]
-    assert tables.test_sentence(scores([[1.0]], tests), 0) == "2 test examples together"
-    assert tables.test_sentence(scores([[1.0]], [{"example_id": 7}]), 0) == "example 7"
+    assert overview.test_sentence(scores([[1.0]], tests), 0) == "2 test examples together"
+    assert overview.test_sentence(scores([[1.0]], [{"example_id": 7}]), 0) == "example 7"
 
 
 TABLE = pd.DataFrame({"text": ["007", "a|b\n c", "1e5"], "value": [1.23456789, float("nan"), 1e-9]})
