@@ -80,8 +80,9 @@ class RunCertificate(Displayed):
 
     def summary(self) -> Summary:
         title = (
-            f"unrolled: {plural(len(self.growth), 'column')} through {plural(self.steps, 'step')}, adjoint grew at most "
-            f"{max(self.growth):.2g} times (limit {self.limit:.1g}), replay differs by {self.replay_difference:.1e}"
+            f"unrolled: {plural(len(self.growth), 'column')} through {plural(self.steps, 'step')}, adjoint grew at "
+            f"most {max(self.growth):.2g} times (limit {self.limit:.1g}), replay differs by "
+            f"{self.replay_difference:.1e}"
         )
         rows = [[str(q), f"{growth:.2g}", f"{self.norms[-1][1][q]:.2g}"] for q, growth in enumerate(self.growth)]
         headings = ["column", "largest growth of the adjoint", "growth at the start"]

@@ -67,7 +67,10 @@ class Query(Displayed):
                 self.facts[bound.name], self.identity[bound.name] = _facts(bound), bound.identity
 
     def summary(self) -> Summary:
-        return query_overview.summary(self)
+        names = [bound.name for bound in self.chain.stages if bound.name in self.solutions]
+        stages = {name: (self.facts[name], self.solutions[name].certificate) for name in names}
+        asked = query_overview.Asked(self.tests, self.values, self.measurement, self.aggregate)
+        return query_overview.summary(asked, stages, self.noise_text(names[0]))
 
     @property
     def columns(self) -> int:

@@ -101,7 +101,8 @@ class SegmentsCertificate(Displayed):
             line = (
                 f"steps {report.begin + 1:,} to {report.end:,} at the state after {report.step:,}: τ = "
                 f"{report.time:.3g}, eigenvalues {report.smallest_ritz:.2g} to {report.largest_ritz:.2g}, at most "
-                f"{plural(max(report.iterations), 'iteration')}, error {max(report.error):.1e} (expected at most {self.tol:g})"
+                f"{plural(max(report.iterations), 'iteration')}, error {max(report.error):.1e} (expected at most "
+                f"{self.tol:g})"
             )
             if report.growth:
                 line += f", adjoint {max(report.growth):.2g} times its size at the end"
@@ -113,8 +114,8 @@ class SegmentsCertificate(Displayed):
     def summary(self) -> Summary:
         title = (
             f"segments: {sum(self.converged)} of {plural(len(self.converged), 'column')} converged in "
-            f"{plural(len(self.segments), 'segment')}, error at most {max(self.error, default=0.0):.1e} (expected at most "
-            f"{self.tol:g})"
+            f"{plural(len(self.segments), 'segment')}, error at most {max(self.error, default=0.0):.1e} (expected "
+            f"at most {self.tol:g})"
         )
         rows = [
             [

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.files import write_atomically
-from ..scoring.overview import name_of, test_sentence
+from ..errors import InputError
+from ..scoring.overview import name_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,9 +26,9 @@ def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
 
     Returns:
         One row per test example and rank below min(k, rows of the corpus). `strongest influence` is that of
-        `most influential sentence`, of largest absolute value; `weakest influence` that of `least influential sentence`.
-        Both are signed: positive raises the test loss, or what else the column `explained` names.
-        Without the columns of the smallest influence where the scores come from a shortlist, which does not seek it.
+        `most influential sentence`, the largest in absolute value; `weakest influence` that of
+        `least influential sentence`. Both are signed: positive raises the test loss, or what else the column
+        `explained` names. Without the weakest ones where the scores come from a shortlist, which does not seek them.
     """
     import pandas as pd
 
@@ -46,6 +47,15 @@ def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
                 line |= {f"{end} influence": row["influence"], heading: name_of(row)}
             lines.append(line)
     return pd.DataFrame(lines)
+
+
+def test_sentence(scores: Scores, query: int) -> str:
+    """What a query column is about: the test example's text, its id where it has no text, or how many test examples
+    it puts together."""
+    tests = scores.metadata.get("tests")
+    if tests is None:
+        raise InputError("these scores do not say which tests they are about; expected those of a query: score again.")
+    return name_of(tests[query]) if len(tests) == scores.columns else f"{len(tests)} test examples together"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -59,7 +59,7 @@ class FrameInMemory:
 
 
 class FrameInFile:
-    """A table of scores in a Parquet file. It stays open, so that a file that replaces it later does not mix with it."""
+    """A table of scores in a Parquet file, which stays open: a file that replaces it later does not mix with it."""
 
     def __init__(self, path: str | os.PathLike):
         import pyarrow.parquet as pq

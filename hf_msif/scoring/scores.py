@@ -50,10 +50,10 @@ class Scores(Displayed):
     - `removal_effect` = −influence / N: predicted change of the test loss when x is removed and all stages are
       trained again.
 
-    With several query columns the last three exist for each of them: their names end in `_0`, `_1`, … in the order of
-    the test examples, here and in Parquet, where a row of the corpus is one row. In `long`, `top` and `bottom` the names
-    have no such endings, and the column `test` says which test example a row is about. The frame of a file is read when
-    it is asked for; `top`, `bottom` and `influence` read the columns and rows that they need.
+    With several query columns the last three exist for each of them. In `frame` and in Parquet, which have one row per
+    row of the corpus, their names end in `_0`, `_1`, … in the order of the tests. In `long`, `top` and `bottom` they
+    have their plain names, and the column `test` says which test example a row is about. The frame of a file is
+    read when it is asked for; `top`, `bottom` and `influence` read the columns and rows that they need.
 
     Where only the extreme rows were kept, `metadata["kept"]` says how many, with moments and a histogram of all
     influences, and there is no column `duplicates`.
@@ -108,10 +108,13 @@ class Scores(Displayed):
         return len(self._source)
 
     def __repr__(self) -> str:
-        return f"<{overview.title(self)}>"
+        return f"<{overview.title(self.metadata, len(self))}>"
 
     def summary(self) -> Summary:
-        return overview.summary(self)
+        # Without `top`, which computes a probability of every row.
+        most = min(overview.ROWS, self.metadata.get("kept", {}).get("keep", overview.ROWS))
+        first_rows = {by: self._picked(self._order(by, 0)[:most], 0, by) for by in ("helpful", "harmful")}
+        return overview.summary(self.metadata, len(self), first_rows)
 
     @property
     def columns(self) -> int:

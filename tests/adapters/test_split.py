@@ -196,7 +196,7 @@ def test_a_tensor_that_one_task_alone_uses_belongs_to_its_head(name, tmp_path):
     assert found.not_passed_on[0] in str(found)
     back = split("pre", before, after, "all", previous_stage="fine")
     assert set(back.encoder_only) == set(found.not_passed_on) <= set(back.head)
-    assert "in this encoder alone, and so its own: " in str(back)
+    assert "In this encoder alone, and so in the head: " in str(back)
     notes = {row["tensor"]: row["note"] for row in back.table()}
     assert notes[back.encoder_only[0]] == "in this encoder alone: not inherited"
 

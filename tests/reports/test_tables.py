@@ -6,7 +6,6 @@ import pytest
 
 from hf_msif.engine import files
 from hf_msif.reports import tables
-from hf_msif.scoring import overview
 from hf_msif.scoring.scores import Scores
 
 
@@ -29,8 +28,8 @@ def test_table_one_shows_the_ends_of_the_order():
 
 def test_a_group_of_tests_has_no_sentence_of_its_own():
     tests = [{"text": "a"}, {"text": "b"}]
-    assert overview.test_sentence(scores([[1.0]], tests), 0) == "2 test examples together"
-    assert overview.test_sentence(scores([[1.0]], [{"example_id": 7}]), 0) == "example 7"
+    assert tables.test_sentence(scores([[1.0]], tests), 0) == "2 test examples together"
+    assert tables.test_sentence(scores([[1.0]], [{"example_id": 7}]), 0) == "example 7"
 
 
 TABLE = pd.DataFrame({"text": ["007", "a|b\n c", "1e5"], "value": [1.23456789, float("nan"), 1e-9]})

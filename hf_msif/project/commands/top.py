@@ -24,7 +24,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """The first k rows of the order `--by`, for every test example."""
-    from ...scoring.overview import test_sentence
+    from ...reports.tables import test_sentence
     from ..saved_scores import saved_scores
 
     check_positive("-k", arguments.k)
