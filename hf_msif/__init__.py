@@ -11,7 +11,7 @@ _HOMES = {
     "Scores": ".scoring.scores",
     "Stage": ".influence.stage",
     "InputError": ".errors",
-    "explain": ".project.explain",
+    "explain": ".project.commands.explain",
 }
 _ROOMS = (
     "adapters",

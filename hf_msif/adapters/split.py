@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..display import Displayed, Summary, Table, plural
 from ..errors import InputError
 from .peft import has_adapters, inspect_adapters, name_before_adapters, unwrap
 
 # One of two otherwise equal base models may lack it: BertModel has a pooler, the base of BertForMaskedLM has none.
 OPTIONAL_MODULE = "pooler"
 HELD = "requires_grad is False: held constant"
+REASONS = 5  # to leave tensors out that `print` tells
 
 
-@dataclass(frozen=True)
-class Split:
+@dataclass(frozen=True, repr=False)
+class Split(Displayed):
     """The role of every parameter of one stage (W, U and Θ of the paper, §3.1), by name.
 
     Attributes:
@@ -121,27 +123,36 @@ class Split:
             )
         return rows
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
+        own = "head U or Θ: trained, not inherited" if self.inherited else "trained: encoder W and head U"
         groups = [
-            ("inherited, frozen (W)", self.frozen),
-            ("inherited, trained (W, proximal)", self.proximal),
-            ("trained, own (U or Θ)", self.head),
-            ("left out", tuple(self.left_out)),
+            ("encoder W, frozen: inherited, not trained; Case 1, eq. (2)", self.frozen),
+            ("encoder W, tied: inherited and trained; Case 2, eq. (12)", self.proximal),
+            (own, self.head),
+            ("left out: neither inherited nor trained", tuple(self.left_out)),
         ]
-        lines = [f"stage {self.stage!r}: {self.count(tuple(self.shapes)):,} parameters in {len(self.shapes)} tensors"]
-        lines += [f"  {label:34} {self.count(names):>13,} in {len(names)} tensors" for label, names in groups if names]
-        lines += [f"    {name}: {why}" for name, why in self.left_out.items()]
+        rows = [[label, f"{self.count(names):,}", f"{len(names):,}"] for label, names in groups if names]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left_out.items():
+            reasons.setdefault(why, []).append(name)
+        notes = [f"Left out, {_listed(names)}: {why}." for why, names in list(reasons.items())[:REASONS]]
         if self.encoder_only:
-            lines.append(f"  in this encoder alone, and so its own: {_listed(self.encoder_only)}")
+            notes.append(f"In this encoder alone, and so in the head: {_listed(self.encoder_only)}.")
         if self.not_passed_on:
-            lines.append(f"  in the encoder of the stage before alone: {_listed(self.not_passed_on)}")
+            notes.append(f"In the encoder of the stage before alone: {_listed(self.not_passed_on)}.")
         if self.held:
-            lines.append(f"  {len(self.held)} of these tensors (first {self.held[0]!r}): {HELD}")
-        return "\n".join(lines)
+            notes.append(f"Not trained, {_listed(self.held)}: {HELD}.")
+        total = self.count(tuple(self.shapes))
+        return Summary(
+            f"stage {self.stage!r}: {plural(total, 'parameter')} in {plural(len(self.shapes), 'tensor')}",
+            tables=[Table(["role", "parameters", "tensors"], rows)],
+            notes=notes,
+            steps=["split.table() has the role of every tensor"],
+        )
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} tensors (first {names[0]!r})" if len(names) > 1 else f"tensor {names[0]!r}"
+    return f"{len(names):,} tensors (first {names[0]!r})" if len(names) > 1 else f"tensor {names[0]!r}"
 
 
 def encoder(model: nn.Module) -> nn.Module:

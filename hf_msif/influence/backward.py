@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import vectors
+from ..display import LINES, Displayed, Summary, Table, first_lines, first_rows, plural
 from ..engine.checkpoints import Checkpoint
 from ..engine.files import flat_keys, nested_keys
 from ..engine.hashing import tensors_fingerprint
@@ -30,8 +31,8 @@ REMEDIES = (
 )
 
 
-@dataclass(frozen=True)
-class RunCertificate:
+@dataclass(frozen=True, repr=False)
+class RunCertificate(Displayed):
     """What is known about a pull-back through a run; lists have one entry per column.
 
     Attributes:
@@ -70,11 +71,22 @@ class RunCertificate:
 
     def __str__(self) -> str:
         first = self.norms[-1][1]
-        return "\n".join(
-            f"unrolled, column {q}: {self.steps} steps; adjoint grew at most {growth:.2g} times (limit "
+        lines = [
+            f"unrolled, column {q}: {plural(self.steps, 'step')}; adjoint grew at most {growth:.2g} times (limit "
             f"{self.limit:.1g}), {first[q]:.2g} at the start; replay differs by {self.replay_difference:.1e}"
             for q, growth in enumerate(self.growth)
+        ]
+        return "\n".join(first_lines(lines if len(lines) <= LINES else [self.summary().title, *lines]))
+
+    def summary(self) -> Summary:
+        title = (
+            f"unrolled: {plural(len(self.growth), 'column')} through {plural(self.steps, 'step')}, adjoint grew at "
+            f"most {max(self.growth):.2g} times (limit {self.limit:.1g}), replay differs by "
+            f"{self.replay_difference:.1e}"
         )
+        rows = [[str(q), f"{growth:.2g}", f"{self.norms[-1][1][q]:.2g}"] for q, growth in enumerate(self.growth)]
+        headings = ["column", "largest growth of the adjoint", "growth at the start"]
+        return Summary(title, tables=[Table(headings, first_rows(rows))])
 
 
 def held_bytes(recording: Recording, parameters: Mapping[str, Any], columns: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.split import Split, split
 from ..curvature.norms import Metric
+from ..display import Displayed, Summary
 from ..engine import Engine
 from ..engine.checkpoints import Checkpoint
 from ..errors import InputError
@@ -32,8 +33,8 @@ class StageCertificate(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
-class DirectCertificate:
+@dataclass(frozen=True, repr=False)
+class DirectCertificate(Displayed):
     """Certificate of a pull-back by a formula: no system is solved and no run is replayed, so nothing has to converge.
 
     Attributes:
@@ -55,8 +56,8 @@ class DirectCertificate:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
-        return f"{self.method}: a formula, nothing was solved"
+    def summary(self) -> Summary:
+        return Summary(f"{self.method}: a formula, nothing was solved")
 
 
 class NamedTensors(Mapping[str, Tensor]):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..display import Displayed, Summary
 from ..engine import folders
 from ..engine.files import flat_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, tensors_fingerprint
@@ -21,7 +22,7 @@ from ..scoring.scorer import Scorable, score
 from ..scoring.scores import Scores
 from ..scoring.shortlist import shortlist
 from ..scoring.token_scores import token_scores
-from . import saved_query
+from . import query_overview, saved_query
 from .chain import BoundStage, Chain
 from .differentiation import StageCertificate, StageSolution
 from .direction import Direction, Directions
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass
-class Query:
+@dataclass(repr=False)
+class Query(Displayed):
     """The answer for test rows: the solution of every stage, with one column per test row or one for all of them.
 
     Attributes:
@@ -69,6 +70,12 @@ class Query:
         for bound in self.chain.stages:  # the query of a damping sweep holds the swept stage alone
             if bound.name in self.solutions and bound.name not in self.facts:
                 self.facts[bound.name], self.identity[bound.name] = _facts(bound), bound.identity
+
+    def summary(self) -> Summary:
+        names = [bound.name for bound in self.chain.stages if bound.name in self.solutions]
+        stages = {name: (self.facts[name], self.solutions[name].certificate) for name in names}
+        asked = query_overview.Asked(self.tests, self.values, self.measurement, self.aggregate)
+        return query_overview.summary(asked, stages, self.noise_text(names[0]))
 
     @property
     def columns(self) -> int:

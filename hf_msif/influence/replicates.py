@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..curvature.norms import Metric
+from ..display import LINES, Displayed, Summary, Table, first_lines, plural
 from ..engine import Engine
 from ..engine.corpus import first_rows
 from ..engine.files import flat_keys, nested_keys
@@ -32,8 +33,8 @@ from .direction import Direction, Directions
 from .sampled import drawn
 
 
-@dataclass(frozen=True)
-class ReplicatesCertificate:
+@dataclass(frozen=True, repr=False)
+class ReplicatesCertificate(Displayed):
     """The certificates of all replicates; its lists have the columns of one after those of another."""
 
     each: Sequence[StageCertificate]
@@ -51,7 +52,17 @@ class ReplicatesCertificate:
         return {**both, "replicates": [certificate.to_dict() for certificate in self.each]}
 
     def __str__(self) -> str:
-        return "\n".join(f"replicate {r}: {certificate}" for r, certificate in enumerate(self.each))
+        most = max(2, LINES // len(self.each))
+        texts = [f"replicate {r}: {certificate}".splitlines() for r, certificate in enumerate(self.each)]
+        return "\n".join(first_lines([line for lines in texts for line in first_lines(lines, most)]))
+
+    def summary(self) -> Summary:
+        title = (
+            f"{plural(len(self.each), 'replicate')}: {sum(self.converged)} of {plural(len(self.converged), 'column')} "
+            "converged"
+        )
+        rows = [[str(r), first_lines(str(certificate).splitlines(), 2)[0]] for r, certificate in enumerate(self.each)]
+        return Summary(title, tables=[Table(["replicate", "certificate"], rows)])
 
 
 @dataclass(frozen=True)

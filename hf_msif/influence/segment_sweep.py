@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import vectors
 from ..curvature.sharded import Sharded
 from ..curvature.whitened import Whitened
+from ..display import LINES, Displayed, Summary, Table, first_lines, first_rows, plural
 from ..engine.accelerated import Engine
 from ..engine.checkpoints import Checkpoint
 from ..engine.files import flat_keys, nested_keys
@@ -57,8 +58,8 @@ class SegmentReport:
     growth: list[float]
 
 
-@dataclass(frozen=True)
-class SegmentsCertificate:
+@dataclass(frozen=True, repr=False)
+class SegmentsCertificate(Displayed):
     """What is known of a pull-back in segments.
 
     Attributes:
@@ -100,14 +101,32 @@ class SegmentsCertificate:
             line = (
                 f"steps {report.begin + 1:,} to {report.end:,} at the state after {report.step:,}: τ = "
                 f"{report.time:.3g}, eigenvalues {report.smallest_ritz:.2g} to {report.largest_ritz:.2g}, at most "
-                f"{max(report.iterations)} iterations, error {max(report.error):.1e} (expected at most {self.tol:g})"
+                f"{plural(max(report.iterations), 'iteration')}, error {max(report.error):.1e} (expected at most "
+                f"{self.tol:g})"
             )
             if report.growth:
                 line += f", adjoint {max(report.growth):.2g} times its size at the end"
             if report.unstable:
                 line += "; directions too curved for the rates count as converged"
             lines.append(line)
-        return "\n".join(lines)
+        return "\n".join(first_lines(lines if len(lines) <= LINES else [self.summary().title, *lines]))
+
+    def summary(self) -> Summary:
+        title = (
+            f"segments: {sum(self.converged)} of {plural(len(self.converged), 'column')} converged in "
+            f"{plural(len(self.segments), 'segment')}, error at most {max(self.error, default=0.0):.1e} (expected "
+            f"at most {self.tol:g})"
+        )
+        rows = [
+            [
+                f"{report.begin + 1:,} to {report.end:,}",
+                f"{report.time:.3g}",
+                str(max(report.iterations)),
+                f"{max(report.error):.1e}",
+            ]
+            for report in self.segments
+        ]
+        return Summary(title, tables=[Table(["steps", "τ", "iterations", "error"], first_rows(rows))])
 
 
 @dataclass

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..engine.hashing import digest
 from ..errors import InputError
 from ..registry import builder_of
 from .data import content_key, load_rows
-from .schema import Data
+from .schema import Config, Data
 from .sources import load_table
+from .tasks import Task
 
 if TYPE_CHECKING:
     from ..engine.stream import Stream
-    from .run import Run
+
+
+class Run(Protocol):
+    """What is asked of a `run.Run`."""
+
+    config: Config
+    names: list[str]
+    tasks: dict[str, Task]
+
+    def rows(self, name: str, part: str | None = None) -> list[dict] | Stream: ...
+
+    def content(self, name: str) -> str: ...
+
+    def model(self, name: str) -> Any: ...
+
+    def objective(self, name: str, model: Any) -> Any: ...
 
 
 def rows(run: Run) -> list[dict]:

@@ -56,7 +56,8 @@ def plan(run: Run, processes: int = 1, budget: float | None = None) -> dict:
     replicates = chain.number_of_replicates(run.config.test.replicates)
     for bound in chain.stages:
         trained = run.is_trained(bound.name)
-        lines.append(str(bound.split) + ("" if trained else "\n  not trained yet: untrained weights"))
+        summary = replace(bound.split.summary(), steps=())
+        lines.append(str(summary) + ("" if trained else "\n  not trained yet: untrained weights"))
         cost = differentiations[len(costs)].cost(columns, processes, adjoints.get(bound.name))
         lines += [f"  {line}" for line in cost.text]
         number = replicates if any(d.draws for d in differentiations[len(costs) :]) else 1

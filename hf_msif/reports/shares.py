@@ -20,7 +20,7 @@ from ..engine.stream import Stream
 from ..errors import FileError, InputError, first_line
 from ..influence.representations import cosines, representations
 from ..objectives import token_spans
-from ..scoring.scores import METADATA_KEY, pack_metadata, write_frame
+from ..scoring.frames import METADATA_KEY, pack_metadata, write_frame
 from .lists import LENGTH, lists_of
 
 if TYPE_CHECKING:
@@ -91,7 +91,10 @@ class Shares:
         parts: list[dict] = []
         reasons: dict[str, str] = {}
         for kind, lines in (
-            ("token", lambda q, own: _tokens(query.token_scores(own, stage, query=q, mask_rounds=rounds), objective, own)),
+            (
+                "token",
+                lambda q, own: _tokens(query.token_scores(own, stage, query=q, mask_rounds=rounds), objective, own),
+            ),
             ("layer", lambda q, own: _layers(query.layer_scores(own, stage, query=q, mask_rounds=rounds))),
             ("encoder", lambda q, own: _cosines(query, stage, q, own)),
         ):

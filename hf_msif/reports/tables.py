@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.files import write_atomically
+from ..scoring.overview import name_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,30 +26,28 @@ def table_one(scores: Scores, k: int = 1) -> pd.DataFrame:
         k: how many of either.
 
     Returns:
-        One row per test example and rank below min(k, rows of the corpus). Influences are signed: positive raises the
-        test loss, or what else the column `explained` names.
-        Without the columns of the smallest influence where the scores come from a shortlist, which does not seek it.
+        One row per test example and rank below min(k, rows of the corpus). `strongest influence` is that of
+        `most influential sentence`, the largest in absolute value; `weakest influence` that of
+        `least influential sentence`. Both are signed: positive raises the test loss, or what else the column
+        `explained` names. Without the weakest ones where the scores come from a shortlist, which does not seek them.
     """
     import pandas as pd
 
-    rows = []
+    lines = []
     for column in range(scores.columns):
         test: dict[str, Any] = {"test sentence": test_sentence(scores, column), **_said_of_test(scores, column)}
         if scores.metadata.get("measurement", "loss") != "loss":
             test["explained"] = scores.metadata["measurement"]
-        top = scores.top(k, query=column)
-        found = [{"max |influence|": top.influence[i], "sentence with it": _shown(top, i)} for i in range(len(top))]
+        ends = {"strongest": ("most influential sentence", scores.top(k, query=column))}
         if "shortlist" not in scores.metadata:
-            bottom = scores.bottom(k, query=column)
-            for i, row in enumerate(found):
-                row |= {"min |influence|": bottom.influence[i], "sentence with that": _shown(bottom, i)}
-        rows += [{**test, **row} for row in found]
-    return pd.DataFrame(rows)
-
-
-def _shown(rows: pd.DataFrame, i: int) -> str:
-    """The text of row i, or its id where it has no text, as an image."""
-    return rows.text[i] or f"example {rows.example_id[i]}"
+            ends["weakest"] = ("least influential sentence", scores.bottom(k, query=column))
+        for rank in range(len(ends["strongest"][1])):
+            line = dict(test)
+            for end, (heading, rows) in ends.items():
+                row = rows.iloc[rank].to_dict()
+                line |= {f"{end} influence": row["influence"], heading: name_of(row)}
+            lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def _said_of_test(scores: Scores, query: int) -> dict[str, Any]:
@@ -62,9 +61,7 @@ def test_sentence(scores: Scores, query: int) -> str:
     """What a query column is about: the test example's text, its id where it has no text, or how many test examples
     it puts together."""
     tests = scores.tests
-    if len(tests) == scores.columns:
-        return tests[query].get("text", f"example {tests[query].get('example_id')}")
-    return f"{len(tests)} test examples together"
+    return name_of(tests[query]) if len(tests) == scores.columns else f"{len(tests)} test examples together"
 
 
 def test_line(scores: Scores, query: int) -> str:

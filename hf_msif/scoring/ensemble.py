@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .frames import query_columns, with_duplicates
 from .noise import SAMPLE_ROWS, Noise
 from .orders import NORMS
-from .scores import Scores, query_columns, with_duplicates
+from .scores import Scores
 
 
 def mean(rankings: Sequence[Scores]) -> Scores:

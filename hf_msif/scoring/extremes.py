@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from .folder import ScoringFolder, read_facts_if_intact, rows_digest
-from .scores import Scores, write_frame
+from .frames import write_frame
+from .scores import Scores
 from .summary import Extremes
 
 if TYPE_CHECKING:

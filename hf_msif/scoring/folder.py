@@ -17,7 +17,7 @@ from ..engine import folders
 from ..engine.files import checked_value, read_json, write_json
 from ..engine.hashing import digest
 from ..errors import FileError, InputError
-from .scores import METADATA_KEY
+from .frames import METADATA_KEY
 
 FORMAT = 1
 SHOWN = 5  # changes in a message

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .scores import Scores, with_duplicates
+from .frames import with_duplicates
+from .scores import Scores
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,8 @@ from typing_extensions import TypedDict
 from ..engine.files import write_atomically
 from ..engine.folders import unfinished_files
 from .folder import PART_NAMES, ScoringFolder, read_facts, read_facts_if_intact, rows_digest
-from .scores import DUPLICATES, METADATA_KEY, Scores, pack_metadata, write_frame
+from .frames import DUPLICATES, METADATA_KEY, pack_metadata, write_frame
+from .scores import Scores
 
 if TYPE_CHECKING:
     import pandas as pd

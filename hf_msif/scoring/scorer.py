@@ -24,10 +24,11 @@ from ..errors import InputError
 from ..objectives import Objective
 from ..objectives.classification import class_names, class_of, label_name
 from .extremes import ExtremesInMemory, ExtremesOnDisk
+from .frames import frame_of, influence_columns
 from .in_memory import InMemory
 from .noise import Noise
 from .on_disk import PartsOnDisk
-from .scores import Scores, frame_of, influence_columns
+from .scores import Scores
 from .sinks import NullSink, Sink, WriteBehind
 from .summary import Extremes
 

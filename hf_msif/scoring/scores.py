@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
@@ -14,34 +11,18 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from ..engine.files import parse_json, write_atomically
-from ..engine.hashing import digest
+from ..display import Displayed, Summary
+from ..engine.files import parse_json
 from ..errors import FileError, InputError, first_line
 from ..registry import REPORTS, registered
+from . import overview
+from .frames import METADATA_KEY, QUERY_COLUMNS, FrameInFile, FrameInMemory, frame_of, with_duplicates, write_frame
 from .noise import Noise, top_probabilities
 from .orders import DIVISORS, NORMS, ORDERS, order_key, relative
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
-
-METADATA_KEY = b"hf_msif"
-DUPLICATES = 3  # position of the column "duplicates"
-
-
-def pack_metadata(metadata: dict) -> bytes:
-    """Metadata as the value that a Parquet schema has under `METADATA_KEY`."""
-    return json.dumps(metadata, default=str, ensure_ascii=False).encode()
-
-
-def write_frame(frame: pd.DataFrame, metadata: dict, path: str | os.PathLike) -> None:
-    """Writes a Parquet file with metadata in its schema and checksums of its pages, whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: pack_metadata(metadata)})
-    write_atomically(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
 
 
 class SavedMetadata(TypedDict):
@@ -52,7 +33,7 @@ class SavedMetadata(TypedDict):
     kept: NotRequired[dict[str, Any]]
 
 
-class Scores:
+class Scores(Displayed):
     """Influence of every scored row on the test loss.
 
     Columns of `frame`:
@@ -71,9 +52,10 @@ class Scores:
     - `removal_effect` = −influence / N: predicted change of the test loss when x is removed and all stages are
       trained again.
 
-    With several query columns the last three exist for each of them, and their names end in `_0`, `_1`, … in the order
-    of the test examples. The frame of a file is read when it is asked for; `top`, `bottom` and `influence` read the
-    columns and rows that they need.
+    With several query columns the last three exist for each of them. In `frame` and in Parquet, which have one row per
+    row of the corpus, their names end in `_0`, `_1`, … in the order of the tests. In `long`, `top` and `bottom` they
+    have their plain names, and the column `test` says which test example a row is about. The frame of a file is
+    read when it is asked for; `top`, `bottom` and `influence` read the columns and rows that they need.
 
     Where only the extreme rows were kept, `metadata["kept"]` says how many, with moments and a histogram of all
     influences, and there is no column `duplicates`.
@@ -89,7 +71,7 @@ class Scores:
     """
 
     def __init__(self, frame: pd.DataFrame, metadata: dict | None = None):
-        self._source: _Frame | _File = _Frame(frame)
+        self._source: FrameInMemory | FrameInFile = FrameInMemory(frame)
         self.metadata = metadata or {}
 
     @classmethod
@@ -120,12 +102,21 @@ class Scores:
     @property
     def frame(self) -> pd.DataFrame:
         """All rows and columns."""
-        if isinstance(self._source, _File):
-            self._source = _Frame(self._source.whole())
+        if isinstance(self._source, FrameInFile):
+            self._source = FrameInMemory(self._source.whole())
         return self._source.frame
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def __repr__(self) -> str:
+        return f"<{overview.title(self.metadata, len(self))}>"
+
+    def summary(self) -> Summary:
+        # Without `top`, which computes a probability of every row.
+        most = min(overview.ROWS, self.metadata.get("kept", {}).get("keep", overview.ROWS))
+        first_rows = {by: self._picked(self._order(by, 0)[:most], 0, by) for by in ("helpful", "harmful")}
+        return overview.summary(self.metadata, len(self), first_rows)
 
     @property
     def columns(self) -> int:
@@ -199,7 +190,7 @@ class Scores:
             raise InputError(f"by is {by!r}; expected one of {list(DIVISORS)}.")
         return relative(self.influence(query), by, self._divisor(by))
 
-    def top(self, k: int = 10, by: str = "absolute", query: int = 0, distinct: bool = False) -> pd.DataFrame:
+    def top(self, k: int = 10, by: str = "absolute", query: int | None = 0, distinct: bool = False) -> pd.DataFrame:
         """The first k rows of an order.
 
         Args:
@@ -207,19 +198,22 @@ class Scores:
             by: "absolute" (largest absolute influence first), "harmful" (most positive first), "helpful" (most
                 negative first), "relative" or "self_relative" (largest absolute value of `relative` first, which is
                 then a column); rows of equal value are in corpus order.
-            query: number of the query column.
+            query: number of the query column; None: all of them, the first k rows of each.
             distinct: whether to leave out a row whose text (or image) a row before it has.
 
         Returns:
-            The columns of `frame`, without suffixes. Where there are standard errors, also `top_probability`: how
-            likely the row would be among the k first without sampling noise (`noise.top_probabilities`). Since noise
-            itself puts rows first, a score counts as normal around ρ · influence with the variance ρ · se², where ρ
-            is the reliability of the replicates' mean. Rows that were not kept (`score(keep=...)`) do not compete.
+            The columns of `frame`, without suffixes, and `test`, the number of the query column. Where there are
+            standard errors, also `top_probability`: how likely the row would be among the k first without sampling
+            noise (`noise.top_probabilities`). Since noise itself puts rows first, a score counts as normal around
+            ρ · influence with the variance ρ · se², where ρ is the reliability of the replicates' mean. Rows that were
+            not kept (`score(keep=...)`) do not compete.
 
         Raises:
             InputError: there is no such order or query column, fewer than k rows of each order were kept, or a
                 relative order is asked of scores that were made without the norms.
         """
+        if query is None:
+            return self._of_all_tests(lambda q: self.top(k, by, q, distinct))
         places, errors = self._first(self._order(by, query), k, distinct), self.standard_error(query)
         rows = self._picked(places, query, by)
         noise = self.noise
@@ -231,13 +225,13 @@ class Scores:
             rows.insert(list(rows).index("influence_se") + 1, "top_probability", probabilities[places])
         return rows
 
-    def bottom(self, k: int = 10, by: str = "absolute", query: int = 0, distinct: bool = False) -> pd.DataFrame:
+    def bottom(self, k: int = 10, by: str = "absolute", query: int | None = 0, distinct: bool = False) -> pd.DataFrame:
         """The last k rows of an order, the last one first: by "absolute" those of least absolute influence.
 
         Args:
             k: how many rows, at most.
             by: the order, as of `top`.
-            query: number of the query column.
+            query: number of the query column; None: all of them, the last k rows of each.
             distinct: as of `top`.
 
         Raises:
@@ -249,6 +243,8 @@ class Scores:
                 f"these scores come from a shortlist {self.metadata['shortlist']['first_pass']}, which does not seek "
                 "the rows of least absolute influence: score without keep."
             )
+        if query is None:
+            return self._of_all_tests(lambda q: self.bottom(k, by, q, distinct))
         return self._picked(self._first(self._order(by, query)[::-1], k, distinct), query, by)
 
     def common(self, k: int = 10, by: str = "absolute", share: float = 0.8) -> pd.DataFrame:
@@ -292,10 +288,22 @@ class Scores:
         """The text of every row, in corpus order; empty for an image."""
         return self._source.column("text").tolist()
 
+    def long(self) -> pd.DataFrame:
+        """One row per row of the corpus and query column: the columns of `frame`, without suffixes, and `test`.
+
+        >>> rows = [{"example_id": i, "text": text} for i, text in enumerate(["tax", "vote"])]
+        >>> scores = Scores.build(rows, np.array([[1.0, 0.0], [3.0, -2.0]]), count=4, columns={}, metadata={})
+        >>> scores.long()[["test", "example_id", "influence"]].values.tolist()
+        [[0.0, 0.0, 1.0], [0.0, 1.0, 3.0], [1.0, 0.0, 0.0], [1.0, 1.0, -2.0]]
+        """
+        return self._of_all_tests(lambda q: self._of_test(self.frame, q))
+
     def to_pandas(self) -> pd.DataFrame:
+        """A copy of `frame`."""
         return self.frame.copy()
 
     def to_dataset(self) -> Dataset:
+        """`frame` as a data set of the library `datasets`."""
         from datasets import Dataset
 
         return Dataset.from_pandas(self.frame, preserve_index=False)
@@ -338,7 +346,7 @@ class Scores:
             )
         scores, way_out = cls.__new__(cls), "expected what `msif score` or `Scores.to_parquet` writes: score again"
         try:
-            scores._source = _File(path)
+            scores._source = FrameInFile(path)
         except (OSError, ValueError) as error:  # also of pyarrow
             raise FileError(f"{path} holds no scores ({first_line(error)}); {way_out}.") from error
         packed = scores._source.metadata.get(METADATA_KEY)
@@ -402,146 +410,26 @@ class Scores:
 
     def _picked(self, places: np.ndarray, query: int, by: str) -> pd.DataFrame:
         self._check_kept(len(places))
-        suffix = self._suffix(query)
-        names = {f"{name}{suffix}": name for name in ("influence", "influence_se", "removal_effect")}
-        rows = self._source.rows(places).rename(columns=names)
-        order = ["example_id", "influence", "influence_se", "removal_effect", "loss", "terms", "label", "duplicates"]
+        rows = self._of_test(self._source.rows(places), query)
+        order = ["test", "example_id", "influence", "influence_se", "removal_effect", "loss", "terms", "label"]
+        order += ["duplicates"]
         order += [*NORMS["self"], "text"]
         rows = rows[[name for name in order if name in rows]]
         if by in DIVISORS:
             value = relative(rows["influence"].to_numpy(), by, rows[DIVISORS[by]].to_numpy())
-            rows.insert(2, f"{by}_influence", value)
+            rows.insert(3, f"{by}_influence", value)
         return rows
 
+    def _of_test(self, rows: pd.DataFrame, query: int) -> pd.DataFrame:
+        """Rows of the frame with the columns of one query column alone, under their plain names."""
+        suffixes = [self._suffix(q) for q in range(self.columns)]
+        names = {f"{name}{suffixes[query]}": name for name in QUERY_COLUMNS}
+        others = {f"{name}{suffix}" for name in QUERY_COLUMNS for suffix in suffixes} - set(names)
+        rows = rows[[name for name in rows if name not in others]].rename(columns=names)
+        rows.insert(0, "test", query)
+        return rows
 
-class _Frame:
-    """Scores in memory."""
-
-    def __init__(self, frame: pd.DataFrame):
-        self.frame = frame
-
-    def __len__(self) -> int:
-        return len(self.frame)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.frame)
-
-    def column(self, name: str) -> np.ndarray:
-        return self.frame[name].to_numpy()
-
-    def rows(self, places: np.ndarray) -> pd.DataFrame:
-        return self.frame.iloc[places].reset_index(drop=True)
-
-
-class _File:
-    """Scores in a Parquet file. It stays open, so that a file that replaces it later does not mix with it."""
-
-    def __init__(self, path: str | os.PathLike):
-        import pyarrow.parquet as pq
-
-        self.path = path
-        self.file = pq.ParquetFile(path, page_checksum_verification=True)
-        self.metadata = self.file.schema_arrow.metadata or {}
-
-    def __len__(self) -> int:
-        return self.file.metadata.num_rows
-
-    def whole(self) -> pd.DataFrame:
-        with self._damage_named():
-            return self.file.read().to_pandas()
-
-    @contextmanager
-    def _damage_named(self) -> Iterator[None]:
-        """Inside, what cannot be read is said of this file."""
-        try:
-            yield
-        except (OSError, ValueError) as error:  # of pyarrow, too
-            raise FileError(f"{self.path} is damaged ({first_line(error)}): score again.") from error
-
-    @property
-    def names(self) -> list[str]:
-        return self.file.schema_arrow.names
-
-    def column(self, name: str) -> np.ndarray:
-        with self._damage_named():
-            return self.file.read([name])[name].to_numpy()
-
-    def rows(self, places: np.ndarray) -> pd.DataFrame:
-        """Reads one row group at a time."""
+    def _of_all_tests(self, of_test: Callable[[int], pd.DataFrame]) -> pd.DataFrame:
         import pandas as pd
 
-        sizes = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        groups = np.searchsorted(starts, places, side="right") - 1
-        frames = []
-        for group in np.unique(groups):
-            positions = np.flatnonzero(groups == group)
-            with self._damage_named():
-                frame = self.file.read_row_group(int(group)).take(places[positions] - starts[group]).to_pandas()
-            frames.append(frame.set_axis(positions))
-        if not frames:
-            return self.file.schema_arrow.empty_table().to_pandas()
-        return pd.concat(frames).sort_index().reset_index(drop=True)
-
-
-def frame_of(
-    rows: Sequence[dict],
-    influence: np.ndarray,
-    count: float,
-    columns: dict[str, Any],
-    text_column: str = "text",
-    errors: np.ndarray | None = None,
-) -> pd.DataFrame:
-    """The columns of `Scores`, without `duplicates`.
-
-    Args:
-        rows: in the order of the corpus, each with its `example_id`.
-        influence: (rows, Q), eq. (6).
-        count: N of the stage.
-        columns: more columns: name → one value per row; scoring has `loss` and `terms`.
-        text_column: key of a row's text or image.
-        errors: standard errors of the influences, (rows, Q); None: they are not known.
-    """
-    import pandas as pd
-
-    contents = [row.get(text_column, "") for row in rows]
-    table = {
-        "example_id": [row["example_id"] for row in rows],
-        "text": [value if isinstance(value, str) else "" for value in contents],
-        "text_sha256": [
-            hashlib.sha256(value.encode()).hexdigest() if isinstance(value, str) else digest(value)
-            for value in contents
-        ],
-    }
-    # All at once: pandas warns about a frame to which more than a hundred columns are added one by one.
-    return pd.concat([pd.DataFrame({**table, **columns}), query_columns(influence, count, errors)], axis=1)
-
-
-def query_columns(influence: np.ndarray, count: float, errors: np.ndarray | None = None) -> pd.DataFrame:
-    """The columns that exist for each query column, from the same arguments as `frame_of`."""
-    import pandas as pd
-
-    columns = {}
-    for q, name in enumerate(influence_columns(influence.shape[1])):
-        suffix = name.removeprefix("influence")
-        columns[name] = influence[:, q]
-        if errors is not None:
-            columns[f"influence_se{suffix}"] = errors[:, q]
-        columns[f"removal_effect{suffix}"] = -influence[:, q] / count
-    return pd.DataFrame(columns)
-
-
-def influence_columns(width: int) -> list[str]:
-    """Names of the influence columns of `width` query columns.
-
-    >>> influence_columns(1), influence_columns(2)
-    (['influence'], ['influence_0', 'influence_1'])
-    """
-    return ["influence"] if width == 1 else [f"influence_{q}" for q in range(width)]
-
-
-def with_duplicates(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame itself, to which the column `duplicates` is added: how often each row's text or image occurs in it."""
-    frame.insert(DUPLICATES, "duplicates", frame.groupby("text_sha256")["text_sha256"].transform("size"))
-    return frame
+        return pd.concat([of_test(q) for q in range(self.columns)], ignore_index=True)

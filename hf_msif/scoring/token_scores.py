@@ -12,8 +12,8 @@ from torch import Tensor
 from ..engine.corpus import as_rows
 from ..errors import InputError
 from ..objectives import Objective, Terms
+from .frames import influence_columns
 from .scorer import RowInfluence, Scorable, check_finite
-from .scores import influence_columns
 
 if TYPE_CHECKING:
     import pandas as pd

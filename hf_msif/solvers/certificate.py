@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..display import Displayed, Summary, Table, plural
 from ..vectors import Block
 
+SHOWN = 8  # columns that `print` tells one by one
 
-@dataclass(frozen=True)
-class Certificate:
+
+@dataclass(frozen=True, repr=False)
+class Certificate(Displayed):
     """What is known about a solution; lists have one entry per column.
 
     - `solver`: the method. `damping`: λ, in the units of the system that was solved. `tol`: the tolerance.
@@ -108,14 +111,40 @@ class Certificate:
 
     def __str__(self) -> str:
         chosen = [] if self.choice is None else [f"solver='auto' took {self.choice}"]
-        return "\n".join([*chosen, *(self._line(q) for q in range(len(self.status)))])
+        columns, others = self._worst()
+        lines = [*chosen, *([self._title()] if others else []), *map(self._line, columns)]
+        return "\n".join([*lines, f"… and {plural(others, 'column')} of smaller residual"] if others else lines)
+
+    def summary(self) -> Summary:
+        columns, others = self._worst()
+        rows = [
+            [str(q), self.status[q], str(self.iterations[q]), f"{self.residual[q]:.1e}", str(self.matvecs[q])]
+            for q in columns
+        ]
+        table = Table(["column", "status", "iterations", "residual", "products"], rows)
+        chosen = [] if self.choice is None else [f"solver='auto' took {self.choice}"]
+        more = [f"{plural(others, 'column')} of smaller residual are not shown."] if others else []
+        return Summary(self._title(), [*chosen, self._damping()], [table], more)
+
+    def _worst(self) -> tuple[list[int], int]:
+        """The columns of largest residual, in their order, and how many others there are."""
+        order = sorted(range(len(self.status)), key=lambda q: (self.converged[q], -self.residual[q]))
+        return sorted(order[:SHOWN]), max(0, len(order) - SHOWN)
+
+    def _title(self) -> str:
+        least, most = min(self.iterations), max(self.iterations)
+        steps = plural(most, "iteration") if least == most else f"{least:,} to {most:,} iterations"
+        return (
+            f"{self.solver}: {sum(self.converged)} of {plural(len(self.status), 'column')} converged, {steps}, "
+            f"residual at most {max(self.residual):.1e} (tol {self.tol:.0e})"
+        )
 
     def _line(self, q: int) -> str:
-        n = self.iterations[q]
+        n, steps = self.iterations[q], plural(self.iterations[q], "iteration")
         prose = {
-            "converged": f"converged in {n} iterations" if n else "solved without iterations",
-            "max_iter": f"stopped at {n} iterations, not converged",
-            "stalled": (f"stalled after {n} iterations" if n else "not solved")
+            "converged": f"converged in {steps}" if n else "solved without iterations",
+            "max_iter": f"stopped at {steps}, not converged",
+            "stalled": (f"stalled after {steps}" if n else "not solved")
             + ": singular, or too ill-conditioned for its precision",
             "negative_curvature": f"negative curvature met at iteration {n}: the operator is not positive definite, "
             "use MinRes or curvature='gauss_newton' or more damping",
@@ -125,7 +154,7 @@ class Certificate:
             line += f" by an estimate on mini-batches, its standard error {self.residual_error[q]:.1e} included"
         if self.residual_unsquared is not None:
             line += f", of Hu = b {self.residual_unsquared[q]:.1e}"
-        line += f", {self.matvecs[q]} products, {self._damping()}"
+        line += f", {plural(self.matvecs[q], 'product')}, {self._damping()}"
         if self.smallest_ritz[q] is not None:
             line += f", eigenvalues {self.smallest_ritz[q]:.2g} to {self.largest_ritz[q]:.2g}"
         if self.muted is not None and self.damping:
@@ -138,7 +167,7 @@ class Certificate:
             return f"damping {self.damping:.3g}"
         fraction = self.damping / self.largest_eigenvalue
         what = "largest eigenvalue" + (" of H²" if self.residual_unsquared is not None else "")
-        bound = "" if self.iteration_bound is None else f" (at most {self.iteration_bound:,} iterations)"
+        bound = "" if self.iteration_bound is None else f" (at most {plural(self.iteration_bound, 'iteration')})"
         return f"damping {self.damping:.3g} = {fraction:.3g} × the {what} {self.largest_eigenvalue:.3g}{bound}"
 
 

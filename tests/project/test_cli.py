@@ -77,7 +77,7 @@ def test_from_plan_to_sweep(tmp_path, capsys):
     assert f"{len(scores)} rows scored" in said
     assert (run / "table1.md").read_text().startswith("| test sentence")
     table = pd.read_parquet(run / "table1.parquet")
-    assert table["max |influence|"].abs().tolist() == [abs(scores.influence(q)).max() for q in range(2)]
+    assert table["strongest influence"].abs().tolist() == [abs(scores.influence(q)).max() for q in range(2)]
 
     assert msif("top", "--run", run, "-k", 3) == 0
     said = capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_a_shortlist_keeps_the_users_files(copy, capsys, stage, name):
     assert msif(*arguments) == 0
     said = capsys.readouterr().out
     assert "shortlist: " in said
-    assert "min |influence|" not in said
+    assert "weakest" not in said
     assert not mine.exists()
     assert Scores.from_parquet(run / f"{name}.parquet").metadata["shortlist"]["dtype"] == "bfloat16"
 

@@ -53,7 +53,7 @@ def test_image_stages_end_at_stationary_points(made):
 def test_images_get_figure_3_and_ids_in_table_1(made):
     folder = made.parent / "run"
     assert (folder / "figure3.png").read_bytes().startswith(b"\x89PNG")
-    assert pd.read_parquet(folder / "table1.parquet")["sentence with it"][0].startswith("example ")
+    assert pd.read_parquet(folder / "table1.parquet")["most influential sentence"][0].startswith("example ")
     saved = json.loads((folder / "query" / "query.json").read_text())["tests"]
     assert {key for row in saved for key in row} == {"example_id", "label"}
 

@@ -25,10 +25,10 @@ def test_table_one_shows_the_ends_of_the_order():
     two_tests = scores([[1.0, 0.5], [-3.0, 0.1], [0.2, -0.2]], [{"text": "a tweet"}, {"text": "another"}])
     table = tables.table_one(two_tests)
     assert table["test sentence"].tolist() == ["a tweet", "another"]
-    assert table["sentence with it"].tolist() == ["sentence 1", "sentence 0"]
-    assert table["max |influence|"].tolist() == [-3.0, 0.5]
-    assert table["sentence with that"].tolist() == ["sentence 2", "sentence 1"]
-    assert table["min |influence|"].tolist() == [0.2, 0.1]
+    assert table["most influential sentence"].tolist() == ["sentence 1", "sentence 0"]
+    assert table["strongest influence"].tolist() == [-3.0, 0.5]
+    assert table["least influential sentence"].tolist() == ["sentence 2", "sentence 1"]
+    assert table["weakest influence"].tolist() == [0.2, 0.1]
     assert len(tables.table_one(two_tests, k=9)) == 2 * 3
 
 

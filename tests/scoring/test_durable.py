@@ -15,7 +15,7 @@ from hf_msif import InputError, Query, Scores, solvers
 from hf_msif.engine import checkpoints
 from hf_msif.influence import direction  # which calls `directional_derivatives`
 from hf_msif.scoring import extremes, folder, on_disk
-from hf_msif.scoring.scores import METADATA_KEY
+from hf_msif.scoring.frames import METADATA_KEY
 from hf_msif.scoring.summary import EDGES
 
 CORPUS = [*tiny.rows(21, seed=7, longest=18), {"example_id": 30, "text": "we said no"}]

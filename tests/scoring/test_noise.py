@@ -155,7 +155,14 @@ def test_every_sink_carries_the_standard_errors(on_disk, keep, tmp_path):
         np.testing.assert_allclose(scores.standard_error(q), expected, rtol=1e-12)
         assert (expected > shift / 2).all()
         top = scores.top(5, "harmful", q)
-        assert list(top)[:5] == ["example_id", "influence", "influence_se", "top_probability", "removal_effect"]
+        assert list(top)[:6] == [
+            "test",
+            "example_id",
+            "influence",
+            "influence_se",
+            "top_probability",
+            "removal_effect",
+        ]
         assert top.top_probability.between(0, 1).all()
         np.testing.assert_allclose(
             top.influence_se, scores.frame.set_index("example_id")[f"influence_se_{q}"][top.example_id]

@@ -55,8 +55,8 @@ def test_the_rows_that_are_kept_have_their_exact_scores():
     assert found.bottom(10, "helpful").example_id.tolist() == found.top(10, "harmful").example_id.tolist()
     assert list(table_one(Scores(found.frame, {**found.metadata, "tests": [{"text": "a"}, {"text": "b"}]}))) == [
         "test sentence",
-        "max |influence|",
-        "sentence with it",
+        "strongest influence",
+        "most influential sentence",
     ]
     assert found.metadata["kept"]["all"][0]["count"] == ROWS
     facts = found.metadata["shortlist"]

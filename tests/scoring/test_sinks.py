@@ -12,10 +12,10 @@ from helpers.scorables import scorable
 from hf_msif import InputError, Scores
 from hf_msif.scoring import scorer
 from hf_msif.scoring.extremes import ExtremesInMemory, ExtremesOnDisk
+from hf_msif.scoring.frames import frame_of
 from hf_msif.scoring.in_memory import InMemory
 from hf_msif.scoring.on_disk import PartsOnDisk
 from hf_msif.scoring.scorer import RowInfluence, score
-from hf_msif.scoring.scores import frame_of
 from hf_msif.scoring.sinks import NullSink, Sink, WriteBehind
 from hf_msif.scoring.summary import Extremes
 

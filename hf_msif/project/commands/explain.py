@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from . import check_positive
+
+if TYPE_CHECKING:
+    from ...scoring.scores import Scores
 
 HELP = "two checkpoints, a corpus and a text: the sentences that made the model say this about it"
 TAKES_CONFIGURATION = False
@@ -53,10 +59,94 @@ def register(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def explain(
+    pretrained: str,
+    finetuned: str,
+    corpus: str,
+    finetuning_data: str,
+    text: str | Sequence[str] | None = None,
+    file: str | None = None,
+    label: str | int | None = None,
+    budget: str = "10m",
+    labels: Sequence[str] | None = None,
+    corpus_column: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    tokenizer: str | None = None,
+    pretraining_run: str | None = None,
+    run_dir: str | None = None,
+    report: str | os.PathLike | None = None,
+    save_config: str | os.PathLike | None = None,
+    overrides: Sequence[tuple[str, Any]] = (),
+    progress: bool = True,
+) -> Scores:
+    """Which sentences of the pretraining corpus made the finetuned model say this about these texts?
+
+    Tasks and heads are those of the classes that the checkpoints name; whether finetuning moved the encoder is seen
+    from the weights. Every setting is the library's default; where these would take longer than the budget, first the
+    curvature is estimated on fewer rows, and then fewer rows of the corpus are ranked. What was chosen is printed.
+
+    Args:
+        pretrained: Hub id or folder of the pretrained model with its head; a Trainer's output folder counts as its
+            last checkpoint.
+        finetuned: the same of the model finetuned from it, or a folder with a PEFT adapter.
+        corpus: the sentences to be ranked: a file (.txt, .csv, .tsv, .jsonl, .parquet), a saved dataset or a Hub id.
+        finetuning_data: the rows on which the model was finetuned, likewise, with labels.
+        text: the text to be explained, or several.
+        file: a file of texts instead, as `test.file` of a configuration.
+        label: their label; defaults to the class that the model predicts.
+        budget: of time, such as "90s", "10m" or "2h".
+        labels: what the label column calls the classes, in the order of the model's; needed where the model's
+            configuration does not name them.
+        corpus_column: column of the corpus with the sentences; found if it has a usual name, or is the only text.
+        text_column: the same of the finetuning data.
+        label_column: column of the finetuning data with the labels; found if it has a usual name.
+        tokenizer: Hub id or folder; defaults to that of the finetuned model, else of the pretrained one.
+        pretraining_run: the folder of a recorded run (`training.RecordCallback`) of the pretraining, to go back
+            through it, or a Trainer's output folder, to go through its checkpoints; defaults to neither.
+        run_dir: folder of everything that is written; defaults to one of the question's own in runs/explain, in which
+            the same question goes on after an interruption.
+        report: HTML file to be written.
+        save_config: YAML file to be written, which repeats the answer.
+        overrides: (dotted key of the configuration, value) over all of it, such as ("corpus.norms", "gradient").
+        progress: print what was chosen, and progress bars.
+
+    Returns:
+        The scores of the corpus, one query column per text.
+
+    Raises:
+        InputError: a checkpoint without a head, tables whose columns cannot be told, labels that are no classes of the
+            model, or whatever a configuration is refused for; it says what to give.
+    """
+    given = argparse.Namespace(**locals())
+    from ..budget import parse_budget
+    from ..config import from_values
+    from ..draft import changed, fit, found, save, see_trained
+    from ..lock import in_use
+    from ..run import Run
+    from ..saved_scores import saved_scores
+    from . import query, score
+
+    seconds, draft = parse_budget(budget), found(given)
+    project = Run(from_values(draft.values), progress)
+    see_trained(draft, project)
+    project = changed(project, draft)
+    fit(draft, project, seconds)
+    project = changed(project, draft)
+    if progress:
+        print("\n".join(draft.lines))
+    if save_config is not None:
+        save(draft.values, save_config)
+    goes_on = project.output("scores.parts").exists()
+    with in_use(project.folder, "msif explain"):
+        query.run(argparse.Namespace(), project)
+        score.run(argparse.Namespace(resume=goes_on, keep=None), project)
+    return saved_scores(str(project.folder))
+
+
 def run(arguments: argparse.Namespace) -> dict:
     """The lists of the most helpful and the most harmful sentences of every text."""
     from ...reports.tables import test_line
-    from ..explain import explain
 
     check_positive("-k", arguments.k)
     overrides = []

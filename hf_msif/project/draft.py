@@ -1,101 +1,24 @@
-"""`explain`: from two checkpoints, a corpus and a text to a ranking, by settings that are found and measured."""
+"""A configuration made from two checkpoints, a corpus and a text: what is found in them, and what is chosen."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import config as configuration
-from .budget import FEWEST_SAMPLES, parse_budget
+from .budget import FEWEST_SAMPLES
 from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
-    from ..scoring.scores import Scores
     from .run import Run
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
 SOLVING = 0.6  # share of the budget for the query, before rows of the curvature are left out
 HEADER = "# Written by msif explain. The same answer again: msif query --config {0}, then msif score --config {0}\n"
-
-
-def explain(
-    pretrained: str,
-    finetuned: str,
-    corpus: str,
-    finetuning_data: str,
-    text: str | Sequence[str] | None = None,
-    file: str | None = None,
-    label: str | int | None = None,
-    budget: str = "10m",
-    labels: Sequence[str] | None = None,
-    corpus_column: str | None = None,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    tokenizer: str | None = None,
-    pretraining_run: str | None = None,
-    run_dir: str | None = None,
-    report: str | os.PathLike | None = None,
-    save_config: str | os.PathLike | None = None,
-    overrides: Sequence[tuple[str, Any]] = (),
-    progress: bool = True,
-) -> Scores:
-    """Which sentences of the pretraining corpus made the finetuned model say this about these texts?
-
-    Tasks and heads are those of the classes that the checkpoints name; whether finetuning moved the encoder is seen
-    from the weights. Every setting is the library's default; where these would take longer than the budget, first the
-    curvature is estimated on fewer rows, and then fewer rows of the corpus are ranked. What was chosen is printed.
-
-    Args:
-        pretrained: Hub id or folder of the pretrained model with its head; a Trainer's output folder counts as its
-            last checkpoint.
-        finetuned: the same of the model finetuned from it, or a folder with a PEFT adapter.
-        corpus: the sentences to be ranked: a file (.txt, .csv, .tsv, .jsonl, .parquet), a saved dataset or a Hub id.
-        finetuning_data: the rows on which the model was finetuned, likewise, with labels.
-        text: the text to be explained, or several.
-        file: a file of texts instead, as `test.file` of a configuration.
-        label: their label; defaults to the class that the model predicts.
-        budget: of time, such as "90s", "10m" or "2h".
-        labels: what the label column calls the classes, in the order of the model's; needed where the model's
-            configuration does not name them.
-        corpus_column: column of the corpus with the sentences; found if it has a usual name, or is the only text.
-        text_column: the same of the finetuning data.
-        label_column: column of the finetuning data with the labels; found if it has a usual name.
-        tokenizer: Hub id or folder; defaults to that of the finetuned model, else of the pretrained one.
-        pretraining_run: the folder of a recorded run (`training.RecordCallback`) of the pretraining, to go back
-            through it, or a Trainer's output folder, to go through its checkpoints; defaults to neither.
-        run_dir: folder of everything that is written; defaults to one of the question's own in runs/explain, in which
-            the same question goes on after an interruption.
-        report: HTML file to be written.
-        save_config: YAML file to be written, which repeats the answer.
-        overrides: (dotted key of the configuration, value) over all of it, such as ("corpus.norms", "gradient").
-        progress: print what was chosen, and progress bars.
-
-    Returns:
-        The scores of the corpus, one query column per text.
-
-    Raises:
-        InputError: a checkpoint without a head, tables whose columns cannot be told, labels that are no classes of the
-            model, or whatever a configuration is refused for; it says what to give.
-    """
-    from .run import Run
-
-    given = argparse.Namespace(**{name: value for name, value in locals().items() if name != "Run"})
-    seconds, draft = parse_budget(budget), _draft(given)
-    run = Run(configuration.from_values(draft.values), progress)
-    draft = _with_trained(draft, run)
-    run = _changed(run, draft)
-    _fit(draft, run, seconds)
-    run = _changed(run, draft)
-    if progress:
-        print("\n".join(draft.lines))
-    if save_config is not None:
-        save(draft.values, save_config)
-    return _answer(run, report)
 
 
 @dataclass
@@ -133,7 +56,7 @@ def save(values: dict[str, Any], path: str | os.PathLike) -> None:
 # --- what is found
 
 
-def _draft(given: argparse.Namespace) -> Draft:
+def found(given: argparse.Namespace) -> Draft:
     """The configuration as far as checkpoints' configurations and tables tell it, with the user's settings over it."""
     from . import detection
 
@@ -237,13 +160,13 @@ def _set_run(draft: Draft, folder: str) -> None:
         )
 
 
-def _with_trained(draft: Draft, run: Run) -> Draft:
+def see_trained(draft: Draft, run: Run) -> None:
     """Sees from the weights what finetuning trained."""
     from . import detection
 
     key, models = f"stages.{FINETUNING}.trainable", run.models()
     if key in draft.fixed:
-        return draft
+        return
     trainable = detection.changed(models[FINETUNING], models[PRETRAINING])
     draft.set(key, trainable)
     seen = {"head": "every weight of the encoder is equal in both checkpoints: finetuning trained the head alone"}
@@ -255,18 +178,15 @@ def _with_trained(draft: Draft, run: Run) -> Draft:
         what = type(models[stage]).__name__
         draft.lines.append(f"{stage}: {run.config.stages[stage].task} ({what}), {len(list(run.rows(stage))):,} rows")
     draft.lines[-1] += f"; {why}"
-    return draft
 
 
 def _only_adapters(trainable: str | list[str]) -> bool:
     return isinstance(trainable, list) and all("lora" in name or "modules_to_save" in name for name in trainable)
 
 
-def _changed(run: Run, draft: Draft) -> Run:
+def changed(run: Run, draft: Draft) -> Run:
     """The run of the draft as it is now, with the rows and models that are loaded."""
-    from .run import Run
-
-    new = Run(configuration.from_values(draft.values), run.progress)
+    new = type(run)(configuration.from_values(draft.values), run.progress)
     new.borrow_rows(run)
     new.borrow_models(run)
     return new
@@ -275,7 +195,7 @@ def _changed(run: Run, draft: Draft) -> Run:
 # --- what is chosen
 
 
-def _fit(draft: Draft, run: Run, budget: float) -> None:
+def fit(draft: Draft, run: Run, budget: float) -> None:
     """Chooses the rows of the curvature and of the corpus so that the answer is there within the budget."""
     from ..influence.cost import time_text
     from .plan import plan
@@ -311,19 +231,3 @@ def _fewer_rows(draft: Draft, costs: dict[str, dict[str, float]], share: float) 
         elif "curvature_examples" in cost and draft.set(f"stages.{name}.curvature", "ekfac"):
             texts.append(f"{name}'s by EK-FAC")
     return " and ".join(texts) + ", for the budget"
-
-
-# --- the answer
-
-
-def _answer(run: Run, report: str | os.PathLike | None) -> Scores:
-    """Queries and scores as `msif query` and `msif score` do, in the run folder."""
-    from .commands import query, score
-    from .lock import in_use
-    from .saved_scores import saved_scores
-
-    parts = run.output("scores.parts")
-    with in_use(run.folder, "msif explain"):
-        query.run(argparse.Namespace(), run)
-        score.run(argparse.Namespace(resume=parts.exists(), keep=None), run)
-    return saved_scores(str(run.folder))
