@@ -91,7 +91,10 @@ class Shares:
         parts: list[dict] = []
         reasons: dict[str, str] = {}
         for kind, lines in (
-            ("token", lambda q, own: _tokens(query.token_scores(own, stage, query=q, mask_rounds=rounds), objective, own)),
+            (
+                "token",
+                lambda q, own: _tokens(query.token_scores(own, stage, query=q, mask_rounds=rounds), objective, own),
+            ),
             ("layer", lambda q, own: _layers(query.layer_scores(own, stage, query=q, mask_rounds=rounds))),
             ("encoder", lambda q, own: _cosines(query, stage, q, own)),
         ):
