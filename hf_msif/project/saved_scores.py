@@ -1,4 +1,4 @@
-"""Reads the scores of a finished run's folder."""
+"""Reads the scores of a finished run's folder, and the shares of tokens and layers in them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING
 from ..errors import InputError, first_line
 
 if TYPE_CHECKING:
+    from ..reports.shares import Shares
     from ..scoring.scores import Scores
 
-
 SHARES = "shares.parquet"
-
-
-def shares_file(folder: Path, scores: Scores) -> Path:
-    """Where `msif score` keeps the shares of tokens and layers in these scores, which it wrote to the run folder."""
-    file = folder / f"shares-{scores.metadata.get('stage')}.parquet"
-    return file if file.is_file() else folder / SHARES
 
 
 def saved_scores(folder: str, stage: str | None = None) -> Scores:
@@ -53,3 +47,23 @@ def saved_scores(folder: str, stage: str | None = None) -> Scores:
             f"{folder} holds scores of the stages {stages}, none of {stage!r}; run msif score --corpus.stage {stage}."
         )
     return scores
+
+
+def saved_shares(folder: str, scores: Scores) -> Shares | None:
+    """The shares of tokens and layers in these scores, which `msif score` wrote to a run folder beside them.
+
+    Args:
+        folder: the `run_dir` of the run.
+        scores: what `saved_scores` read from it.
+
+    Returns:
+        None where there are none, or those of other scores.
+
+    Raises:
+        InputError: a file that holds no shares.
+    """
+    from ..reports.shares import Shares
+
+    path = Path(folder).expanduser()
+    of_stage = path / f"shares-{scores.metadata.get('stage')}.parquet"
+    return Shares.load(of_stage if of_stage.is_file() else path / SHARES, scores)

@@ -82,10 +82,9 @@ def test_shares_follow_the_scores(made, tmp_path, capsys):
     assert not report.of("least")  # a shortlist does not seek them
     parts_sum(report)
     assert msif("score", "--config", path, "--corpus.stage", "finetuning") == 0
-    assert answer(capsys, "report", "--run", run, "--stage", "finetuning")["report"] == str(
-        run / "report-finetuning.html"
-    )
-    report = Report(run / "report-finetuning.html")
+    told = answer(capsys, "report", "--run", run, "--stage", "finetuning")
+    assert told["report"] == str(run / "report-finetuning.html")
+    report = Report(told["report"])
     assert re.search("Tokens are not shaded: the terms of .* predict no tokens", report.text)
     assert report.lines[0].layers
     assert any(chip.startswith("label ") for chip in report.lines[0].chips)

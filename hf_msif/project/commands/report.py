@@ -30,12 +30,11 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict:
     """Writes the HTML file; tokens are shaded where `msif score` left their shares in the run folder."""
     from ...reports.html import write_report
-    from ...reports.shares import Shares
-    from ..saved_scores import saved_scores, shares_file
+    from ..saved_scores import saved_scores, saved_shares
 
     check_positive("-k", arguments.k)
     scores, folder = saved_scores(arguments.run, arguments.stage), Path(arguments.run).expanduser()
-    shares = Shares.load(shares_file(folder, scores), scores)
+    shares = saved_shares(arguments.run, scores)
     words = ["msif", "report", "--run", arguments.run]
     for flag, value, default in (
         ("--output", arguments.output, None),
