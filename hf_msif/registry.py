@@ -41,6 +41,11 @@ CHECKS = {
     "causality": "hf_msif.influence.checks:causality",
     "symmetry": "hf_msif.influence.checks:symmetry",
 }
+# What a wing shows by a wing above it, which it may not import.
+PLOTS = {
+    "scores": "hf_msif.reports.plots:ScoresPlots",
+    "query": "hf_msif.reports.plots:QueryPlots",
+}
 
 
 def registered(table: Mapping[str, str], name: str) -> Any:
