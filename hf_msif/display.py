@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -87,6 +87,24 @@ class Summary:
         return "\n\n".join([*parts, *map(markdown_text, self.notes)])
 
 
+@dataclass(frozen=True)
+class Curves:
+    """What a picture of a certificate shows, on a logarithmic axis y.
+
+    Attributes:
+        x, y: what the axes are.
+        lines: name → values of x and of y.
+        limit: the value of y that is accepted at most; None: there is none.
+        are_points: whether a line is a cloud of points, such as one per column.
+    """
+
+    x: str
+    y: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    limit: float | None = None
+    are_points: bool = False
+
+
 class Displayed:
     """An object that is shown by its summary: all of it by `print` and Jupyter, the title by the interpreter.
 
@@ -96,6 +114,10 @@ class Displayed:
     def summary(self) -> Summary:
         """What is shown of the object."""
         raise NotImplementedError
+
+    def curves(self) -> Curves | None:
+        """What a picture of the object shows; None: there is none."""
+        return None
 
     def __str__(self) -> str:
         return str(self.summary())

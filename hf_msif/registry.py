@@ -55,8 +55,11 @@ DIAGNOSTICS = {
 }
 # File ending → the builder of `datasets` that reads such a file, also with a further ending .gz.
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+# What a wing shows by a wing above it, which it may not import.
 REPORTS = {
     "html": "hf_msif.reports.html:write_report",
+    "scores": "hf_msif.reports.plots:ScoresPlots",
+    "query": "hf_msif.reports.plots:QueryPlots",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import vectors
-from ..display import LINES, Displayed, Summary, Table, first_lines, first_rows, plural
+from ..display import LINES, Curves, Displayed, Summary, Table, first_lines, first_rows, plural
 from ..engine.checkpoints import Checkpoint
 from ..engine.files import flat_keys, nested_keys
 from ..engine.hashing import tensors_fingerprint
@@ -29,6 +29,9 @@ REMEDIES = (
     "the run is too sensitive for a first-order answer: train it with a smaller learning rate, larger batches, more "
     "warm-up, weight averaging or fewer steps, or differentiate it implicitly (link='implicit')"
 )
+
+
+COLUMNS = 10  # whose adjoints are drawn
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +80,11 @@ class RunCertificate(Displayed):
             for q, growth in enumerate(self.growth)
         ]
         return "\n".join(first_lines(lines if len(lines) <= LINES else [self.summary().title, *lines]))
+
+    def curves(self) -> Curves:
+        steps, norms = zip(*self.norms, strict=True)
+        lines = {f"column {q}": (steps, [norm[q] for norm in norms]) for q in range(min(len(self.growth), COLUMNS))}
+        return Curves("step of the run", "norm of the adjoint, relative to that at the end", lines)
 
     def summary(self) -> Summary:
         title = (

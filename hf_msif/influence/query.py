@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..display import Displayed, Summary
-from ..engine import folders
+from ..engine import folders, repository
 from ..engine.files import flat_keys, save_tensors, write_atomically
 from ..engine.hashing import describe, digest, tensors_fingerprint
 from ..errors import InputError
+from ..registry import REPORTS, registered
 from ..scoring.layer_scores import layer_scores, layers_of
 from ..scoring.noise import Noise
 from ..scoring.orders import columns_of
@@ -382,6 +384,37 @@ class Query(Displayed):
         save_tensors(tensors, folder / "query.safetensors")
         write_atomically(folder / "query.json", lambda part: part.write_text(text, encoding="utf-8"))
 
+    def push_to_hub(self, repo_id: str, private: bool = True, token: str | None = None) -> str | None:
+        """Sends the query to a model repository on the Hub: the files of `save_pretrained`, and a card.
+
+        The rows of the tests leave this machine with it. Of several processes, the main one sends.
+
+        Args:
+            repo_id: `owner/name`; it is made if needed.
+            private: only its owners may read it.
+            token: defaults to that of `hf auth login`.
+
+        Returns:
+            The address of the repository; None on other processes than the main one.
+
+        Raises:
+            InputError: the Hub cannot be reached or refuses, or the repository is public and `private` is True.
+        """
+        with self.chain.engine.raising_together():
+            if not self.chain.engine.is_main:
+                return None
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                self._write(folder)
+                card = query_overview.card(repo_id, self.summary(), self.certificate()["stages"])
+                (folder / repository.CARD).write_text(card, encoding="utf-8")
+                return repository.push(folder, [*FILES, repository.CARD], repo_id, "model", private, token)
+
+    @property
+    def plot(self) -> Any:
+        """Pictures of the query: `plot.convergence()`, and those of `token_scores` and `layer_scores`."""
+        return registered(REPORTS, "query")(self)
+
     @classmethod
     def check(
         cls, folder: str | os.PathLike, chain: Chain, tests: Sequence[Mapping[str, Any]] | None = None
@@ -412,15 +445,23 @@ class Query(Displayed):
         return state
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, chain: Chain) -> Query:
+    def from_pretrained(
+        cls, source: str | os.PathLike, chain: Chain, token: str | None = None, revision: str | None = None
+    ) -> Query:
         """Loads a saved query for the chain it was made with.
 
+        Args:
+            source: a folder, or `owner/name` of a repository on the Hub.
+            chain: the stages as they are now.
+            token: defaults to that of `hf auth login`.
+            revision: a branch, tag or commit of the repository.
+
         Raises:
-            InputError: nothing is saved there; the files are damaged, or were changed since they were written; or
-                something that the query depends on has changed since (it is named): a stage's model, data, objective,
-                tokenizer or settings.
+            InputError: nothing is saved there, or the Hub cannot be reached; the files are damaged, or were changed
+                since they were written; or something that the query depends on has changed since (it is named): a
+                stage's model, data, objective, tokenizer or settings.
         """
-        folder = Path(folder)
+        folder = repository.fetched(source, FILES, "model", token, revision)
         state = cls.check(folder, chain)
         by_stage = saved_query.read_tensors(folder, state, chain)
         solutions, facts = {}, {}

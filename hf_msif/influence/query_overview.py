@@ -1,4 +1,4 @@
-"""What a query shows of itself: the summary that `print` and Jupyter show."""
+"""What a query shows of itself: the summary that `print` and Jupyter show, and the card on the Hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..display import Displayed, Summary, Table, cut, first_rows, plural
+from ..scoring.card import TAGS, stage_texts
 from ..scoring.overview import table_of_tests
 
 if TYPE_CHECKING:
@@ -49,6 +50,33 @@ def summary(asked: Asked, stages: Mapping[str, tuple[dict, StageCertificate]], n
     steps = ["scores = query.score(corpus)", certificate, "query.save_pretrained(folder)"]
     title = f"Query: {plural(len(asked.tests), 'test')} through {plural(len(stages), 'stage')}, {', '.join(stages)}"
     return Summary(title, sentences, tables, steps=steps)
+
+
+def card(repo_id: str, summary: Summary, stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README.md of a repository with a query.
+
+    Args:
+        repo_id: of the repository.
+        summary: of the query.
+        stages: as `Query.certificate` has them.
+    """
+    from huggingface_hub import ModelCardData
+
+    parts = [
+        "# A query of multi-stage influence functions",
+        summary.markdown(),
+        "`query.safetensors` holds the solution of each stage, `query.json` the certificate and the tests' rows.",
+        "## How to load it",
+        f'''```python
+from hf_msif import Query
+
+query = Query.from_pretrained("{repo_id}", msif)  # msif: the MultiStageInfluence of the same stages
+print(query.score(corpus))
+```''',
+        *stage_texts(stages),
+    ]
+    header = ModelCardData(tags=TAGS, library_name="hf_msif").to_yaml()
+    return f"---\n{header}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _headline(certificate: StageCertificate) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..curvature.norms import Metric
-from ..display import LINES, Displayed, Summary, Table, first_lines, plural
+from ..display import LINES, Curves, Displayed, Summary, Table, first_lines, plural
 from ..engine import Engine
 from ..engine.corpus import first_rows
 from ..engine.files import flat_keys, nested_keys
@@ -55,6 +55,16 @@ class ReplicatesCertificate(Displayed):
         most = max(2, LINES // len(self.each))
         texts = [f"replicate {r}: {certificate}".splitlines() for r, certificate in enumerate(self.each)]
         return "\n".join(first_lines([line for lines in texts for line in first_lines(lines, most)]))
+
+    def curves(self) -> Curves | None:
+        each = [certificate.curves() if isinstance(certificate, Displayed) else None for certificate in self.each]
+        lines = {
+            f"replicate {r}: {name}": line
+            for r, curves in enumerate(each)
+            if curves is not None
+            for name, line in curves.lines.items()
+        }
+        return None if each[0] is None else replace(each[0], lines=lines)
 
     def summary(self) -> Summary:
         title = (

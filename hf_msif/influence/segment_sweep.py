@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import vectors
 from ..curvature.sharded import Sharded
 from ..curvature.whitened import Whitened
-from ..display import LINES, Displayed, Summary, Table, first_lines, first_rows, plural
+from ..display import LINES, Curves, Displayed, Summary, Table, first_lines, first_rows, plural
 from ..engine.accelerated import Engine
 from ..engine.checkpoints import Checkpoint
 from ..engine.files import flat_keys, nested_keys
@@ -110,6 +110,11 @@ class SegmentsCertificate(Displayed):
                 line += "; directions too curved for the rates count as converged"
             lines.append(line)
         return "\n".join(first_lines(lines if len(lines) <= LINES else [self.summary().title, *lines]))
+
+    def curves(self) -> Curves:
+        ends = [report.end for report in self.segments]
+        worst = [max(report.error) for report in self.segments]
+        return Curves("last step of the segment", "error", {"the worst column": (ends, worst)}, limit=self.tol)
 
     def summary(self) -> Summary:
         title = (

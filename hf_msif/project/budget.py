@@ -94,6 +94,7 @@ def within(
         allowed = max(available / 2, available - rows * seconds_per_row)
         if solve_seconds > allowed:
             samples = min(samples, max(FEWEST_SAMPLES, int(samples * allowed / solve_seconds)))
+            assert curvature_samples is not None  # as samples
             solve = solve_seconds * samples / curvature_samples
     available -= solve
     if available < seconds_per_row:

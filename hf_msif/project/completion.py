@@ -7,18 +7,18 @@ import shlex
 import typing
 from itertools import pairwise
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from .config import settable_keys
 
-if TYPE_CHECKING:
-    from .cli import Parser
 
-
-def complete(parser: Parser) -> None:
+def complete(parser: Any) -> None:
     """Tells the shell what may follow, and ends the process. Does nothing where argcomplete is not installed.
 
     The stages are those of the files that `--config` names on the line so far.
+
+    Args:
+        parser: a `cli.Parser`, whose module imports this one.
     """
     try:
         import argcomplete
@@ -34,7 +34,7 @@ def complete(parser: Parser) -> None:
                 action = subparser.add_argument(f"--{key}")
                 values = _values(field.annotation)
                 if values - {"null"}:
-                    action.completer = argcomplete.ChoicesCompleter(sorted(values))  # type: ignore[attr-defined]
+                    action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(sorted(values), ""))
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 

@@ -1,5 +1,5 @@
 """Figures: the paper's Figure 3, and what every other figure is made with. Needs matplotlib
-(`pip install hf_msif[validation]`)."""
+(`pip install hf_msif[plots]`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def figure(**settings):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("pictures need matplotlib: pip install hf_msif[validation].") from None
+        raise InputError("pictures need matplotlib: pip install hf_msif[plots].") from None
     return Figure(**settings)
 
 

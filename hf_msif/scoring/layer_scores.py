@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from ..engine.corpus import as_rows
+from .frames import influence_columns
 from .scorer import Scorable, check_finite
-from .scores import influence_columns
 
 if TYPE_CHECKING:
     import pandas as pd

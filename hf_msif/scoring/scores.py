@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
@@ -12,10 +13,12 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from ..display import Displayed, Summary
+from ..engine import repository
 from ..engine.files import parse_json
 from ..errors import FileError, InputError, first_line
 from ..registry import REPORTS, registered
 from . import overview
+from .card import FILE, card
 from .frames import METADATA_KEY, QUERY_COLUMNS, FrameInFile, FrameInMemory, frame_of, with_duplicates, write_frame
 from .noise import Noise, top_probabilities
 from .orders import DIVISORS, NORMS, ORDERS, order_key, relative
@@ -360,6 +363,50 @@ class Scores(Displayed):
         if missing:
             raise FileError(f"{path} is damaged (it has no column {missing[0]!r}): {way_out}.")
         return scores
+
+    def push_to_hub(self, repo_id: str, private: bool = True, token: str | None = None) -> str:
+        """Sends the scores to a data set on the Hub: `scores.parquet`, and a card that explains it.
+
+        The texts of the ranked rows and of the tests leave this machine with it. Of several processes, call it on one.
+
+        Args:
+            repo_id: `owner/name`; it is made if needed.
+            private: only its owners may read it.
+            token: defaults to that of `hf auth login`.
+
+        Returns:
+            The address of the data set.
+
+        Raises:
+            InputError: the Hub cannot be reached or refuses, or the data set is public and `private` is True.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.to_parquet(folder / FILE)
+            text = card(repo_id, self.summary(), self.metadata, self._source.names)
+            (folder / repository.CARD).write_text(text, encoding="utf-8")
+            return repository.push(folder, [FILE, repository.CARD], repo_id, "dataset", private, token)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike, token: str | None = None, revision: str | None = None
+    ) -> Scores:
+        """Loads `scores.parquet` of a folder, such as that of a run, or of a data set on the Hub.
+
+        Args:
+            source: a folder, or `owner/name` of a data set.
+            token: defaults to that of `hf auth login`.
+            revision: a branch, tag or commit of the data set.
+
+        Raises:
+            InputError: there is no such folder or data set, or it holds no scores.
+        """
+        return cls.from_parquet(repository.fetched(source, [FILE], "dataset", token, revision) / FILE)
+
+    @property
+    def plot(self) -> Any:
+        """Pictures of the scores: `plot.distribution()`, `plot.tokens(table)`, `plot.layers(table)`."""
+        return registered(REPORTS, "scores")(self)
 
     def _suffix(self, query: int) -> str:
         if not 0 <= query < self.columns:

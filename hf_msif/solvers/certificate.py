@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..display import Displayed, Summary, Table, plural
+from ..display import Curves, Displayed, Summary, Table, plural
 from ..vectors import Block
 
 SHOWN = 8  # columns that `print` tells one by one
@@ -125,6 +125,15 @@ class Certificate(Displayed):
         chosen = [] if self.choice is None else [f"solver='auto' took {self.choice}"]
         more = [f"{plural(others, 'column')} of smaller residual are not shown."] if others else []
         return Summary(self._title(), [*chosen, self._damping()], [table], more)
+
+    def curves(self) -> Curves:
+        return Curves(
+            "iterations",
+            "relative residual of each column",
+            {f"{self.solver}, {plural(len(self.status), 'column')}": (self.iterations, self.residual)},
+            limit=self.tol,
+            are_points=True,
+        )
 
     def _worst(self) -> tuple[list[int], int]:
         """The columns of largest residual, in their order, and how many others there are."""

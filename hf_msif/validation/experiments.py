@@ -131,7 +131,7 @@ class Validation:
     def plot(self, path: str | os.PathLike | None = None, methods: Sequence[str] | None = None) -> Figure:
         """Scatter of measured against predicted effects with the least-squares line, one panel per method.
 
-        Needs matplotlib (`pip install hf_msif[validation]`).
+        Needs matplotlib (`pip install hf_msif[plots]`).
 
         Args:
             path: where to write the figure as PNG; None: it is not written.
@@ -141,21 +141,16 @@ class Validation:
             The figure.
         """
         from ..reports.figures import figure as new_figure
+        from ..reports.plots import agreement
 
         methods = list(methods or self.correlations)
         figure = new_figure(figsize=(3.4 * len(methods), 3.2), layout="constrained")
         for axes, name in zip(np.ravel(figure.subplots(1, len(methods))), methods, strict=True):
-            x, y, c = self.predicted[name], self.measured, self.correlations[name]
-            axes.axhline(0, color="0.85", lw=0.8)
-            axes.axvline(0, color="0.85", lw=0.8)
-            axes.scatter(x.ravel(), y.ravel(), s=12, alpha=0.7 if x.size < 500 else 0.3)
-            if np.ptp(x) > 0:
-                slope, intercept = np.polyfit(x.ravel(), y.ravel(), 1)
-                ends = np.array([x.min(), x.max()])
-                axes.plot(ends, slope * ends + intercept, color="C1", lw=1)
-            axes.set(title=f"{name}: r = {c.pearson_r:.2f}, ρ = {c.spearman_r:.2f}", xlabel="predicted effect")
-            axes.title.set_fontsize("medium")
-        figure.axes[0].set_ylabel("measured change of the test loss")
+            c = self.correlations[name]
+            agreement(self.predicted[name], self.measured, axes)
+            axes.set_title(f"{name}: r = {c.pearson_r:.2f}, ρ = {c.spearman_r:.2f}", fontsize="medium")
+            if axes is not figure.axes[0]:
+                axes.set_ylabel("")
         if path is not None:
             figure.savefig(path, dpi=150, format="png")
         return figure

@@ -96,7 +96,7 @@ class TopRemoval:
         return head + "\n" + tabulate(rows, ["method", "difference", "", "above random"], floatfmt=(".3f", ".4f"))
 
     def plot(self, path: str | os.PathLike | None = None) -> Figure:
-        """The difference of every method with its interval; needs matplotlib (`pip install hf_msif[validation]`).
+        """The difference of every method with its interval; needs matplotlib (`pip install hf_msif[plots]`).
 
         Args:
             path: where to write the figure as PNG; None: it is not written.
