@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
@@ -126,7 +127,10 @@ def explain(
     from ..run import Run
     from ..saved_scores import saved_scores
     from . import query, score
+    from . import report as page
 
+    if report is not None:
+        page.check_path(Path(report).expanduser(), "--report")
     seconds, draft = parse_budget(budget), found(given)
     project = Run(from_values(draft.values), progress)
     see_trained(draft, project)
@@ -141,6 +145,8 @@ def explain(
     with in_use(project.folder, "msif explain"):
         query.run(argparse.Namespace(), project)
         score.run(argparse.Namespace(resume=goes_on, keep=None), project)
+    if report is not None:
+        page.run(argparse.Namespace(run=str(project.folder), output=str(report), stage=None, k=10))
     return saved_scores(str(project.folder))
 
 

@@ -61,20 +61,30 @@ def _writing(folder: Path, path: Path) -> contextlib.AbstractContextManager:
     Raises:
         InputError: something else stands there, or another process writes to the run folder.
     """
-    from ...reports.html import is_report
     from ..lock import in_use
     from ..outputs import Outputs
 
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--output is {str(path)!r}; expected the path of an HTML file, such as report.html.")
+    check_path(path, "--output")
     if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         stack = contextlib.ExitStack()
         stack.enter_context(in_use(folder, "msif report", key="--run"))
         stack.enter_context(Outputs(folder, "--output").writing([path]))
         return stack
-    if path.exists() and not is_report(path):
-        raise InputError(f"{path} exists, and msif report did not write it: it would be lost; give another --output.")
     return contextlib.nullcontext()
+
+
+def check_path(path: Path, flag: str) -> None:
+    """Refuses a path at which no report can be written.
+
+    Raises:
+        InputError: it has another ending, or a file that is no report is there.
+    """
+    from ...reports.html import is_report
+
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{flag} is {str(path)!r}; expected the path of an HTML file, such as report.html.")
+    if path.exists() and not is_report(path):
+        raise InputError(f"{path} exists, and msif report did not write it: it would be lost; give another {flag}.")
 
 
 def render(report: dict) -> None:
