@@ -122,9 +122,9 @@ def run_process(chunk: list[Pair], results: Path) -> None:
     before = results.stat().st_size if results.exists() else 0
     with results.open("a") as file:
         try:
-            # Twice the time of each pair: a signal does not reach code that never returns to Python.
+            # A signal does not reach code that never returns to Python; other work may share the processor.
             process = subprocess.run(
-                command, stdout=file, stderr=subprocess.PIPE, env=environment, timeout=2 * SECONDS * len(chunk)
+                command, stdout=file, stderr=subprocess.PIPE, env=environment, timeout=10 * SECONDS * len(chunk)
             )
             said = process.stderr.decode(errors="replace").strip().splitlines()[-1:]
             end = ": ".join([f"its process ended with exit code {process.returncode}", *said])
