@@ -112,7 +112,7 @@ def bert(args: argparse.Namespace, folder: Path, sentences: list[str], tweets: l
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, model_max_length=128)
     sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
     model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes))
-    settings = {"num_train_epochs": 20, "learning_rate": 1e-3, "per_device_train_batch_size": 32}
+    settings = {"num_train_epochs": 10, "learning_rate": 1e-3, "per_device_train_batch_size": 32}
     pretrained(model, tokenizer, sentences, folder / "pretrained", masked=True, **settings)
     model = AutoModelForSequenceClassification.from_pretrained(folder / "pretrained", **CLASSES)
     finetuned(model, tokenizer, tweets, folder / "finetuned", learning_rate=2e-4)
@@ -154,5 +154,5 @@ PAIRS = {"bert": bert, "lora": lora, "llama": llama, "minilm": minilm}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     main()
