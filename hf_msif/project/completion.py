@@ -34,7 +34,7 @@ def complete(parser: Parser) -> None:
                 action = subparser.add_argument(f"--{key}")
                 values = _values(field.annotation)
                 if values - {"null"}:
-                    action.completer = argcomplete.ChoicesCompleter(sorted(values))  # type: ignore[attr-defined]
+                    action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(sorted(values), ""))  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
