@@ -14,6 +14,7 @@ from ..errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import JustifyMethod
 
     from ..scoring.scores import Scores
 
@@ -93,14 +94,12 @@ def terminal(table: pd.DataFrame, width: int = 46) -> str:
 
     cells, texts = table.map(_cell), _text_columns(table)
     rows, names = cells.values.tolist(), list(map(visible, table.columns))
-    longest = [max(map(cell_len, column), default=0) for column in zip(*rows, strict=True)] or [0] * len(names)
-    headers = [
-        name if len(name) <= length else name.replace("_", "_\n") for name, length in zip(names, longest, strict=True)
-    ]
-    narrowest = [
-        max([length, *map(cell_len, header.split("\n"))]) for header, length in zip(headers, longest, strict=True)
-    ]
-    narrowest = [min(width, NARROWEST) if n in texts else width for n, width in enumerate(narrowest)]
+    headers, narrowest = [], []  # per column; a header may be broken behind its underscores
+    for n, name in enumerate(names):
+        longest = max(map(cell_len, cells.iloc[:, n]), default=0)
+        headers.append(name if cell_len(name) <= longest else name.replace("_", "_\n"))
+        needed = max(longest, *map(cell_len, headers[n].split("\n")))
+        narrowest.append(min(needed, NARROWEST) if n in texts else needed)
     console = Console()
     # Beside the text of a column stand a border and, where there is room, two spaces.
     paddings = [p for p in (1, 0) if sum(narrowest) + len(names) * (1 + 2 * p) + 1 <= console.width]
@@ -109,8 +108,8 @@ def terminal(table: pd.DataFrame, width: int = 46) -> str:
         return "\n\n".join(map("\n".join, lists))
     grid = Table(box=SQUARE, show_lines=True, padding=(0, paddings[0]))
     for n, header in enumerate(headers):
-        settings = {"overflow": "fold"} if n in texts else {"justify": "right", "no_wrap": True}
-        grid.add_column(Text(header), min_width=narrowest[n], **settings)
+        justify: JustifyMethod = "left" if n in texts else "right"
+        grid.add_column(Text(header), justify=justify, overflow="fold", min_width=narrowest[n], no_wrap=n not in texts)
     for row in rows:
         grid.add_row(*map(Text, row))
     with console.capture() as capture:
