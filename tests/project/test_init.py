@@ -1,4 +1,4 @@
-"""`msif init`: what it writes runs, on tiny data and models in the place of the public ones, and overwrites nothing."""
+"""`msif init`: what it writes runs, with tiny data and models in the place of the public ones."""
 
 import json
 
