@@ -56,8 +56,8 @@ def test_attention_by_another_kernel():
 
 
 def test_stationarity_tells_a_minimum_from_another_place():
-    rows, objective, model = toy_rows(1, 60), ToyObjective(), toy(0)
-    model.head.bias.data[0] += 3.0
+    rows, objective, model = toy_rows(1, 60, classes=2), ToyObjective(), toy(0)
+    model.head.bias.data[2] += 6.0  # a class that no row has
     away = diagnostics.stationarity(bound(model, objective, rows, weight_decay=0.01))
     assert "training ended before a minimum" in away.text
     training.polish(model, objective, rows, weight_decay=0.01)
