@@ -7,7 +7,7 @@
 | pair | pretrained | finetuned |
 | --- | --- | --- |
 | bert | a BERT of 4 layers from nothing, 500 sentences | all weights; the Trainer's output folder as it is |
-| lora | the same | LoRA on queries and values, saved by PEFT |
+| lora | that of bert, which is made before | LoRA on queries and values, saved by PEFT |
 | llama | a Llama of 2 layers from nothing | all weights |
 | minilm | MiniLM's published weights, pretrained for 60 more steps | the head, the encoder frozen |
 
@@ -108,24 +108,20 @@ def finetuned(model: Any, tokenizer: Any, tweets: list[dict[str, str]], folder: 
     trained(model, tokenizer, rows, DataCollatorWithPadding(tokenizer), folder, num_train_epochs=5, **settings)
 
 
-def small_bert(args: argparse.Namespace, folder: Path, sentences: list[str]) -> Any:
+def bert(args: argparse.Namespace, folder: Path, sentences: list[str], tweets: list[dict[str, str]]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, model_max_length=128)
     sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
     model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes))
-    settings = {"num_train_epochs": 20, "learning_rate": 1e-3, "per_device_train_batch_size": 32}
+    settings = {"num_train_epochs": 10, "learning_rate": 1e-3, "per_device_train_batch_size": 32}
     pretrained(model, tokenizer, sentences, folder / "pretrained", masked=True, **settings)
-    return tokenizer
-
-
-def bert(args: argparse.Namespace, folder: Path, sentences: list[str], tweets: list[dict[str, str]]) -> None:
-    tokenizer = small_bert(args, folder, sentences)
     model = AutoModelForSequenceClassification.from_pretrained(folder / "pretrained", **CLASSES)
     finetuned(model, tokenizer, tweets, folder / "finetuned", learning_rate=2e-4)
 
 
 def lora(args: argparse.Namespace, folder: Path, sentences: list[str], tweets: list[dict[str, str]]) -> None:
-    tokenizer = small_bert(args, folder, sentences)
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "pretrained", **CLASSES)
+    base = folder.parent / "bert" / "pretrained"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base, **CLASSES)
     saved = ["pooler", "classifier"]  # a masked-LM BERT has no pooler: without this, PEFT would not save it either
     settings = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"], modules_to_save=saved)
     finetuned(get_peft_model(model, settings), tokenizer, tweets, folder / "finetuned", learning_rate=2e-3)
@@ -158,5 +154,5 @@ PAIRS = {"bert": bert, "lora": lora, "llama": llama, "minilm": minilm}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     main()

@@ -90,12 +90,10 @@ def within(
 
     available = budget - other_seconds
     solve, samples = solve_seconds, curvature_samples
-    if samples is not None and solve_seconds > 0:
-        allowed = max(available / 2, available - rows * seconds_per_row)
-        if solve_seconds > allowed:
-            samples = min(samples, max(FEWEST_SAMPLES, int(samples * allowed / solve_seconds)))
-            assert curvature_samples is not None  # as samples
-            solve = solve_seconds * samples / curvature_samples
+    allowed = max(available / 2, available - rows * seconds_per_row)
+    if curvature_samples is not None and solve_seconds > allowed:
+        samples = min(curvature_samples, max(FEWEST_SAMPLES, int(curvature_samples * allowed / solve_seconds)))
+        solve = solve_seconds * samples / curvature_samples
     available -= solve
     if available < seconds_per_row:
         least = other_seconds + solve + seconds_per_row

@@ -1,6 +1,8 @@
 """`hf_msif.explain`: what it finds by itself, what it chooses, and that its configuration repeats its answer."""
 
+import argparse
 import csv
+import inspect
 import json
 
 import numpy as np
@@ -12,7 +14,7 @@ from helpers import tiny
 from helpers.project import msif
 
 from hf_msif import InputError, MultiStageInfluence, Scores, Stage, explain, objectives
-from hf_msif.project import config, detection, explained
+from hf_msif.project import config, detection, draft, explained
 from hf_msif.project.run import Run
 
 LABELS = ("Negative", "Positive")
@@ -109,15 +111,15 @@ def test_the_command_prints_what_was_chosen_and_both_lists(folder, tmp_path, cap
     assert "gradient_norm" in Scores.from_parquet(tmp_path / "run" / "scores.parquet").frame
 
 
-def test_the_question_has_a_folder_of_its_own(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for text in ("we vote", "we won", "we vote"):
-        explain(**asked(folder, text=text))
-    assert len(list((tmp_path / "runs" / "explain").iterdir())) == 2
+def test_a_question_has_a_folder_of_its_own(folder):
+    defaults = {name: p.default for name, p in inspect.signature(explain).parameters.items()}
+    drafts = [draft.found(argparse.Namespace(**defaults | asked(folder, text=text))) for text in ("a", "b", "a")]
+    first, second, third = (each.values["run_dir"] for each in drafts)
+    assert first == third != second
 
 
 def test_a_small_budget_takes_fewer_rows(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_msif.project.explain.FEWEST_SAMPLES", 2)
+    monkeypatch.setattr("hf_msif.project.draft.FEWEST_SAMPLES", 2)
     settings = {"run_dir": str(tmp_path / "run"), "save_config": str(tmp_path / "saved.yaml"), "budget": "0.02s"}
     scores = explain(**asked(folder, **settings))
     values = yaml.safe_load((tmp_path / "saved.yaml").read_text())
