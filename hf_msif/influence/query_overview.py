@@ -65,7 +65,7 @@ def card(repo_id: str, summary: Summary, stages: Mapping[str, Mapping[str, Any]]
     parts = [
         "# A query of multi-stage influence functions",
         summary.markdown(),
-        "`query.safetensors` holds the solution of each stage, `query.json` the certificate and the rows of the tests.",
+        "`query.safetensors` holds the solution of each stage, `query.json` certificates and the rows of the tests.",
         "## How to load it",
         f'''```python
 from hf_msif import Query
