@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached: where it cannot, its cache is used at once, without retries."""
+"""Models and data of the Hugging Face Hub: where it cannot be reached, its cache is used at once, without retries."""
 
 from __future__ import annotations
 

@@ -181,13 +181,15 @@ def convergence(certificate: Any, ax: Axes | None = None) -> Axes:
             "solver, of segments or of a run."
         )
     ax = _axes(ax, 5.5, 3.2)
+    from matplotlib.ticker import MaxNLocator  # after `_axes`, which says where matplotlib is missing
+
     for name, (x, y) in curves.lines.items():
         style = "o" if curves.are_points else "o-"
         ax.plot(x, np.maximum(y, np.finfo(float).eps), style, ms=4, lw=1, alpha=0.8, label=name)
     if curves.limit is not None:
         ax.axhline(curves.limit, color="0.3", lw=0.8, ls="--", label=f"limit {curves.limit:.3g}")
     ax.set_yscale("log")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel=curves.x, ylabel=curves.y)
     ax.legend(fontsize="small")
     return ax

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub's HTTP interface, as far as files are sent to and fetched from it: one server of this process."""
+"""A stand-in for the Hub's HTTP interface, as far as files are sent to it and fetched from it."""
 
 import base64
 import contextlib
@@ -146,4 +146,4 @@ class _Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha256(content).hexdigest()
         return self._answer(content, headers={"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815

@@ -93,7 +93,7 @@ def test_what_cannot_be_sent_or_fetched_is_one_sentence(server, scores):
     server.repositories["datasets/me/other"] = {"private": False, "files": {"a.txt": b""}}
     with pytest.raises(InputError, match=r"its scores\.parquet cannot be fetched from the Hub as a dataset"):
         Scores.from_pretrained("me/other")
-    with pytest.raises(InputError, match="me/scores cannot be written on the Hub .*403.* run hf auth login"):
+    with pytest.raises(InputError, match=r"me/scores cannot be written on the Hub .*403.* run hf auth login"):
         scores.push_to_hub("me/scores", token="hf_unknown")
     assert "datasets/me/scores" not in server.repositories
 
