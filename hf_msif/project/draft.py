@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import config as configuration
-from .budget import FEWEST_SAMPLES
 from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
     from .run import Run
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
-SOLVING = 0.6  # share of the budget for the query, before rows of the curvature are left out
+SOLVING = 0.4  # share of the budget for the query, beyond which curvatures are approximated
+EKFAC_PASSES = 12  # forward passes over the rows that a fit of EK-FAC takes, and its products
 HEADER = "# Written by msif explain. The same answer again: msif query --config {0}, then msif score --config {0}\n"
 
 
@@ -196,19 +196,20 @@ def changed(run: Run, draft: Draft) -> Run:
 
 
 def fit(draft: Draft, run: Run, budget: float) -> None:
-    """Chooses the rows of the curvature and of the corpus so that the answer is there within the budget."""
+    """Chooses curvature and rows so that the answer is there within the budget."""
     from ..influence.cost import time_text
     from .plan import plan
 
     cost = plan(run)
-    solving, scoring, allowed = cost["usual_solve_seconds"], cost["score_seconds"], SOLVING * budget
-    how = "curvature: Gauss-Newton, damped by a thousandth of its largest eigenvalue (the defaults"
+    chosen = _curvatures(draft, cost["stages"], SOLVING * budget)
+    solving, scoring = sum(chosen.values()), cost["score_seconds"]
+    approximated = [name for name in chosen if run.config.stages[name].curvature != _curvature(draft, name)]
+    how = "curvature: Gauss-Newton, damped by a thousandth of its largest eigenvalue (the defaults)"
     if run.config.stages[PRETRAINING].link != "implicit":
-        how = f"link: {run.config.stages[PRETRAINING].link}, since the run is given ("
-    if solving > allowed:
-        how += "; " + _fewer_rows(draft, cost["stages"], allowed / solving)
-        solving = allowed
-    draft.lines.append(f"{how})")
+        how = f"link: {run.config.stages[PRETRAINING].link}, since the run is given"
+    if approximated:
+        how += f"; of {' and '.join(approximated)} by EK-FAC, for the budget"
+    draft.lines.append(how)
     rows = len(list(run.corpus()))
     affordable = max(1, int(rows * (budget - solving) / max(scoring, 1e-12)))
     ranked = f"all {rows:,} rows are ranked"
@@ -221,13 +222,20 @@ def fit(draft: Draft, run: Run, budget: float) -> None:
     )
 
 
-def _fewer_rows(draft: Draft, costs: dict[str, dict[str, float]], share: float) -> str:
-    """Estimates each curvature on that share of its rows, or by EK-FAC where that is too few; says so."""
-    texts = []
-    for name, cost in costs.items():
-        rows = int(share * cost.get("curvature_examples", 0))
-        if rows >= FEWEST_SAMPLES and draft.set(f"stages.{name}.curvature_samples", rows):
-            texts.append(f"{name}'s on {rows:,} random rows")
-        elif "curvature_examples" in cost and draft.set(f"stages.{name}.curvature", "ekfac"):
-            texts.append(f"{name}'s by EK-FAC")
-    return " and ".join(texts) + ", for the budget"
+def _curvatures(draft: Draft, costs: dict[str, dict[str, float]], allowed: float) -> dict[str, float]:
+    """Seconds of each stage's pull-back, dearest first; by EK-FAC, which reads the rows twice, until all fit."""
+    seconds = {name: cost.get("usual_solve_seconds", cost["solve_seconds"]) for name, cost in costs.items()}
+    for name in sorted(seconds, key=seconds.__getitem__, reverse=True):
+        cheap = EKFAC_PASSES * costs[name].get("forward_seconds", float("inf"))
+        if (
+            sum(seconds.values()) > allowed
+            and cheap < seconds[name]
+            and draft.set(f"stages.{name}.curvature", "ekfac")
+        ):
+            seconds[name] = cheap
+    return seconds
+
+
+def _curvature(draft: Draft, name: str) -> str:
+    """The curvature of a stage as the draft has it."""
+    return draft.values["stages"][name].get("curvature", "gauss_newton")

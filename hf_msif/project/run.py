@@ -57,6 +57,7 @@ class Run:
         self._digests: dict[str, str | None] = {}
         self._tried: set[str] = set()  # stages whose training arguments were tried
         self._rows: dict[tuple[str, str], list[dict] | Stream] = {}
+        self._tests: list[dict] | None = None
         self.outputs = Outputs(self.folder)
         self.adapters, self.tasks, self.curvatures = dict[str, Any](), dict[str, Task](), dict[str, Any]()
         self.differentiations, self.solvers = dict[str, Any](), dict[str, Any]()
@@ -163,8 +164,8 @@ class Run:
         self._rows = other._rows
 
     def borrow_models(self, other: Run) -> None:
-        """Uses the models that another run of the same checkpoints has loaded."""
-        self._models = other._models
+        """Uses the models that another run of the same checkpoints and the same test rows has loaded, and its tests."""
+        self._models, self._tests = other._models, other._tests
 
     def stage_config(self, name: str) -> StageConfig:
         """The stage's settings.
@@ -503,7 +504,9 @@ class Run:
 
     def tests(self) -> list[dict]:
         """The test rows that the query asks about, see `explained.rows`."""
-        return explained.rows(self)
+        if self._tests is None:
+            self._tests = explained.rows(self)
+        return self._tests
 
     def corpus(self) -> list[dict] | Stream:
         """The rows that are ranked: those of the ranked stage, or a sample of them."""

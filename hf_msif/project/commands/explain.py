@@ -84,8 +84,8 @@ def explain(
     """Which sentences of the pretraining corpus made the finetuned model say this about these texts?
 
     Tasks and heads are those of the classes that the checkpoints name; whether finetuning moved the encoder is seen
-    from the weights. Every setting is the library's default; where these would take longer than the budget, first the
-    curvature is estimated on fewer rows, and then fewer rows of the corpus are ranked. What was chosen is printed.
+    from the weights. Every setting is the library's default; where these would take longer than the budget, curvatures
+    are approximated by EK-FAC, and then fewer rows of the corpus are ranked. What was chosen is printed.
 
     Args:
         pretrained: Hub id or folder of the pretrained model with its head; a Trainer's output folder counts as its
