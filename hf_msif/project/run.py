@@ -164,7 +164,7 @@ class Run:
         self._rows = other._rows
 
     def borrow_models(self, other: Run) -> None:
-        """Uses the models that another run of the same checkpoints and the same test rows has loaded, and its tests."""
+        """Uses the models and the test rows of another run of the same checkpoints and tests."""
         self._models, self._tests = other._models, other._tests
 
     def stage_config(self, name: str) -> StageConfig:
