@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
         from .completion import complete
 
-        complete(parser)
+        complete(parser, [subparser for subparser in parser.of_commands.values() if subparser.takes_configuration])
     try:
         parsed, remaining = parser.parse_known_args(arguments)
     except SystemExit as end:
