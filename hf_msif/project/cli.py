@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 after one sentence on stderr that says what the user can mend, or what nobody expected
-        (with `--debug` after its traceback);
+        (with `--debug` its traceback in the place of the sentence);
         130 after Ctrl-C; 141 where nobody reads the output any more (`| head`), as for other programs.
     """
     # The handler of a launch (`__main__`) is for the imports.
