@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 after one sentence on stderr that says what the user can mend, or what nobody expected
-        (with `--debug` after its traceback);
+        (with `--debug` its traceback in the place of the sentence);
         130 after Ctrl-C; 141 where nobody reads the output any more (`| head`), as for other programs.
     """
     # The handler of a launch (`__main__`) is for the imports.
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
         from .completion import complete
 
-        complete(parser)
+        complete(parser, [subparser for subparser in parser.of_commands.values() if subparser.takes_configuration])
     try:
         parsed, remaining = parser.parse_known_args(arguments)
     except SystemExit as end:

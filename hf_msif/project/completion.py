@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import typing
+from collections.abc import Iterable
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union
@@ -12,13 +14,14 @@ from typing import Annotated, Any, Literal, Union
 from .config import settable_keys
 
 
-def complete(parser: Any) -> None:
+def complete(parser: argparse.ArgumentParser, configured: Iterable[argparse.ArgumentParser]) -> None:
     """Tells the shell what may follow, and ends the process. Does nothing where argcomplete is not installed.
 
     The stages are those of the files that `--config` names on the line so far.
 
     Args:
-        parser: a `cli.Parser`, whose module imports this one.
+        parser: of the command line.
+        configured: the parsers of its commands that take a configuration, to which its keys are added.
     """
     try:
         import argcomplete
@@ -27,14 +30,13 @@ def complete(parser: Any) -> None:
     words = _words(os.environ.get("COMP_LINE", ""))
     files = [value for flag, value in pairwise(words) if flag == "--config"]
     keys = settable_keys(files)
-    for subparser in parser.of_commands.values():
-        if subparser.takes_configuration:
-            subparser.add_argument("--config", action="append")
-            for key, field in keys.items():
-                action = subparser.add_argument(f"--{key}")
-                values = _values(field.annotation)
-                if values - {"null"}:
-                    action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(sorted(values), ""))
+    for subparser in configured:
+        subparser.add_argument("--config", action="append")
+        for key, field in keys.items():
+            action = subparser.add_argument(f"--{key}")
+            values = _values(field.annotation)
+            if values - {"null"}:
+                action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(sorted(values), ""))
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
