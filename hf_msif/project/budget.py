@@ -78,7 +78,7 @@ def within(
         other_seconds: of all that does not change, such as the pull-backs through the other stages.
 
     Raises:
-        InputError: the budget does not reach to score one row.
+        InputError: the budget is too short to score one row.
 
     >>> within(60.0, 0.01, 1000, mask_rounds=1, solve_seconds=20.0, curvature_samples=2048)
     Affordable(rows=1000, mask_rounds=4, curvature_samples=2048, seconds=60.0)
@@ -90,17 +90,15 @@ def within(
 
     available = budget - other_seconds
     solve, samples = solve_seconds, curvature_samples
-    if samples is not None and solve_seconds > 0:
-        allowed = max(available / 2, available - rows * seconds_per_row)
-        if solve_seconds > allowed:
-            samples = min(samples, max(FEWEST_SAMPLES, int(samples * allowed / solve_seconds)))
-            assert curvature_samples is not None  # as samples
-            solve = solve_seconds * samples / curvature_samples
+    allowed = max(available / 2, available - rows * seconds_per_row)
+    if curvature_samples is not None and solve_seconds > allowed:
+        samples = min(curvature_samples, max(FEWEST_SAMPLES, int(curvature_samples * allowed / solve_seconds)))
+        solve = solve_seconds * samples / curvature_samples
     available -= solve
     if available < seconds_per_row:
         least = other_seconds + solve + seconds_per_row
         raise InputError(
-            f"a budget of {duration(budget)} does not reach to score one row; expected at least {duration(least)}, or "
+            f"a budget of {duration(budget)} is too short to score one row; expected at least {duration(least)}, or "
             "a configuration with fewer test rows or a cheaper solver."
         )
     affordable = rows if seconds_per_row <= 0 else min(rows, int(available / seconds_per_row))

@@ -19,7 +19,7 @@ from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError
 from .schema import Data
-from .sources import load_table, rows_of, stream_source
+from .sources import csv_format, load_table, rows_of, stream_source
 from .values import shortened
 
 # Beside white space, what a text may consist of and say nothing: NUL, marks of byte order and of zero width.
@@ -79,6 +79,7 @@ def load_rows(data: Data, stage: str, content: str = "text", label_kind: str | N
     if not rows:
         raise InputError(f"{key}: no row of {len(table):,} is left{_left_out(dropped)}; expected at least one.")
     _report(data, stage, len(rows), dropped)
+    _warn_of_swallowed_lines(rows, data, key)
     ids = Counter(row["example_id"] for row in rows)
     repeated = [i for i, count in ids.items() if count > 1]
     if repeated:
@@ -147,6 +148,20 @@ def _warn_of_lost_classes(rows: list[dict], others: Any, data: Data, key: str) -
         )
 
 
+def _warn_of_swallowed_lines(rows: list[dict], data: Data, key: str) -> None:
+    """Warns where lines of tab-separated texts look as if an odd quotation mark had joined them."""
+    if data.builder != "csv" or not data.quotes or csv_format(data).options(data.files[0])["sep"] != "\t":
+        return
+    texts = [row["text"] for row in rows if isinstance(row.get("text"), str)]
+    joined = [text for text in texts if "\t" in text and "\n" in text]
+    if joined:
+        warnings.warn(
+            f"{key}: {len(joined):,} texts hold tabs and line breaks (the first is {shortened(joined[0])!r}); if "
+            f"quotation marks are characters of the texts, give {key}.quotes: false.",
+            stacklevel=3,
+        )
+
+
 def _classes(label: Any) -> set:
     """The classes that a row is labelled with."""
     labels = label if isinstance(label, list) else [label]
@@ -171,8 +186,7 @@ def _content_role(data: Data, content: str) -> tuple[str, str]:
 def _columns(data: Data, content: str, known: list[str], key: str) -> dict[str, str]:
     """Role → column, where every column exists."""
     role, column = _content_role(data, content)
-    roles = {role: column, "id_column": data.id_column}
-    roles["label_column" if data.label_from is None else "label_from"] = data.label_source
+    roles = {role: column, data.label_key: data.label_source, "id_column": data.id_column}
     roles |= {f"columns.{name}": column for name, column in data.columns.items()}
     columns = {role: column for role, column in roles.items() if column is not None}
     for role, column in [*columns.items(), *((f"keep.{column}", column) for column in data.keep)]:

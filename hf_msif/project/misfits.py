@@ -33,6 +33,11 @@ def misfits(config: Config) -> Iterator[str]:
         if task.needs_tokenizer and config.tokenizer is None:
             yield f"tokenizer is missing; {key} has the task {stage.task}, which reads texts."
         labelled = task.label_kind is not None
+        if stage.data.label_from is not None and task.label_kind != "class":
+            yield (
+                f"{key}.data.label_from is {stage.data.label_from}, which gives each row one class, but {stage.task} "
+                "has no classes of whole rows: leave it out."
+            )
         yield from _of_files(stage.data, f"{key}.data")
         yield from _of_choice(stage.data, f"{key}.data")
         yield from _of_data(stage, key, is_first=not index, labelled=labelled)

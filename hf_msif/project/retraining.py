@@ -117,7 +117,7 @@ def refuse_streams(run: Run, command: str) -> None:
     if streamed:
         raise InputError(
             f"stages.{streamed[0]}.data.streaming is true, but msif {command} trains again and needs the rows at "
-            "hand; expected streaming: false, with data.max_rows where they are too many."
+            "hand; expected streaming: false, with data.sample where they are too many."
         )
 
 

@@ -114,6 +114,11 @@ class Data(Section):
         return FILE_GROUP if self.label_from == "files" else self.label_column
 
     @property
+    def label_key(self) -> Literal["label_from", "label_column"]:
+        """The key that says where labels come from."""
+        return "label_column" if self.label_from is None else "label_from"
+
+    @property
     def draws(self) -> bool:
         """Whether rows are taken in random order."""
         return self.shuffle or self.sample is not None

@@ -106,8 +106,8 @@ def _data_files(data: Data, key: str) -> dict[str, list[str]] | list[str] | None
     """What `load_dataset` takes as `data_files`: checked, with `~` resolved."""
     if isinstance(data.data_files, dict):
         return {name: _checked(paths, f"{key}.data_files.{name}") for name, paths in data.data_files.items()}
-    files = data.files if data.data_files is None else data.data_files
-    return _checked(files, f"{key}.{data.files_key}") if files else None
+    files = data.files if data.files_key == "path" else data.data_files
+    return None if files is None else _checked(files, f"{key}.{data.files_key}")
 
 
 def _options(data: Data, files: Mapping[str, list[str]] | list[str] | None, key: str) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _options(data: Data, files: Mapping[str, list[str]] | list[str] | None, key:
             f"{key}.{data.files_key} names .tsv files, whose columns are separated by tabs, beside others; expected "
             f"files of one kind, or {key}.separator for all of them."
         )
-    return next(iter(options.values()))
+    return next(iter(options.values()), {})
 
 
 def _grouped(data: Data, key: str) -> Any:

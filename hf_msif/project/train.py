@@ -205,10 +205,11 @@ def _require_classes(run: Run, name: str) -> None:
     values = {row["label"] for row in run.rows(name)}
     classes = {class_of(value, run.objectives[name].labels) for value in values}
     if len(classes) == 1:
+        data, key = run.config.stages[name].data, f"stages.{name}.data"
         raise InputError(
-            f"stages.{name}.data.label_column: all training rows have the label {min(values, key=str)!r}; expected "
-            f"rows of at least two classes: check {run.config.stages[name].data.label_column!r}, "
-            f"stages.{name}.data.keep and max_rows."
+            f"{key}.{data.label_key}: all training rows have the label {min(values, key=str)!r}; expected rows of at "
+            f"least two classes: check {getattr(data, data.label_key)!r}, {key}.keep, and max_rows (sample takes "
+            "random rows)."
         )
 
 

@@ -14,6 +14,7 @@ from ..scoring.overview import name_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import JustifyMethod
 
     from ..scoring.scores import Scores
 
@@ -85,7 +86,7 @@ def markdown(table: pd.DataFrame) -> str:
     return tabulate(escaped, headers, tablefmt="pipe", showindex=False, floatfmt=".4g", disable_numparse=texts)
 
 
-NARROWEST = 20  # characters of a column of texts in a terminal; where it has fewer, rows are lists
+NARROWEST = 16  # characters of a column of texts in a terminal; where it has fewer, rows are lists
 
 
 def terminal(table: pd.DataFrame, width: int = 46) -> str:
@@ -104,20 +105,23 @@ def terminal(table: pd.DataFrame, width: int = 46) -> str:
     from rich.text import Text
 
     cells, texts = table.map(_cell), _text_columns(table)
-    names, rows = list(map(visible, table.columns)), cells.values.tolist()
-    console, grid = Console(), Table(box=SQUARE, show_lines=True)
-    width = 1  # of the narrowest grid: a border to the left, and per column one and two spaces
+    rows, names = cells.values.tolist(), list(map(visible, table.columns))
+    headers, narrowest = [], []  # per column; a header may be broken behind its underscores
     for n, name in enumerate(names):
-        longest = max(map(cell_len, [name, *cells.iloc[:, n]]))
-        if n in texts:
-            longest = min(longest, NARROWEST)
-            grid.add_column(Text(name), overflow="fold", min_width=longest)
-        else:
-            grid.add_column(Text(name), justify="right", no_wrap=True)
-        width += longest + 3
-    if width > console.width:  # a number that is cut short would be another one
+        longest = max(map(cell_len, cells.iloc[:, n]), default=0)
+        headers.append(name if cell_len(name) <= longest else name.replace("_", "_\n"))
+        needed = max(longest, *map(cell_len, headers[n].split("\n")))
+        narrowest.append(min(needed, NARROWEST) if n in texts else needed)
+    console = Console()
+    # Beside the text of a column stand a border and, where there is room, two spaces.
+    paddings = [p for p in (1, 0) if sum(narrowest) + len(names) * (1 + 2 * p) + 1 <= console.width]
+    if not paddings:  # a number that is cut short would be another one
         lists = [[f"{name}: {cell}" for name, cell in zip(names, row, strict=True)] for row in rows]
         return "\n\n".join(map("\n".join, lists))
+    grid = Table(box=SQUARE, show_lines=True, padding=(0, paddings[0]))
+    for n, header in enumerate(headers):
+        justify: JustifyMethod = "left" if n in texts else "right"
+        grid.add_column(Text(header), justify=justify, overflow="fold", min_width=narrowest[n], no_wrap=n not in texts)
     for row in rows:
         grid.add_row(*map(Text, row))
     with console.capture() as capture:

@@ -71,10 +71,8 @@ def baselines(run: Run) -> None:
 config = parse(ARGUMENTS)
 first = next(iter(config.stages.values()))
 if first.model.config and not Path(config.tokenizer).is_dir():
-    files = first.data.data_files
     size = str(first.model.config["vocab_size"])
-    files = [files] if isinstance(files, str) else files
-    code = vocabulary.main([*files, "--size", size, "--split-punctuation", "--output", config.tokenizer])
+    code = vocabulary.main([*first.data.files, "--size", size, "--split-punctuation", "--output", config.tokenizer])
     if code:
         sys.exit(code)
 step("plan")

@@ -137,6 +137,9 @@ CASES = {
         f"train {FINE}.data.label_from files {FINE}.data.label_column null",
         (f"{TWEETS}.label_from is files", "{CLASS: files, ...}"),
     ),
+    "labels from files for a language model": Fault(
+        f"train {PRE}.data.label_from files", (f"{TEXTS}.label_from is files", "no classes of whole rows")
+    ),
     "labels from files and from a column": Fault(
         f"train {FINE}.data.label_from files", (f"{TWEETS}.label_from is files beside label_column 'sentiment'",)
     ),

@@ -317,6 +317,8 @@ def test_quotation_marks_may_be_characters_of_the_text(tmp_path):
     path.write_text(text)
     rows = load_rows(Data(path=str(path), quotes=False), "pre")
     assert [row["text"] for row in rows] == ['"we won', "they lost", '"a" b']
+    with pytest.warns(UserWarning, match=r"1 texts hold tabs and line breaks .* stages.pre.data.quotes: false"):
+        assert len(load_rows(Data(path=str(path)), "pre")) == 1
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_a_question_has_a_folder_of_its_own(folder):
 
 
 def test_a_small_budget_takes_fewer_rows(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_msif.project.explain.FEWEST_SAMPLES", 2)
+    monkeypatch.setattr("hf_msif.project.draft.FEWEST_SAMPLES", 2)
     settings = {"run_dir": str(tmp_path / "run"), "save_config": str(tmp_path / "saved.yaml"), "budget": "0.02s"}
     scores = explain(**asked(folder, **settings))
     values = yaml.safe_load((tmp_path / "saved.yaml").read_text())
