@@ -154,13 +154,13 @@ def test_the_encoders_similarity_is_the_cosine_of_mean_outputs(asked, shaded):
 
 
 def test_shares_are_kept_beside_the_scores(asked, tmp_path):
-    shares = Shares.of_scores(asked.scores, asked.query, k=3)
+    shares = Shares.of_scores(asked.scores, asked.query, k=1)
     shares.save(tmp_path / "shares.parquet", asked.scores)
     asked.scores.to_parquet(tmp_path / "scores.parquet")
     scores = Scores.from_parquet(tmp_path / "scores.parquet")
     loaded = Shares.load(tmp_path / "shares.parquet", scores)
     pd.testing.assert_frame_equal(loaded.frame, shares.frame)
-    direct, again = (report(scores, tmp_path, k=3, **s) for s in ({"query": asked.query}, {"shares": loaded}))
+    direct, again = (report(scores, tmp_path, k=1, **s) for s in ({"query": asked.query}, {"shares": loaded}))
     assert direct.lines == again.lines
     assert direct.lines[0].tokens
     scores.metadata["N"] += 1  # of another query
@@ -170,7 +170,7 @@ def test_shares_are_kept_beside_the_scores(asked, tmp_path):
 
 def test_a_stream_is_read_for_the_rows_that_are_shown(asked, tmp_path):
     stream = Stream(lambda: iter(asked.corpus))
-    frames = [Shares.of_scores(asked.scores, asked.query, c, k=2).frame for c in (stream, asked.corpus, None)]
+    frames = [Shares.of_scores(asked.scores, asked.query, c, k=1).frame for c in (stream, asked.corpus, None)]
     pd.testing.assert_frame_equal(frames[0], frames[1])
     pd.testing.assert_frame_equal(frames[0], frames[2])  # a masked LM reads the text alone
 
