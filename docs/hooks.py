@@ -1,4 +1,4 @@
-"""The site beyond docs/: the other pages of the repository, and what pages link to, by the links as they stand there."""
+"""The site beyond docs/: the other pages of the repository, and what pages link to, by the links as they are."""
 
 from __future__ import annotations
 

@@ -150,10 +150,10 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def first_lines(lines: Sequence[str], most: int = LINES) -> list[str]:
+def few_lines(lines: Sequence[str], most: int = LINES) -> list[str]:
     """The lines, or the first ones and how many more there are: `most` at most.
 
-    >>> first_lines(["a", "b", "c", "d"], most=3)
+    >>> few_lines(["a", "b", "c", "d"], most=3)
     ['a', 'b', '… and 2 more lines']
     """
     if len(lines) <= most:
@@ -161,10 +161,10 @@ def first_lines(lines: Sequence[str], most: int = LINES) -> list[str]:
     return [*lines[: most - 1], f"… and {plural(len(lines) - most + 1, 'more line')}"]
 
 
-def first_rows(rows: Sequence[Sequence[str]], most: int = LINES) -> list[Sequence[str]]:
+def few_rows(rows: Sequence[Sequence[str]], most: int = LINES) -> list[Sequence[str]]:
     """The rows of a table, or the first ones and a row that says how many more there are: `most` at most.
 
-    >>> first_rows([["a", "1"], ["b", "2"], ["c", "3"]], most=2)
+    >>> few_rows([["a", "1"], ["b", "2"], ["c", "3"]], most=2)
     [['a', '1'], ['… 2 more', '']]
     """
     if len(rows) <= most:

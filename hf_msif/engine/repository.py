@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import threading
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ..errors import InputError, first_line
 
 Kind = Literal["dataset", "model"]
 CARD = "README.md"
+SECONDS = 3.0  # after which a machine without an answer counts as offline
 _NAME = r"[A-Za-z0-9][\w.-]*"
 
 
@@ -42,7 +48,7 @@ def push(folder: Path, names: Sequence[str], repo_id: str, kind: Kind, private: 
         url = str(api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True))
         is_public = not api.repo_info(repo_id, repo_type=kind).private
     except Exception as error:  # of the Hub, of the network, or for want of a token
-        raise _unsent(repo_id, error) from error
+        raise _unwritten(repo_id, error) from error
     if private and is_public:
         raise InputError(
             f"{repo_id} is there already and public, and private=True was asked for; expected a private repository, "
@@ -57,7 +63,7 @@ def push(folder: Path, names: Sequence[str], repo_id: str, kind: Kind, private: 
             commit_message=f"hf_msif: {', '.join(names)}",
         )
     except Exception as error:
-        raise _unsent(repo_id, error) from error
+        raise _unwritten(repo_id, error) from error
     return url
 
 
@@ -81,9 +87,12 @@ def fetched(
         return path
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
+    api, offline = HfApi(token=token), not is_reachable()  # the cache at once, without retries
     try:
-        paths = [api.hf_hub_download(str(source), name, repo_type=kind, revision=revision) for name in names]
+        paths = [
+            api.hf_hub_download(str(source), name, repo_type=kind, revision=revision, local_files_only=offline)
+            for name in names
+        ]
     except Exception as error:
         raise InputError(
             f"{source} is no folder here, and its {' and '.join(names)} cannot be fetched from the Hub as a {kind} "
@@ -102,8 +111,33 @@ def is_repo_id(source: str | os.PathLike) -> bool:
     return isinstance(source, str) and re.fullmatch(f"{_NAME}/{_NAME}", source) is not None
 
 
-def _unsent(repo_id: str, error: Exception) -> InputError:
+@cache
+def is_reachable() -> bool:
+    """Whether a connection to the Hub can be opened. A proxy is taken for one that reaches it."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    endpoint, answers = urlsplit(constants.ENDPOINT), list[bool]()
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+
+    def connect() -> None:
+        try:
+            socket.create_connection((endpoint.hostname or "", port), timeout=SECONDS).close()
+            answers.append(True)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=connect, daemon=True)  # the search for an address has no time limit of its own
+    thread.start()
+    thread.join(SECONDS)
+    return bool(answers)
+
+
+def _unwritten(repo_id: str, error: Exception) -> InputError:
     return InputError(
-        f"nothing was sent to {repo_id} ({first_line(error)}); expected a repository that you may write to: run "
-        "hf auth login or pass token=..., and check the name."
+        f"{repo_id} cannot be written on the Hub ({first_line(error)}); expected a repository that you may write to: "
+        "run hf auth login or pass token=..., and check the name."
     )

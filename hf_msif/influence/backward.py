@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import vectors
-from ..display import LINES, Curves, Displayed, Summary, Table, first_lines, first_rows, plural
+from ..display import LINES, Curves, Displayed, Summary, Table, few_lines, few_rows, plural
 from ..engine.checkpoints import Checkpoint
 from ..engine.files import flat_keys, nested_keys
 from ..engine.hashing import tensors_fingerprint
@@ -79,7 +79,7 @@ class RunCertificate(Displayed):
             f"{self.limit:.1g}), {first[q]:.2g} at the start; replay differs by {self.replay_difference:.1e}"
             for q, growth in enumerate(self.growth)
         ]
-        return "\n".join(first_lines(lines if len(lines) <= LINES else [self.summary().title, *lines]))
+        return "\n".join(few_lines(lines if len(lines) <= LINES else [self.summary().title, *lines]))
 
     def curves(self) -> Curves:
         steps, norms = zip(*self.norms, strict=True)
@@ -94,7 +94,7 @@ class RunCertificate(Displayed):
         )
         rows = [[str(q), f"{growth:.2g}", f"{self.norms[-1][1][q]:.2g}"] for q, growth in enumerate(self.growth)]
         headings = ["column", "largest growth of the adjoint", "growth at the start"]
-        return Summary(title, tables=[Table(headings, first_rows(rows))])
+        return Summary(title, tables=[Table(headings, few_rows(rows))])
 
 
 def held_bytes(recording: Recording, parameters: Mapping[str, Any], columns: int) -> int:

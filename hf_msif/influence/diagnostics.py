@@ -20,6 +20,7 @@ from ..objectives.corruption import Corruption
 from ..solvers.damping import TRAINING
 from ..solvers.lanczos import lanczos, largest_eigenvalue, ritz
 from ..solvers.operator import CountedOperator
+from ..training.objective import QuadraticTerms
 from .chain import BoundStage
 from .checks import pad_ids_text
 from .findings import Finding
@@ -90,39 +91,40 @@ def precision(bound: BoundStage) -> Finding:
 def stationarity(bound: BoundStage) -> Finding:
     """How far the mean gradient of a sample is from what chance makes of it at a minimum.
 
-    ‖ḡ‖ over √(Σ ‖g_i − ḡ‖² / (n (n − 1))), its standard error: about 1 at a minimum of F, more at any other place.
+    r_i = (∇ℓ_i + c_i ∇R) / c̄ for n rows with c_i terms and the quadratic terms R of F has the mean ∇F over all rows.
+    Told is ‖r̄‖ over its standard error, √(Σ ‖r_i − r̄‖² / (n (n − 1))): about 1 at a minimum, more at any other place.
     """
-    rows = bound.subset(ROWS)
-    if len(rows) < 3:
-        return Finding("stationarity", "there are fewer than three rows")
-    parameters = vectors.select(bound.model.parameters, bound.split.trained)
-    penalty, squares = _penalty_gradient(bound, parameters), 0.0
-    total = vectors.scale(penalty, torch.zeros(1, device=bound.engine.device))
+    rows, names = bound.subset(ROWS), bound.split.trained
+    parameters, differentiation = vectors.select(bound.model.parameters, names), bound.differentiation
+    if isinstance(differentiation, Implicit):
+        quadratic = differentiation.quadratic
+    else:
+        quadratic = QuadraticTerms.of(bound.stage.model, bound.split, parameters, bound.stage.weight_decay)
+    penalty = vectors.stack([quadratic.gradient(parameters, {n: torch.zeros_like(p) for n, p in parameters.items()})])
+    total, squares, counts = vectors.scale(penalty, torch.zeros(1, device=bound.engine.device)), 0.0, 0.0
     with bound.model.evaluating():
         for row in rows:
             evaluation = Evaluation(bound.model, bound.objective, bound.collate([row]))
-            gradient = example_gradients(evaluation, bound.split.trained)
             with torch.no_grad():
-                counts = evaluation.losses({})[1].double().clamp(min=1)
-            gradient = vectors.add(vectors.scale(gradient, 1 / counts), penalty)
-            squares += float(vectors.norm(gradient)) ** 2
-            total = vectors.add(total, gradient)
+                count = evaluation.losses({})[1].double()
+            residual = vectors.add(example_gradients(evaluation, names), penalty, count)
+            total, counts = vectors.add(total, residual), counts + float(count)
+            squares += float(vectors.norm(residual)) ** 2
     n = len(rows)
-    mean = float(vectors.norm(total)) / n
+    if n < 3 or not counts:
+        return Finding("stationarity", "there are fewer than three rows with a term")
+    mean = float(vectors.norm(total)) / n  # in units of c̄, as the error
     error = (max(squares - n * mean**2, 0.0) / (n * (n - 1))) ** 0.5
     ratio = mean / max(error, 1e-300)
     if ratio <= AT_REST:
         return Finding(
             "stationarity", f"the mean gradient of {n} rows is within chance of zero ({ratio:.1f} times it)"
         )
-    way_out = (
-        "Gauss-Newton with damping (the default) bears that; link: unrolled and link: segments ask about the run "
-        "itself, and polish trains to a minimum"
-    )
     return Finding(
         "stationarity",
-        f"training ended before a minimum: the mean gradient of {n} rows is {ratio:.1f} times what "
-        f"chance makes of it; {way_out}",
+        f"training ended before a minimum: the mean gradient of {n} rows is {ratio:.1f} times what chance makes of "
+        "it; Gauss-Newton with damping (the default) bears that, link: unrolled and link: segments ask about the run "
+        "itself, and polish trains to a minimum",
     )
 
 
@@ -208,9 +210,3 @@ def _relative(one: Tensor, other: Tensor) -> float:
 def _is_narrow(value: object, model: FunctionalModel) -> bool:
     wanted = next(iter(model.parameters.values())).dtype
     return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != wanted
-
-
-def _penalty_gradient(bound: BoundStage, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """∇(λ/2)‖φ‖² of the stage's weight decay, as a block of one column."""
-    decay = bound.stage.weight_decay
-    return {name: decay * parameter.detach().unsqueeze(0) for name, parameter in parameters.items()}

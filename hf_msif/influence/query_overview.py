@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..display import Displayed, Summary, Table, cut, first_rows, plural
+from ..display import Displayed, Summary, Table, cut, few_rows, plural
 from ..scoring.card import TAGS, stage_texts
 from ..scoring.overview import table_of_tests
 
@@ -44,7 +44,7 @@ def summary(asked: Asked, stages: Mapping[str, tuple[dict, StageCertificate]], n
     ]
     tables = [
         table_of_tests(asked.tests, asked.values, asked.measurement),
-        Table(["stage", "link", "rows", "N", "how it was solved"], first_rows(rows, STAGES)),
+        Table(["stage", "link", "rows", "N", "how it was solved"], few_rows(rows, STAGES)),
     ]
     certificate = f"print(query.certificates[{first!r}])"
     steps = ["scores = query.score(corpus)", certificate, "query.save_pretrained(folder)"]
@@ -65,7 +65,7 @@ def card(repo_id: str, summary: Summary, stages: Mapping[str, Mapping[str, Any]]
     parts = [
         "# A query of multi-stage influence functions",
         summary.markdown(),
-        "`query.safetensors` holds the solution of each stage, `query.json` the certificate and the tests' rows.",
+        "`query.safetensors` holds the solution of each stage, `query.json` certificates and the rows of the tests.",
         "## How to load it",
         f'''```python
 from hf_msif import Query

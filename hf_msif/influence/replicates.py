@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..curvature.norms import Metric
-from ..display import LINES, Curves, Displayed, Summary, Table, first_lines, plural
+from ..display import LINES, Curves, Displayed, Summary, Table, few_lines, few_rows, plural
 from ..engine import Engine
 from ..engine.corpus import first_rows
 from ..engine.files import flat_keys, nested_keys
@@ -54,7 +54,7 @@ class ReplicatesCertificate(Displayed):
     def __str__(self) -> str:
         most = max(2, LINES // len(self.each))
         texts = [f"replicate {r}: {certificate}".splitlines() for r, certificate in enumerate(self.each)]
-        return "\n".join(first_lines([line for lines in texts for line in first_lines(lines, most)]))
+        return "\n".join(few_lines([line for lines in texts for line in few_lines(lines, most)]))
 
     def curves(self) -> Curves | None:
         each = [certificate.curves() if isinstance(certificate, Displayed) else None for certificate in self.each]
@@ -71,8 +71,8 @@ class ReplicatesCertificate(Displayed):
             f"{plural(len(self.each), 'replicate')}: {sum(self.converged)} of {plural(len(self.converged), 'column')} "
             "converged"
         )
-        rows = [[str(r), first_lines(str(certificate).splitlines(), 2)[0]] for r, certificate in enumerate(self.each)]
-        return Summary(title, tables=[Table(["replicate", "certificate"], rows)])
+        rows = [[str(r), few_lines(str(certificate).splitlines(), 2)[0]] for r, certificate in enumerate(self.each)]
+        return Summary(title, tables=[Table(["replicate", "certificate"], few_rows(rows))])
 
 
 @dataclass(frozen=True)

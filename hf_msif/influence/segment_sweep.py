@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import vectors
 from ..curvature.sharded import Sharded
 from ..curvature.whitened import Whitened
-from ..display import LINES, Curves, Displayed, Summary, Table, first_lines, first_rows, plural
+from ..display import LINES, Curves, Displayed, Summary, Table, few_lines, few_rows, plural
 from ..engine.accelerated import Engine
 from ..engine.checkpoints import Checkpoint
 from ..engine.files import flat_keys, nested_keys
@@ -109,7 +109,7 @@ class SegmentsCertificate(Displayed):
             if report.unstable:
                 line += "; directions too curved for the rates count as converged"
             lines.append(line)
-        return "\n".join(first_lines(lines if len(lines) <= LINES else [self.summary().title, *lines]))
+        return "\n".join(few_lines(lines if len(lines) <= LINES else [self.summary().title, *lines]))
 
     def curves(self) -> Curves:
         ends = [report.end for report in self.segments]
@@ -131,7 +131,7 @@ class SegmentsCertificate(Displayed):
             ]
             for report in self.segments
         ]
-        return Summary(title, tables=[Table(["steps", "τ", "iterations", "error"], first_rows(rows))])
+        return Summary(title, tables=[Table(["steps", "τ", "iterations", "error"], few_rows(rows))])
 
 
 @dataclass

@@ -78,7 +78,7 @@ def within(
         other_seconds: of all that does not change, such as the pull-backs through the other stages.
 
     Raises:
-        InputError: the budget does not reach to score one row.
+        InputError: the budget is too short to score one row.
 
     >>> within(60.0, 0.01, 1000, mask_rounds=1, solve_seconds=20.0, curvature_samples=2048)
     Affordable(rows=1000, mask_rounds=4, curvature_samples=2048, seconds=60.0)
@@ -98,7 +98,7 @@ def within(
     if available < seconds_per_row:
         least = other_seconds + solve + seconds_per_row
         raise InputError(
-            f"a budget of {duration(budget)} does not reach to score one row; expected at least {duration(least)}, or "
+            f"a budget of {duration(budget)} is too short to score one row; expected at least {duration(least)}, or "
             "a configuration with fewer test rows or a cheaper solver."
         )
     affordable = rows if seconds_per_row <= 0 else min(rows, int(available / seconds_per_row))

@@ -1,15 +1,10 @@
-"""Whether the Hugging Face Hub can be reached: where it cannot, its cache is used at once, without retries."""
+"""Models and data of the Hugging Face Hub: where it cannot be reached, its cache is used at once, without retries."""
 
 from __future__ import annotations
 
 import os
-import socket
-import threading
-from functools import cache
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-SECONDS = 3.0  # after which a machine without an answer counts as offline
+from ..engine.repository import is_reachable
 
 
 def prepare(source: str) -> str:
@@ -34,28 +29,3 @@ def reason(error: BaseException) -> str:
     if not constants.HF_HUB_OFFLINE or constants.ENDPOINT in str(error):
         return ""
     return f"; {constants.ENDPOINT} cannot be reached, and it is not in the cache"
-
-
-@cache
-def is_reachable() -> bool:
-    """Whether a connection to the Hub can be opened. A proxy is taken for one that reaches it."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True
-    endpoint, answers = urlsplit(constants.ENDPOINT), list[bool]()
-    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-
-    def connect() -> None:
-        try:
-            socket.create_connection((endpoint.hostname or "", port), timeout=SECONDS).close()
-            answers.append(True)
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=connect, daemon=True)  # the search for an address has no time limit of its own
-    thread.start()
-    thread.join(SECONDS)
-    return bool(answers)

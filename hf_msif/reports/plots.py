@@ -181,7 +181,7 @@ def convergence(certificate: Any, ax: Axes | None = None) -> Axes:
             "solver, of segments or of a run."
         )
     ax = _axes(ax, 5.5, 3.2)
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator  # after `_axes`, which says where matplotlib is missing
 
     for name, (x, y) in curves.lines.items():
         style = "o" if curves.are_points else "o-"

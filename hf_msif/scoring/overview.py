@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..display import Summary, Table, cut, first_rows, plural
+from ..display import Summary, Table, cut, few_rows, plural
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -71,9 +71,9 @@ def table_of_tests(
     """
     rows = [[str(q), cut(name_of(test))] for q, test in enumerate(tests)]
     if len(values) != len(tests):
-        return Table(["test", "text"], first_rows(rows, most))
+        return Table(["test", "text"], few_rows(rows, most))
     shown = [[number, f"{value:.4g}", text] for (number, text), value in zip(rows, values, strict=True)]
-    return Table(["test", measurement, "text"], first_rows(shown, most))
+    return Table(["test", measurement, "text"], few_rows(shown, most))
 
 
 def name_of(row: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ RECIPES = sorted([*(ROOT / "recipes").glob("*/README.md"), *(ROOT / "benchmarks"
 HEAVY = (
     "command_line.md",
     "lora.md",
+    "report.md",
     "segments.md",
     "unrolled.md",
     "validation.md",

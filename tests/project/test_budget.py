@@ -83,7 +83,7 @@ def test_more_time_buys_more():
 
 
 def test_what_buys_nothing_is_refused_with_what_would_do():
-    with pytest.raises(InputError, match=r"a budget of 30 s does not reach to score one row; expected at least 52 s"):
+    with pytest.raises(InputError, match=r"a budget of 30 s is too short to score one row; expected at least 52 s"):
         within(30.0, 2.0, 100, other_seconds=50.0)
 
 

@@ -188,4 +188,4 @@ def test_what_a_budget_buys_is_told_with_its_flags(run, monkeypatch):
     assert "  by --corpus.sample 3" in short["text"]
     nothing = plan.plan(one, budget=1e-3)
     assert nothing["budget"] is None
-    assert "does not reach to score one row" in nothing["text"]
+    assert "is too short to score one row" in nothing["text"]

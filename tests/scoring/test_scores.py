@@ -79,6 +79,69 @@ def test_top_of_a_single_column_has_the_same_names():
     assert list(build(1).top()) == list(build(2).top(query=1))
 
 
+def test_all_tests_at_once_have_the_test_beside_each_row():
+    scores = build()
+    top, bottom = scores.top(2, "harmful", query=None), scores.bottom(1, query=None)
+    assert top.test.tolist() == [0, 0, 1, 1]
+    assert top.example_id.tolist() == [f"id{i}" for i in (2, 0, 3, 4)]
+    assert top[top.test == 1].reset_index(drop=True).equals(scores.top(2, "harmful", query=1))
+    assert bottom.example_id.tolist() == ["id4", "id1"]
+
+
+def test_long_is_the_frame_with_one_row_per_row_and_test():
+    long, frame = build().long(), build().frame
+    assert next(iter(long)) == "test"
+    assert set(list(long)[1:]) == set(build(1).frame)
+    for q in range(2):
+        rows = long[long.test == q].reset_index(drop=True)
+        assert rows.influence.tolist() == INFLUENCE[:, q].tolist()
+        assert rows.removal_effect.tolist() == frame[f"removal_effect_{q}"].tolist()
+        assert rows[["example_id", "text_sha256"]].equals(frame[["example_id", "text_sha256"]])
+    assert build(1).long().drop(columns="test").equals(build(1).frame)
+
+
+SUMMARIES = {
+    "two tests": ({}, 2, ["Scores: 5 rows of stage 'pretraining', 1 test together", "positive is harmful", "N = 40"]),
+    "one test": (
+        {"tests": [{"text": "é"}]},
+        1,
+        ["5 rows of stage 'pretraining', 1 test\n", "+1.5", "-0.0375", "vote"],
+    ),
+    "many tests": ({"tests": [{"text": "é"}] * 2, "noise_text": "x" * 200}, 2, ["for test 0", "scores.long()", "xxx"]),
+    "an image": ({"tests": [{"example_id": 7}]}, 1, ["example 7", "example id3"]),
+    "another measurement": ({"measurement": "margin"}, 1, ["where f is the margin", "positive raises f"]),
+    "extremes": ({"kept": {"keep": 1, "all": [{"count": 900}]}}, 1, ["only the most extreme of 900 rows are here"]),
+}
+
+
+@pytest.mark.parametrize(("facts", "columns", "words"), SUMMARIES.values(), ids=SUMMARIES)
+def test_print_says_what_the_scores_are(facts, columns, words):
+    scores = build(columns)
+    scores.metadata |= facts
+    text = str(scores)
+    assert len(text.splitlines()) <= 20
+    assert repr(scores) == f"<{text.splitlines()[0]}>"
+    for word in words:
+        assert word in text, word
+
+
+def test_print_needs_no_metadata_of_a_query():
+    text = str(Scores.build(ROWS[:1], INFLUENCE[:1, :1], 40.0, {}, {}))
+    assert "Scores: 1 row, 1 test" in text
+    assert "helpful  " not in text  # the only row is harmful
+
+
+def test_html_and_print_of_a_text_that_is_no_text():
+    rows = [{"example_id": 0, "text": "<script>alert(1)</script>\x1b[2J" + "long " * 30}]
+    scores = Scores.build(rows, np.array([[1.0]]), 1.0, {}, {"tests": [{"text": "<b>"}]})
+    shown = scores._repr_html_()
+    assert "<script" not in shown
+    assert "<b>" not in shown
+    assert "&lt;script&gt;" in shown
+    assert "\x1b" not in str(scores)
+    assert "…" in str(scores)
+
+
 @pytest.mark.parametrize("query", [2, -1])
 def test_a_column_that_does_not_exist(query):
     for ask in (build().influence, lambda q: build().top(query=q)):
