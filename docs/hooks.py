@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,8 @@ def _add(files: Files, config: MkDocsConfig, path: str) -> None:
         return
     if path.endswith(".py"):
         script = (ROOT / path).read_text(encoding="utf-8")
-        files.append(File.generated(config, name, content=f"# `{path}`\n\n```python\n{script}```\n"))
+        content = f"# `{path}`\n\n```python\n{script}```\n"
+        files.append(File.generated(config, name, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
     else:
         files.append(File.generated(config, name, abs_src_path=os.fspath(ROOT / path)))
 

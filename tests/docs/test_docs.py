@@ -29,7 +29,7 @@ import workplace
 from hf_msif.project import config
 
 ROOT = Path(__file__).parents[2]
-EXECUTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXECUTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPES = sorted([*(ROOT / "recipes").glob("*/README.md"), *(ROOT / "benchmarks").glob("*/README.md")])
 HEAVY = (
     "command_line.md",
