@@ -1,5 +1,5 @@
 # make demo   set up a virtual environment and explain three tweets (no network beyond the package index)
-# make test   set up and run all tests, the slow ones and the notebook too
+# make test   set up and run all tests, the slow ones and the notebooks too
 # make fast   set up and run the tests but the slow ones and those that start processes (two minutes)
 # make coverage-suite   influence through every architecture of transformers; writes docs/coverage.md (some minutes)
 # make oldest    set up the oldest supported versions beside it, and run the tests that ask the most of transformers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer, TrainingArg
 
 from ... import MultiStageInfluence, Scores, Stage, objectives, solvers, training
 from ...engine import folders
-from ...engine.files import write_json
+from ...engine.files import write_atomically, write_json
 from ...influence.query import FILES as FILES_OF_A_QUERY
 from ...influence.sweep import damping_sweep
 from ...models import FeedForwardClassifier
@@ -24,6 +25,8 @@ from ...reports.tables import files_of_table, table_one, terminal, training_line
 from ..outputs import Outputs
 from .grammar import World, vocabulary, world
 
+TABLES = ("corpus.csv", "tweets.csv")
+CLASSES = ("blame", "praise")
 TOP = 10  # sentences per tweet whose kind is counted
 REMOVED = 30  # sentences that the check by retraining leaves out
 # Further steps of pretraining without them, from the finished model: from scratch, chance would hide the difference.
@@ -41,7 +44,8 @@ def demo(
     steps: tuple[int, int] = (700, 200),
     check: bool = True,
 ) -> dict:
-    """Runs the demo and returns its figures; writes models, query, scores, Table 1 and `demo.json` into `run_dir`.
+    """Runs the demo and returns its figures; writes its data as tables, models, query, scores, Table 1 and `demo.json`
+    into `run_dir`.
 
     Args:
         run_dir: created if needed; files of an earlier demo are replaced.
@@ -58,30 +62,68 @@ def demo(
         InputError: `run_dir` has something in a place of these files that no demo wrote.
     """
     say = (lambda *words: None) if quiet else print
-    folder, started = Path(run_dir), time.perf_counter()
-    files = [folder / name for name in ("demo.json", "scores.parquet")]
+    folder, started, data = Path(run_dir), time.perf_counter(), world(seed)
+    files = [folder / name for name in ("demo.json", "scores.parquet", *TABLES)]
     files += [folder / "query" / name for name in FILES_OF_A_QUERY]
     files += [file for table in ("table1", "sweep") for file in files_of_table(folder / table)]
-    models = [folder / name for name in ("pretraining", "finetuning")]
-    with Outputs(folder, "run_dir").writing(files, [folder / "query", folder / "checkpoints"], models):
-        # Trainer makes the folder even if it saves nothing.
-        folders.write_marker(folder / "checkpoints", "checkpoints of a training", ())
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # small models are faster on one thread, and all machines get the same figures
-        try:
-            report = _demo(folder, seed, world(seed), say, not quiet, steps, check)
-        finally:
-            torch.set_num_threads(threads)
-            folders.remove_if_empty(folder / "checkpoints")
+    with _writing(folder, files, [folder / "query"]):
+        report = _demo(folder, seed, data, say, not quiet, steps, check)
         report["seconds"] = round(time.perf_counter() - started, 1)
         write_json(folder / "demo.json", report)
     say(f"\nDone in {report['seconds']:.0f} s; models, scores and tables are in {folder}.")
     return report
 
 
+def pair(run_dir: str = "runs/demo", seed: int = 0, steps: tuple[int, int] = (700, 200)) -> dict[str, str]:
+    """The demo's two checkpoints and tables, as `explain(**pair(), text=...)` takes them; they are made if they are
+    not there.
+
+    Args:
+        run_dir: of the demo; created if needed.
+        seed: of data and training.
+        steps: of pretraining and of finetuning.
+
+    Raises:
+        InputError: `run_dir` has something in a place of these files that no demo wrote.
+    """
+    folder, data = Path(run_dir), world(seed)
+    places = [folder / name for name in ("pretraining", "finetuning", *TABLES)]
+    if not all(place.exists() for place in places):
+        with _writing(folder, [folder / name for name in TABLES], []):
+            _Trainer(folder, data, _tokenizer(data), data.tests, seed, False, steps).both()
+    return dict(zip(("pretrained", "finetuned", "corpus", "finetuning_data"), map(str, places), strict=True))
+
+
+@contextmanager
+def _writing(folder: Path, files: Sequence[Path], parts: Sequence[Path]) -> Iterator[None]:
+    """Inside, the files, the files in `parts` and the models may be written, and models are trained on one thread."""
+    models = [folder / name for name in ("pretraining", "finetuning")]
+    with Outputs(folder, "run_dir").writing(files, [*parts, folder / "checkpoints"], models):
+        # Trainer makes the folder even if it saves nothing.
+        folders.write_marker(folder / "checkpoints", "checkpoints of a training", ())
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # small models are faster on one thread, and all machines get the same figures
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            folders.remove_if_empty(folder / "checkpoints")
+
+
+def _tokenizer(data: World) -> BertTokenizer:
+    return BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary(data))})
+
+
+def _write_tables(folder: Path, data: World) -> None:
+    """Writes the sentences and the labelled tweets as `msif explain` reads them."""
+    tweets = [{**row, "label": CLASSES[row["label"]]} for row in data.tweets]
+    for name, rows in zip(TABLES, (data.corpus, tweets), strict=True):
+        table = pd.DataFrame(rows)
+        write_atomically(folder / name, lambda part, table=table: table.to_csv(part, index=False))
+
+
 def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, steps, check: bool) -> dict:
-    words = vocabulary(data)
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    tokenizer = _tokenizer(data)
     tests = _tests(data)
     say(
         f"{len(data.corpus)} pretraining sentences about {len(data.praised)} made-up politicians, {len(data.tweets)} "
@@ -92,8 +134,6 @@ def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, s
     pretrained, finetuned, reports = trainer.both()
     for line in map(training_line, reports):
         say(line)
-    training.save(pretrained, tokenizer, folder / "pretraining")
-    training.save(finetuned, tokenizer, folder / "finetuning")
 
     chain = _chain(data, tokenizer, pretrained, finetuned, progress)
     query = chain.query(tests)
@@ -152,7 +192,8 @@ class _Trainer:
         self.task = objectives.SequenceClassification(tokenizer)
 
     def both(self) -> tuple[BertForMaskedLM, FeedForwardClassifier, list[dict]]:
-        """The models of both stages, and the report of each."""
+        """The models of both stages, and the report of each; writes the data as tables, and the models."""
+        _write_tables(self.folder, self.data)
         set_seed(self.seed)
         config = BertConfig(
             vocab_size=len(self.tokenizer),
@@ -168,6 +209,8 @@ class _Trainer:
         pretrained = BertForMaskedLM(config)
         report = self._train("pretraining", pretrained, self.masked, self.data.corpus, self.steps[0], 3e-3)
         finetuned, finetuning = self._head(pretrained, "finetuning")
+        training.save(pretrained, self.tokenizer, self.folder / "pretraining")
+        training.save(finetuned, self.tokenizer, self.folder / "finetuning")
         return pretrained, finetuned, [report, finetuning]
 
     def again(self, pretrained: BertForMaskedLM, omit: set, label: str) -> float:
@@ -180,7 +223,8 @@ class _Trainer:
 
     def _head(self, pretrained: BertForMaskedLM, name: str) -> tuple[FeedForwardClassifier, dict]:
         set_seed(self.seed)
-        model = FeedForwardClassifier.from_encoder(pretrained, hidden_size=8, num_labels=2)
+        names = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+        model = FeedForwardClassifier.from_encoder(pretrained, hidden_size=8, **names)
         settings = {"previous": pretrained, "trainable": "head", "weight_decay": HEAD_DECAY}
         report = self._train(name, model, self.task, self.data.tweets, self.steps[1], 1e-2, **settings)
         return model, report | {"test": training.evaluate(model, self.task, self.data.tests)}
