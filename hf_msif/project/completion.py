@@ -36,7 +36,7 @@ def complete(parser: argparse.ArgumentParser, configured: Iterable[argparse.Argu
             action = subparser.add_argument(f"--{key}")
             values = _values(field.annotation)
             if values - {"null"}:
-                action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(sorted(values), ""))
+                action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(sorted(values), ""))  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
