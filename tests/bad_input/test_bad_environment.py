@@ -13,6 +13,7 @@ import pytest
 from helpers.faults import Fault, assert_refused
 from helpers.project import msif
 
+from hf_msif.engine import repository
 from hf_msif.project import hub, launch
 from hf_msif.reports.tables import shows
 
@@ -170,8 +171,8 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, tmp_path):
         raise OSError(101, "Network is unreachable")
 
     monkeypatch.setattr("socket.create_connection", connect)
-    monkeypatch.setattr(hub, "getproxies", dict)
-    hub.is_reachable.cache_clear()
+    monkeypatch.setattr(repository, "getproxies", dict)
+    repository.is_reachable.cache_clear()
     try:
         assert hub.prepare(str(tmp_path)) == str(tmp_path)
         assert not asked
@@ -182,7 +183,7 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, tmp_path):
         assert config.HF_HUB_OFFLINE
         assert "cannot be reached" in hub.reason(ValueError("not found"))
     finally:
-        hub.is_reachable.cache_clear()
+        repository.is_reachable.cache_clear()
 
 
 def test_silence_keeps_a_closed_pipe_quiet():
