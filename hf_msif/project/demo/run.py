@@ -36,7 +36,6 @@ MASK_PROBABILITY = 0.25
 DAMPING = 0.1
 HEAD_DECAY = 0.02  # an unregularised head is ill-conditioned, and its refit then hides what the encoder knows
 CURVATURE_SAMPLES = 320
-# What the checkpoints do not tell of their training, and a curvature on fewer rows than the demo's own.
 OVERRIDES = (
     ("stages.pretraining.objective.mask_probability", MASK_PROBABILITY),
     ("stages.pretraining.curvature_samples", 128),
@@ -95,6 +94,10 @@ def pair(run_dir: str = "runs/demo", seed: int = 0, steps: tuple[int, int] = (70
         seed: of data and training.
         steps: of pretraining and of finetuning.
 
+    Returns:
+        `pretrained`, `finetuned`, `corpus` and `finetuning_data`, paths; and `overrides`: what the checkpoints do not
+        tell of their training, and a curvature on fewer rows than the demo's own.
+
     Raises:
         InputError: `run_dir` has something in a place of these files that no demo wrote.
     """
@@ -103,10 +106,8 @@ def pair(run_dir: str = "runs/demo", seed: int = 0, steps: tuple[int, int] = (70
     if not all(place.exists() for place in places):
         with _writing(folder, [folder / name for name in TABLES], []):
             _Trainer(folder, data, _tokenizer(data), data.tests, seed, False, steps).both()
-    arguments: dict[str, Any] = dict(
-        zip(("pretrained", "finetuned", "corpus", "finetuning_data"), map(str, places), strict=True)
-    )
-    return {**arguments, "overrides": list(OVERRIDES)}
+    names = ("pretrained", "finetuned", "corpus", "finetuning_data")
+    return {**dict(zip(names, map(str, places), strict=True)), "overrides": list(OVERRIDES)}
 
 
 @contextmanager
