@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,15 @@ MASK_PROBABILITY = 0.25
 DAMPING = 0.1
 HEAD_DECAY = 0.02  # an unregularised head is ill-conditioned, and its refit then hides what the encoder knows
 CURVATURE_SAMPLES = 320
+OVERRIDES = (
+    ("stages.pretraining.objective.mask_probability", MASK_PROBABILITY),
+    ("stages.pretraining.curvature_samples", 128),
+    ("stages.pretraining.solver.name", "cg"),
+    ("stages.pretraining.solver.damping", DAMPING),
+    ("stages.pretraining.solver.tol", 0.01),
+    ("stages.finetuning.weight_decay", HEAD_DECAY),
+    ("corpus.norms", "gradient"),
+)
 
 
 def demo(
@@ -75,14 +85,19 @@ def demo(
     return report
 
 
-def pair(run_dir: str = "runs/demo", seed: int = 0, steps: tuple[int, int] = (700, 200)) -> dict[str, str]:
-    """The demo's two checkpoints and tables, as `explain(**pair(), text=...)` takes them; they are made if they are
-    not there.
+def pair(run_dir: str = "runs/demo", seed: int = 0, steps: tuple[int, int] = (700, 200)) -> dict[str, Any]:
+    """The demo's two checkpoints and tables with fitting settings, as `explain(**pair(), text=...)` takes them.
+
+    What is missing is made; checkpoints that are there are taken as they are, of whatever seed and steps.
 
     Args:
         run_dir: of the demo; created if needed.
         seed: of data and training.
         steps: of pretraining and of finetuning.
+
+    Returns:
+        `pretrained`, `finetuned`, `corpus` and `finetuning_data`, paths; and `overrides`: what the checkpoints do not
+        tell of their training, and a curvature on fewer rows than the demo's own.
 
     Raises:
         InputError: `run_dir` has something in a place of these files that no demo wrote.
@@ -92,7 +107,8 @@ def pair(run_dir: str = "runs/demo", seed: int = 0, steps: tuple[int, int] = (70
     if not all(place.exists() for place in places):
         with _writing(folder, [folder / name for name in TABLES], []):
             _Trainer(folder, data, _tokenizer(data), data.tests, seed, False, steps).both()
-    return dict(zip(("pretrained", "finetuned", "corpus", "finetuning_data"), map(str, places), strict=True))
+    names = ("pretrained", "finetuned", "corpus", "finetuning_data")
+    return {**dict(zip(names, map(str, places), strict=True)), "overrides": list(OVERRIDES)}
 
 
 @contextmanager
