@@ -40,13 +40,14 @@ class Passes:
 
 
 # `Any` stands for `implicit.Implicit`, whose module imports this one.
-def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | None) -> Cost:
+def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | None, foretell: bool = True) -> Cost:
     """What a pull-back of Q = `columns` columns takes on each process.
 
     A product is timed on one batch of medium length, and scaled to a pass over all curvature rows by the ratio of the
     forward passes. The first product is timed apart: later ones find outputs of frozen modules in the memo. How many
     products the solver will take is foretold by its first `STEPS` iterations at `adjoint`, or at the gradients of rows
-    where that is None; on all curvature rows, or on as many as `FORECAST_SECONDS` allow.
+    where that is None; on all curvature rows, or on as many as `FORECAST_SECONDS` allow. Without `foretell` it is not:
+    a few batches are all that is read.
     """
     bound, (solver, why) = implicit.bound, implicit.solver_for(columns)
     examples = curvature_examples(implicit)
@@ -57,7 +58,7 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
     damping = implicit.training_damping
     if damping is not None:
         damping = damping.compared(implicit.in_coordinates(implicit.curvature(_few_rows(implicit, examples))), solver)
-    found, rows = _forecast(implicit, solver, passes, columns, examples, adjoint)
+    found, rows = _forecast(implicit, solver, passes, columns, examples, adjoint) if foretell else (None, 0)
     if found is not None:
         before = worst - found.most  # of `Solver.init`
         usual, worst = before + max(found.usual), before + found.worst

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from . import config as configuration
 from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
+    from ..influence.chain import BoundStage
+    from ..influence.cost import Cost
     from .run import Run
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
@@ -196,13 +199,16 @@ def changed(run: Run, draft: Draft) -> Run:
 
 
 def fit(draft: Draft, run: Run, budget: float) -> None:
-    """Chooses curvature and rows so that the answer is there within the budget."""
+    """Chooses curvature and rows so that the answer is there within the budget, also if solvers need all iterations
+    that they may take."""
     from ..influence.cost import time_text
-    from .plan import plan
 
-    cost = plan(run)
-    chosen = _curvatures(draft, cost["stages"], SOLVING * budget)
-    solving, scoring = sum(chosen.values()), cost["score_seconds"]
+    chain, columns = run.chain(), 1 if run.aggregate else len(run.tests())
+    number = chain.number_of_replicates(run.config.test.replicates)
+    costs = {bound.name: _cost(bound, columns) for bound in chain.stages}
+    chosen = _curvatures(draft, {name: _query_seconds(cost, number) for name, cost in costs.items()}, SOLVING * budget)
+    solving, rows = sum(chosen.values()), len(list(run.corpus()))
+    scoring = number * rows * costs[run.ranked].score_seconds_per_row
     approximated = [name for name in chosen if run.config.stages[name].curvature != _curvature(draft, name)]
     how = "curvature: Gauss-Newton, damped by a thousandth of its largest eigenvalue (the defaults)"
     if run.config.stages[PRETRAINING].link != "implicit":
@@ -210,23 +216,38 @@ def fit(draft: Draft, run: Run, budget: float) -> None:
     if approximated:
         how += f"; of {' and '.join(approximated)} by EK-FAC, for the budget"
     draft.lines.append(how)
-    rows = len(list(run.corpus()))
     affordable = max(1, int(rows * (budget - solving) / max(scoring, 1e-12)))
     ranked = f"all {rows:,} rows are ranked"
     if affordable < rows and draft.set("corpus.sample", affordable):
         ranked = f"{affordable:,} random rows of {rows:,} are ranked: a larger --budget ranks more"
         scoring *= affordable / rows
     draft.lines.append(
-        f"time: {time_text(solving)} for the query and {time_text(scoring)} for the scores, of {time_text(budget)}; "
-        f"{ranked}"
+        f"time: at most {time_text(solving)} for the query and {time_text(scoring)} for the scores, of "
+        f"{time_text(budget)}; {ranked}"
     )
 
 
-def _curvatures(draft: Draft, costs: dict[str, dict[str, float]], allowed: float) -> dict[str, float]:
-    """Seconds of each stage's pull-back, dearest first; by EK-FAC, which reads the rows twice, until all fit."""
-    seconds = {name: cost.get("usual_solve_seconds", cost["solve_seconds"]) for name, cost in costs.items()}
+def _cost(bound: BoundStage, columns: int) -> Cost:
+    """What differentiating a stage costs, by a few batches."""
+    from ..influence.implicit import Implicit
+    from ..influence.implicit_cost import implicit_cost
+
+    differentiation = bound.differentiation
+    if isinstance(differentiation, Implicit):
+        return implicit_cost(differentiation, columns, 1, None, foretell=False)
+    return differentiation.cost(columns)
+
+
+def _query_seconds(cost: Cost, replicates: int) -> tuple[float, float]:
+    """Seconds of all replicates' pull-backs at most, as they are configured, and by EK-FAC; inf where it has none."""
+    return replicates * cost.solve_seconds, replicates * EKFAC_PASSES * cost.details.get("forward_seconds", math.inf)
+
+
+def _curvatures(draft: Draft, costs: dict[str, tuple[float, float]], allowed: float) -> dict[str, float]:
+    """Seconds of each stage's pull-backs; by EK-FAC, which reads the rows twice, the dearest first, until all fit."""
+    seconds = {name: exact for name, (exact, _) in costs.items()}
     for name in sorted(seconds, key=seconds.__getitem__, reverse=True):
-        cheap = EKFAC_PASSES * costs[name].get("forward_seconds", float("inf"))
+        cheap = costs[name][1]
         if (
             sum(seconds.values()) > allowed
             and cheap < seconds[name]
