@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import config as configuration
+from .budget import FEWEST_SAMPLES
 from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
 SOLVING = 0.4  # share of the budget for the query, beyond which curvatures are approximated
-EKFAC_PASSES = 12  # forward passes over the rows that a fit of EK-FAC takes, and its products
+EKFAC_PASSES = 8  # forward passes over the rows that a fit of EK-FAC takes, and its products
+FEWEST_RANKED = 100  # rows of the corpus, whatever the budget
 HEADER = "# Written by msif explain. The same answer again: msif query --config {0}, then msif score --config {0}\n"
 
 
@@ -207,6 +209,7 @@ def fit(draft: Draft, run: Run, budget: float) -> None:
     number = chain.number_of_replicates(run.config.test.replicates)
     costs = {bound.name: _cost(bound, columns) for bound in chain.stages}
     chosen = _curvatures(draft, {name: _query_seconds(cost, number) for name, cost in costs.items()}, SOLVING * budget)
+    sampled = _samples(draft, chosen, costs, SOLVING * budget)
     solving, rows = sum(chosen.values()), len(list(run.corpus()))
     scoring = number * rows * costs[run.ranked].score_seconds_per_row
     approximated = [name for name in chosen if run.config.stages[name].curvature != _curvature(draft, name)]
@@ -214,9 +217,9 @@ def fit(draft: Draft, run: Run, budget: float) -> None:
     if run.config.stages[PRETRAINING].link != "implicit":
         how = f"link: {run.config.stages[PRETRAINING].link}, since the run is given"
     if approximated:
-        how += f"; of {' and '.join(approximated)} by EK-FAC, for the budget"
+        how += f"; of {' and '.join(approximated)} by EK-FAC{sampled}, for the budget"
     draft.lines.append(how)
-    affordable = max(1, int(rows * (budget - solving) / max(scoring, 1e-12)))
+    affordable = max(FEWEST_RANKED, int(rows * (budget - solving) / max(scoring, 1e-12)))
     ranked = f"all {rows:,} rows are ranked"
     if affordable < rows and draft.set("corpus.sample", affordable):
         ranked = f"{affordable:,} random rows of {rows:,} are ranked: a larger --budget ranks more"
@@ -255,6 +258,20 @@ def _curvatures(draft: Draft, costs: dict[str, tuple[float, float]], allowed: fl
         ):
             seconds[name] = cheap
     return seconds
+
+
+def _samples(draft: Draft, seconds: dict[str, float], costs: dict[str, Cost], allowed: float) -> str:
+    """Estimates curvatures on random rows where even EK-FAC's passes over all of them do not fit; says so, and changes
+    the seconds."""
+    share, texts = allowed / max(sum(seconds.values()), 1e-12), []
+    for name in seconds if share < 1 else ():
+        rows = max(FEWEST_SAMPLES, int(share * costs[name].details.get("curvature_examples", 0)))
+        if rows < costs[name].details.get("curvature_examples", 0) and draft.set(
+            f"stages.{name}.curvature_samples", rows
+        ):
+            seconds[name] *= rows / costs[name].details["curvature_examples"]
+            texts.append(f"{rows:,} random rows of {name}")
+    return f" on {' and '.join(texts)}" if texts else ""
 
 
 def _curvature(draft: Draft, name: str) -> str:
