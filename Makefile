@@ -2,6 +2,7 @@
 # make test   set up and run all tests, the slow ones and the notebooks too
 # make fast   set up and run the tests but the slow ones and those that start processes (two minutes)
 # make coverage-suite   influence through every architecture of transformers; writes docs/coverage.md (some minutes)
+# make docs   build the documentation as a site: site/index.html (its search needs: python -m http.server --directory site)
 # make oldest    set up the oldest supported versions beside it, and run the tests that ask the most of transformers
 # make quality   check lint, formatting, what each wing imports, and types
 # make style     mend lint and formatting
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fast coverage-suite oldest quality style clean
+.PHONY: demo test fast coverage-suite docs oldest quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/msif demo
@@ -24,6 +25,10 @@ fast: $(VENV)/.test
 
 coverage-suite: $(VENV)/.test
 	$(BIN)/python benchmarks/coverage/run.py
+
+docs: $(VENV)/.test
+	@# without an announcement of the theme's makers that is no warning of ours
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -41,7 +46,7 @@ style: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest runs
+	rm -rf $(VENV) $(VENV)-oldest runs site
 
 # One stamp per set of extras remembers what is installed; it is renewed when the metadata changes.
 $(BIN)/python:

@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
+LOADED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'>\s]+)""")
 
 
 def pages() -> dict[str, str]:
@@ -81,3 +83,9 @@ def relinked(markdown: str, source: str, here: str) -> str:
         return target + (match["anchor"] or "")
 
     return LINK.sub(link, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
+    """Ends the build at a page that would load something from a network, whatever theme or plugin asks for it."""
+    if addresses := sorted(set(LOADED.findall(output))):
+        raise PluginError(f"{page.file.src_uri} loads {', '.join(addresses)}; the site loads nothing from a network.")

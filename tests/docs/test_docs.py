@@ -32,7 +32,9 @@ ROOT = Path(__file__).parents[2]
 EXECUTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPES = sorted([*(ROOT / "recipes").glob("*/README.md"), *(ROOT / "benchmarks").glob("*/README.md")])
 HEAVY = (
+    "clean_a_corpus.md",
     "command_line.md",
+    "find_poison.md",
     "lora.md",
     "segments.md",
     "unrolled.md",
