@@ -29,9 +29,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def explored(folder):
-    """The outputs of the notebook that explores a run, and the scores that it made."""
+    """The outputs of the notebook that explores a run, and the scores that it shows."""
     outputs = execute("02_explore_top_sentences.ipynb", folder)
-    return outputs, Scores.from_pretrained(folder / "runs" / "explore")
+    return outputs, Scores.from_pretrained(folder / "runs" / "quickstart")
 
 
 def execute(name, folder):
@@ -80,11 +80,13 @@ def test_quickstart(folder):
     scores, shown = Scores.from_pretrained(folder / "runs" / "quickstart"), tables(outputs)
     for by in ("helpful", "harmful"):
         assert all(text in shown for text in scores.top(8, by, distinct=True)["text"])
-    [test] = scores.tests
-    assert test["prediction"] in ("blame", "praise")
-    assert f"{test['probability']:.6f}" in shown
+    assert all(text in shown for text in scores.top(3, "relative", query=None, distinct=True)["text"])
+    assert {test["prediction"] for test in scores.tests} <= {"blame", "praise"}
     assert "trainable: head" in printed(outputs)
-    assert test["text"] in (folder / "runs" / "quickstart.html").read_text()
+    report = (folder / "runs" / "quickstart.html").read_text()
+    for test in scores.tests:
+        assert f"{test['probability']:.6f}" in shown
+        assert test["text"] in report
     assert figures(outputs) == 1
 
 
@@ -158,7 +160,7 @@ def test_trust(folder):
 def test_poison(folder):
     outputs = execute("05_poison.ipynb", folder)
     corpus = pd.read_csv(folder / "runs" / "demo" / "corpus.csv", keep_default_na=False)
-    scores, shares = Scores.from_pretrained(folder / "runs" / "poison"), []
+    scores, shares = Scores.from_pretrained(folder / "runs" / "quickstart"), []
     for q, test in enumerate(scores.tests):
         planted = (corpus["kind"] == "planted") & [topic in test["text"].split() for topic in corpus["topic"]]
         first = np.argsort(-abs(scores.influence(q)), kind="stable")[:10]
