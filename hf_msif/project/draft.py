@@ -116,6 +116,8 @@ def _tokenizer(models: dict[str, Any]) -> str:
 
 def _set_columns(draft: Draft, given: argparse.Namespace, models: dict[str, Any]) -> None:
     """Columns of both tables, and the classes of the labels."""
+    from pydantic import ValidationError
+
     from . import detection
     from .schema import Data
     from .sources import load_table
@@ -124,7 +126,11 @@ def _set_columns(draft: Draft, given: argparse.Namespace, models: dict[str, Any]
     columns = {PRETRAINING: given.corpus_column, FINETUNING: given.text_column}
     for stage, flag in ((PRETRAINING, "--corpus"), (FINETUNING, "--finetuning-data")):
         settings = draft.values["stages"][stage]
-        data = Data.model_validate(settings["data"])
+        try:
+            data = Data.model_validate(settings["data"])
+        except ValidationError:
+            configuration.from_values(draft.values)  # tells it by the keys
+            raise
         try:
             table = load_table(data, data.split, flag)
         except InputError as error:

@@ -267,6 +267,10 @@ REFUSED = {
     "no class": (lambda *_: {"label": "Neutral"}, ["Neutral", "Negative"]),
     "no time": (lambda *_: {"budget": "soon"}, ["budget", "soon", "10m"]),
     "no run": (lambda *_: {"pretraining_run": "nowhere"}, ["--pretraining-run", "nowhere"]),
+    "a value out of range": (
+        lambda *_: {"overrides": [("stages.pretraining.data.max_rows", -1)]},
+        ["stages.pretraining.data.max_rows is -1", "at least 1"],
+    ),
     "an unknown key": (lambda *_: {"overrides": [("corpus.norm", "x")]}, ["corpus.norm", "corpus.norms"]),
 }
 
