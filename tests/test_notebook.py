@@ -133,13 +133,13 @@ def test_a_run_that_does_not_exist_is_an_error(folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_your_own_model(folder):
     outputs = execute("03_your_own_model.ipynb", folder)
-    runs = [Scores.from_pretrained(folder / "runs" / "own" / name) for name in ("all", "lora_explained", "segments")]
+    runs = [Scores.from_pretrained(folder / "runs" / "own" / name) for name in ("head", "lora_explained", "segments")]
     shown = tables(outputs)
     for scores in runs:
         assert all(text in shown for text in scores.top(5, "helpful", distinct=True)["text"])
     expected = pd.DataFrame({i: scores.influence() for i, scores in enumerate(runs)}).corr("spearman").round(2)
     assert all(str(value) in shown for value in expected.to_numpy()[np.triu_indices(3, 1)])
-    assert "trainable: all" in printed(outputs)
+    assert "trainable: head" in printed(outputs)
 
 
 @pytest.mark.slow
@@ -185,8 +185,9 @@ def test_committed_outputs_are_clean(name):
 def test_committed_outputs_of_poison_find_the_planted():
     """After the demo's whole training, which the other tests cut short."""
     notebook = nbformat.read(ROOT / "notebooks" / "05_poison.ipynb", as_version=4)
-    recall = {name: float(row["30"]) for name, row in lines(outputs_of(notebook), "100").items() if row.get("30")}
-    assert min(recall["influence"], recall["relative influence"]) > 2 * max(recall["BM25"], recall["TF-IDF"])
+    recall = {name: float(row["10"]) for name, row in lines(outputs_of(notebook), "100").items() if row.get("10")}
+    # A third is the most that ten of thirty can be.
+    assert min(recall["influence"], recall["relative influence"]) > 0.2 > 2 * max(recall["BM25"], recall["TF-IDF"])
 
 
 def test_the_readme_names_every_notebook():
