@@ -16,6 +16,7 @@ COLUMNS = {
     "duplicates": "how many rows have the same text or image, this row included",
     "loss": "ℓ of the row, a sum over its terms",
     "terms": "how many terms ℓ sums, such as masked words",
+    "label": "class of the row, by name, where rows have one",
     "gradient_norm": "‖∇ℓ‖ of the row",
     "self_influence": "∇ℓᵀ (A + λ)⁻¹ ∇ℓ of the row, with the stage's curvature A",
     "influence": "∂f/∂ε: how f moves per unit of weight on the row",
