@@ -191,6 +191,32 @@ def see_trained(draft: Draft, run: Run) -> None:
     draft.lines[-1] += f"; {why}"
 
 
+def tie(draft: Draft, run: Run) -> None:
+    """Gives α a number where its estimate means nothing: the one with which the tie pulls as hard as the data do.
+
+    At the end of a short finetuning the gradient does not point back to where it began, and no α explains that end.
+    α = ‖∇F‖ / (2 ‖W − W_before‖) has at least the size that the gradient asks for.
+    """
+    from ..influence.implicit import UNEXPLAINED, Implicit
+    from ..registry import CHECKS
+
+    if run.config.stages[FINETUNING].alpha != "auto":
+        return
+    differentiation = run.chain(skip_checks=list(CHECKS)).stage(FINETUNING).differentiation
+    if not isinstance(differentiation, Implicit):
+        return
+    estimate = differentiation.estimate
+    if estimate.alpha > 0 and estimate.remaining <= UNEXPLAINED:
+        return
+    alpha = float(f"{estimate.gradient_norm / (2 * estimate.distance):.3g}")
+    if draft.set(f"stages.{FINETUNING}.alpha", alpha):
+        draft.lines[-1] += (
+            f"; no α explains where it ended, so that α = {alpha:g} is taken, whose tie pulls as hard as the data: take "
+            "the ranking with care, or give its recorded run (--set stages.finetuning.link=unrolled "
+            "--set stages.finetuning.run=DIR)"
+        )
+
+
 def _only_adapters(trainable: str | list[str]) -> bool:
     return isinstance(trainable, list) and all("lora" in name or "modules_to_save" in name for name in trainable)
 

@@ -170,7 +170,8 @@ def test_an_updated_encoder_is_tied_by_alpha(folder, tmp_path):
     settings = {"run_dir": str(tmp_path / "run"), "save_config": str(tmp_path / "saved.yaml")}
     scores = explain(**asked(folder, finetuned=str(tmp_path / "finetuned"), **settings))
     stage = yaml.safe_load((tmp_path / "saved.yaml").read_text())["stages"]["finetuning"]
-    assert (stage["trainable"], stage["alpha"]) == ("all", "auto")
+    assert stage["trainable"] == "all"
+    assert stage["alpha"] > 0  # no α explains a random step: the one of the gradient's size is taken
     assert np.isfinite(scores.influence()).all()
     assert np.abs(scores.influence()).max() > 0
 

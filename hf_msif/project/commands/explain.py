@@ -122,7 +122,7 @@ def explain(
     given = argparse.Namespace(**locals())
     from ..budget import parse_budget
     from ..config import from_values
-    from ..draft import changed, fit, found, save, see_trained
+    from ..draft import changed, fit, found, save, see_trained, tie
     from ..lock import in_use
     from ..run import Run
     from ..saved_scores import saved_scores
@@ -134,6 +134,8 @@ def explain(
     seconds, draft = parse_budget(budget), found(given)
     project = Run(from_values(draft.values), progress)
     see_trained(draft, project)
+    project = changed(project, draft)
+    tie(draft, project)
     project = changed(project, draft)
     fit(draft, project, seconds)
     project = changed(project, draft)
