@@ -211,8 +211,8 @@ def tie(draft: Draft, run: Run) -> None:
     alpha = float(f"{estimate.gradient_norm / (2 * estimate.distance):.3g}")
     if draft.set(f"stages.{FINETUNING}.alpha", alpha):
         draft.lines[-1] += (
-            f"; no α explains where it ended, so that α = {alpha:g} is taken, whose tie pulls as hard as the data: take "
-            "the ranking with care, or give its recorded run (--set stages.finetuning.link=unrolled "
+            f"; no α explains where it ended, so that α = {alpha:g} is taken, whose tie pulls as hard as the data: "
+            "take the ranking with care, or give its recorded run (--set stages.finetuning.link=unrolled "
             "--set stages.finetuning.run=DIR)"
         )
 
