@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,7 @@ def _write_tables(folder: Path, data: World) -> None:
     """Writes the sentences and the labelled tweets as `msif explain` reads them."""
     tweets = [{**row, "label": CLASSES[row["label"]]} for row in data.tweets]
     for name, rows in zip(TABLES, (data.corpus, tweets), strict=True):
-        table = pd.DataFrame(rows)
-        write_atomically(folder / name, lambda part, table=table: table.to_csv(part, index=False))
+        write_atomically(folder / name, partial(pd.DataFrame(rows).to_csv, index=False))
 
 
 def _demo(folder: Path, seed: int, data: World, say: Callable, progress: bool, steps, check: bool) -> dict:
