@@ -133,12 +133,12 @@ def test_a_run_that_does_not_exist_is_an_error(folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_your_own_model(folder):
     outputs = execute("03_your_own_model.ipynb", folder)
-    runs = [Scores.from_pretrained(folder / "runs" / "own" / name) for name in ("head", "lora_explained", "segments")]
+    runs = [Scores.from_pretrained(folder / "runs" / "own" / name) for name in ("head", "lora_explained")]
     shown = tables(outputs)
     for scores in runs:
         assert all(text in shown for text in scores.top(5, "helpful", distinct=True)["text"])
     expected = pd.DataFrame({i: scores.influence() for i, scores in enumerate(runs)}).corr("spearman").round(2)
-    assert all(str(value) in shown for value in expected.to_numpy()[np.triu_indices(3, 1)])
+    assert all(str(value) in shown for value in expected.to_numpy()[np.triu_indices(2, 1)])
     assert "trainable: head" in printed(outputs)
 
 
