@@ -339,6 +339,25 @@ def new_accelerator(**settings: Any) -> Accelerator:
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))], **settings)
 
 
+@contextmanager
+def accelerate_undisturbed() -> Iterator[None]:
+    """Keeps Accelerate's state, in which every `Accelerator` of the process finds its device, as it is.
+
+    Inside, `TrainingArguments` may be made only to be read: they reset the state, and an `Accelerator` that was made
+    before is of no use afterwards.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+
+    kept = [(kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    try:
+        yield
+    finally:
+        for state, before in kept:
+            if before:
+                state.clear()
+                state.update(before)
+
+
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors moved to a device; other values stay as they are."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 
 from ..adapters.peft import has_adapters
 from ..adapters.split import decayed_names
+from ..engine.accelerated import accelerate_undisturbed
 from ..engine.files import checked_value, read_json
 from ..errors import FileError, InputError, first_line
 from .optimisers import SGD, AdamW
@@ -338,7 +339,8 @@ def _arguments(folder: Path) -> TrainingArguments | None:
         values = {key: _plain(saved[key]) for key in SETTINGS}
         # Older versions give the warm-up as a share by a setting of its own.
         values["warmup_steps"] = values["warmup_steps"] or saved.get("warmup_ratio") or 0
-        return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], **values)
+        with accelerate_undisturbed():
+            return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[], **values)
     except Exception:
         return None
 

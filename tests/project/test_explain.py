@@ -5,6 +5,7 @@ import csv
 import inspect
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -210,6 +211,29 @@ def test_a_trainers_output_folder_counts_as_its_last_checkpoint(folder, tmp_path
     found = detection.checkpoint(str(tmp_path), "--finetuned")
     assert found.source == str(tmp_path / "checkpoint-10")
     assert detection.task(found, "--finetuned", labelled=True) == "sequence-classification"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_checkpoints_of_a_trainers_run(folder, tmp_path):
+    model, tokenizer = tiny.model("bert", "masked").float(), tiny.tokenizer()
+    texts = (folder / "corpus.txt").read_text().splitlines()
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"), max_steps=6, save_steps=2, use_cpu=True, report_to=[], learning_rate=1e-3
+    )
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer)
+    data = datasets.Dataset.from_list([dict(tokenizer(text)) for text in texts])
+    trainer = transformers.Trainer(model, arguments, collator, data, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    finetuned = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run", num_labels=2)
+    finetuned.save_pretrained(tmp_path / "finetuned")
+    tokenizer.save_pretrained(tmp_path / "finetuned")
+    paths = {"pretrained": str(tmp_path / "run"), "finetuned": str(tmp_path / "finetuned"), "labels": LABELS}
+    paths |= {"pretraining_run": str(tmp_path / "run"), "run_dir": str(tmp_path / "answer")}
+    scores = explain(**asked(folder, **paths))
+    certificate = scores.metadata["certificate"]["stages"]["pretraining"]
+    assert certificate["link"] == "segments"
+    assert np.abs(scores.influence()).max() > 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,24 +133,26 @@ def explain(
 
     if report is not None:
         page.check_path(Path(report).expanduser(), "--report")
-    seconds, draft = parse_budget(budget), found(given)
-    project = Run(from_values(draft.values), progress)
-    see_trained(draft, project)
-    project = changed(project, draft)
-    tie(draft, project)
-    project = changed(project, draft)
-    fit(draft, project, seconds)
-    project = changed(project, draft)
-    if progress:
+    # Counts of rows and the like are printed for the command line.
+    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stdout(io.StringIO())
+    with quiet:
+        seconds, draft = parse_budget(budget), found(given)
+        project = Run(from_values(draft.values), progress)
+        see_trained(draft, project)
+        project = changed(project, draft)
+        tie(draft, project)
+        project = changed(project, draft)
+        fit(draft, project, seconds)
+        project = changed(project, draft)
         print("\n".join(draft.lines))
-    if save_config is not None:
-        save(draft.values, save_config)
-    goes_on = project.output("scores.parts").exists()
-    with in_use(project.folder, "msif explain"):
-        query.run(argparse.Namespace(), project)
-        score.run(argparse.Namespace(resume=goes_on, keep=None), project)
-    if report is not None:
-        page.run(argparse.Namespace(run=str(project.folder), output=str(report), stage=None, k=10))
+        if save_config is not None:
+            save(draft.values, save_config)
+        goes_on = project.output("scores.parts").exists()
+        with in_use(project.folder, "msif explain"):
+            query.run(argparse.Namespace(), project)
+            score.run(argparse.Namespace(resume=goes_on, keep=None), project)
+        if report is not None:
+            page.run(argparse.Namespace(run=str(project.folder), output=str(report), stage=None, k=10))
     return saved_scores(str(project.folder))
 
 
