@@ -183,7 +183,7 @@ ASIDE = {
 def test_test_rows_are_no_training_rows_unless_that_is_meant(make_run, overrides, expected):
     run = make_run(*overrides)
     if isinstance(expected, str):
-        for command in (run.tests, run.test_side, lambda: plan(run)):
+        for command in (run.tests, lambda: explained.side(run), lambda: plan(run)):
             with pytest.raises(InputError, match=expected):
                 command()
     else:

@@ -64,12 +64,13 @@ def _writing(folder: Path, path: Path) -> contextlib.AbstractContextManager:
     from ..lock import in_use
     from ..outputs import Outputs
 
-    check_path(path, "--output")
+    _check_ending(path, "--output")
     if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         stack = contextlib.ExitStack()
         stack.enter_context(in_use(folder, "msif report", key="--run"))
         stack.enter_context(Outputs(folder, "--output").writing([path]))
         return stack
+    check_path(path, "--output")
     return contextlib.nullcontext()
 
 
@@ -81,10 +82,14 @@ def check_path(path: Path, flag: str) -> None:
     """
     from ...reports.html import is_report
 
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{flag} is {str(path)!r}; expected the path of an HTML file, such as report.html.")
+    _check_ending(path, flag)
     if path.exists() and not is_report(path):
         raise InputError(f"{path} exists, and msif report did not write it: it would be lost; give another {flag}.")
+
+
+def _check_ending(path: Path, flag: str) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{flag} is {str(path)!r}; expected the path of an HTML file, such as report.html.")
 
 
 def render(report: dict) -> None:
