@@ -139,7 +139,7 @@ ERRORS = {
         ["--stages.finetuning.damping", "1"],
         ["unknown key 'stages.finetuning.damping'", "'stages.finetuning.solver.damping'"],
     ),
-    "a key like no other": (["--test.qqq", "1"], ["'test.qqq'", "expected one of number, ids, seed, aggregate"]),
+    "a key like no other": (["--test.qqq", "1"], ["'test.qqq'", "expected one of text, file, label, number, ids"]),
     "a key below a value": (["--run_dir.x", "1"], ["'run_dir.x'", "run_dir is runs/one, which has no keys"]),
     "unknown stage": (["--stages.pretrain.batch_size", "1"], ["no stage 'pretrain'", "['pretraining', 'finetuning']"]),
     "a stage by a flag": (["--stages.third", "{}"], ["no stage 'third'"]),
