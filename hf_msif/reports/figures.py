@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def figure(**settings):
-    """A matplotlib figure that is part of no window and of no global state.
+    """A matplotlib figure that is part of no window and of no global state; Jupyter shows it as a picture.
 
     Args:
         settings: of `matplotlib.figure.Figure`.
@@ -33,7 +33,16 @@ def figure(**settings):
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("pictures need matplotlib: pip install hf_msif[plots].") from None
-    return Figure(**settings)
+
+    class Shown(Figure):
+        """Jupyter knows how to show a plain figure only where pyplot was imported."""
+
+        def _repr_png_(self) -> bytes:
+            content = io.BytesIO()
+            self.savefig(content, format="png")
+            return content.getvalue()
+
+    return Shown(**settings)
 
 
 def picture_format(path: str | os.PathLike, key: str) -> str:
