@@ -162,7 +162,7 @@ def test_poison(folder):
     corpus = pd.read_csv(folder / "runs" / "demo" / "corpus.csv", keep_default_na=False)
     scores, shares = Scores.from_pretrained(folder / "runs" / "quickstart"), []
     for q, test in enumerate(scores.tests):
-        planted = (corpus["kind"] == "planted") & [topic in test["text"].split() for topic in corpus["topic"]]
+        planted = (corpus["kind"] == "planted") & corpus["topic"].isin(test["text"].split())
         first = np.argsort(-abs(scores.influence(q)), kind="stable")[:10]
         shares.append(planted[first].sum() / planted.sum())
     shown = float(lines(outputs, "100")["influence"]["10"])
