@@ -80,7 +80,7 @@ def test_roles(pair, wrapped):
         assert torch.equal(model.get_parameter(own), before.get_parameter(source))
     assert set(found.inherited.values()) == {n for n, _ in before.named_parameters() if n.startswith("bert.")}
     assert set(found.left_out) == {f"{prefix}classifier.original_module.{n}" for n in ("weight", "bias")}
-    assert "original_module.bias: modules_to_save.default stands in its place" in str(found)
+    assert "original_module.weight'): modules_to_save.default stands in its place" in str(found)
 
     everything = split("fine", model, before, "all")
     assert not found.held + everything.held  # PEFT sets requires_grad by rules of its own
