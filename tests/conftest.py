@@ -23,3 +23,14 @@ def trained_project(tmp_path_factory):
     path = project(tmp_path_factory.mktemp("trained"))
     assert msif("train", "--config", path, "--json") == 0
     return path
+
+
+@pytest.fixture(scope="session")
+def scored_project(trained_project, tmp_path_factory):
+    """The same after query and score: to be copied before anything is changed."""
+    from helpers.project import copied, msif
+
+    path = copied(trained_project, tmp_path_factory.mktemp("scored"))
+    for command in ("query", "score"):
+        assert msif(command, "--config", path, "--json") == 0
+    return path

@@ -348,11 +348,11 @@ def accelerate_undisturbed() -> Iterator[None]:
     """
     from accelerate.state import AcceleratorState, PartialState
 
-    kept = [(kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    states = [(kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
     try:
         yield
     finally:
-        for state, before in kept:
+        for state, before in states:
             if before:
                 state.clear()
                 state.update(before)

@@ -41,8 +41,8 @@ def pad_ids(bound: BoundStage) -> Finding:
 
 def attention(bound: BoundStage) -> Finding:
     """Whether the model's own kernel of attention gives the losses of the one that is differentiated."""
-    own = getattr(getattr(bound.stage.model, "config", None), "_attn_implementation", None)
-    if own in (None, "eager"):
+    kernel = getattr(getattr(bound.stage.model, "config", None), "_attn_implementation", None)
+    if kernel in (None, "eager"):
         return Finding("attention", "the model's own attention is differentiated")
     batch = bound.collate(bound.compared_rows)
     evaluation = Evaluation(bound.model, bound.objective, batch)
@@ -56,11 +56,12 @@ def attention(bound: BoundStage) -> Finding:
         finally:
             bound.stage.model.train(training)
     if gap <= CLOSE:
-        return Finding("attention", f"an exact kernel in the place of {own} has the same losses", gap)
+        return Finding("attention", f"an exact kernel in the place of {kernel} has the same losses", gap)
     return Finding(
         "attention",
-        f"the losses by {own} are not those of the exact kernel that is differentiated: the model was trained with an "
-        "approximation; finetune it with attn_implementation='eager', or take the scores for those of the exact one",
+        f"the losses by {kernel} are not those of the exact kernel that is differentiated: the model was trained with "
+        "an approximation; finetune it with attn_implementation='eager', or take the scores for those of the exact "
+        "one",
         gap,
     )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("text", "sentence", "tweet", "content", "document")
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "target")
 MOST_CLASSES = 1000
+ADAPTERS = ["*.lora_*", "*.modules_to_save.*"]  # what PEFT trains
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def changed(finetuned: PreTrainedModel, pretrained: PreTrainedModel) -> str | li
     from ..adapters.split import split
 
     if has_adapters(finetuned):
-        return ["*.lora_*", "*.modules_to_save.*"]
+        return ADAPTERS
     inherited = split("finetuning", finetuned, pretrained, "head", previous_stage="pretraining").inherited
     moved = set()
     for name, before in inherited.items():

@@ -183,7 +183,7 @@ def see_trained(draft: Draft, run: Run) -> None:
     seen = {"head": "every weight of the encoder is equal in both checkpoints: finetuning trained the head alone"}
     seen["all"] = "the encoder's weights differ: finetuning trained all of them, tied to the pretrained ones by α"
     why = seen.get(str(trainable)) or "finetuning trained " + ", ".join(list(trainable)[:3])
-    if trainable != "head" and not _only_adapters(trainable):
+    if trainable not in ("head", detection.ADAPTERS):
         draft.set(f"stages.{FINETUNING}.alpha", "auto")
     for stage in run.names:
         what = type(models[stage]).__name__
@@ -215,10 +215,6 @@ def tie(draft: Draft, run: Run) -> None:
             "take the ranking with care, or give its recorded run (--set stages.finetuning.link=unrolled "
             "--set stages.finetuning.run=DIR)"
         )
-
-
-def _only_adapters(trainable: str | list[str]) -> bool:
-    return isinstance(trainable, list) and all("lora" in name or "modules_to_save" in name for name in trainable)
 
 
 def changed(run: Run, draft: Draft) -> Run:

@@ -87,6 +87,13 @@ def msif(*arguments) -> int:
     return main([str(a) for a in arguments])
 
 
+def answer(capsys, *arguments) -> dict:
+    """The report of an `msif` command, as it prints it for scripts."""
+    capsys.readouterr()
+    assert msif(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def visible(text: str) -> list[str]:
     """Lines as a terminal shows them: a progress bar clears itself with carriage returns."""
     return [shown for line in text.split("\n") if (shown := re.split("\r", line)[-1].strip())]

@@ -25,19 +25,10 @@ from hf_msif.project.commands import query
 COMMANDS = ("plan", "train", "query", "score", "sweep")
 
 
-@pytest.fixture(scope="module")
-def made(trained_project, tmp_path_factory):
-    """A project that went through train, query and score; to be copied before anything is changed."""
-    path = copied(trained_project, tmp_path_factory.mktemp("made"))
-    for command in ("query", "score"):
-        assert msif(command, "--config", path, "--json") == 0
-    return path
-
-
 @pytest.fixture
-def copy(made, tmp_path):
+def copy(scored_project, tmp_path):
     """The folder of a copy, which --run_dir and data files must point to."""
-    return copied(made, tmp_path).parent
+    return copied(scored_project, tmp_path).parent
 
 
 @pytest.fixture
@@ -91,8 +82,8 @@ def test_from_plan_to_sweep(tmp_path, capsys):
     assert not list(run.glob("*.checkpoints"))
 
 
-def test_removal_effect_is_minus_influence_over_the_number_of_masked_words(made):
-    scores = Scores.from_parquet(made.parent / "run" / "scores.parquet")
+def test_removal_effect_is_minus_influence_over_the_number_of_masked_words(scored_project):
+    scores = Scores.from_parquet(scored_project.parent / "run" / "scores.parquet")
     count = scores.metadata["N"]
     assert count == scores.frame.terms.sum()
     for q in range(scores.columns):
@@ -118,8 +109,8 @@ def test_json_is_one_object_and_prose_goes_to_stderr(copy, capsys, command):
 
 
 @pytest.mark.parametrize("by", ["absolute", "harmful", "helpful"])
-def test_top_as_json_is_what_the_scores_say(made, capsys, by):
-    run = made.parent / "run"
+def test_top_as_json_is_what_the_scores_say(scored_project, capsys, by):
+    run = scored_project.parent / "run"
     assert msif("top", "--run", run, "-k", 4, "--by", by, "--json") == 0
     said = capsys.readouterr()
     report = json.loads(said.out)

@@ -5,16 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.project import listing, msif, project
+from helpers.project import answer, listing, msif, project
 
 from hf_msif import Scores
 
 PRE, FINE = "--stages.pretraining", "--stages.finetuning"
-
-
-def answer(capsys, *arguments):
-    assert msif(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def segments_project(folder):

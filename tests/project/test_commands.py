@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.project import image_project, listing, msif, project
+from helpers.project import answer, image_project, listing, msif, project
 
 from hf_msif.errors import InputError
 from hf_msif.project import config
@@ -28,12 +28,6 @@ def made(tmp_path_factory):
 def copied(made, tmp_path):
     shutil.copytree(made.parent / "run", tmp_path / "run")
     return made, "--run_dir", tmp_path / "run"
-
-
-def answer(capsys, *arguments):
-    capsys.readouterr()
-    assert msif(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.slow

@@ -1,10 +1,9 @@
 """`msif report`: the file that it writes of a run folder, its shares, and what it does not replace."""
 
-import json
 import re
 
 import pytest
-from helpers.project import copied, image_project, msif, snapshot
+from helpers.project import answer, copied, image_project, msif, snapshot
 from helpers.report import Report
 
 from hf_msif.engine import folders
@@ -12,23 +11,9 @@ from hf_msif.project.lock import in_use
 from hf_msif.scoring.scores import Scores
 
 
-@pytest.fixture(scope="module")
-def made(trained_project, tmp_path_factory):
-    path = copied(trained_project, tmp_path_factory.mktemp("made"))
-    for command in ("query", "score"):
-        assert msif(command, "--config", path, "--json") == 0
-    return path
-
-
 @pytest.fixture
-def run(made, tmp_path):
-    return copied(made, tmp_path).parent / "run"
-
-
-def answer(capsys, *arguments):
-    capsys.readouterr()
-    assert msif(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
+def run(scored_project, tmp_path):
+    return copied(scored_project, tmp_path).parent / "run"
 
 
 def refused(capsys, *arguments):
@@ -70,8 +55,8 @@ def test_without_shares_of_these_scores_nothing_is_shaded(run, capsys):
 
 
 @pytest.mark.slow
-def test_shares_follow_the_scores(made, tmp_path, capsys):
-    path = copied(made, tmp_path)
+def test_shares_follow_the_scores(scored_project, tmp_path, capsys):
+    path = copied(scored_project, tmp_path)
     run = path.parent / "run"
     assert msif("score", "--config", path, "--corpus.mask_rounds", 2) == 0
     assert msif("report", "--run", run) == 0

@@ -167,9 +167,9 @@ def run(arguments: argparse.Namespace) -> dict:
         if not equals:
             raise InputError(f"--set is {pair!r}; expected KEY=VALUE, such as --set corpus.norms=gradient.")
         overrides.append((key, value))
-    own = ("command", "json", "debug", "k", "predicted", "set", "file", "text")
-    settings = {name: value for name, value in vars(arguments).items() if name not in own}
-    scores = explain(**settings, text=arguments.text, file=arguments.file, overrides=overrides)
+    of_command = ("command", "json", "debug", "k", "predicted", "set")
+    settings = {name: value for name, value in vars(arguments).items() if name not in of_command}
+    scores = explain(**settings, overrides=overrides)
     tests = [
         {
             "test": test_line(scores, column),
