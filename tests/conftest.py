@@ -1,5 +1,7 @@
 """Settings of every test."""
 
+import os
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ pytest.register_assert_rewrite("helpers", "cases")
 
 # Threads cost such small tensors more time than they save: minutes, on a busy machine, where they wait for each other.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: notebooks, commands, launchers
 
 
 def pytest_runtest_setup(item):
