@@ -28,6 +28,7 @@ from ..scoring.noise import SAMPLE_ROWS, Noise
 from ..scoring.scorer import RowInfluence, Scorable, measure
 from ..scoring.token_scores import TermInfluence
 from .chain import BoundStage
+from .cost import Cost
 from .differentiation import Differentiation, StageCertificate, StageSolution
 from .direction import Direction, Directions
 from .sampled import drawn
@@ -203,6 +204,40 @@ def measured_noise(bound: BoundStage, scorable: Scorable) -> Noise:
     rows = first_rows(bound.rows, SAMPLE_ROWS) if isinstance(bound.rows, Stream) else bound.subset(SAMPLE_ROWS)
     with bound.model.evaluating():
         return Noise.measured(measure(scorable, rows, scorable.batch_size, None).replicates)
+
+
+def number_of_rows(bound: BoundStage) -> int:
+    """Rows of a stage; of a stream, those on which its replicates are compared."""
+    return SAMPLE_ROWS if isinstance(bound.rows, Stream) else len(bound.rows)
+
+
+def replicated(cost: Cost, replicates: int, onwards: Sequence[Differentiation], rows: int, processes: int = 1) -> Cost:
+    """The cost of a stage's replicates, and of comparing them on a sample of its rows (`measured_noise`).
+
+    Each replicate has its part of the curvature's rows where these are a sample, and all of them otherwise; its own
+    solution, and its own losses of the rows that are scored. It is `cost` itself where the stage has one replicate.
+
+    Args:
+        cost: of one replicate.
+        replicates: R of the query.
+        onwards: the stage's differentiation, and those of the stages after it.
+        rows: the number of the stage's rows.
+        processes: that share the work.
+    """
+    if replicates == 1 or not any(differentiation.draws for differentiation in onwards):
+        return cost
+    solves = 1 if onwards[0].sampled_rows is not None else replicates
+    compared = replicates * cost.score_seconds_per_row * min(rows, SAMPLE_ROWS) / processes
+    details = {**cost.details, "replicates": replicates, "compared_seconds": compared}
+    if "usual_solve_seconds" in details:
+        details["usual_solve_seconds"] = solves * details["usual_solve_seconds"] + compared
+    return replace(
+        cost,
+        solve_seconds=solves * cost.solve_seconds + compared,
+        score_seconds_per_row=replicates * cost.score_seconds_per_row,
+        vector_bytes=replicates * cost.vector_bytes,
+        details=details,
+    )
 
 
 def load(differentiation: Differentiation, tensors: dict[str, Tensor], certificate: dict[str, Any]) -> StageSolution:

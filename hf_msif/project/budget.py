@@ -6,7 +6,9 @@ Torch is not imported before something is measured, so that a flag can be checke
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..errors import InputError
 from .values import shown_text
@@ -35,19 +37,36 @@ def parse_budget(text: str) -> float:
 
 
 @dataclass(frozen=True)
+class Solve:
+    """What a stage's pull-backs take.
+
+    Attributes:
+        seconds: that are proportional to the curvature's sample; all of them where there is none.
+        samples: rows on which the curvature is estimated; None: it has none.
+        fixed_seconds: that do not depend on the sample.
+    """
+
+    seconds: float
+    samples: int | None = None
+    fixed_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Affordable:
     """What a budget of time buys.
 
     Attributes:
         rows: that are scored.
         mask_rounds: rounds of masks per row; None where rows are scored without them.
-        curvature_samples: rows on which the curvature of the ranked stage is estimated; None where it has none.
+        curvature_samples: stage → rows on which its curvature is estimated, for the stages that have such.
+        solve_seconds: what the query takes.
         seconds: what all of this takes.
     """
 
     rows: int
     mask_rounds: int | None
-    curvature_samples: int | None
+    curvature_samples: dict[str, int]
+    solve_seconds: float
     seconds: float
 
 
@@ -55,56 +74,62 @@ def within(
     budget: float,
     seconds_per_row: float,
     rows: int,
+    solves: Mapping[str, Solve] = MappingProxyType({}),
     *,
     mask_rounds: int | None = None,
-    solve_seconds: float = 0.0,
-    curvature_samples: int | None = None,
-    other_seconds: float = 0.0,
+    fewest_rows: int | None = None,
 ) -> Affordable:
     """What a query and a scoring can do within a budget of time.
 
     Everything as it is configured, if that fits; what is left buys further rounds of masks for all rows, as many as
-    `mask_rounds="auto"` takes at most. Otherwise fewer rows are scored. A solve that takes more than half of the
-    budget, and more than the scoring leaves to it, gets a smaller sample of the curvature: its time is proportional
-    to the sample.
+    `mask_rounds="auto"` takes at most. Otherwise fewer rows are scored. Solves that take more than half of the
+    budget, and more than the scoring leaves to them, get smaller samples of their curvatures, all in proportion.
 
     Args:
         budget: seconds for all of it.
         seconds_per_row: of scoring one row, with its `mask_rounds`.
         rows: that there are to score.
+        solves: stage → what its pull-backs take.
         mask_rounds: rounds of masks in `seconds_per_row`; None: rows are scored without them.
-        solve_seconds: of the pull-back through the ranked stage, as it usually takes.
-        curvature_samples: rows on which this pull-back estimates its curvature; None: it has none.
-        other_seconds: of all that does not change, such as the pull-backs through the other stages.
+        fewest_rows: that are scored, if there are as many, also where that takes longer than the budget; None: a
+            budget that is too short for one row is refused.
 
     Raises:
         InputError: the budget is too short to score one row.
 
-    >>> within(60.0, 0.01, 1000, mask_rounds=1, solve_seconds=20.0, curvature_samples=2048)
-    Affordable(rows=1000, mask_rounds=4, curvature_samples=2048, seconds=60.0)
-    >>> within(60.0, 0.01, 9000, mask_rounds=1, solve_seconds=120.0, curvature_samples=2048)
-    Affordable(rows=3000, mask_rounds=1, curvature_samples=512, seconds=60.0)
+    >>> bought = within(60.0, 0.01, 1000, {"pretraining": Solve(20.0, 2048)}, mask_rounds=1)
+    >>> bought.rows, bought.mask_rounds, bought.curvature_samples, bought.seconds
+    (1000, 4, {'pretraining': 2048}, 60.0)
+    >>> bought = within(60.0, 0.01, 9000, {"pretraining": Solve(120.0, 2048)}, mask_rounds=1)
+    >>> bought.rows, bought.mask_rounds, bought.curvature_samples, bought.seconds
+    (3000, 1, {'pretraining': 512}, 60.0)
     """
     from ..engine.progress import duration
     from ..scoring.mask_noise import MOST_ROUNDS
 
-    available = budget - other_seconds
-    solve, samples = solve_seconds, curvature_samples
-    allowed = max(available / 2, available - rows * seconds_per_row)
-    if curvature_samples is not None and solve_seconds > allowed:
-        samples = min(curvature_samples, max(FEWEST_SAMPLES, int(curvature_samples * allowed / solve_seconds)))
-        solve = solve_seconds * samples / curvature_samples
-    available -= solve
-    if available < seconds_per_row:
-        least = other_seconds + solve + seconds_per_row
+    sampled = {name: solve.samples for name, solve in solves.items() if solve.samples is not None}
+    elastic = sum(solves[name].seconds for name in sampled)
+    fixed = sum(solve.seconds + solve.fixed_seconds for solve in solves.values()) - elastic
+    available = budget - fixed
+    allowed = max(0.0, available / 2, available - rows * seconds_per_row)
+    solving = fixed
+    if elastic > allowed:
+        share = allowed / elastic
+        for name, samples in sampled.items():
+            sampled[name] = min(samples, max(FEWEST_SAMPLES, int(samples * share)))
+            solving += solves[name].seconds * sampled[name] / samples
+    else:
+        solving += elastic
+    available = budget - solving
+    if available < seconds_per_row and fewest_rows is None:
         raise InputError(
-            f"a budget of {duration(budget)} is too short to score one row; expected at least {duration(least)}, or "
-            "a configuration with fewer test rows or a cheaper solver."
+            f"a budget of {duration(budget)} is too short to score one row; expected at least "
+            f"{duration(solving + seconds_per_row)}, or a configuration with fewer test rows or a cheaper solver."
         )
-    affordable = rows if seconds_per_row <= 0 else min(rows, int(available / seconds_per_row))
+    affordable = rows if seconds_per_row <= 0 else min(rows, max(fewest_rows or 1, int(available / seconds_per_row)))
     rounds = mask_rounds
     seconds = affordable * seconds_per_row
     if mask_rounds is not None and affordable == rows and seconds > 0:
         times = max(1, min(int(available / seconds), MOST_ROUNDS // mask_rounds))
         rounds, seconds = times * mask_rounds, times * seconds
-    return Affordable(affordable, rounds, samples, other_seconds + solve + seconds)
+    return Affordable(affordable, rounds, sampled, solving, solving + seconds)

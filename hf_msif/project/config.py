@@ -394,8 +394,24 @@ def _expected(kind: Any, rules: Sequence = (), value: Any = None) -> str:
     return " ".join([text, " and ".join(bounds)]).strip()
 
 
+class _OneLine(yaml.SafeDumper):
+    """Writes line breaks of texts as escapes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_line = text.splitlines() in ([], [text])
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_line else '"')
+
+
+_OneLine.add_representer(str, _text)
+
+
 def _shown(value: Any) -> str:
-    """A value as YAML's flow style, which is what the user typed; cut where it is long."""
-    text = yaml.dump(value, Dumper=yaml.SafeDumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    """A value as YAML's flow style, which is what the user typed, in one line; cut where it is long.
+
+    >>> print(_shown(["a", "b\\nc", 1]))
+    [a, "b\\nc", 1]
+    """
+    text = yaml.dump(value, Dumper=_OneLine, default_flow_style=True, allow_unicode=True, width=10**6)
     text = text.removesuffix("\n").removesuffix("\n...")
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from . import config as configuration
-from .budget import FEWEST_SAMPLES
+from .budget import Solve, within
 from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
-SOLVING = 0.4  # share of the budget for the query, beyond which curvatures are approximated
-EKFAC_PASSES = 8  # forward passes over the rows that a fit of EK-FAC takes, and its products
+EKFAC_PASSES = 8  # forward passes over the rows that a fit of EK-FAC and its products take
 FEWEST_RANKED = 100  # rows of the corpus, whatever the budget
 HEADER = "# Written by msif explain. The same answer again: msif query --config {0}, then msif score --config {0}\n"
 
@@ -229,31 +228,41 @@ def changed(run: Run, draft: Draft) -> Run:
 
 
 def fit(draft: Draft, run: Run, budget: float) -> None:
-    """Chooses curvature and rows so that the answer is there within the budget, also if solvers need all iterations
+    """Chooses curvatures and rows so that the answer is there within the budget, also if solvers need all iterations
     that they may take."""
     from ..influence.cost import time_text
+    from ..influence.replicates import number_of_rows, replicated
+    from ..registry import CHECKS
 
-    chain, columns = run.chain(), 1 if run.aggregate else len(run.tests())
-    number = chain.number_of_replicates(run.config.test.replicates)
-    costs = {bound.name: _cost(bound, columns) for bound in chain.stages}
-    chosen = _curvatures(draft, {name: _query_seconds(cost, number) for name, cost in costs.items()}, SOLVING * budget)
-    sampled = _samples(draft, chosen, costs, SOLVING * budget)
-    solving, rows = sum(chosen.values()), len(list(run.corpus()))
-    scoring = number * rows * costs[run.ranked].score_seconds_per_row
-    approximated = [name for name in chosen if run.config.stages[name].curvature != _curvature(draft, name)]
+    # The query checks the stages.
+    chain, columns = run.chain(skip_checks=list(CHECKS)), 1 if run.aggregate else len(run.tests())
+    replicates, costs = chain.number_of_replicates(run.config.test.replicates), {}
+    for place, bound in enumerate(chain.stages):
+        onwards = [each.differentiation for each in chain.stages[place:]]
+        costs[bound.name] = replicated(_cost(bound, columns), replicates, onwards, number_of_rows(bound))
+    solves = {name: _solve(draft, name, cost) for name, cost in costs.items()}
+    approximated = _approximate(draft, solves, costs, budget / 2)
+    rows = len(list(run.corpus()))
+    bought = within(budget, costs[run.ranked].score_seconds_per_row, rows, solves, fewest_rows=FEWEST_RANKED)
+    sampled = [
+        f"{samples:,} random rows of {name}"
+        for name, samples in bought.curvature_samples.items()
+        if samples < (solves[name].samples or 0) and draft.set(f"stages.{name}.curvature_samples", samples)
+    ]
     how = "curvature: Gauss-Newton, damped by a thousandth of its largest eigenvalue (the defaults)"
     if run.config.stages[PRETRAINING].link != "implicit":
         how = f"link: {run.config.stages[PRETRAINING].link}, since the run is given"
-    if approximated:
-        how += f"; of {' and '.join(approximated)} by EK-FAC{sampled}, for the budget"
+    if approximated or sampled:
+        how += f"; of {' and '.join(approximated)} by EK-FAC" if approximated else ""
+        how += f"{'' if approximated else ';'} on {' and '.join(sampled)}" if sampled else ""
+        how += ", for the budget"
     draft.lines.append(how)
-    affordable = max(FEWEST_RANKED, int(rows * (budget - solving) / max(scoring, 1e-12)))
     ranked = f"all {rows:,} rows are ranked"
-    if affordable < rows and draft.set("corpus.sample", affordable):
-        ranked = f"{affordable:,} random rows of {rows:,} are ranked: a larger --budget ranks more"
-        scoring *= affordable / rows
+    if bought.rows < rows and draft.set("corpus.sample", bought.rows):
+        ranked = f"{bought.rows:,} random rows of {rows:,} are ranked: a larger --budget ranks more"
+    scoring = bought.seconds - bought.solve_seconds
     draft.lines.append(
-        f"time: at most {time_text(solving)} for the query and {time_text(scoring)} for the scores, of "
+        f"time: at most {time_text(bought.solve_seconds)} for the query and {time_text(scoring)} for the scores, of "
         f"{time_text(budget)}; {ranked}"
     )
 
@@ -269,39 +278,22 @@ def _cost(bound: BoundStage, columns: int) -> Cost:
     return differentiation.cost(columns)
 
 
-def _query_seconds(cost: Cost, replicates: int) -> tuple[float, float]:
-    """Seconds of all replicates' pull-backs at most, as they are configured, and by EK-FAC; inf where it has none."""
-    return replicates * cost.solve_seconds, replicates * EKFAC_PASSES * cost.details.get("forward_seconds", math.inf)
+def _solve(draft: Draft, name: str, cost: Cost) -> Solve:
+    """A stage's pull-backs at most, as they are configured, and the comparison of its replicates."""
+    samples, compared = cost.details.get("curvature_examples"), cost.details.get("compared_seconds", 0.0)
+    if f"stages.{name}.curvature_samples" in draft.fixed:
+        samples = None
+    return Solve(cost.solve_seconds - compared, None if samples is None else int(samples), compared)
 
 
-def _curvatures(draft: Draft, costs: dict[str, tuple[float, float]], allowed: float) -> dict[str, float]:
-    """Seconds of each stage's pull-backs; by EK-FAC, which reads the rows twice, the dearest first, until all fit."""
-    seconds = {name: exact for name, (exact, _) in costs.items()}
-    for name in sorted(seconds, key=seconds.__getitem__, reverse=True):
-        cheap = costs[name][1]
-        if (
-            sum(seconds.values()) > allowed
-            and cheap < seconds[name]
-            and draft.set(f"stages.{name}.curvature", "ekfac")
-        ):
-            seconds[name] = cheap
-    return seconds
-
-
-def _samples(draft: Draft, seconds: dict[str, float], costs: dict[str, Cost], allowed: float) -> str:
-    """Estimates curvatures on random rows where even EK-FAC's passes over all of them do not fit; says so, and changes
-    the seconds."""
-    share, texts = allowed / max(sum(seconds.values()), 1e-12), []
-    for name in seconds if share < 1 else ():
-        rows = max(FEWEST_SAMPLES, int(share * costs[name].details.get("curvature_examples", 0)))
-        if rows < costs[name].details.get("curvature_examples", 0) and draft.set(
-            f"stages.{name}.curvature_samples", rows
-        ):
-            seconds[name] *= rows / costs[name].details["curvature_examples"]
-            texts.append(f"{rows:,} random rows of {name}")
-    return f" on {' and '.join(texts)}" if texts else ""
-
-
-def _curvature(draft: Draft, name: str) -> str:
-    """The curvature of a stage as the draft has it."""
-    return draft.values["stages"][name].get("curvature", "gauss_newton")
+def _approximate(draft: Draft, solves: dict[str, Solve], costs: dict[str, Cost], allowed: float) -> list[str]:
+    """Takes EK-FAC, which reads the rows twice, for the dearest stages, until all solves fit; returns these stages."""
+    approximated = []
+    for name in sorted(solves, key=lambda name: solves[name].seconds, reverse=True):
+        details = costs[name].details
+        cheap = details.get("replicates", 1) * EKFAC_PASSES * details.get("forward_seconds", math.inf)
+        fits = sum(solve.seconds + solve.fixed_seconds for solve in solves.values()) <= allowed
+        if not fits and cheap < solves[name].seconds and draft.set(f"stages.{name}.curvature", "ekfac"):
+            solves[name] = replace(solves[name], seconds=cheap)
+            approximated.append(name)
+    return approximated

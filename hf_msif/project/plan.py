@@ -10,7 +10,8 @@ from ..engine.progress import duration
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..influence.cost import Cost, size_text, time_text
-from .budget import Affordable, within
+from ..influence.replicates import number_of_rows, replicated
+from .budget import Affordable, Solve, within
 from .explained import checked_part
 from .memory import available_bytes
 
@@ -60,11 +61,10 @@ def plan(run: Run, processes: int = 1, budget: float | None = None) -> dict:
         lines.append(str(summary) + ("" if trained else "\n  not trained yet: untrained weights"))
         cost = differentiations[len(costs)].cost(columns, processes, adjoints.get(bound.name))
         lines += [f"  {line}" for line in cost.text]
-        number = replicates if any(d.draws for d in differentiations[len(costs) :]) else 1
-        if number > 1:
-            cost = _replicated(cost, number, differentiations[len(costs)].sampled_rows is not None)
+        cost = replicated(cost, replicates, differentiations[len(costs) :], number_of_rows(bound), processes)
+        if "replicates" in cost.details:
             times = _usual_and_worst(cost.usual_seconds, cost.solve_seconds)
-            lines.append(f"  {number} replicates (test.replicates), for error bars: {times} in all")
+            lines.append(f"  {replicates} replicates (test.replicates), for error bars: {times} in all")
         costs[bound.name] = cost
         lines += [f"  {line}" for line in _checks(bound, cost.solve_seconds)]
     rows, counted = corpus or 1000, f"{corpus:,} rows" if corpus else "1,000 rows of the stream"
@@ -102,22 +102,6 @@ def plan(run: Run, processes: int = 1, budget: float | None = None) -> dict:
     }
 
 
-def _replicated(cost: Cost, number: int, sampled: bool) -> Cost:
-    """The cost of that many replicates: each has its part of the curvature's rows where these are a sample, and all of
-    them otherwise; its own solution, and its own losses of the rows that are scored."""
-    solves = 1 if sampled else number
-    details = dict(cost.details)
-    if "usual_solve_seconds" in details:
-        details["usual_solve_seconds"] *= solves
-    return replace(
-        cost,
-        solve_seconds=solves * cost.solve_seconds,
-        score_seconds_per_row=number * cost.score_seconds_per_row,
-        vector_bytes=number * cost.vector_bytes,
-        details=details,
-    )
-
-
 def _usual_and_worst(usual: float, worst: float) -> str:
     """Two times, or one where they are the same."""
     return time_text(worst) if usual == worst else f"usually {time_text(usual)}, at most {time_text(worst)}"
@@ -129,16 +113,14 @@ def _within(
     """What a budget buys, and the lines that tell it with the flags that spend it."""
     cost, rows = costs[bound.name], run.rows(bound.name)
     there = sys.maxsize if isinstance(rows, Stream) else len(rows)
-    samples = cost.details.get("curvature_examples")
+    solves = {name: _solve(each) for name, each in costs.items()}
     try:
         affordable = within(
             budget,
             cost.score_seconds_per_row / processes,
             there,
+            solves,
             mask_rounds=bound.stage.mask_rounds if bound.stage.has_mask_rounds else None,
-            solve_seconds=cost.usual_seconds,
-            curvature_samples=None if samples is None else int(samples),
-            other_seconds=sum(other.usual_seconds for name, other in costs.items() if name != bound.name),
         )
     except InputError as error:
         return None, [str(error)]
@@ -151,12 +133,18 @@ def _within(
         text += f" with {affordable.mask_rounds} round(s) of masks"
         if affordable.mask_rounds != (corpus.mask_rounds or bound.stage.mask_rounds):
             flags.append(f"--corpus.mask_rounds {affordable.mask_rounds}")
-    if samples is not None:
-        text += f", and a curvature on {affordable.curvature_samples:,} of {int(samples):,} rows"
-        if affordable.curvature_samples != samples:
-            flags.append(f"--stages.{bound.name}.curvature_samples {affordable.curvature_samples}")
+    for name, samples in affordable.curvature_samples.items():
+        text += f", a curvature of {name} on {samples:,} of {solves[name].samples:,} rows"
+        if samples != solves[name].samples:
+            flags.append(f"--stages.{name}.curvature_samples {samples}")
     text = f"a budget of {duration(budget)} buys {text}: {time_text(affordable.seconds)}"
     return affordable, [text, *([f"  by {' '.join(flags)}"] if flags else [])]
+
+
+def _solve(cost: Cost) -> Solve:
+    """A stage's pull-backs as they usually take, and the comparison of its replicates."""
+    samples, compared = cost.details.get("curvature_examples"), cost.details.get("compared_seconds", 0.0)
+    return Solve(cost.usual_seconds - compared, None if samples is None else int(samples), compared)
 
 
 def _checks(bound: BoundStage, solve_seconds: float) -> list[str]:

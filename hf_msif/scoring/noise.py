@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 TINY = np.finfo(float).tiny
-SAMPLE_ROWS = 512  # on which the noise is measured
+SAMPLE_ROWS = 256  # on which the noise is measured: ln se of a score is known to about 2.2 / (2 √256) = 0.07
 UNRELIABLE = 0.5
 SMALL = 0.25  # share of the rows that count as of the same, smallest size
 CERTAIN = 1e6  # degrees of freedom that stand for infinitely many

@@ -121,8 +121,8 @@ def test_a_question_has_a_folder_of_its_own(folder):
 
 def test_a_small_budget_approximates_and_takes_fewer_rows(folder, tmp_path, monkeypatch):
     settings = {"run_dir": str(tmp_path / "run"), "save_config": str(tmp_path / "saved.yaml"), "budget": "0.02s"}
-    for name in ("FEWEST_RANKED", "FEWEST_SAMPLES"):
-        monkeypatch.setattr(f"hf_msif.project.draft.{name}", 9)
+    for name in ("draft.FEWEST_RANKED", "budget.FEWEST_SAMPLES"):
+        monkeypatch.setattr(f"hf_msif.project.{name}", 9)
     scores = explain(**asked(folder, **settings))
     values = yaml.safe_load((tmp_path / "saved.yaml").read_text())
     assert len(scores) == values["corpus"]["sample"] == 9

@@ -183,7 +183,7 @@ def test_what_a_budget_buys_is_told_with_its_flags(run, monkeypatch):
     budget = ample["usual_solve_seconds"] + 3.5 * ample["score_seconds"] / 5  # fewer samples than these are not taken
     short = plan.plan(one, budget=budget)
     assert short["budget"]["rows"] == 3
-    assert short["budget"]["curvature_samples"] == rows
+    assert short["budget"]["curvature_samples"]["pretraining"] == rows
     assert "buys 3 rows scored with 1 round(s) of masks" in short["text"]
     assert "  by --corpus.sample 3" in short["text"]
     nothing = plan.plan(one, budget=1e-3)
