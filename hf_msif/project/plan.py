@@ -11,6 +11,7 @@ from ..engine.stream import Stream
 from ..errors import InputError
 from ..influence.cost import Cost, size_text, time_text
 from ..influence.replicates import number_of_rows, replicated
+from ..scoring.mask_noise import MOST_ROUNDS
 from .budget import Affordable, Solve, within
 from .explained import checked_part
 from .memory import available_bytes
@@ -68,12 +69,13 @@ def plan(run: Run, processes: int = 1, budget: float | None = None) -> dict:
         costs[bound.name] = cost
         lines += [f"  {line}" for line in _checks(bound, cost.solve_seconds)]
     rows, counted = corpus or 1000, f"{corpus:,} rows" if corpus else "1,000 rows of the stream"
-    seconds = costs[run.ranked].score_seconds_per_row / processes * rows
+    scorings, masks = _mask_rounds(run, chain.stage(run.ranked))
+    seconds = costs[run.ranked].score_seconds_per_row / processes * rows * scorings
     usual, worst = (sum(getattr(cost, name) for cost in costs.values()) for name in ("usual_seconds", "solve_seconds"))
     disk = sum(cost.vector_bytes + cost.disk_bytes for cost in costs.values())
     lines += [
         f"query, all stages: {_usual_and_worst(usual, worst)}",
-        f"scoring {counted} for {columns} column(s): {time_text(seconds)}",
+        f"scoring {counted} for {columns} column(s){masks}: {time_text(seconds)}",
         f"disk: {size_text(disk)} for the query and recorded runs, about {size_text(rows * (300 + 16 * columns))} for "
         f"the scores of {counted}",
     ]
@@ -105,6 +107,17 @@ def plan(run: Run, processes: int = 1, budget: float | None = None) -> dict:
 def _usual_and_worst(usual: float, worst: float) -> str:
     """Two times, or one where they are the same."""
     return time_text(worst) if usual == worst else f"usually {time_text(usual)}, at most {time_text(worst)}"
+
+
+def _mask_rounds(run: Run, bound: BoundStage) -> tuple[float, str]:
+    """How often a row is scored for its `corpus.mask_rounds`, in rounds of the stage, and these rounds for people."""
+    rounds = run.config.corpus.mask_rounds
+    if rounds is None or not bound.stage.has_mask_rounds:
+        return 1.0, ""
+    assert bound.stage.mask_rounds is not None
+    most = MOST_ROUNDS if rounds == "auto" else rounds
+    text = f" with {'at most ' if rounds == 'auto' else ''}{most} round(s) of masks"
+    return most / bound.stage.mask_rounds, text
 
 
 def _within(

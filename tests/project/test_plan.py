@@ -171,6 +171,16 @@ def test_the_usual_cost_stands_beside_the_worst(run):
     assert single["usual_solve_seconds"] <= single["solve_seconds"]
 
 
+@pytest.mark.parametrize(("rounds", "times", "told"), [(3, 3, "3 round(s)"), ("auto", 8, "at most 8 round(s)")])
+def test_rounds_of_masks_are_counted(run, monkeypatch, rounds, times, told):
+    reports = []
+    for one in (run(), run(("corpus.mask_rounds", rounds))):
+        counted(monkeypatch, one)
+        reports.append(plan.plan(one))
+    assert reports[1]["score_seconds"] == pytest.approx(times * reports[0]["score_seconds"])
+    assert f"column(s) with {told} of masks" in reports[1]["text"]
+
+
 def test_what_a_budget_buys_is_told_with_its_flags(run, monkeypatch):
     one = run(("corpus.sample", 5))
     counted(monkeypatch, one)  # a pass of one batch takes a second
