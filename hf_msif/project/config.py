@@ -80,9 +80,13 @@ def load(
 def override(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> None:
     """Sets (dotted key, value) pairs; a value that is text is read as YAML."""
     for key, value in overrides:
-        value = _value(value, key) if isinstance(value, str) else value
-        check_values({key: value})
-        _put(values, key, value)
+        put(values, key, _value(value, key) if isinstance(value, str) else value)
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key to a value as it is."""
+    check_values({key: value})
+    _put(values, key, value)
 
 
 def from_values(values: dict[str, Any]) -> Config:

@@ -43,7 +43,7 @@ class Draft:
         """Sets a dotted key, unless the user did; returns whether it is set so."""
         if key in self.fixed:
             return False
-        configuration.override(self.values, [(key, value)])
+        configuration.put(self.values, key, value)
         return True
 
 

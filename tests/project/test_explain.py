@@ -119,6 +119,16 @@ def test_a_question_has_a_folder_of_its_own(folder):
     assert first == third != second
 
 
+def test_what_is_found_is_taken_as_it_is(folder, tmp_path):
+    """A column may be called like a value of YAML."""
+    (tmp_path / "tweets.csv").write_text("null,true\nwe vote,Positive\nno vote,Negative\n")
+    named = {"finetuning_data": str(tmp_path / "tweets.csv"), "text_column": "null", "label_column": "true"}
+    defaults = {name: p.default for name, p in inspect.signature(explain).parameters.items()}
+    found = draft.found(argparse.Namespace(**defaults | asked(folder, **named)))
+    data = config.from_values(found.values).stages["finetuning"].data
+    assert (data.text_column, data.label_column) == ("null", "true")
+
+
 def test_a_small_budget_approximates_and_takes_fewer_rows(folder, tmp_path, monkeypatch):
     settings = {"run_dir": str(tmp_path / "run"), "save_config": str(tmp_path / "saved.yaml"), "budget": "0.02s"}
     for name in ("draft.FEWEST_RANKED", "budget.FEWEST_SAMPLES"):
