@@ -31,6 +31,7 @@ from hf_msif import InputError, MultiStageInfluence, Stage, objectives, solvers,
 from hf_msif.adapters import split
 from hf_msif.curvature import GaussNewton
 from hf_msif.objectives import Objective
+from hf_msif.objectives.next_sentence import PAIR_LOGITS
 
 SECONDS = 120  # of processor time, of one pair
 # Relative to the largest number. Models that compute parts in float32 whatever their dtype is differ by up to 1e-6.
@@ -144,7 +145,7 @@ def objective_of(pair: Pair, model: PreTrainedModel) -> Objective:
 def _task_by_output(model: PreTrainedModel) -> str:
     """ "pairs" of a model with logits for the next sentence, "replaced" of one with a logit per token, else masked."""
     output = model.eval()(input_ids=torch.tensor([tokenizer()(" ".join(WORDS[-9:]))["input_ids"]]))
-    if getattr(output, "seq_relationship_logits", None) is not None:
+    if any(getattr(output, name, None) is not None for name in PAIR_LOGITS):
         return "pairs"
     logits = getattr(output, "logits", None)
     return "replaced" if logits is not None and logits.dim() == 2 else "masked"

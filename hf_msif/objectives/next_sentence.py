@@ -1,4 +1,4 @@
-"""BERT's own pretraining: masked words, and whether the second text follows the first."""
+"""BERT's and ALBERT's own pretraining: masked words, and whether the second text follows the first."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from .classification import pair_content
 from .language import MaskedLM
 from .tokens import encode
 
+PAIR_LOGITS = ("seq_relationship_logits", "sop_logits")  # the latter of ALBERT: are the sentences in their order?
+
 
 @dataclass(frozen=True)
 class NextSentenceMaskedLM(MaskedLM):
-    """Masked LM with next-sentence prediction, as BERT was pretrained (`BertForPreTraining`).
+    """Masked LM with next-sentence prediction, as BERT was pretrained (`BertForPreTraining`), or with that of the
+    order of two sentences, as ALBERT was (`AlbertForPreTraining`).
 
     ℓ_i = (1/D) Σ_draws Σ_masked [−log p(token | masked pair) + (−log p(next | masked pair))]
 
@@ -29,8 +32,8 @@ class NextSentenceMaskedLM(MaskedLM):
 
     Args:
         text_pair_column: where the second text is.
-        next_sentence_column: where the label is: 0, the second text follows the first; 1, it does not (Hugging Face's
-            numbers).
+        next_sentence_column: where the label is: 0, the second text follows the first; 1, it does not, or precedes it
+            (Hugging Face's numbers).
 
     The other settings are those of `MaskedLM`; `chunk` is refused.
 
@@ -75,10 +78,11 @@ class NextSentenceMaskedLM(MaskedLM):
         """The masked tokens, one draw after the other, each with the next-sentence loss of its draw."""
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
         output = call(**inputs, positions=(batch["rows"], batch["columns"]))
-        words, pairs = getattr(output, "prediction_logits", None), getattr(output, "seq_relationship_logits", None)
+        words, *kinds = (getattr(output, name, None) for name in ("prediction_logits", *PAIR_LOGITS))
+        pairs = next((logits for logits in kinds if logits is not None), None)
         if words is None or pairs is None:
             raise InputError(
-                f"NextSentenceMaskedLM needs a model with prediction_logits and seq_relationship_logits, such as "
+                f"NextSentenceMaskedLM needs a model with prediction_logits and {' or '.join(PAIR_LOGITS)}, such as "
                 f"BertForPreTraining; {type(output).__name__} has not both: take MaskedLM for this model."
             )
         terms = self._masked_terms(words, batch)

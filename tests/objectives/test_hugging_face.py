@@ -135,17 +135,20 @@ def test_token_classification_is_the_mean_over_words():
 
 
 @pytest.mark.parametrize("reduction", ["token", "example"])
-def test_next_sentences_are_berts_two_means(reduction):
+@pytest.mark.parametrize(
+    ("architecture", "label"), [("bert", "next_sentence_label"), ("albert", "sentence_order_label")]
+)
+def test_next_sentences_are_the_two_means_of_pretraining(architecture, label, reduction):
     """Of rows with as many masks each, F is the sum of the mean over masked tokens and the mean over pairs."""
     text = "the vote of the great debate"
     rows = [{**row, "text": text, "text_pair": "the wall and the jobs"} for row in ROWS]
-    model = tiny.model("bert", "next sentence")
+    model = tiny.model(architecture, "next sentence")
     sums, counts, batch = evaluate(model, tiny.objective("next sentence", reduction=reduction), rows)
     labels = torch.full_like(batch["input_ids"], -100)
     labels[batch["rows"], batch["columns"]] = batch["labels"]
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
     assert batch["token_type_ids"].sum() == len(rows) * 6
-    expected = own_loss(model, **inputs, labels=labels, next_sentence_label=batch["next_sentence_labels"]).loss
+    expected = own_loss(model, **inputs, labels=labels, **{label: batch["next_sentence_labels"]}).loss
     near(sums.sum() / counts.sum(), expected)
     assert counts.tolist() == [len(batch["labels"]) / len(rows) if reduction == "token" else 1.0] * len(rows)
 
@@ -313,7 +316,7 @@ def test_classes_beyond_those_of_the_model(classes):
 
 
 def test_a_model_without_both_heads_is_refused():
-    with pytest.raises(InputError, match="prediction_logits and seq_relationship_logits"):
+    with pytest.raises(InputError, match="prediction_logits and seq_relationship_logits or sop_logits"):
         evaluate(tiny.model("bert", "masked"), tiny.objective("next sentence"))
     with pytest.raises(InputError, match="expects logits with 2 dimensions"):
         evaluate(tiny.model("bert", "masked"), tiny.objective("replaced tokens"))
