@@ -30,12 +30,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def explored(folder):
     """The outputs of the notebook that explores a run, and the scores that it shows."""
-    outputs = execute("02_explore_top_sentences.ipynb", folder)
+    by_hand = [f"explore({q}, {end!r}, 'debate')" for q in (0, 2) for end in ("most helpful", "most harmful")]
+    outputs = execute("02_explore_top_sentences.ipynb", folder, by_hand)
     return outputs, Scores.from_pretrained(folder / "runs" / "quickstart")
 
 
-def execute(name, folder):
+def execute(name, folder, more=()):
+    """The outputs of a notebook in this folder, with more cells at its end."""
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in more]
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     outputs = outputs_of(notebook)
@@ -105,6 +108,21 @@ def test_explore(explored):
     assert all(word in unshaded for word in most.split())
     assert "color-mix" in shown
     assert figures(outputs) == 1
+
+
+@pytest.mark.slow
+def test_explore_by_hand(explored):
+    outputs, scores = explored
+    assert any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in outputs)
+    found = [
+        html.unescape(o.data["text/html"]) for o in outputs if "T_explored" in o.get("data", {}).get("text/html", "")
+    ]
+    asked = [(q, by) for q in (0, 2) for by in ("helpful", "harmful")]
+    for page, (q, by) in zip(found[-len(asked) :], asked, strict=True):
+        rows = scores.top(len(scores), by, query=q, distinct=True)
+        expected = rows[rows["text"].str.contains("debate", regex=False)]["text"].head(10)
+        last_cells = re.findall(r"<td[^>]*>([^<]*)</td>\s*</tr>", page)
+        assert last_cells == expected.tolist()
 
 
 @pytest.mark.slow
