@@ -84,7 +84,14 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or first_line(error).rpartition("I/O error: ")[2]
         is_full = re.search(r"No space|too large|quota|PytorchStreamWriter|write failed", reason)
-        way_out = "free space, or write elsewhere" if is_full else "set its permissions, or write elsewhere"
+        if is_full:
+            way_out = "free space, or write elsewhere"
+        elif isinstance(error, IsADirectoryError):
+            way_out = "a folder is in its place: write elsewhere"
+        elif isinstance(error, (FileExistsError, NotADirectoryError)):
+            way_out = "a file is in the place of its folder: write elsewhere"
+        else:
+            way_out = "set its permissions, or write elsewhere"
         raise FileError(f"{path} cannot be written ({reason}): {way_out}.") from error
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from ..errors import InputError, first_line
 
@@ -113,19 +113,20 @@ def is_repo_id(source: str | os.PathLike) -> bool:
 
 @cache
 def is_reachable() -> bool:
-    """Whether a connection to the Hub can be opened. A proxy is taken for one that reaches it."""
+    """Whether a connection to the Hub, or to the proxy on the way to it, can be opened."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if getproxies():
-        return True
-    endpoint, answers = urlsplit(constants.ENDPOINT), list[bool]()
-    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    target, answers = urlsplit(constants.ENDPOINT), list[bool]()
+    proxy = getproxies().get(target.scheme) or getproxies().get("all")
+    if proxy and not proxy_bypass(target.hostname or ""):
+        target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = target.port or (443 if target.scheme == "https" else 80)
 
     def connect() -> None:
         try:
-            socket.create_connection((endpoint.hostname or "", port), timeout=SECONDS).close()
+            socket.create_connection((target.hostname or "", port), timeout=SECONDS).close()
             answers.append(True)
         except OSError:
             pass

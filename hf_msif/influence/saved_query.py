@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from ..engine.files import checked_value, load_tensors, nested_keys, read_json
@@ -27,6 +28,8 @@ AGAIN = "query again"
 class SavedStage(TypedDict):
     """What query.json holds of a stage; the differentiation adds facts of its own."""
 
+    __pydantic_config__ = ConfigDict(extra="ignore")  # type: ignore[misc]  # not that of the query
+
     solve: dict[str, Any]
     text: str
     link: str
@@ -38,6 +41,8 @@ class SavedStage(TypedDict):
 
 class SavedQuery(TypedDict):
     """What query.json holds, beside `sha256` of all of it; `tensors` is the fingerprint of query.safetensors."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]  # read by pydantic
 
     format: int
     tests: list[dict[str, Any]]

@@ -18,6 +18,7 @@ from .plugins import imported, is_dotted, parameters
 from .schema import Config, StageConfig
 from .tasks import task_of
 from .trial import built, refusal
+from .values import shortened
 
 if TYPE_CHECKING:
     from ..curvature import Curvature
@@ -92,7 +93,10 @@ def objective(config: Config, name: str, tokenizer: Any) -> Objective:
         values.setdefault("seed", config.seed)
     if "labels" in takes and stage.data.label_from == "files":
         values.setdefault("labels", list(stage.data.data_files or ()))
-    return kind(**{parameter: value for parameter, value in known.items() if parameter in takes}, **values)
+    try:
+        return kind(**{parameter: value for parameter, value in known.items() if parameter in takes}, **values)
+    except InputError as error:
+        raise InputError(f"{key}.objective: {error}") from error
 
 
 def measurement(config: Config) -> Any:
@@ -138,6 +142,12 @@ def new_config(config: Config, name: str) -> Any:
         unknown = [k for k in values if k not in known]
         if unknown:
             raise InputError(unknown_key(f"{key}.{unknown[0]}", [f"{key}.{k}" for k in sorted(known)]))
+        for label, name_of_class in (values.get("id2label") or {}).items():
+            if isinstance(name_of_class, (list, dict)):
+                raise InputError(
+                    f"{key}.id2label.{label} is {shortened(name_of_class)}; expected the name of a class, such as "
+                    "Positive."
+                )
         for setting, value in values.items():
             usual = getattr(default, setting, None)
             if type(value) is type(usual) is int and value < 0 < usual:

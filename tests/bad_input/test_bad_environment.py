@@ -186,6 +186,37 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, tmp_path):
         repository.is_reachable.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("proxies", "target"),
+    [
+        ({"https": "http://10.9.9.9:8080"}, ("10.9.9.9", 8080)),
+        ({"all": "10.9.9.9:8080"}, ("10.9.9.9", 8080)),
+        ({"https": "http://proxy.example"}, ("proxy.example", 80)),
+        ({"ftp": "http://10.9.9.9:8080"}, ("huggingface.co", 443)),
+    ],
+)
+def test_a_proxy_that_is_away_is_no_way_to_the_hub(monkeypatch, proxies, target):
+    from huggingface_hub import constants
+
+    asked = []
+
+    def connect(address, timeout):
+        asked.append(address)
+        raise OSError(111, "Connection refused")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr("socket.create_connection", connect)
+    monkeypatch.setattr(repository, "getproxies", lambda: proxies)
+    monkeypatch.setattr(repository, "proxy_bypass", lambda host: False)
+    repository.is_reachable.cache_clear()
+    try:
+        assert not repository.is_reachable()
+        assert asked == [target]
+    finally:
+        repository.is_reachable.cache_clear()
+
+
 def test_silence_keeps_a_closed_pipe_quiet():
     reader, writer = os.pipe()
     os.close(reader)

@@ -26,6 +26,7 @@ from helpers.faults import (
 from helpers.project import msif, snapshot, visible
 
 from hf_msif.engine import folders
+from hf_msif.errors import FileError
 from hf_msif.scoring.folder import FILES as FILES_OF_A_SCORING
 from hf_msif.training.trainer import last_checkpoint
 
@@ -69,6 +70,7 @@ STATES = {
     **{f"no {key} of a stage": without(*STAGE, key) for key in ("solve", "text", "N", "examples", "objective")},
     "no format": without("format"),
     "no certificate": with_value({}, *STAGE, "solve"),
+    "an unknown entry": with_value(1, "new"),
     "an unknown entry of a certificate": with_value(1, *STAGE, "solve", "new"),
     "an unknown noise": with_value({"x": 1}, *STAGE, "noise"),
     "a fingerprint less": without("depends_on", "pretraining"),
@@ -359,13 +361,26 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(scored, capfd, command, s
         assert path.name in ("query.json", "query.safetensors")
 
 
+def test_a_disk_without_room_for_a_byte_keeps_no_folder(untrained, capfd, monkeypatch):
+    def full(path, state):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raise FileError(f"{path} cannot be written (No space left on device): free space, or write elsewhere.")
+
+    monkeypatch.setattr("hf_msif.engine.folders.write_json", full)
+    assert_refused(Fault("train", ("cannot be written (No space left", "free space")), untrained, capfd)
+    assert not list((untrained / "run").glob("*.checkpoints"))
+
+
 def test_figures_where_no_file_can_be(scored, capfd):
     compare = "compare --runs FOLDER/run FOLDER/run --output"
     for output, words in {"FOLDER/run": ("--output",), "FOLDER/x.xyz": ("--output", "xyz")}.items():
         assert_refused(Fault(f"{compare} {output}", words), scored, capfd)
-    for output in ("FOLDER/corpus.txt/x.png", "FOLDER/d.png"):
+    for output, reason in {
+        "FOLDER/corpus.txt/x.png": "a file is in the place of its folder",
+        "FOLDER/d.png": "a folder is in its place",
+    }.items():
         (scored / "d.png").mkdir(exist_ok=True)
-        assert_refused(Fault(f"{compare} {output}", ("cannot be written",)), scored, capfd)
+        assert_refused(Fault(f"{compare} {output}", ("cannot be written", reason)), scored, capfd)
 
 
 # --- checkpoints of an interrupted training

@@ -30,6 +30,8 @@ SETTINGS = {
     ("vocab_size", "1e3x"): "",
     ("max_position_embeddings", "-1"): "at least 0",
     ("id2label", "word"): "",
+    ("id2label", "{0: [a, b], 1: [c]}"): "expected the name of a class",
+    ("id2label", "{0: {a: b}, 1: c}"): "expected the name of a class",
     ("pad_token_id", "word"): "",
     ("is_decoder", "word"): "",
 }
@@ -189,6 +191,19 @@ def test_a_models_folder_is_refused(scored, capfd, change, reason):
     model = "--stages.pretraining.model", "{path: FOLDER/given}", f"--{TRAINING}", "{}"
     words = ("stage 'pretraining'", "given", reason)
     assert_refused(Fault(["plan", "--run_dir", "FOLDER/other", *model], words, change), scored, capfd)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stages.finetuning.objective.labels", "[Positive]"),
+        ("stages.finetuning.objective.max_length", "1"),
+        ("stages.pretraining.objective.max_length", "2"),
+    ],
+)
+def test_what_an_objective_refuses_is_told_by_its_stage(scored, capfd, key, value):
+    stage, _, setting = key.rpartition(".")
+    assert_refused(Fault(["query", f"--{key}", value], (stage, setting, value.strip("[]"))), scored, capfd)
 
 
 def test_labels_that_the_given_head_does_not_have(scored, capfd):
