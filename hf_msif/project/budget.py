@@ -9,9 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .values import shown_text
+
+if TYPE_CHECKING:
+    from ..influence.cost import Cost
 
 SECONDS = {"h": 3600, "m": 60, "s": 1}
 BUDGET = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
@@ -49,6 +53,13 @@ class Solve:
     seconds: float
     samples: int | None = None
     fixed_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, cost: Cost, usual: bool) -> Solve:
+        """Of a stage's replicates, as they usually take or at most; their comparison depends on no sample."""
+        samples, compared = cost.details.get("curvature_examples"), cost.details.get("compared_seconds", 0.0)
+        seconds = cost.usual_seconds if usual else cost.solve_seconds
+        return cls(seconds - compared, None if samples is None else int(samples), compared)
 
 
 @dataclass(frozen=True)

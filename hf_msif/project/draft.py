@@ -240,7 +240,10 @@ def fit(draft: Draft, run: Run, budget: float) -> None:
     for place, bound in enumerate(chain.stages):
         onwards = [each.differentiation for each in chain.stages[place:]]
         costs[bound.name] = replicated(_cost(bound, columns), replicates, onwards, number_of_rows(bound))
-    solves = {name: _solve(draft, name, cost) for name, cost in costs.items()}
+    solves = {name: Solve.of(cost, usual=False) for name, cost in costs.items()}
+    for name in solves:
+        if f"stages.{name}.curvature_samples" in draft.fixed:
+            solves[name] = replace(solves[name], samples=None)
     approximated = _approximate(draft, solves, costs, budget / 2)
     rows = len(list(run.corpus()))
     bought = within(budget, costs[run.ranked].score_seconds_per_row, rows, solves, fewest_rows=FEWEST_RANKED)
@@ -276,14 +279,6 @@ def _cost(bound: BoundStage, columns: int) -> Cost:
     if isinstance(differentiation, Implicit):
         return implicit_cost(differentiation, columns, 1, None, foretell=False)
     return differentiation.cost(columns)
-
-
-def _solve(draft: Draft, name: str, cost: Cost) -> Solve:
-    """A stage's pull-backs at most, as they are configured, and the comparison of its replicates."""
-    samples, compared = cost.details.get("curvature_examples"), cost.details.get("compared_seconds", 0.0)
-    if f"stages.{name}.curvature_samples" in draft.fixed:
-        samples = None
-    return Solve(cost.solve_seconds - compared, None if samples is None else int(samples), compared)
 
 
 def _approximate(draft: Draft, solves: dict[str, Solve], costs: dict[str, Cost], allowed: float) -> list[str]:

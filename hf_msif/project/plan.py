@@ -126,7 +126,7 @@ def _within(
     """What a budget buys, and the lines that tell it with the flags that spend it."""
     cost, rows = costs[bound.name], run.rows(bound.name)
     there = sys.maxsize if isinstance(rows, Stream) else len(rows)
-    solves = {name: _solve(each) for name, each in costs.items()}
+    solves = {name: Solve.of(each, usual=True) for name, each in costs.items()}
     try:
         affordable = within(
             budget,
@@ -152,12 +152,6 @@ def _within(
             flags.append(f"--stages.{name}.curvature_samples {samples}")
     text = f"a budget of {duration(budget)} buys {text}: {time_text(affordable.seconds)}"
     return affordable, [text, *([f"  by {' '.join(flags)}"] if flags else [])]
-
-
-def _solve(cost: Cost) -> Solve:
-    """A stage's pull-backs as they usually take, and the comparison of its replicates."""
-    samples, compared = cost.details.get("curvature_examples"), cost.details.get("compared_seconds", 0.0)
-    return Solve(cost.usual_seconds - compared, None if samples is None else int(samples), compared)
 
 
 def _checks(bound: BoundStage, solve_seconds: float) -> list[str]:
