@@ -206,12 +206,9 @@ def measured_noise(bound: BoundStage, scorable: Scorable) -> Noise:
         return Noise.measured(measure(scorable, rows, scorable.batch_size, None).replicates)
 
 
-def number_of_rows(bound: BoundStage) -> int:
-    """Rows of a stage; of a stream, those on which its replicates are compared."""
-    return SAMPLE_ROWS if isinstance(bound.rows, Stream) else len(bound.rows)
-
-
-def replicated(cost: Cost, replicates: int, onwards: Sequence[Differentiation], rows: int, processes: int = 1) -> Cost:
+def replicated(
+    cost: Cost, bound: BoundStage, replicates: int, onwards: Sequence[Differentiation], processes: int = 1
+) -> Cost:
     """The cost of a stage's replicates, and of comparing them on a sample of its rows (`measured_noise`).
 
     Each replicate has its part of the curvature's rows where these are a sample, and all of them otherwise; its own
@@ -219,15 +216,16 @@ def replicated(cost: Cost, replicates: int, onwards: Sequence[Differentiation], 
 
     Args:
         cost: of one replicate.
+        bound: the stage.
         replicates: R of the query.
         onwards: the stage's differentiation, and those of the stages after it.
-        rows: the number of the stage's rows.
         processes: that share the work.
     """
     if replicates == 1 or not any(differentiation.draws for differentiation in onwards):
         return cost
     solves = 1 if onwards[0].sampled_rows is not None else replicates
-    compared = replicates * cost.score_seconds_per_row * min(rows, SAMPLE_ROWS) / processes
+    rows = SAMPLE_ROWS if isinstance(bound.rows, Stream) else min(SAMPLE_ROWS, len(bound.rows))
+    compared = replicates * cost.score_seconds_per_row * rows / processes
     details = {**cost.details, "replicates": replicates, "compared_seconds": compared}
     if "usual_solve_seconds" in details:
         details["usual_solve_seconds"] = solves * details["usual_solve_seconds"] + compared

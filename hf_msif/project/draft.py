@@ -231,7 +231,7 @@ def fit(draft: Draft, run: Run, budget: float) -> None:
     """Chooses curvatures and rows so that the answer is there within the budget, also if solvers need all iterations
     that they may take."""
     from ..influence.cost import time_text
-    from ..influence.replicates import number_of_rows, replicated
+    from ..influence.replicates import replicated
     from ..registry import CHECKS
 
     # The query checks the stages.
@@ -239,34 +239,31 @@ def fit(draft: Draft, run: Run, budget: float) -> None:
     replicates, costs = chain.number_of_replicates(run.config.test.replicates), {}
     for place, bound in enumerate(chain.stages):
         onwards = [each.differentiation for each in chain.stages[place:]]
-        costs[bound.name] = replicated(_cost(bound, columns), replicates, onwards, number_of_rows(bound))
+        costs[bound.name] = replicated(_cost(bound, columns), bound, replicates, onwards)
     solves = {name: Solve.of(cost, usual=False) for name, cost in costs.items()}
     for name in solves:
         if f"stages.{name}.curvature_samples" in draft.fixed:
             solves[name] = replace(solves[name], samples=None)
     approximated = _approximate(draft, solves, costs, budget / 2)
-    rows = len(list(run.corpus()))
-    bought = within(budget, costs[run.ranked].score_seconds_per_row, rows, solves, fewest_rows=FEWEST_RANKED)
-    sampled = [
-        f"{samples:,} random rows of {name}"
-        for name, samples in bought.curvature_samples.items()
-        if samples < (solves[name].samples or 0) and draft.set(f"stages.{name}.curvature_samples", samples)
-    ]
+    rows, per_row = len(list(run.corpus())), costs[run.ranked].score_seconds_per_row
+    bought = within(budget, per_row, rows, solves, fewest_rows=FEWEST_RANKED)
     how = "curvature: Gauss-Newton, damped by a thousandth of its largest eigenvalue (the defaults)"
     if run.config.stages[PRETRAINING].link != "implicit":
         how = f"link: {run.config.stages[PRETRAINING].link}, since the run is given"
-    if approximated or sampled:
-        how += f"; of {' and '.join(approximated)} by EK-FAC" if approximated else ""
-        how += f"{'' if approximated else ';'} on {' and '.join(sampled)}" if sampled else ""
-        how += ", for the budget"
-    draft.lines.append(how)
+    changes = [f"of {' and '.join(approximated)} by EK-FAC"] if approximated else []
+    fewer = {name: n for name, n in bought.curvature_samples.items() if n != solves[name].samples}
+    if fewer:
+        changes.append("on " + " and ".join(f"{n:,} random rows of {name}" for name, n in fewer.items()))
+    for name, n in fewer.items():
+        draft.set(f"stages.{name}.curvature_samples", n)
+    draft.lines.append(f"{how}; {' '.join(changes)}, for the budget" if changes else how)
     ranked = f"all {rows:,} rows are ranked"
     if bought.rows < rows and draft.set("corpus.sample", bought.rows):
         ranked = f"{bought.rows:,} random rows of {rows:,} are ranked: a larger --budget ranks more"
-    scoring = bought.seconds - bought.solve_seconds
+        rows = bought.rows
     draft.lines.append(
-        f"time: at most {time_text(bought.solve_seconds)} for the query and {time_text(scoring)} for the scores, of "
-        f"{time_text(budget)}; {ranked}"
+        f"time: at most {time_text(bought.solve_seconds)} for the query and {time_text(rows * per_row)} for the "
+        f"scores, of {time_text(budget)}; {ranked}"
     )
 
 

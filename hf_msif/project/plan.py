@@ -10,7 +10,7 @@ from ..engine.progress import duration
 from ..engine.stream import Stream
 from ..errors import InputError
 from ..influence.cost import Cost, size_text, time_text
-from ..influence.replicates import number_of_rows, replicated
+from ..influence.replicates import replicated
 from ..scoring.mask_noise import MOST_ROUNDS
 from .budget import Affordable, Solve, within
 from .explained import checked_part
@@ -62,7 +62,7 @@ def plan(run: Run, processes: int = 1, budget: float | None = None) -> dict:
         lines.append(str(summary) + ("" if trained else "\n  not trained yet: untrained weights"))
         cost = differentiations[len(costs)].cost(columns, processes, adjoints.get(bound.name))
         lines += [f"  {line}" for line in cost.text]
-        cost = replicated(cost, replicates, differentiations[len(costs) :], number_of_rows(bound), processes)
+        cost = replicated(cost, bound, replicates, differentiations[len(costs) :], processes)
         if "replicates" in cost.details:
             times = _usual_and_worst(cost.usual_seconds, cost.solve_seconds)
             lines.append(f"  {replicates} replicates (test.replicates), for error bars: {times} in all")

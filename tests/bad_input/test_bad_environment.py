@@ -157,33 +157,40 @@ def test_what_nobody_expected_is_one_sentence_with_its_place(scored, capfd, monk
     assert "msif top: error" not in said
 
 
-def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, tmp_path):
+@pytest.fixture
+def asked(monkeypatch):
+    """The addresses to which connections are tried, all in vain, after nothing was tried before."""
     from datasets import config
     from huggingface_hub import constants
 
     for module in (constants, config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    asked = []
+    addresses = []
 
     def connect(address, timeout):
-        asked.append(address)
+        addresses.append(address)
         time.sleep(0.01)
         raise OSError(101, "Network is unreachable")
 
     monkeypatch.setattr("socket.create_connection", connect)
     monkeypatch.setattr(repository, "getproxies", dict)
     repository.is_reachable.cache_clear()
-    try:
-        assert hub.prepare(str(tmp_path)) == str(tmp_path)
-        assert not asked
-        for _ in range(2):
-            assert hub.prepare("user/model") == "user/model"
-        assert len(asked) == 1
-        assert constants.HF_HUB_OFFLINE
-        assert config.HF_HUB_OFFLINE
-        assert "cannot be reached" in hub.reason(ValueError("not found"))
-    finally:
-        repository.is_reachable.cache_clear()
+    yield addresses
+    repository.is_reachable.cache_clear()
+
+
+def test_the_hub_is_asked_once_and_not_for_long(asked, tmp_path):
+    from datasets import config
+    from huggingface_hub import constants
+
+    assert hub.prepare(str(tmp_path)) == str(tmp_path)
+    assert not asked
+    for _ in range(2):
+        assert hub.prepare("user/model") == "user/model"
+    assert len(asked) == 1
+    assert constants.HF_HUB_OFFLINE
+    assert config.HF_HUB_OFFLINE
+    assert "cannot be reached" in hub.reason(ValueError("not found"))
 
 
 @pytest.mark.parametrize(
@@ -195,26 +202,14 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch, tmp_path):
         ({"ftp": "http://10.9.9.9:8080"}, ("huggingface.co", 443)),
     ],
 )
-def test_a_proxy_that_is_away_is_no_way_to_the_hub(monkeypatch, proxies, target):
+def test_a_proxy_that_is_away_is_no_way_to_the_hub(asked, monkeypatch, proxies, target):
     from huggingface_hub import constants
 
-    asked = []
-
-    def connect(address, timeout):
-        asked.append(address)
-        raise OSError(111, "Connection refused")
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
-    monkeypatch.setattr("socket.create_connection", connect)
     monkeypatch.setattr(repository, "getproxies", lambda: proxies)
     monkeypatch.setattr(repository, "proxy_bypass", lambda host: False)
-    repository.is_reachable.cache_clear()
-    try:
-        assert not repository.is_reachable()
-        assert asked == [target]
-    finally:
-        repository.is_reachable.cache_clear()
+    assert not repository.is_reachable()
+    assert asked == [target]
 
 
 def test_silence_keeps_a_closed_pipe_quiet():

@@ -50,6 +50,12 @@ def asked(folder, **changes):
     return {name: str(folder / path) for name, path in paths.items()} | {"text": TEXT, "progress": False} | changes
 
 
+def found(folder, **changes):
+    """The configuration that the pair tells."""
+    defaults = {name: p.default for name, p in inspect.signature(explain).parameters.items()}
+    return draft.found(argparse.Namespace(**defaults | asked(folder, **changes))).values
+
+
 @pytest.fixture(scope="module")
 def answer(folder):
     settings = {"run_dir": str(folder / "run"), "save_config": str(folder / "saved.yaml")}
@@ -113,9 +119,7 @@ def test_the_command_prints_what_was_chosen_and_both_lists(folder, tmp_path, cap
 
 
 def test_a_question_has_a_folder_of_its_own(folder):
-    defaults = {name: p.default for name, p in inspect.signature(explain).parameters.items()}
-    drafts = [draft.found(argparse.Namespace(**defaults | asked(folder, text=text))) for text in ("a", "b", "a")]
-    first, second, third = (each.values["run_dir"] for each in drafts)
+    first, second, third = (found(folder, text=text)["run_dir"] for text in ("a", "b", "a"))
     assert first == third != second
 
 
@@ -123,9 +127,7 @@ def test_what_is_found_is_taken_as_it_is(folder, tmp_path):
     """A column may be called like a value of YAML."""
     (tmp_path / "tweets.csv").write_text("null,true\nwe vote,Positive\nno vote,Negative\n")
     named = {"finetuning_data": str(tmp_path / "tweets.csv"), "text_column": "null", "label_column": "true"}
-    defaults = {name: p.default for name, p in inspect.signature(explain).parameters.items()}
-    found = draft.found(argparse.Namespace(**defaults | asked(folder, **named)))
-    data = config.from_values(found.values).stages["finetuning"].data
+    data = config.from_values(found(folder, **named)).stages["finetuning"].data
     assert (data.text_column, data.label_column) == ("null", "true")
 
 
