@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
     """Lets `write` fill a temporary file beside `path`, and renames it to `path` when it is complete and on the disk.
 
     A crash or a power cut never damages an older file at `path`. Each process has a temporary file of its own, so
-    processes may write the same path. If `write` raises, the temporary file is removed and `path` is unchanged.
+    processes may write the same path. If `write` raises, the temporary file is removed and `path` is unchanged; a
+    folder that was made for it goes, too.
 
     Raises:
         FileError: the disk is full, or something else keeps the file from being written.
@@ -48,6 +49,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with disk_errors(path):
+        is_new = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(part)
@@ -58,6 +60,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
             _sync(path.parent)
         finally:
             part.unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # it holds the file
+                    path.parent.rmdir()
 
 
 # What the writers of other libraries say of a full disk, which they do not report as an `OSError`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -91,14 +91,7 @@ def read_marker(folder: Path) -> Marker | None:
 def write_marker(folder: Path, kind: str, names: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
     """Says of a folder, which is made if needed, what the library writes there. Other files in it are not touched."""
     state = {"format": FORMAT, "kind": kind, "names": list(names), "facts": dict(facts or {})}
-    is_new = not folder.exists()
-    try:
-        write_json(folder / MARKER, state)
-    except BaseException:
-        if is_new:  # a folder without a marker would be nobody's
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+    write_json(folder / MARKER, state)
 
 
 def add_names(folder: Path, kind: str, names: Sequence[str]) -> None:

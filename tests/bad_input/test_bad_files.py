@@ -26,7 +26,6 @@ from helpers.faults import (
 from helpers.project import msif, snapshot, visible
 
 from hf_msif.engine import folders
-from hf_msif.errors import FileError
 from hf_msif.scoring.folder import FILES as FILES_OF_A_SCORING
 from hf_msif.training.trainer import last_checkpoint
 
@@ -362,11 +361,10 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(scored, capfd, command, s
 
 
 def test_a_disk_without_room_for_a_byte_keeps_no_folder(untrained, capfd, monkeypatch):
-    def full(path, state):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        raise FileError(f"{path} cannot be written (No space left on device): free space, or write elsewhere.")
+    def full(path):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_msif.engine.folders.write_json", full)
+    monkeypatch.setattr("hf_msif.engine.files._sync", full)
     assert_refused(Fault("train", ("cannot be written (No space left", "free space")), untrained, capfd)
     assert not list((untrained / "run").glob("*.checkpoints"))
 
