@@ -145,7 +145,9 @@ class EKFAC(Curvature):
     def _fitted(self) -> dict[str, KroneckerBlock]:
         if not self.count:
             raise InputError(f"none of the {self.examples} rows of the curvature has a term to predict: add rows.")
+        started = time.perf_counter()
         fitted = {name: shape.block(self.parameters[name]) for name, shape in self._shapes.items()}
+        looked = time.perf_counter() - started  # at the layers
         self._pass(self._basis_rows(), fitted, KroneckerBlock.add_moments, "EK-FAC: bases")
         sides = [(b, side) for b in fitted.values() for side in ("left", "right") if getattr(b, side) is not None]
         started = time.perf_counter()
@@ -160,7 +162,7 @@ class EKFAC(Curvature):
                 setattr(block, side, block.eigenvalues.new_zeros(moments.shape))
         for block, side in sides:  # each process has decomposed its share of them
             setattr(block, side, self.engine.all_reduce(getattr(block, side)))
-        self.fixed_seconds = time.perf_counter() - started
+        self.fixed_seconds = looked + time.perf_counter() - started
         for block in fitted.values():
             block.begin()
         self._pass(self.rows, fitted, KroneckerBlock.add_squares, "EK-FAC: eigenvalues")

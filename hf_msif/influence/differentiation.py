@@ -15,7 +15,7 @@ from ..engine import Engine
 from ..engine.checkpoints import Checkpoint
 from ..errors import InputError
 from ..objectives import Objective
-from ..scoring.scorer import RowInfluence
+from ..scoring.scorable import RowInfluence
 from ..training.polish import PolishReport
 from ..vectors import Block
 from .cost import Cost

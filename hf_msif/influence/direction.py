@@ -21,7 +21,7 @@ from ..curvature.norms import Metric
 from ..errors import InputError
 from ..objectives import Objective
 from ..scoring.layerwise import Layerwise
-from ..scoring.scorer import RowInfluence
+from ..scoring.scorable import RowInfluence
 from ..scoring.token_scores import TermInfluence
 from ..vectors import Block
 from .differentiation import NamedTensors, StageCertificate

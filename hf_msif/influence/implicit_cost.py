@@ -19,14 +19,16 @@ from ..solvers.forecast import STEPS, Forecast, can_forecast, forecast
 from ..vectors import Block
 from .cost import Cost, activation_bytes, attended, best_seconds, size_text, time_text
 
+GRADIENT_PASSES = 3  # forward passes that the gradient of the certificate takes
 FORECAST_SECONDS = 60.0  # of the Lanczos run of a forecast; fewer rows are taken where it would take longer
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Seconds on one process, over all curvature rows."""
+    """Seconds on one process, over all curvature rows; those that are `fixed` do not grow with the rows."""
 
     forward: float
+    fixed: float
     first_product: float
     product: float
     score_per_row: float
@@ -40,31 +42,32 @@ class Passes:
 
 
 # `Any` stands for `implicit.Implicit`, whose module imports this one.
-def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | None, foretell: bool = True) -> Cost:
+def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | None, brief: bool = False) -> Cost:
     """What a pull-back of Q = `columns` columns takes on each process.
 
     A product is timed on one batch of medium length, and scaled to a pass over all curvature rows by the ratio of the
     forward passes. The first product is timed apart: later ones find outputs of frozen modules in the memo. How many
     products the solver will take is foretold by its first `STEPS` iterations at `adjoint`, or at the gradients of rows
-    where that is None; on all curvature rows, or on as many as `FORECAST_SECONDS` allow. Without `foretell` it is not:
-    a few batches are all that is read.
+    where that is None; on all curvature rows, or on as many as `FORECAST_SECONDS` allow. A `brief` cost has times
+    alone, for all products that the solver may take: nothing is foretold, and the memory of a batch is not measured.
     """
     bound, (solver, why) = implicit.bound, implicit.solver_for(columns)
     examples = curvature_examples(implicit)
-    passes = measure(implicit, columns, examples)
+    passes = measure(implicit, columns, examples, memory=not brief)
     parameters = implicit.operator_parameters
     size = sum(p.numel() for p in parameters.values())
     worst = usual = solver.products(size, columns)
     damping = implicit.training_damping
     if damping is not None:
         damping = damping.compared(implicit.in_coordinates(implicit.curvature(_few_rows(implicit, examples))), solver)
-    found, rows = _forecast(implicit, solver, passes, columns, examples, adjoint) if foretell else (None, 0)
+    found, rows = _forecast(implicit, solver, passes, columns, examples, adjoint) if not brief else (None, 0)
     if found is not None:
         before = worst - found.most  # of `Solver.init`
         usual, worst = before + max(found.usual), before + found.worst
     mixed_seconds = passes.forward * (3 + 4 * columns) if bound.split.frozen else 0.0  # derivatives.hessian_product
     extra = passes.first_product - passes.product if worst else 0.0
-    solve, at_most = ((n * passes.product + extra + mixed_seconds) / processes for n in (usual, worst))
+    extra += mixed_seconds + GRADIENT_PASSES * passes.forward
+    solve, at_most = ((n * passes.product + extra) / processes for n in (usual, worst))
     solver_bytes, model_bytes = implicit.solver_bytes(columns, processes), vectors.nbytes(bound.model.parameters)
     held_memo = passes.held_memo if worst else 0
     foretold = "" if found is None else f"usually {usual:,} products, {time_text(solve)}, judging by its first {STEPS}"
@@ -93,6 +96,7 @@ def implicit_cost(implicit: Any, columns: int, processes: int, adjoint: Block | 
         details={
             "forward_seconds": passes.forward / processes,
             "curvature_examples": examples,
+            "fixed_seconds": passes.fixed / processes,
             "first_product_seconds": passes.first_product / processes,
             "product_seconds": passes.product / processes,
             "products": worst,
@@ -126,8 +130,9 @@ def _few_rows(implicit: Any, examples: int) -> list[dict]:
     return _some_rows(implicit, min(4 * implicit.bound.batch_size, examples))
 
 
-def measure(implicit: Any, columns: int, examples: int) -> Passes:
-    """Times on at most four batches, scaled to all curvature rows."""
+def measure(implicit: Any, columns: int, examples: int, memory: bool = True) -> Passes:
+    """Times on at most four batches, scaled to all curvature rows; without `memory`, a batch's activations count as
+    nothing."""
     from .differentiation import DirectCertificate
 
     bound = implicit.bound
@@ -151,15 +156,17 @@ def measure(implicit: Any, columns: int, examples: int) -> Passes:
     memo = sum(memo_bytes(e.memo or {}) for e in operator.evaluations) / len(indices) * examples
     later = best_seconds(operator.matvec, v) if memo or first < 0.2 else first
     memo_share = min(1.0, MEMO_BYTES / memo) if memo else 0.0
+    fixed = operator.fixed_seconds
     if operator.holds_batches:
         later_seconds = later * forward / batch_seconds
         first_seconds = first * forward / batch_seconds if memo else later_seconds
         product = memo_share * later_seconds + (1 - memo_share) * first_seconds
     else:  # the first product fits the curvature, and later ones read no row
-        fixed, product = operator.fixed_seconds, best_seconds(operator.matvec, v)
+        product = best_seconds(operator.matvec, v)
         first_seconds = max(0.0, first - product - fixed) * forward / batch_seconds + fixed + product
     return Passes(
         forward=forward,
+        fixed=fixed,
         first_product=first_seconds,
         product=product,
         score_per_row=scored * forward / examples,
@@ -167,7 +174,7 @@ def measure(implicit: Any, columns: int, examples: int) -> Passes:
         how=scorer.how,
         copied_bytes=scorer.copied_bytes,
         held_memo=int(memo_share * memo),
-        activations=activation_bytes(implicit.curvature([rows[i] for i in widest]), columns),
+        activations=activation_bytes(implicit.curvature([rows[i] for i in widest]), columns) if memory else 0,
         curvature_bytes=operator.held_bytes(),
         approximations=operator.approximations(),
     )

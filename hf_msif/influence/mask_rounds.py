@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..engine.hashing import describe
 from ..errors import InputError
 from ..objectives import Objective
 from ..scoring.mask_noise import MaskNoise
-from ..scoring.scorer import Scorable
+from ..scoring.scorable import Scorable
 from .chain import BoundStage
 from .differentiation import StageSolution
 from .direction import Direction, Directions
@@ -50,9 +51,7 @@ def with_mask_rounds(
     changed, _ = in_rounds(scorable, bound, solution, number)
     metadata = {**scorable.metadata, "objective": describe(changed.objective), "mask_rounds": number}
     if scorable.noise is not None:
-        scatter = measured_noise(bound, changed)
-        changed = replace(changed, noise=scatter)
-        metadata |= {"noise": scatter.to_dict(), "noise_text": str(scatter)}
+        changed = replace(changed, noise=partial(measured_noise, bound, changed))
     if noise is not None:
         metadata["mask_noise"] = noise.tell(one_round.inputs_per_row, bound.engine.is_main)
     return replace(changed, metadata=metadata, identity=lambda: {**scorable.identity(), "the rounds of masks": number})

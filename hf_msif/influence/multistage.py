@@ -95,6 +95,7 @@ class MultiStageInfluence(Chain):
         checkpoints: str | os.PathLike | None = None,
         replicates: int | Literal["auto"] = "auto",
         measurement: Any = "loss",
+        compare: bool = True,
     ) -> Query:
         """Pulls the loss of test examples (or another measurement of them) back through all stages: one pull-back per
         stage, however large the corpus.
@@ -113,6 +114,8 @@ class MultiStageInfluence(Chain):
                 `measurements.LogProbability("predicted")` or of any class, `LogitMargin` likewise,
                 `SpanLogProbability("some words")` of a language model; or a function (call, batch) → (B,). Influences
                 have its sign: positive means that more of a row raises f.
+            compare: compare the replicates of each stage on 256 of its rows, for `Query.noise`. Where the rows are
+                scored at once, False saves that: `Query.score` compares them on rows that it scores anyway.
 
         Returns:
             A `Query`: the solution of every stage with its certificate.
@@ -162,7 +165,8 @@ class MultiStageInfluence(Chain):
         solutions = {b.name: joined(*zip(*each, strict=True)) for b, each in reversed(by_stage.items())}
         query = Query(solutions, rows, losses, aggregate, self, measurement=str(explained), values=values)
         query.predictions = predictions(self.stages[-1], rows)
-        query.measure_noise()
+        for name in solutions if compare else ():
+            query.noise(name)
         self._forget(opened.values())
         return query
 

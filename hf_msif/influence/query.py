@@ -20,7 +20,8 @@ from ..registry import REPORTS, registered
 from ..scoring.layer_scores import layer_scores, layers_of
 from ..scoring.noise import Noise
 from ..scoring.orders import columns_of
-from ..scoring.scorer import Scorable, score
+from ..scoring.scorable import Scorable
+from ..scoring.scorer import score
 from ..scoring.scores import Scores
 from ..scoring.shortlist import shortlist
 from ..scoring.token_scores import token_scores
@@ -92,11 +93,14 @@ class Query(Displayed):
     def noise(self, stage: str | None = None) -> Noise | None:
         """How the replicates of a stage's ranking scatter, and its reliability; None where there is one replicate.
 
+        Where the query did not compare them, all processes do so together now, on `SAMPLE_ROWS` random rows of the
+        stage (the first ones of a stream).
+
         Args:
             stage: name of the stage whose rows are ranked; defaults to the first.
         """
-        facts = self.facts[self.chain.stage(stage).name].get("noise")
-        return None if facts is None else Noise.from_dict(facts)
+        bound = self.chain.stage(stage)
+        return self._compared(bound) if self._has_replicates(bound) else None
 
     def noise_text(self, stage: str | None = None) -> str:
         """One sentence on the sampling noise of a stage's ranking; it begins with its reliability where that is known.
@@ -104,9 +108,12 @@ class Query(Displayed):
         Args:
             stage: name of the stage whose rows are ranked; defaults to the first.
         """
-        noise, bound = self.noise(stage), self.chain.stage(stage)
-        if noise is not None:
-            return str(noise)
+        bound = self.chain.stage(stage)
+        if self._has_replicates(bound):
+            is_known = self.facts[bound.name].get("noise") is not None
+            return (
+                str(self.noise(stage)) if is_known else "replicates that are not compared yet: query.noise() does it"
+            )
         onwards = self.chain.stages[self.chain.stages.index(bound) :]
         if any(each.differentiation.draws for each in onwards):
             return (
@@ -114,13 +121,15 @@ class Query(Displayed):
             )
         return "no sampling noise: no masks are drawn, and no curvature is estimated on a sample"
 
-    def measure_noise(self) -> None:
-        """Scores `SAMPLE_ROWS` random rows of each stage that has replicates, the first ones of a stream."""
-        for bound in self.chain.stages:
-            if not isinstance(self.solutions.get(bound.name), Replicates):
-                continue
-            scorable = self._scorable(bound, self._solution(bound, "auto"))
-            self.facts[bound.name]["noise"] = measured_noise(bound, scorable).to_dict()
+    def _compared(self, bound: BoundStage) -> Noise:
+        """How the replicates of a stage scatter."""
+        facts = self.facts[bound.name]
+        if facts.get("noise") is None:
+            facts["noise"] = measured_noise(bound, self._scorable(bound, self._solution(bound, "auto"))).to_dict()
+        return Noise.from_dict(facts["noise"])
+
+    def _has_replicates(self, bound: BoundStage) -> bool:
+        return isinstance(self.solutions.get(bound.name), Replicates)
 
     @property
     def plain_tests(self) -> list[dict]:
@@ -301,7 +310,7 @@ class Query(Displayed):
     def _scorable(self, bound: BoundStage, solution: StageSolution, norms: tuple[str, ...] = ()) -> Scorable:
         count = self.facts[bound.name]["N"]
         first = bound is self.chain.stages[0]
-        objective, noise = bound.objective, self.noise(bound.name)
+        objective = bound.objective
         return Scorable(
             stage=bound.name,
             file_name="scores.parquet" if first else f"scores-{bound.name}.parquet",
@@ -320,11 +329,12 @@ class Query(Displayed):
                 "certificate": self.certificate(),
                 "measurement": self.measurement,
                 "tests": self.tests,
-                "noise": None if noise is None else noise.to_dict(),
+                "noise": None,
                 "noise_text": self.noise_text(bound.name),
             },
             identity=partial(self._identity, bound),
-            noise=noise,
+            noise=partial(self._compared, bound) if self._has_replicates(bound) else None,
+            seed=bound.stage.seed,
             norms=norms,
         )
 

@@ -25,7 +25,7 @@ from ..engine.files import flat_keys, nested_keys
 from ..engine.stream import Stream
 from ..objectives import Objective
 from ..scoring.noise import SAMPLE_ROWS, Noise
-from ..scoring.scorer import RowInfluence, Scorable, measure
+from ..scoring.scorable import RowInfluence, Scorable, measure
 from ..scoring.token_scores import TermInfluence
 from .chain import BoundStage
 from .cost import Cost
@@ -202,12 +202,18 @@ def measured_noise(bound: BoundStage, scorable: Scorable) -> Noise:
         scorable: its question, whose solution has replicates.
     """
     rows = first_rows(bound.rows, SAMPLE_ROWS) if isinstance(bound.rows, Stream) else bound.subset(SAMPLE_ROWS)
-    with bound.model.evaluating():
-        return Noise.measured(measure(scorable, rows, scorable.batch_size, None).replicates)
+    progress = bound.engine.bar(total=len(rows), desc=f"comparing the replicates of {bound.name}", unit=" rows")
+    with bound.model.evaluating(), progress as bar:
+        return Noise.measured(measure(scorable, rows, scorable.batch_size, None, bar).replicates)
 
 
 def replicated(
-    cost: Cost, bound: BoundStage, replicates: int, onwards: Sequence[Differentiation], processes: int = 1
+    cost: Cost,
+    bound: BoundStage,
+    replicates: int,
+    onwards: Sequence[Differentiation],
+    processes: int = 1,
+    compare: bool = True,
 ) -> Cost:
     """The cost of a stage's replicates, and of comparing them on a sample of its rows (`measured_noise`).
 
@@ -220,18 +226,22 @@ def replicated(
         replicates: R of the query.
         onwards: the stage's differentiation, and those of the stages after it.
         processes: that share the work.
+        compare: whether the query compares them.
     """
     if replicates == 1 or not any(differentiation.draws for differentiation in onwards):
         return cost
-    solves = 1 if onwards[0].sampled_rows is not None else replicates
-    rows = SAMPLE_ROWS if isinstance(bound.rows, Stream) else min(SAMPLE_ROWS, len(bound.rows))
-    compared = replicates * cost.score_seconds_per_row * rows / processes
-    details = {**cost.details, "replicates": replicates, "compared_seconds": compared}
+    each = 1 if onwards[0].sampled_rows is not None else replicates
+    before, compared = cost.details.get("fixed_seconds", 0.0), 0.0
+    if compare:
+        rows = SAMPLE_ROWS if isinstance(bound.rows, Stream) else min(SAMPLE_ROWS, len(bound.rows))
+        compared = replicates * cost.score_seconds_per_row * rows / processes
+    fixed = replicates * before + compared
+    details = {**cost.details, "replicates": replicates, "fixed_seconds": fixed}
     if "usual_solve_seconds" in details:
-        details["usual_solve_seconds"] = solves * details["usual_solve_seconds"] + compared
+        details["usual_solve_seconds"] = each * (details["usual_solve_seconds"] - before) + fixed
     return replace(
         cost,
-        solve_seconds=solves * cost.solve_seconds + compared,
+        solve_seconds=each * (cost.solve_seconds - before) + fixed,
         score_seconds_per_row=replicates * cost.score_seconds_per_row,
         vector_bytes=replicates * cost.vector_bytes,
         details=details,

@@ -28,7 +28,7 @@ from ..engine.checkpoints import Checkpoint
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError
-from ..scoring.scorer import RowInfluence
+from ..scoring.scorable import RowInfluence
 from ..training.optimisers import start
 from ..training.polish import PolishReport
 from ..training.record import compose, rerun

@@ -56,10 +56,10 @@ class Solve:
 
     @classmethod
     def of(cls, cost: Cost, usual: bool) -> Solve:
-        """Of a stage's replicates, as they usually take or at most; their comparison depends on no sample."""
-        samples, compared = cost.details.get("curvature_examples"), cost.details.get("compared_seconds", 0.0)
+        """Of a stage's replicates, as they usually take or at most."""
+        samples, fixed = cost.details.get("curvature_examples"), cost.details.get("fixed_seconds", 0.0)
         seconds = cost.usual_seconds if usual else cost.solve_seconds
-        return cls(seconds - compared, None if samples is None else int(samples), compared)
+        return cls(seconds - fixed, None if samples is None else int(samples), fixed)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict
 
 from ..errors import InputError
 from . import config as configuration
@@ -15,12 +20,12 @@ from .budget import Solve, within
 from .values import LONGEST_PATH, shown_text
 
 if TYPE_CHECKING:
-    from ..influence.chain import BoundStage
     from ..influence.cost import Cost
     from .run import Run
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
 EKFAC_PASSES = 8  # forward passes over the rows that a fit of EK-FAC and its products take
+CHOICES = "explain.json"
 FEWEST_RANKED = 100  # rows of the corpus, whatever the budget
 HEADER = "# Written by msif explain. The same answer again: msif query --config {0}, then msif score --config {0}\n"
 
@@ -45,6 +50,24 @@ class Draft:
             return False
         configuration.put(self.values, key, value)
         return True
+
+
+@dataclass
+class Clock:
+    """A budget of time for everything since `started`, both in seconds (`time.perf_counter`)."""
+
+    budget: float
+    started: float
+
+    @property
+    def spent(self) -> float:
+        """Seconds until now."""
+        return time.perf_counter() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds from now; negative where more is spent than the budget."""
+        return self.budget - self.spent
 
 
 def save(values: dict[str, Any], path: str | os.PathLike) -> None:
@@ -91,14 +114,15 @@ def found(given: argparse.Namespace) -> Draft:
     if given.pretraining_run is not None:
         _set_run(draft, given.pretraining_run)
     if given.run_dir is None:
-        draft.set("run_dir", f"runs/explain/{_digest(draft.values)}")
+        draft.set("run_dir", f"runs/explain/{question(draft, given.budget)[:12]}")
     return draft
 
 
-def _digest(values: dict[str, Any]) -> str:
+def question(draft: Draft, budget: str) -> str:
+    """SHA-256 of what was found, and of the budget: with the same it goes on with the same choices."""
     from ..engine.hashing import digest
 
-    return digest(values)[:12]
+    return digest([draft.values, budget])
 
 
 def _tokenizer(models: dict[str, Any]) -> str:
@@ -227,26 +251,23 @@ def changed(run: Run, draft: Draft) -> Run:
 # --- what is chosen
 
 
-def fit(draft: Draft, run: Run, budget: float) -> None:
-    """Chooses curvatures and rows so that the answer is there within the budget, also if solvers need all iterations
-    that they may take."""
-    from ..influence.cost import time_text
-    from ..influence.replicates import replicated
-    from ..registry import CHECKS
+def choose_curvatures(draft: Draft, run: Run, clock: Clock) -> float:
+    """Chooses curvatures, and the rows that tell them, so that the query takes no more than half of the time that is
+    left, if there are enough rows to fill the other half, also if solvers need all iterations that they may take.
 
-    # The query checks the stages.
-    chain, columns = run.chain(skip_checks=list(CHECKS)), 1 if run.aggregate else len(run.tests())
-    replicates, costs = chain.number_of_replicates(run.config.test.replicates), {}
-    for place, bound in enumerate(chain.stages):
-        onwards = [each.differentiation for each in chain.stages[place:]]
-        costs[bound.name] = replicated(_cost(bound, columns), bound, replicates, onwards)
+    Returns:
+        Seconds that scoring one row will take.
+    """
+    from ..influence.cost import time_text
+
+    costs = _costs(run)
     solves = {name: Solve.of(cost, usual=False) for name, cost in costs.items()}
     for name in solves:
         if f"stages.{name}.curvature_samples" in draft.fixed:
             solves[name] = replace(solves[name], samples=None)
-    approximated = _approximate(draft, solves, costs, budget / 2)
+    approximated = _approximate(draft, solves, costs, clock.left / 2)
     rows, per_row = len(list(run.corpus())), costs[run.ranked].score_seconds_per_row
-    bought = within(budget, per_row, rows, solves, fewest_rows=FEWEST_RANKED)
+    bought = within(clock.left, per_row, rows, solves, fewest_rows=FEWEST_RANKED)
     how = "curvature: Gauss-Newton, damped by a thousandth of its largest eigenvalue (the defaults)"
     if run.config.stages[PRETRAINING].link != "implicit":
         how = f"link: {run.config.stages[PRETRAINING].link}, since the run is given"
@@ -257,25 +278,43 @@ def fit(draft: Draft, run: Run, budget: float) -> None:
     for name, n in fewer.items():
         draft.set(f"stages.{name}.curvature_samples", n)
     draft.lines.append(f"{how}; {' '.join(changes)}, for the budget" if changes else how)
-    ranked = f"all {rows:,} rows are ranked"
-    if bought.rows < rows and draft.set("corpus.sample", bought.rows):
-        ranked = f"{bought.rows:,} random rows of {rows:,} are ranked: a larger --budget ranks more"
-        rows = bought.rows
     draft.lines.append(
-        f"time: at most {time_text(bought.solve_seconds)} for the query and {time_text(rows * per_row)} for the "
-        f"scores, of {time_text(budget)}; {ranked}"
+        f"time: {time_text(clock.spent)} until here, {time_text(bought.solve_seconds)} for the query, and the rest of "
+        f"{time_text(clock.budget)} for the scores; all {rows:,} rows take {time_text(rows * per_row)}"
     )
+    return per_row
 
 
-def _cost(bound: BoundStage, columns: int) -> Cost:
-    """What differentiating a stage costs, by a few batches."""
+def choose_rows(draft: Draft, run: Run, clock: Clock, seconds_per_row: float) -> None:
+    """Chooses how many rows are ranked, in the time that the query left."""
+    from ..influence.cost import time_text
+
+    rows = len(list(run.corpus()))
+    bought = within(clock.left, seconds_per_row, rows, fewest_rows=FEWEST_RANKED).rows
+    text = f"all {rows:,} rows are ranked"
+    if bought < rows and draft.set("corpus.sample", bought):
+        text, rows = f"{bought:,} random rows of {rows:,} are ranked (a larger --budget ranks more)", bought
+    draft.lines.append(f"{text}, in {time_text(rows * seconds_per_row)}, after {time_text(clock.spent)}")
+
+
+def _costs(run: Run) -> dict[str, Cost]:
+    """What differentiating each stage costs, by a few batches."""
     from ..influence.implicit import Implicit
     from ..influence.implicit_cost import implicit_cost
+    from ..influence.replicates import replicated
+    from ..registry import CHECKS
 
-    differentiation = bound.differentiation
-    if isinstance(differentiation, Implicit):
-        return implicit_cost(differentiation, columns, 1, None, foretell=False)
-    return differentiation.cost(columns)
+    # The query checks the stages.
+    chain, columns = run.chain(skip_checks=list(CHECKS)), 1 if run.aggregate else len(run.tests())
+    replicates, costs = chain.number_of_replicates(run.config.test.replicates), {}
+    for place, bound in enumerate(chain.stages):
+        differentiation, onwards = bound.differentiation, [each.differentiation for each in chain.stages[place:]]
+        if isinstance(differentiation, Implicit):
+            cost = implicit_cost(differentiation, columns, 1, None, brief=True)
+        else:
+            cost = differentiation.cost(columns)
+        costs[bound.name] = replicated(cost, bound, replicates, onwards, compare=False)
+    return costs
 
 
 def _approximate(draft: Draft, solves: dict[str, Solve], costs: dict[str, Cost], allowed: float) -> list[str]:
@@ -289,3 +328,57 @@ def _approximate(draft: Draft, solves: dict[str, Solve], costs: dict[str, Cost],
             solves[name] = replace(solves[name], seconds=cheap)
             approximated.append(name)
     return approximated
+
+
+# --- an answer that was interrupted
+
+
+class Choices(TypedDict):
+    """What an explanation keeps in its run folder until it is finished, so that it goes on with what it chose."""
+
+    question: str
+    values: dict[str, Any]
+    lines: list[str]
+    seconds_per_row: float
+    has_rows: bool
+
+
+def keep(draft: Draft, run: Run, question: str, seconds_per_row: float, has_rows: bool) -> None:
+    """Writes what was chosen; `has_rows`: the rows that are ranked, too."""
+    from ..engine.files import write_json
+
+    chosen = Choices(
+        question=question,
+        values=draft.values,
+        lines=draft.lines,
+        seconds_per_row=seconds_per_row,
+        has_rows=has_rows,
+    )
+    with run.outputs.writing([run.folder / CHOICES]):
+        write_json(run.folder / CHOICES, chosen)
+
+
+def kept(run: Run, question: str) -> Choices | None:
+    """What was chosen for the same question, which was interrupted; None where there is no such."""
+    from ..engine.files import read_json
+
+    path = run.folder / CHOICES
+    if not path.is_file():
+        return None
+    chosen = read_json(path, Choices, "delete it, and what was chosen is chosen anew")
+    return chosen if chosen["question"] == question else None
+
+
+def forget(run: Run) -> None:
+    """Deletes what `keep` wrote."""
+    run.outputs.forget(run.folder / CHOICES)
+
+
+@contextmanager
+def forgotten_if_refused(run: Run) -> Iterator[None]:
+    """Forgets what was chosen where the block raises an `InputError`: under the same choices it would raise again."""
+    try:
+        yield
+    except InputError:
+        forget(run)
+        raise

@@ -15,6 +15,7 @@ from ..engine import folders
 from ..engine.files import checked_value, watched
 from ..errors import InputError
 from .launch import rank
+from .lock import LOCK, OWNER
 
 KIND = "run folder"
 Seal = tuple[int, int, str]  # of a file: size in bytes, time of the last change in ns, SHA-256
@@ -87,6 +88,17 @@ class Outputs:
 
         with watched(enter):
             yield
+
+    def forget(self, file: Path) -> None:
+        """Deletes a file that was written, and its entry in the marker; the marker too, if nothing else is there."""
+        if not file.is_file():
+            return
+        file.unlink()
+        entries = {name: seals for name, seals in self._entries().items() if name != self._name(file)}
+        if entries or {path.name for path in self.folder.iterdir()} - {folders.MARKER, LOCK, OWNER}:
+            folders.write_marker(self.folder, KIND, (), {"files": entries})
+        else:
+            (self.folder / folders.MARKER).unlink()
 
     def _entries(self) -> dict[str, list[Seal]]:
         marker = folders.read_marker(self.folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine.corpus import as_rows
 from .frames import influence_columns
-from .scorer import Scorable, check_finite
+from .scorable import Scorable, check_finite
 
 if TYPE_CHECKING:
     import pandas as pd

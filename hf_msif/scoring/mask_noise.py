@@ -9,7 +9,7 @@ from typing import Any
 
 from ..engine.corpus import as_corpus, first_rows
 from ..engine.stream import Stream
-from .scorer import Scorable, measure
+from .scorable import Scorable, measure
 
 ROWS = 128
 TARGET = 0.05  # share of the variance between rows that masks may have

@@ -19,10 +19,12 @@ from ..engine.corpus import as_corpus
 from ..engine.hashing import digest
 from ..engine.stream import Stream
 from ..errors import InputError
+from .compared import noise_of
 from .extremes import extended
 from .folder import read_facts_if_intact
 from .orders import relative_keys
-from .scorer import PART_ROWS, Scorable, check_settings, measure, score
+from .scorable import Measured, Scorable, measure
+from .scorer import PART_ROWS, check_settings, score
 from .scores import Scores
 
 WIDTH = 4  # rows on the shortlist for each row that is kept
@@ -83,12 +85,14 @@ def shortlist(
     total = passed.metadata["kept"]["all"][0]["count"]
     frame = passed.frame[_at_the_ends(*_values(passed, scorable), WIDTH * keep)].reset_index(drop=True)
     candidates, sample = _rows(engine, source, frame["example_id"].tolist(), passed, part_rows)
-    exact = score(scorable, candidates, batch_size)
+    recall, measured = _recall([(cheap, dtype), (scorable, None)], sample, batch_size, keep)
+    # That of random rows: the candidates lie at the ends.
+    exact = score(scorable, candidates, batch_size, noise=noise_of(scorable, measured))
     facts = {
         "dtype": dtype,
         "first_pass": _in_words(cheap, scorable, dtype),
         "candidates": len(candidates),
-        **_recall([(cheap, dtype), (scorable, None)], sample, batch_size, keep),
+        **recall,
         **_depth(_values(Scores(frame, passed.metadata), scorable), _values(exact, scorable), keep),
     }
     if engine.is_main:
@@ -96,6 +100,7 @@ def shortlist(
     kept = exact.frame[_at_the_ends(*_values(exact, scorable), keep)].drop(columns="duplicates").reset_index(drop=True)
     metadata = {name: value for name, value in passed.metadata.items() if name != "depends_on"}
     metadata |= {**scorable.metadata, "kept": {**passed.metadata["kept"], "keep": keep}, "shortlist": facts}
+    metadata |= {name: exact.metadata[name] for name in ("noise", "noise_text") if name in exact.metadata}
     scores = Scores(kept, metadata)
     if output_dir is not None:
         with engine.raising_together():
@@ -178,22 +183,23 @@ def _rows(
 
 def _recall(
     passes: Sequence[tuple[Scorable, str | None]], rows: list[dict], batch_size: int | None, keep: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Measured]:
     """`recall` and what belongs to it, see `shortlist`; and the time that a row takes in the first of the two passes,
-    relative to exact scores."""
-    orders, seconds = [], []
+    relative to exact scores. Then what the second pass measured."""
+    orders, seconds, each = [], [], []
     with passes[0][0].model.evaluating():
         for scorable, dtype in passes:
             started = time.perf_counter()
-            measured = measure(scorable, rows, batch_size or scorable.batch_size, dtype)
+            each.append(measure(scorable, rows, batch_size or scorable.batch_size, dtype))
             seconds.append(time.perf_counter() - started)
-            orders.append(_orders(measured.influence, dict(zip(scorable.norms, measured.norms.T, strict=True))))
+            norms = dict(zip(scorable.norms, each[-1].norms.T, strict=True))
+            orders.append(_orders(each[-1].influence, norms))
     at = min(RECALL_AT, keep, len(rows) // (4 * WIDTH))
     facts: dict[str, Any] = {"recall_rows": len(rows), "recall_at": at, "relative_time": seconds[0] / seconds[1]}
     if not at:
-        return {**facts, "recall": None, "lowest_recall": None}
+        return {**facts, "recall": None, "lowest_recall": None}, each[-1]
     shares = [np.isin(other[:at], one[: WIDTH * at]).mean() for one, other in zip(*orders, strict=True)]
-    return {**facts, "recall": float(np.mean(shares)), "lowest_recall": float(min(shares))}
+    return {**facts, "recall": float(np.mean(shares)), "lowest_recall": float(min(shares))}, each[-1]
 
 
 def _values(scores: Scores, scorable: Scorable) -> Values:

@@ -13,7 +13,7 @@ from ..engine.corpus import as_rows
 from ..errors import InputError
 from ..objectives import Objective, Terms
 from .frames import influence_columns
-from .scorer import RowInfluence, Scorable, check_finite
+from .scorable import RowInfluence, Scorable, check_finite
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,7 +6,7 @@ import torch
 from hf_msif import objectives
 from hf_msif.adapters.functional import FunctionalModel
 from hf_msif.engine import Engine
-from hf_msif.scoring.scorer import RowInfluence, Scorable
+from hf_msif.scoring.scorable import RowInfluence, Scorable
 
 
 class Numbers(objectives.Objective):

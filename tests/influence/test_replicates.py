@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_msif import InputError, MultiStageInfluence, Query, Stage, objectives, solvers
 from hf_msif.objectives.tokens import seeded
 from hf_msif.scoring.noise import Noise
-from hf_msif.scoring.scorer import measure
+from hf_msif.scoring.scorable import measure
 
 CORPUS, TWEETS = tiny.rows(40, seed=1), tiny.rows(8, seed=2)
 TESTS = tiny.rows(2, seed=3)
@@ -124,6 +124,22 @@ def test_a_saved_query_has_its_replicates(models, solver, tmp_path):
     assert json.loads((tmp_path / "query.json").read_text())["stages"]["pre"]["noise"] == query.noise().to_dict()
     found, expected = (each.score(CORPUS).frame for each in (loaded, query))
     assert found.equals(expected)
+
+
+def test_a_query_need_not_compare_what_its_scores_do(models):
+    corpus = tiny.rows(100, seed=4)
+    settings = {"solver": solvers.CG(damping=20.0, tol=1e-9), "curvature_samples": 20}
+    made = MultiStageInfluence([Stage("pre", models[0], tiny.objective("masked"), corpus, **settings)], progress=False)
+    tests = tiny.rows(1, seed=5)
+    query, compared = made.query(tests, compare=False), made.query(tests)
+    assert "noise" not in query.facts["pre"]
+    assert "ranking of stage 'pre': replicates that are not compared yet" in str(query)
+    found = query.score(corpus)
+    assert "noise" not in query.facts["pre"]
+    # The stage's rows are the corpus, so that both compare the same rows; in other batches, which round otherwise.
+    assert found.noise.reliability == pytest.approx(compared.noise().reliability, abs=1e-3)
+    assert (found.noise.rows, query.score(corpus[:30]).noise) == (100, query.noise())
+    assert query.noise() == compared.noise()
 
 
 def test_an_interrupted_query_goes_on(models, tmp_path, monkeypatch):

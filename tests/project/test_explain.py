@@ -142,6 +142,34 @@ def test_a_small_budget_approximates_and_takes_fewer_rows(folder, tmp_path, monk
     assert (stage["curvature"], stage["curvature_samples"]) == ("ekfac", 9)
 
 
+def test_an_interrupted_answer_goes_on_with_what_was_chosen(folder, tmp_path, monkeypatch, capsys):
+    """Although the machine is faster by now, so that a budget would buy more rows."""
+    run = tmp_path / "run"
+    settings = {"run_dir": str(run), "save_config": str(tmp_path / "saved.yaml"), "budget": "0.02s", "progress": True}
+    for name in ("draft.FEWEST_RANKED", "budget.FEWEST_SAMPLES"):
+        monkeypatch.setattr(f"hf_msif.project.{name}", 9)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for interrupted in ("influence.query.Query.save_pretrained", "scoring.sinks.WriteBehind.finish"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"hf_msif.{interrupted}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                explain(**asked(folder, **settings))
+        for name in ("draft.FEWEST_RANKED", "budget.FEWEST_SAMPLES"):
+            monkeypatch.setattr(f"hf_msif.project.{name}", 8)
+    assert (run / "scores.parts").exists()
+    capsys.readouterr()
+    scores = explain(**asked(folder, **settings))
+    assert "goes on where it was interrupted" in capsys.readouterr().out
+    values = yaml.safe_load((tmp_path / "saved.yaml").read_text())
+    assert values["stages"]["pretraining"]["curvature_samples"] == 9
+    assert len(scores) == values["corpus"]["sample"] == 8  # chosen when the query was done
+    assert not (run / draft.CHOICES).exists()
+    assert {path.name for path in run.iterdir()} >= {"query", "scores.parquet"}
+
+
 # --- what is found
 
 
@@ -318,7 +346,7 @@ def test_one_sentence_says_what_to_give(folder, tmp_path, change, words):
     with pytest.raises(InputError) as error:
         explain(**settings)
     assert all(word in str(error.value) for word in words), str(error.value)
-    assert not (tmp_path / "run" / "query").exists()
+    assert not (tmp_path / "run").exists()
 
 
 # --- texts of one's own in a configuration

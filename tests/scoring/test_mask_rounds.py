@@ -12,7 +12,7 @@ from helpers.scorables import scorable
 
 from hf_msif import InputError, MultiStageInfluence, Scores, Stage, objectives, solvers
 from hf_msif.scoring.mask_noise import MOST_ROUNDS, TARGET, MaskNoise
-from hf_msif.scoring.scorer import RowInfluence
+from hf_msif.scoring.scorable import RowInfluence
 
 CORPUS = tiny.rows(24, seed=1, longest=9)
 TESTS = tiny.rows(2, seed=3)

@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 
 from hf_msif import Scores
 from hf_msif.scoring.noise import Noise, top_probabilities
-from hf_msif.scoring.scorer import RowInfluence, score
+from hf_msif.scoring.scorable import RowInfluence
+from hf_msif.scoring.scorer import score
 
 CORPUS = [{"example_id": f"id{i}", "text": "vote" if i % 3 else "tax", "x": float(i % 7 + 1)} for i in range(23)]
 Z90 = 1.645
@@ -142,7 +143,7 @@ def noisy(**changes):
         return RowInfluence(each.mean(1), batch["x"], torch.ones(len(rows)), each)
 
     noise = Noise.measured(EACH)
-    return scorable(influence=influence, noise=noise, metadata={"noise": noise.to_dict()}, **changes)
+    return scorable(influence=influence, noise=lambda: noise, **changes)
 
 
 @pytest.mark.parametrize("keep", [None, 23])

@@ -22,7 +22,8 @@ from hf_msif.influence.differentiation import DirectCertificate
 from hf_msif.scoring import extremes
 from hf_msif.scoring.layerwise import Layerwise
 from hf_msif.scoring.orders import columns_of
-from hf_msif.scoring.scorer import RowInfluence, score
+from hf_msif.scoring.scorable import RowInfluence
+from hf_msif.scoring.scorer import score
 from hf_msif.scoring.shortlist import shortlist
 
 DAMPING = 0.1

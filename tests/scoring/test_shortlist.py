@@ -11,7 +11,8 @@ from helpers.scorables import scorable
 
 from hf_msif import InputError, Scores
 from hf_msif.reports.tables import table_one
-from hf_msif.scoring.scorer import RowInfluence, score
+from hf_msif.scoring.scorable import RowInfluence
+from hf_msif.scoring.scorer import score
 from hf_msif.scoring.shortlist import SAMPLE_ROWS, WIDTH, shortlist
 
 ROWS = 700

@@ -15,7 +15,8 @@ from hf_msif.scoring.extremes import ExtremesInMemory, ExtremesOnDisk
 from hf_msif.scoring.frames import frame_of
 from hf_msif.scoring.in_memory import InMemory
 from hf_msif.scoring.on_disk import PartsOnDisk
-from hf_msif.scoring.scorer import RowInfluence, score
+from hf_msif.scoring.scorable import RowInfluence
+from hf_msif.scoring.scorer import score
 from hf_msif.scoring.sinks import NullSink, Sink, WriteBehind
 from hf_msif.scoring.summary import Extremes
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,8 @@ def explain(
         text: the text to be explained, or several.
         file: a file of texts instead, as `test.file` of a configuration.
         label: their label; defaults to the class that the model predicts.
-        budget: of time, such as "90s", "10m" or "2h".
+        budget: of time for all of it, such as "90s", "10m" or "2h". The fewest rows (`draft.FEWEST_RANKED`,
+            `budget.FEWEST_SAMPLES`) are taken whatever they take.
         labels: what the label column calls the classes, in the order of the model's; needed where the model's
             configuration does not name them.
         corpus_column: column of the corpus with the sentences; found if it has a usual name, or is the only text.
@@ -121,10 +123,10 @@ def explain(
         InputError: a checkpoint without a head, tables whose columns cannot be told, labels that are no classes of the
             model, or whatever a configuration is refused for; it says what to give.
     """
-    given = argparse.Namespace(**locals())
+    given, started = argparse.Namespace(**locals()), time.perf_counter()
+    from .. import draft as drafts
     from ..budget import parse_budget
     from ..config import from_values
-    from ..draft import changed, fit, found, save, see_trained, tie
     from ..lock import in_use
     from ..run import Run
     from ..saved_scores import saved_scores
@@ -136,21 +138,36 @@ def explain(
     # Counts of rows and the like are printed for the command line.
     quiet = contextlib.nullcontext() if progress else contextlib.redirect_stdout(io.StringIO())
     with quiet:
-        seconds, draft = parse_budget(budget), found(given)
-        project = Run(from_values(draft.values), progress)
-        see_trained(draft, project)
-        project = changed(project, draft)
-        tie(draft, project)
-        project = changed(project, draft)
-        fit(draft, project, seconds)
-        project = changed(project, draft)
-        print("\n".join(draft.lines))
-        if save_config is not None:
-            save(draft.values, save_config)
-        goes_on = project.output("scores.parts").exists()
-        with in_use(project.folder, "msif explain"):
-            query.run(argparse.Namespace(), project)
-            score.run(argparse.Namespace(resume=goes_on, keep=None), project)
+        clock, draft = drafts.Clock(parse_budget(budget), started), drafts.found(given)
+        question, project = drafts.question(draft, budget), Run(from_values(draft.values), progress)
+        with in_use(project.folder, "msif explain"), drafts.forgotten_if_refused(project):
+            chosen = drafts.kept(project, question)
+            if chosen is None:
+                for choose in (drafts.see_trained, drafts.tie):
+                    choose(draft, project)
+                    project = drafts.changed(project, draft)
+                per_row, has_rows = drafts.choose_curvatures(draft, project, clock), False
+                drafts.keep(draft, project, question, per_row, has_rows)
+            else:
+                draft.values, draft.lines = chosen["values"], [*chosen["lines"], "it goes on where it was interrupted"]
+                per_row, has_rows = chosen["seconds_per_row"], chosen["has_rows"]
+            project = drafts.changed(project, draft)
+            print("\n".join(draft.lines))
+            if save_config is not None:
+                drafts.save(draft.values, save_config)
+            if has_rows:
+                answer = score.saved_query(project)
+            else:
+                answer, _ = query.ask(project, compare=False)  # the scores do
+                drafts.choose_rows(draft, project, clock, per_row)
+                drafts.keep(draft, project, question, per_row, True)
+                project = drafts.changed(project, draft)
+                print(draft.lines[-1])
+                if save_config is not None:
+                    drafts.save(draft.values, save_config)
+            goes_on = project.output("scores.parts").exists()
+            score.rank(project, answer, resume=goes_on, shares=report is not None)
+            drafts.forget(project)
         if report is not None:
             page.run(argparse.Namespace(run=str(project.folder), output=str(report), stage=None, k=10))
     return saved_scores(str(project.folder))

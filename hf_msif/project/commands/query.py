@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ...influence.query import Query
     from ..run import Run
 
 HELP = "pull the test losses back through the stages: one inverse-curvature product per stage"
@@ -23,23 +24,39 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, project: Run) -> dict:
+    """Asks about the test rows, and compares the query's replicates."""
+    started = time.perf_counter()
+    query, folder = ask(project)
+    seconds = round(time.perf_counter() - started, 1)
+    noise = {name: query.noise_text(name) for name in project.names}
+    return {"seconds": seconds, "query": str(folder), "noise": noise, **query.certificate()}
+
+
+def ask(project: Run, compare: bool = True) -> tuple[Query, Path]:
     """Asks about the test rows; writes `run_dir/query`. Long solves write checkpoints to
-    `run_dir/query.checkpoints`, from which the next call goes on when this one is interrupted."""
+    `run_dir/query.checkpoints`, from which the next call goes on when this one is interrupted.
+
+    Args:
+        project: the configuration at work.
+        compare: as of `MultiStageInfluence.query`.
+
+    Returns:
+        The query, and its folder.
+    """
     from ...influence.query import FILES
 
     folder, checkpoints = project.folder / "query", project.folder / "query.checkpoints"
     with project.outputs.writing([folder / name for name in FILES], into=[folder, checkpoints]):
-        return _query(project, folder, checkpoints)
+        return _query(project, folder, checkpoints, compare), folder
 
 
-def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
+def _query(project: Run, folder: Path, checkpoints: Path, compare: bool) -> Query:
     from ...engine import folders
     from ...influence.multistage import checkpoint_name
     from ...influence.query import FILES
     from .. import memory
     from ..provenance import query_record
 
-    started = time.perf_counter()
     models, tests = project.models(), project.tests()
     chain = project.chain(models)
     if project.config.memory_check:
@@ -52,7 +69,8 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
             names.append("ekfac-*.safetensors")
             folders.add_names(checkpoints, "checkpoints of a query", names)
     try:
-        query = chain.query(tests, project.aggregate, checkpoints, project.config.test.replicates, project.measurement)
+        asked = (tests, project.aggregate, checkpoints, project.config.test.replicates, project.measurement)
+        query = chain.query(*asked, compare=compare)
         query.save_pretrained(folder)  # its marker says nothing of settings: a crash leaves a query that is refused
         with chain.engine.raising_together():
             if is_main:
@@ -63,9 +81,7 @@ def _query(project: Run, folder: Path, checkpoints: Path) -> dict:
             for written in (checkpoints, folder):
                 folders.remove_if_empty(written)
         raise
-    seconds = round(time.perf_counter() - started, 1)
-    noise = {name: query.noise_text(name) for name in project.names}
-    return {"seconds": seconds, "query": str(folder), "noise": noise, **query.certificate()}
+    return query
 
 
 def render(report: dict) -> None:

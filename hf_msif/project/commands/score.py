@@ -30,40 +30,62 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, project: Run) -> dict:
-    """Scores the corpus for the saved query; writes scores and Table 1 as Parquet and Markdown, the shares of tokens
-    and layers that `msif report` shows, and for images the paper's Figure 3.
+    """Scores the corpus for the saved query, by `rank`."""
+    keep = _rows_to_keep(arguments.keep)
+    return rank(project, saved_query(project), arguments.resume, keep)
+
+
+def saved_query(project: Run) -> Query:
+    """The query that `msif query` left in the run folder.
+
+    Raises:
+        InputError: there is none, or it is none of this configuration.
+    """
+    from ...influence.query import Query
+    from ..provenance import check_query
+
+    folder = project.folder / "query"
+    if not (folder / "query.json").is_file():
+        raise InputError(f"there is no query in {project.folder} yet; run msif query with the same --config first.")
+    check_query(project, folder)
+    return Query.from_pretrained(folder, project.chain())
+
+
+def rank(project: Run, query: Query, resume: bool, keep: int | None = None, shares: bool = True) -> dict:
+    """Scores the corpus; writes scores and Table 1 as Parquet and Markdown, the shares of tokens and layers that
+    `msif report` shows, and for images the paper's Figure 3.
 
     Finished parts lie in `run_dir/scores.parts` until all are there, and `--resume` goes on from them. With
     `--keep top=K` only the K most extreme rows of each order are written; with `corpus.dtype` or `corpus.mask_rounds`
     too, they are scored again in the model's own precision and with all masks.
+
+    Args:
+        project: the configuration at work.
+        query: what is asked.
+        resume: go on with an interrupted scoring.
+        keep: K of `--keep top=K`; None: all rows are written.
+        shares: write the shares of tokens and layers.
     """
     from ...reports.tables import files_of_table
     from ...scoring.shortlist import first_pass_name
     from ..saved_scores import SHARES
 
-    keep, folder = _rows_to_keep(arguments.keep), project.folder / "query"
-    if not (folder / "query.json").is_file():
-        raise InputError(f"there is no query in {project.folder} yet; run msif query with the same --config first.")
     path, table_path = project.output("scores.parquet"), project.output("table1")
     first_pass = path.with_name(first_pass_name(path.name))
     files = [path, first_pass, project.output(SHARES), *files_of_table(table_path)]
     if _has_figure(project):
         files.append(project.output("figure3.png"))
     with project.outputs.writing(files, into=[p.with_suffix(".parts") for p in (path, first_pass)]):
-        return _score(project, arguments.resume, keep)
+        return _score(project, query, resume, keep, shares)
 
 
-def _score(project: Run, resume: bool, keep: int | None) -> dict:
+def _score(project: Run, query: Query, resume: bool, keep: int | None, with_shares: bool) -> dict:
     from ...engine.corpus import Stream
-    from ...influence.query import Query
     from ...reports.shares import Shares
     from ...reports.tables import table_one, write_table
-    from ..provenance import check_query
     from ..saved_scores import SHARES
 
-    folder, settings = project.folder / "query", project.config.corpus
-    check_query(project, folder)
-    query, corpus = Query.from_pretrained(folder, project.chain()), project.corpus()
+    settings, corpus = project.config.corpus, project.corpus()
     started = time.perf_counter()
     scores = query.score(
         corpus,
@@ -77,11 +99,11 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
         dtype=settings.dtype,
         part_rows=settings.part_rows,
     )
-    shares = Shares.of_scores(scores, query, corpus)
+    shares = Shares.of_scores(scores, query, corpus) if with_shares else None
     seconds = round(time.perf_counter() - started, 1)
     path, table_path = project.output("scores.parquet"), project.output("table1")
     report: dict[str, Any] = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(table_path)}
-    report |= {"shares": str(project.output(SHARES)), "noise": scores.metadata["noise_text"]}
+    report |= {"shares": shares and str(project.output(SHARES)), "noise": scores.metadata["noise_text"]}
     if "kept" in scores.metadata:
         report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
         report["rows"] = report["kept"]["all"][0]["count"]
@@ -89,7 +111,8 @@ def _score(project: Run, resume: bool, keep: int | None) -> dict:
         report["table"] = table_one(scores)
         if query.chain.engine.is_main:
             write_table(report["table"], table_path)
-            shares.save(project.output(SHARES), scores)
+            if shares is not None:
+                shares.save(project.output(SHARES), scores)
             if _has_figure(project):
                 assert not isinstance(corpus, Stream)  # streams are of texts
                 report["figure"] = _write_figure(project, query, scores, corpus)
