@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,12 @@ def explain(
         InputError: a checkpoint without a head, tables whose columns cannot be told, labels that are no classes of the
             model, or whatever a configuration is refused for; it says what to give.
     """
-    given, started = argparse.Namespace(**locals()), time.perf_counter()
+    return _explained(argparse.Namespace(**locals()), lambda _: None)
+
+
+def _explained(given: argparse.Namespace, show: Callable[[Scores], None]) -> Scores:
+    """What `explain` returns; `show` is called with the scores as soon as they are there."""
+    started = time.perf_counter()
     from .. import draft as drafts
     from ..budget import parse_budget
     from ..config import from_values
@@ -133,13 +138,13 @@ def explain(
     from . import query, score
     from . import report as page
 
-    if report is not None:
-        page.check_path(Path(report).expanduser(), "--report")
+    if given.report is not None:
+        page.check_path(Path(given.report).expanduser(), "--report")
     # Counts of rows and the like are printed for the command line.
-    quiet = contextlib.nullcontext() if progress else contextlib.redirect_stdout(io.StringIO())
+    quiet = contextlib.nullcontext() if given.progress else contextlib.redirect_stdout(io.StringIO())
     with quiet:
-        clock, draft = drafts.Clock(parse_budget(budget), started), drafts.found(given)
-        question, project = drafts.question(draft, budget), Run(from_values(draft.values), progress)
+        clock, draft = drafts.Clock(parse_budget(given.budget), started), drafts.found(given)
+        question, project = drafts.question(draft, given.budget), Run(from_values(draft.values), given.progress)
         with in_use(project.folder, "msif explain"), drafts.forgotten_if_refused(project):
             chosen = drafts.kept(project, question)
             if chosen is None:
@@ -153,8 +158,8 @@ def explain(
                 per_row, has_rows = chosen["seconds_per_row"], chosen["has_rows"]
             project = drafts.changed(project, draft)
             print("\n".join(draft.lines))
-            if save_config is not None:
-                drafts.save(draft.values, save_config)
+            if given.save_config is not None:
+                drafts.save(draft.values, given.save_config)
             if has_rows:
                 answer = score.saved_query(project)
             else:
@@ -163,20 +168,18 @@ def explain(
                 drafts.keep(draft, project, question, per_row, True)
                 project = drafts.changed(project, draft)
                 print(draft.lines[-1])
-                if save_config is not None:
-                    drafts.save(draft.values, save_config)
+                if given.save_config is not None:
+                    drafts.save(draft.values, given.save_config)
             goes_on = project.output("scores.parts").exists()
-            score.rank(project, answer, resume=goes_on, shares=report is not None)
+            score.rank(project, answer, resume=goes_on, show=show)
             drafts.forget(project)
-        if report is not None:
-            page.run(argparse.Namespace(run=str(project.folder), output=str(report), stage=None, k=10))
+        if given.report is not None:
+            page.run(argparse.Namespace(run=str(project.folder), output=str(given.report), stage=None, k=10))
     return saved_scores(str(project.folder))
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """The lists of the most helpful and the most harmful sentences of every text."""
-    from ...reports.tables import test_line
-
     check_positive("-k", arguments.k)
     overrides = []
     for pair in arguments.set:
@@ -184,31 +187,41 @@ def run(arguments: argparse.Namespace) -> dict:
         if not equals:
             raise InputError(f"--set is {pair!r}; expected KEY=VALUE, such as --set corpus.norms=gradient.")
         overrides.append((key, value))
-    of_command = ("command", "json", "debug", "k", "predicted", "set")
-    settings = {name: value for name, value in vars(arguments).items() if name not in of_command}
-    scores = explain(**settings, overrides=overrides)
+    given = argparse.Namespace(**vars(arguments), overrides=overrides, progress=True)
+    scores = _explained(given, lambda scores: _show(_lists(scores, arguments.k)))
+    files = {name: getattr(arguments, name) for name in ("report", "save_config")}
+    return {**_lists(scores, arguments.k), **files}
+
+
+def _lists(scores: Scores, k: int) -> dict:
+    """Both ends of the ranking for each text."""
+    from ...reports.tables import test_line
+
     tests = [
         {
             "test": test_line(scores, column),
-            "helpful": scores.top(arguments.k, "helpful", column),
-            "harmful": scores.top(arguments.k, "harmful", column),
+            "helpful": scores.top(k, "helpful", column),
+            "harmful": scores.top(k, "harmful", column),
         }
         for column in range(scores.columns)
     ]
-    files = {name: getattr(arguments, name) for name in ("report", "save_config")}
-    return {"noise": scores.metadata["noise_text"], "rows": len(scores), "tests": tests, **files}
+    return {"noise": scores.metadata["noise_text"], "rows": len(scores), "tests": tests}
 
 
-def render(report: dict) -> None:
+def _show(lists: dict) -> None:
     from ...reports.tables import terminal, visible
 
-    print(f"\n{report['noise']}")
-    for test in report["tests"]:
+    print(f"\n{lists['noise']}")
+    for test in lists["tests"]:
         print(f"\n{visible(test['test'])}")
         for by, meaning in (("helpful", "lower the loss"), ("harmful", "raise the loss")):
             shown = [name for name in ("influence", "influence_se", "removal_effect", "text") if name in test[by]]
             print(f"most {by} sentences: more of them would {meaning}")
             print(terminal(test[by][shown], width=80))
+    print(flush=True)
+
+
+def render(report: dict) -> None:
     for name, what in (("report", "report"), ("save_config", "configuration, which repeats this answer,")):
         if report[name]:
             print(f"{what} written to {report[name]}")

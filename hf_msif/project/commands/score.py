@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ...influence.query import Query
     from ...scoring.scores import Scores
@@ -51,7 +51,9 @@ def saved_query(project: Run) -> Query:
     return Query.from_pretrained(folder, project.chain())
 
 
-def rank(project: Run, query: Query, resume: bool, keep: int | None = None, shares: bool = True) -> dict:
+def rank(
+    project: Run, query: Query, resume: bool, keep: int | None = None, show: Callable[[Scores], None] = lambda _: None
+) -> dict:
     """Scores the corpus; writes scores and Table 1 as Parquet and Markdown, the shares of tokens and layers that
     `msif report` shows, and for images the paper's Figure 3.
 
@@ -64,7 +66,7 @@ def rank(project: Run, query: Query, resume: bool, keep: int | None = None, shar
         query: what is asked.
         resume: go on with an interrupted scoring.
         keep: K of `--keep top=K`; None: all rows are written.
-        shares: write the shares of tokens and layers.
+        show: called with the scores before the shares are computed, which takes a while.
     """
     from ...reports.tables import files_of_table
     from ...scoring.shortlist import first_pass_name
@@ -76,10 +78,10 @@ def rank(project: Run, query: Query, resume: bool, keep: int | None = None, shar
     if _has_figure(project):
         files.append(project.output("figure3.png"))
     with project.outputs.writing(files, into=[p.with_suffix(".parts") for p in (path, first_pass)]):
-        return _score(project, query, resume, keep, shares)
+        return _score(project, query, resume, keep, show)
 
 
-def _score(project: Run, query: Query, resume: bool, keep: int | None, with_shares: bool) -> dict:
+def _score(project: Run, query: Query, resume: bool, keep: int | None, show: Callable[[Scores], None]) -> dict:
     from ...engine.corpus import Stream
     from ...reports.shares import Shares
     from ...reports.tables import table_one, write_table
@@ -99,11 +101,12 @@ def _score(project: Run, query: Query, resume: bool, keep: int | None, with_shar
         dtype=settings.dtype,
         part_rows=settings.part_rows,
     )
-    shares = Shares.of_scores(scores, query, corpus) if with_shares else None
+    show(scores)
+    shares = Shares.of_scores(scores, query, corpus)
     seconds = round(time.perf_counter() - started, 1)
     path, table_path = project.output("scores.parquet"), project.output("table1")
     report: dict[str, Any] = {"seconds": seconds, "rows": len(scores), "scores": str(path), "table1": str(table_path)}
-    report |= {"shares": shares and str(project.output(SHARES)), "noise": scores.metadata["noise_text"]}
+    report |= {"shares": str(project.output(SHARES)), "noise": scores.metadata["noise_text"]}
     if "kept" in scores.metadata:
         report |= {"kept": scores.metadata["kept"], "rows_kept": len(scores)}
         report["rows"] = report["kept"]["all"][0]["count"]
@@ -111,8 +114,7 @@ def _score(project: Run, query: Query, resume: bool, keep: int | None, with_shar
         report["table"] = table_one(scores)
         if query.chain.engine.is_main:
             write_table(report["table"], table_path)
-            if shares is not None:
-                shares.save(project.output(SHARES), scores)
+            shares.save(project.output(SHARES), scores)
             if _has_figure(project):
                 assert not isinstance(corpus, Stream)  # streams are of texts
                 report["figure"] = _write_figure(project, query, scores, corpus)
