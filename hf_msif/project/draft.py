@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
-EKFAC_PASSES = 8  # forward passes over the rows that a fit of EK-FAC and its products take
+EKFAC_PASSES = 12  # forward passes over the rows that a fit of EK-FAC takes, with what it takes however few they are
 CHOICES = "explain.json"
 FEWEST_RANKED = 100  # rows of the corpus, whatever the budget
 HEADER = "# Written by msif explain. The same answer again: msif query --config {0}, then msif score --config {0}\n"
