@@ -12,7 +12,7 @@ from ..engine.stream import Stream
 from .noise import SAMPLE_ROWS, Noise
 from .scorable import Measured, Scorable
 
-FEWEST_ROWS = 64  # that tell the noise: intervals of 90 % then cover 90 ± 3 % of the rows (`tests/scoring/test_noise.py`)
+FEWEST_ROWS = 64  # that tell the noise: intervals of 90 % then cover 90 ± 3 % of the rows
 
 Measure = Callable[[list[dict]], Measured]
 
