@@ -36,6 +36,8 @@ from .saved_query import FILES, FORMAT
 if TYPE_CHECKING:
     import pandas as pd
 
+NOT_COMPARED = "replicates that are not compared yet: query.noise() compares them, and so do scores"
+
 
 @dataclass(repr=False)
 class Query(Displayed):
@@ -111,9 +113,7 @@ class Query(Displayed):
         bound = self.chain.stage(stage)
         if self._has_replicates(bound):
             is_known = self.facts[bound.name].get("noise") is not None
-            return (
-                str(self.noise(stage)) if is_known else "replicates that are not compared yet: query.noise() does it"
-            )
+            return str(self._compared(bound)) if is_known else NOT_COMPARED
         onwards = self.chain.stages[self.chain.stages.index(bound) :]
         if any(each.differentiation.draws for each in onwards):
             return (
