@@ -66,14 +66,12 @@ def compared(scorable: Scorable, source: Sequence[dict] | Stream, first: list[di
     if scorable.noise is None:
         return Compared()
     rows = first if isinstance(source, Stream) else source
-    if len(rows) < FEWEST_ROWS:
-        return Compared(scorable.noise())
     numbers: Sequence[int] = range(min(len(rows), SAMPLE_ROWS))
     if len(rows) > SAMPLE_ROWS and rows is source:
         numbers = random.Random(scorable.seed).sample(range(len(rows)), SAMPLE_ROWS)
     measured = measure([rows[number] for number in numbers])
     places = {number: place for place, number in enumerate(numbers)}
-    return Compared(Noise.measured(measured.replicates), measured, places)
+    return Compared(noise_of(scorable, measured), measured, places)
 
 
 def noise_of(scorable: Scorable, measured: Measured) -> Noise | None:

@@ -163,7 +163,7 @@ def _explained(given: argparse.Namespace, show: Callable[[Scores], None]) -> Sco
             if has_rows:
                 answer = score.saved_query(project)
             else:
-                answer, _ = query.ask(project, compare=False)  # the scores do
+                answer = query.ask(project, compare=False)  # the scores do
                 drafts.choose_rows(draft, project, clock, per_row)
                 drafts.keep(draft, project, question, per_row, True)
                 project = drafts.changed(project, draft)
@@ -187,8 +187,8 @@ def run(arguments: argparse.Namespace) -> dict:
         if not equals:
             raise InputError(f"--set is {pair!r}; expected KEY=VALUE, such as --set corpus.norms=gradient.")
         overrides.append((key, value))
-    given = argparse.Namespace(**vars(arguments), overrides=overrides, progress=True)
-    scores = _explained(given, lambda scores: _show(_lists(scores, arguments.k)))
+    settings = argparse.Namespace(**vars(arguments), overrides=overrides, progress=True)
+    scores = _explained(settings, lambda scores: _show(_lists(scores, arguments.k)))
     files = {name: getattr(arguments, name) for name in ("report", "save_config")}
     return {**_lists(scores, arguments.k), **files}
 

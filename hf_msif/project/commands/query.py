@@ -26,28 +26,25 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Asks about the test rows, and compares the query's replicates."""
     started = time.perf_counter()
-    query, folder = ask(project)
+    query = ask(project)
     seconds = round(time.perf_counter() - started, 1)
     noise = {name: query.noise_text(name) for name in project.names}
-    return {"seconds": seconds, "query": str(folder), "noise": noise, **query.certificate()}
+    return {"seconds": seconds, "query": str(project.folder / "query"), "noise": noise, **query.certificate()}
 
 
-def ask(project: Run, compare: bool = True) -> tuple[Query, Path]:
+def ask(project: Run, compare: bool = True) -> Query:
     """Asks about the test rows; writes `run_dir/query`. Long solves write checkpoints to
     `run_dir/query.checkpoints`, from which the next call goes on when this one is interrupted.
 
     Args:
         project: the configuration at work.
         compare: as of `MultiStageInfluence.query`.
-
-    Returns:
-        The query, and its folder.
     """
     from ...influence.query import FILES
 
     folder, checkpoints = project.folder / "query", project.folder / "query.checkpoints"
     with project.outputs.writing([folder / name for name in FILES], into=[folder, checkpoints]):
-        return _query(project, folder, checkpoints, compare), folder
+        return _query(project, folder, checkpoints, compare)
 
 
 def _query(project: Run, folder: Path, checkpoints: Path, compare: bool) -> Query:

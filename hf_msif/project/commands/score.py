@@ -32,6 +32,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, project: Run) -> dict:
     """Scores the corpus for the saved query, by `rank`."""
     keep = _rows_to_keep(arguments.keep)
+    project.outputs.check(*_written(project))  # before models are loaded
     return rank(project, saved_query(project), arguments.resume, keep)
 
 
@@ -68,17 +69,23 @@ def rank(
         keep: K of `--keep top=K`; None: all rows are written.
         show: called with the scores before the shares are computed, which takes a while.
     """
+    files, into = _written(project)
+    with project.outputs.writing(files, into):
+        return _score(project, query, resume, keep, show)
+
+
+def _written(project: Run) -> tuple[list[Path], list[Path]]:
+    """The files that are written, and the folders of unfinished parts."""
     from ...reports.tables import files_of_table
     from ...scoring.shortlist import first_pass_name
     from ..saved_scores import SHARES
 
-    path, table_path = project.output("scores.parquet"), project.output("table1")
+    path = project.output("scores.parquet")
     first_pass = path.with_name(first_pass_name(path.name))
-    files = [path, first_pass, project.output(SHARES), *files_of_table(table_path)]
+    files = [path, first_pass, project.output(SHARES), *files_of_table(project.output("table1"))]
     if _has_figure(project):
         files.append(project.output("figure3.png"))
-    with project.outputs.writing(files, into=[p.with_suffix(".parts") for p in (path, first_pass)]):
-        return _score(project, query, resume, keep, show)
+    return files, [p.with_suffix(".parts") for p in (path, first_pass)]
 
 
 def _score(project: Run, query: Query, resume: bool, keep: int | None, show: Callable[[Scores], None]) -> dict:
